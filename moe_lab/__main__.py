@@ -1,0 +1,70 @@
+"""Command line: `python -m moe_lab run CONFIG [key=value …]`. Errors are one line on stderr, exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from datetime import datetime
+from pathlib import Path
+
+from tqdm import tqdm
+
+from moe_lab.config import ConfigError, load_config
+from moe_lab.train import RunError, Trainer
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse prints its whole usage before an error; one line is enough."""
+
+    def error(self, message: str):
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train a config, with a progress bar on stderr, and say where the files are."""
+    config = load_config(args.config, args.overrides)
+    name = f"{datetime.now():%Y-%m-%d_%H%M%S}_{Path(args.config).stem}"
+    trainer = Trainer(config, args.run_dir or Path("runs") / name, resume=args.resume)
+    with tqdm(total=trainer.n_steps, unit="step") as bar:
+
+        def show(row: dict) -> None:
+            if "loss" in row:
+                bar.update(row["step"] - bar.n)
+                bar.set_postfix_str(f"loss {row['loss']:.3f}")
+            else:
+                bar.write(f"step {row['step']}: validation loss {row['validation_loss']:.4f}", file=sys.stderr)
+
+        trainer.listeners.append(show)
+        summary = trainer.fit()
+    print(f"{summary['status']}: {summary['steps']} steps in {trainer.run_dir}; see record.jsonl and summary.json")
+
+
+def notebook(args: argparse.Namespace) -> None:
+    from moe_lab.study import runner
+
+    sys.exit(runner.main(args.arguments))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = OneLineParser(prog="python -m moe_lab", description="Train and look into training runs.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser)
+    one = commands.add_parser("run", help="train one config")
+    one.add_argument("config", help="a YAML file, such as configs/lab.yaml")
+    one.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as training.steps=200")
+    one.add_argument("--run-dir", help="where to write; default: a new dated directory under runs/")
+    one.add_argument("--resume", action="store_true", help="go on with the run in --run-dir")
+    one.set_defaults(call=run)
+    many = commands.add_parser("notebook", help="execute a notebook headlessly", add_help=False)
+    many.add_argument("arguments", nargs=argparse.REMAINDER)
+    many.set_defaults(call=notebook)
+    try:
+        args = parser.parse_args(argv)
+        args.call(args)
+    except (ConfigError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

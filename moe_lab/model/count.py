@@ -1,0 +1,40 @@
+"""How many parameters a config has, without allocating one."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from moe_lab.config import ModelConfig
+from moe_lab.model.depth import Depth
+from moe_lab.model.moe import MoE
+from moe_lab.model.transformer import build_model
+
+
+class ParameterCount(NamedTuple):
+    """`active` are the parameters that take part in computing one token that no MoD router skips."""
+
+    total: int
+    active: int  # of E experts, K; of a Routing Mamba all, since every expert scans every token
+    active_with_depth: float  # the same on average over tokens: an MoD sublayer counts with its capacity
+    depth_capacity: float  # MoD's share of tokens computed, 1.0 without MoD
+
+
+def count_parameters(config: ModelConfig) -> ParameterCount:
+    """Count from the meta device: seconds for any size, no memory. The embedding counts whole, as is customary."""
+    model = build_model(config, device="meta")
+    total = sum(p.numel() for p in model.parameters())
+    active = total - sum(idle(module, config) for module in model.modules() if isinstance(module, MoE))
+    skipped = 0.0
+    for block in model.layers:
+        for norm, layer, depth in block.sublayers():
+            if isinstance(depth, Depth):
+                size = sum(p.numel() for module in (norm, layer) for p in module.parameters())
+                skipped += (1 - depth.capacity) * (size - (idle(layer, config) if isinstance(layer, MoE) else 0))
+    capacity = config.mod_capacity_factor if config.mod_enabled else 1.0
+    return ParameterCount(total, round(active), active - skipped, capacity)
+
+
+def idle(moe: MoE, config: ModelConfig) -> float:
+    """Parameters of the experts that a token is not sent to."""
+    experts = sum(p.numel() for name, p in moe.named_parameters() if not name.startswith("router."))
+    return (1 - config.moe_top_k / config.n_experts) * experts

@@ -1,0 +1,101 @@
+"""Text from a model, one token a step, with caches of constant work per step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from moe_lab.model.transformer import LanguageModel
+
+
+def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator) -> Tensor:
+    """One token id a row, (B,) int64, from logits (B, V). Temperature 0 takes the most likely one.
+
+    top_k keeps the k most likely; top_p then keeps the fewest tokens whose probabilities sum to at least p
+    (Holtzman et al. 2020, sec. 3.1, https://arxiv.org/abs/1904.09751).
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    probs = logits.softmax(dim=-1)
+    if top_p is not None:
+        ordered, index = probs.sort(dim=-1, descending=True)
+        before = ordered.cumsum(dim=-1) - ordered
+        probs = torch.zeros_like(probs).scatter(1, index, ordered.masked_fill(before >= top_p, 0))
+    return torch.multinomial(probs, 1, generator=generator).squeeze(1)  # normalises by itself
+
+
+def check_options(model: LanguageModel, length: int, max_new_tokens: int, temperature, top_k, top_p) -> None:
+    """Raise ValueError, one line, for what cannot be generated."""
+    limit = model.config.max_seq_len
+    if length == 0:
+        raise ValueError("prompt is empty; give at least one token")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    if length + max_new_tokens > limit:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens} after a prompt of {length} tokens goes past model.max_seq_len={limit}; "
+            f"ask for at most {limit - length}"
+        )
+    if temperature < 0:
+        raise ValueError(f"temperature={temperature} must be 0 (greedy) or more")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k={top_k} must be at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} must be more than 0 and at most 1")
+
+
+@torch.no_grad()
+def generate(
+    model: LanguageModel,
+    prompt: Tensor | str,
+    max_new_tokens: int = 100,
+    *,
+    tokenizer=None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor | str:
+    """Continue a prompt: ids (B, T) int64 → (B, T + max_new_tokens) int64; a text → the text with its continuation.
+
+    A text needs `tokenizer` (a `tokenizers.Tokenizer`). The model computes as in evaluation, whatever its mode, which
+    is put back. The prompt is read step by step too: one code path, whose work per token grows with nothing but
+    attention's cache. Raises ValueError past max_seq_len and for options out of range.
+    """
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise ValueError("a text prompt needs tokenizer=…; load_run returns it beside the model")
+        ids = torch.tensor([tokenizer.encode(prompt).ids], dtype=torch.int64)
+        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
+        return tokenizer.decode(generate(model, ids, max_new_tokens, **options)[0].tolist())
+    batch, length = prompt.shape
+    check_options(model, length, max_new_tokens, temperature, top_k, top_p)
+    weight = model.embedding.weight
+    ids = prompt.to(weight.device)
+    total = length + max_new_tokens
+    caches = [block.seq_layer.new_cache(batch, total, weight.device, weight.dtype) for block in model.layers]
+    was_training = model.training
+    model.eval()
+    try:
+        for position in range(total - 1):
+            logits = step(model, ids[:, position : position + 1], position, caches)
+            if position >= length - 1:
+                ids = torch.cat([ids, choose(logits, temperature, top_k, top_p, generator).unsqueeze(1)], dim=1)
+    finally:
+        model.train(was_training)
+    return ids
+
+
+def step(model: LanguageModel, token: Tensor, position: int, caches: list) -> Tensor:
+    """Logits (B, V) of the token after `token` (B, 1), which stands at `position`; the caches take it in."""
+    x = model.embedding(token)
+    for block, cache in zip(model.layers, caches, strict=True):
+        x = block.step(x, position, cache)
+    return model.lm_heads[0](model.final_norm(x))[:, 0]

@@ -1,0 +1,46 @@
+"""The parts that every block shares: the dense feed-forward sublayer and the small MLP of the routers."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward sublayer of Shazeer 2020, eq. 6, without biases. https://arxiv.org/abs/2002.05202"""
+
+    def __init__(self, d_model: int, d_ff: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(d_model, d_ff, bias=False)
+        self.up_proj = nn.Linear(d_model, d_ff, bias=False)
+        self.down_proj = nn.Linear(d_ff, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, d_model) → (…, d_model)."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class RouterMLP(nn.Module):
+    """Scores a token: d_model → hidden → n_out with SiLU, or one linear map where `hidden` is 0.
+
+    Always computed in float32, whatever autocast says: a choice hangs on small differences between scores.
+    """
+
+    def __init__(self, d_model: int, hidden: int, n_out: int):
+        super().__init__()
+        self.hidden_proj = nn.Linear(d_model, hidden, bias=False) if hidden else None
+        self.gate = nn.Linear(hidden or d_model, n_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, d_model) of any float dtype → (…, n_out) float32."""
+        x = x.float()
+        with no_autocast(x):
+            if self.hidden_proj is not None:
+                x = F.silu(F.linear(x, self.hidden_proj.weight.float()))
+            return F.linear(x, self.gate.weight.float())
+
+
+def no_autocast(x: Tensor):
+    """A context in which operations on x's device keep the dtype they are given."""
+    return torch.autocast(x.device.type, enabled=False)

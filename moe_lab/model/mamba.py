@@ -1,0 +1,151 @@
+"""Mamba, a selective state space in place of attention, and Routing Mamba, a mixture of such blocks."""
+
+# Shapes: B batch, T time, D d_model, I d_inner = expand * D, N d_state, R dt_rank, W d_conv, E experts.
+# Paper's symbols: Δ step size (delta), A decay rates, B input and C output projections, D skip.
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_lab.config import ConfigError, ModelConfig
+from moe_lab.model.moe import Router, Routing
+from moe_lab.model.scan import selective_scan
+
+
+class MambaState(NamedTuple):
+    """What Mamba remembers in generation: constant in size, updated in place."""
+
+    window: Tensor  # (B, W - 1, I), the convolution's last inputs
+    state: Tensor  # (B, N, I) float32
+
+
+class Mamba(nn.Module):
+    """The block of Gu & Dao 2023, sec. 3.4 and fig. 3, https://arxiv.org/abs/2312.00752: projections, causal depthwise
+    convolution, selective scan in float32, gate. Parameters are named as in the authors' code and in transformers."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        d_inner, self.dt_rank, self.d_state = config.mamba_expand * config.d_model, config.dt_rank, config.ssm_state_dim
+        self.kernel = config.mamba_kernel
+        require_kernel(self.kernel)
+        self.in_proj = nn.Linear(config.d_model, 2 * d_inner, bias=False)
+        self.conv1d = nn.Conv1d(d_inner, d_inner, config.mamba_d_conv, groups=d_inner, padding=config.mamba_d_conv - 1)
+        self.x_proj = nn.Linear(d_inner, self.dt_rank + 2 * self.d_state, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, d_inner)
+        self.A_log = nn.Parameter(torch.empty(d_inner, self.d_state))
+        self.D = nn.Parameter(torch.empty(d_inner))
+        self.out_proj = nn.Linear(d_inner, config.d_model, bias=False)
+
+    @torch.no_grad()
+    def reset_state_space(self) -> None:
+        """The start of Gu & Dao, sec. 3.6: A = -1 … -N (S4D-real), D = 1, Δ log-uniform in 0.001 to 0.1.
+
+        A blanket init that zeroes dt_proj.bias would make Δ about 0.7: the block would forget at once.
+        """
+        n_inner, d_state = self.A_log.shape
+        self.A_log.copy_(torch.arange(1, d_state + 1).log().expand(n_inner, -1))
+        self.D.fill_(1.0)
+        self.dt_proj.weight.uniform_(-(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        delta = torch.empty_like(self.dt_proj.bias).uniform_(math.log(1e-3), math.log(1e-1)).exp_()
+        self.dt_proj.bias.copy_(delta + torch.log(-torch.expm1(-delta)))  # the inverse of softplus
+        self.conv1d.reset_parameters()
+
+    def forward(self, x: Tensor, positions: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+        """x (B, T, D) in order of time → (B, T, D). Positions are not needed; rows that do not count come last."""
+        u, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, T, I) each
+        u = F.silu(self.conv1d(u.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2))
+        delta, B, C = self.select(u)
+        if self.kernel == "mamba_ssm":
+            y = cuda_scan(delta, self.rates(), B, C, u.float())
+        else:
+            y = selective_scan(delta, self.rates(), B, C, u.float())
+        return self.finish(y, u, gate)
+
+    def select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Step sizes (B, T, I), input and output projections (B, T, N), float32: what makes the scan selective."""
+        low_rank, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        delta = F.softplus(F.linear(low_rank, self.dt_proj.weight).float() + self.dt_proj.bias.float())
+        return delta, B.float(), C.float()
+
+    def rates(self) -> Tensor:
+        """A, transposed: (N, I) float32, negative."""
+        return -self.A_log.float().exp().t()
+
+    def finish(self, y: Tensor, u: Tensor, gate: Tensor) -> Tensor:
+        y = (y + self.D.float() * u.float()).type_as(u)
+        return self.out_proj(y * F.silu(gate))
+
+    def new_cache(self, batch: int, max_len: int, device: torch.device, dtype: torch.dtype) -> MambaState:
+        n_inner, taps = self.conv1d.out_channels, self.conv1d.kernel_size[0]
+        window = torch.zeros(batch, taps - 1, n_inner, device=device, dtype=dtype)
+        return MambaState(window, torch.zeros(batch, self.d_state, n_inner, device=device))
+
+    def step(self, x: Tensor, position: int, cache: MambaState, keep: Tensor) -> Tensor:
+        """One token a row: x (B, 1, D) → (B, 1, D). Where `keep` (B,) is false the state stays as it was."""
+        u, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, 1, I)
+        window = torch.cat([cache.window, u.type_as(cache.window)], dim=1)  # (B, W, I)
+        u = (window * self.conv1d.weight.squeeze(1).t()).sum(1, keepdim=True) + self.conv1d.bias
+        u = F.silu(u).type_as(x)
+        delta, B, C = self.select(u)
+        decay = (delta.transpose(1, 2) * self.rates().t()).exp().transpose(1, 2)  # (B, N, I)
+        state = decay * cache.state + B.transpose(1, 2) * (delta * u.float())
+        rows = keep[:, None, None]
+        cache.window.copy_(torch.where(rows, window[:, 1:], cache.window))
+        cache.state.copy_(torch.where(rows, state, cache.state))
+        return self.finish(C @ state, u, gate)
+
+
+class RoutingMamba(nn.Module):
+    """A mixture of whole Mamba blocks, where a layer is both Mamba and MoE.
+
+    Every expert scans all tokens, so that no state has gaps, and the router's K weights weigh the outputs: it saves no
+    compute. Source: Zhan et al. 2025, https://arxiv.org/abs/2506.18145, who share one routing among an expert's
+    projections around a common scan; here whole blocks are mixed, as the case has it.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.router = Router(config)
+        self.experts = nn.ModuleList(Mamba(config) for _ in range(config.n_experts))
+
+    def forward(self, x: Tensor, positions: Tensor | None = None, keep: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """x (B, T, D) → (B, T, D) and the routing of the rows where `keep` is true."""
+        routing = self.router(x.flatten(0, 1))
+        y = self.mix(torch.stack([expert(x) for expert in self.experts], dim=-1), routing)
+        if keep is not None:
+            rows = keep.flatten()
+            routing = Routing(routing.weights[rows], routing.expert_ids[rows], routing.logits[rows], routing.drop_rate)
+        return y, routing
+
+    def mix(self, outputs: Tensor, routing: Routing) -> Tensor:
+        """(B, T, D, E) and the routing of B·T tokens → (B, T, D)."""
+        share = torch.zeros_like(routing.logits).scatter(1, routing.expert_ids, routing.weights)  # (N, E)
+        return (outputs * share.view(*outputs.shape[:2], 1, -1)).sum(-1).type_as(outputs)
+
+    def new_cache(self, batch: int, max_len: int, device: torch.device, dtype: torch.dtype) -> list[MambaState]:
+        return [expert.new_cache(batch, max_len, device, dtype) for expert in self.experts]
+
+    def step(self, x: Tensor, position: int, cache: list[MambaState], keep: Tensor) -> Tensor:
+        outputs = [expert.step(x, position, state, keep) for expert, state in zip(self.experts, cache, strict=True)]
+        return self.mix(torch.stack(outputs, dim=-1), self.router(x.flatten(0, 1)))
+
+
+def require_kernel(name: str) -> None:
+    """Raise ConfigError unless the scan that the config names can run here."""
+    if name == "mamba_ssm" and not (torch.cuda.is_available() and importlib.util.find_spec("mamba_ssm")):
+        lacks = "the package mamba_ssm" if torch.cuda.is_available() else "a CUDA device"
+        raise ConfigError(f"model.mamba_kernel=mamba_ssm needs {lacks}, which is missing here; install it or set torch")
+
+
+def cuda_scan(delta: Tensor, rates: Tensor, B: Tensor, C: Tensor, x: Tensor) -> Tensor:
+    """`selective_scan` by the authors' kernel, which puts time last and A as (I, N)."""
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    x, delta, B, C = (t.transpose(1, 2).contiguous() for t in (x, delta, B, C))
+    return selective_scan_fn(x, delta, rates.t().contiguous(), B, C).transpose(1, 2)

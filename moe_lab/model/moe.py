@@ -1,0 +1,153 @@
+"""Mixture of experts: a router, a stack of SwiGLU experts, and the two losses that keep the router healthy."""
+
+# Shapes: B batch, T time, D d_model, F d_ff_expert, N = B*T tokens, E experts, K experts a token, S = N*K slots.
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_lab.config import ModelConfig
+from moe_lab.model.layers import RouterMLP
+
+# Each expert's rows are padded to a multiple of this. Grouped kernels want it, and a token's result then does not
+# depend, to the last bit, on how many other tokens chose the same expert (matrix products of few rows round differently).
+ROWS = 16
+
+
+class Routing(NamedTuple):
+    """What a router decided about the tokens that reached it; with MoD these are the tokens not skipped."""
+
+    weights: Tensor  # (N, K), each row sums to 1
+    expert_ids: Tensor  # (N, K) int64
+    logits: Tensor  # (N, E) float32
+    drop_rate: Tensor  # (), share of slots dropped for want of capacity
+
+    def load(self) -> Tensor:
+        """(E,) float32: share of the slots that the router sent to each expert, before any drop; sums to 1."""
+        n_experts = self.logits.shape[-1]
+        return F.one_hot(self.expert_ids, n_experts).float().mean(dim=(0, 1))
+
+
+class Router(nn.Module):
+    """Top-k gating of Shazeer et al. 2017, sec. 2.1, without the noise, with an MLP as the case has it.
+
+    https://arxiv.org/abs/1701.06538. The softmax over the kept logits is the full softmax renormalised (Mixtral).
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.mlp = RouterMLP(config.d_model, config.moe_router_hidden, config.n_experts)
+        self.top_k = config.moe_top_k
+
+    def forward(self, tokens: Tensor) -> Routing:
+        """(N, D) → Routing; weights are float32."""
+        logits = self.mlp(tokens)  # (N, E)
+        kept, expert_ids = logits.topk(self.top_k, dim=-1)  # (N, K), (N, K)
+        return Routing(kept.softmax(dim=-1), expert_ids, logits, logits.new_zeros(()))
+
+
+class MoE(nn.Module):
+    """Every token goes to its K best experts; their outputs are summed with the router's weights.
+
+    Nothing is dropped unless the config sets a capacity factor. Then, in training only, an expert takes at most
+    factor · N · K / E slots, earlier tokens first, and `Routing.drop_rate` reports the rest (Fedus et al. 2021,
+    sec. 2.2, https://arxiv.org/abs/2101.03961). In evaluation nothing is dropped, so that a token's output does
+    not depend on the rest of the batch.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        d_model, d_ff, self.n_experts = config.d_model, config.d_ff_expert, config.n_experts
+        self.capacity_factor = config.moe_capacity_factor
+        self.router = Router(config)
+        self.gate_proj = nn.Parameter(torch.empty(self.n_experts, d_ff, d_model))
+        self.up_proj = nn.Parameter(torch.empty(self.n_experts, d_ff, d_model))
+        self.down_proj = nn.Parameter(torch.empty(self.n_experts, d_model, d_ff))
+
+    def forward(self, x: Tensor, positions: Tensor | None = None, keep: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """x (B, T, D) → (B, T, D) and the routing. Rows where `keep` (B, T) is false are not routed and give 0."""
+        tokens = x.flatten(0, 1)  # (N, D)
+        routing = self.router(tokens)
+        expert_ids = routing.expert_ids  # where a slot goes nowhere, its id becomes E
+        if keep is not None:
+            expert_ids = expert_ids.masked_fill(~keep.flatten().unsqueeze(1), self.n_experts)
+        if self.capacity_factor and self.training:
+            expert_ids = self.drop_overflow(expert_ids)
+            routing = routing._replace(drop_rate=(expert_ids == self.n_experts).float().mean())
+        y = self.experts(tokens, expert_ids, routing.weights)
+        if keep is not None:
+            rows = keep.flatten()
+            routing = Routing(routing.weights[rows], routing.expert_ids[rows], routing.logits[rows], routing.drop_rate)
+        return y.unflatten(0, x.shape[:2]), routing
+
+    def drop_overflow(self, expert_ids: Tensor) -> Tensor:
+        """Send the slots beyond an expert's capacity nowhere (id E); among equals the earlier token stays."""
+        capacity = math.ceil(self.capacity_factor * expert_ids.numel() / self.n_experts)
+        taken = F.one_hot(expert_ids.flatten(), self.n_experts + 1)  # (S, E + 1)
+        rank = (taken.cumsum(dim=0) * taken).sum(dim=1).view_as(expert_ids)  # 1 for an expert's first slot
+        return expert_ids.masked_fill(rank > capacity, self.n_experts)
+
+    def experts(self, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+        """Sum over K of weight · SwiGLU_expert(token): (N, D), (N, K) with id E for nowhere, (N, K) → (N, D)."""
+        n_tokens, top_k = expert_ids.shape
+        rows, ends = self.arrange(expert_ids.flatten())  # (S,), (E,)
+        nowhere = (expert_ids == self.n_experts).flatten().unsqueeze(1)  # (S, 1)
+        slots = tokens.repeat_interleave(top_k, dim=0).masked_fill(nowhere, 0)  # (S, D)
+        dtype = (
+            torch.get_autocast_dtype(tokens.device.type)
+            if torch.is_autocast_enabled(tokens.device.type)
+            else slots.dtype
+        )
+        n_rows = slots.shape[0] + self.n_experts * ROWS  # enough however the tokens fall: no look at the counts
+        grouped = slots.new_zeros(n_rows, slots.shape[1], dtype=dtype).index_copy(0, rows, slots.to(dtype))
+        product = lambda a, stack: F.grouped_mm(a, stack.to(dtype).transpose(1, 2), offs=ends)  # noqa: E731
+        hidden = F.silu(product(grouped, self.gate_proj)) * product(grouped, self.up_proj)  # (n_rows, F)
+        y = product(hidden, self.down_proj).index_select(0, rows)  # (S, D)
+        # rows past the last group are never written: masked_fill, since 0 · NaN would be NaN
+        y = y.masked_fill(nowhere, 0) * weights.flatten().unsqueeze(1)
+        return y.unflatten(0, (n_tokens, top_k)).sum(dim=1).type_as(tokens)
+
+    def arrange(self, slot_experts: Tensor) -> tuple[Tensor, Tensor]:
+        """The row of each slot in the grouped buffer (S,), and where each expert's rows end (E,) int32.
+
+        Works on the device without reading a count back. Slots of expert E come after all groups.
+        """
+        order = slot_experts.argsort(stable=True)
+        sorted_experts = slot_experts[order]
+        counts = slot_experts.new_zeros(self.n_experts + 1).scatter_add_(0, slot_experts, torch.ones_like(slot_experts))
+        padded = (counts + ROWS - 1) // ROWS * ROWS
+        ends = padded.cumsum(0)
+        first_row, first_slot = ends - padded, counts.cumsum(0) - counts
+        rank = torch.arange(len(order), device=order.device) - first_slot[sorted_experts]
+        rows = torch.empty_like(order).index_copy_(0, order, first_row[sorted_experts] + rank)
+        return rows, ends[: self.n_experts].int()
+
+
+def load_balancing_loss(routing: Routing) -> Tensor:
+    """Auxiliary loss that is least when the experts share the tokens evenly.
+
+    `E * sum_e load_e * prob_e`: `load_e` is the share of routed slots that went to expert e (a count, no
+    gradient), `prob_e` its mean router probability (gradient).
+
+    Returns a scalar, dimensionless: 1 when the load is uniform, E / K when the same K experts take every token.
+    The caller applies the weight. Raises ValueError if no token was routed.
+    Source: Fedus et al. 2021, eq. 4-6, https://arxiv.org/abs/2101.03961, with their top-1 count taken over the
+    K slots of a token.
+    """
+    n_tokens, n_experts = routing.logits.shape
+    if n_tokens == 0:
+        raise ValueError("no token was routed")
+    return n_experts * (routing.load() * routing.logits.softmax(dim=-1).mean(dim=0)).sum()
+
+
+def router_z_loss(routing: Routing) -> Tensor:
+    """Mean square of the logits' log-sum-exp: keeps router logits small. Scalar, dimensionless, not weighted.
+
+    Source: Zoph et al. 2022, eq. 5, https://arxiv.org/abs/2202.08906.
+    """
+    return routing.logits.logsumexp(dim=-1).square().mean()

@@ -1,0 +1,68 @@
+"""Which optimizer updates which tensor, and which tensors decay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from moe_lab.config import OptimizerConfig
+from moe_lab.optim.muon import Muon
+
+# The last module of a parameter's name decides, never its rank: A_log is 2-D and no matrix, conv1d is 3-D and no stack.
+# A router's matrices are not listed: they go to AdamW, as in the case.
+MATRICES = {
+    *("q_proj", "k_proj", "v_proj", "o_proj"),
+    *("gate_proj", "up_proj", "down_proj"),
+    *("in_proj", "x_proj", "dt_proj", "out_proj"),
+}
+DECAYED = ("embedding", "lm_heads")
+
+
+def group_of(name: str) -> str:
+    """`muon`, `adamw_decayed` or `adamw` for a parameter's full name: DESIGN's table."""
+    parts = name.split(".")
+    if parts[-1] == "weight":
+        parts.pop()
+    if parts[-1] in MATRICES:  # "….q_proj.weight" and the experts' stack "….gate_proj", but not "dt_proj.bias"
+        return "muon"
+    return "adamw_decayed" if parts[0] in DECAYED else "adamw"
+
+
+def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Every trainable parameter, once, under the name of its group."""
+    groups: dict[str, list[nn.Parameter]] = {"muon": [], "adamw_decayed": [], "adamw": []}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups[group_of(name)].append(p)
+    return groups
+
+
+def build_optimizers(model: nn.Module, config: OptimizerConfig, max_lr: float) -> list[Optimizer]:
+    """Muon and AdamW, or AdamW alone, with the peak LRs in `lr` and in `initial_lr`, from which a schedule scales.
+
+    Beside Muon, AdamW runs at `adamw_lr_ratio · max_lr`; alone, it moves everything at `max_lr` and decays matrices too.
+    """
+    split = split_parameters(model)
+    decay, no_decay = {"weight_decay": config.weight_decay}, {"weight_decay": 0.0}
+    rest = [{"params": split["adamw_decayed"], "name": "adamw_decayed", **decay}]
+    rest.append({"params": split["adamw"], "name": "adamw", **no_decay})
+    optimizers: list[Optimizer] = []
+    if config.type == "muon":
+        matrices = [{"params": split["muon"], "name": "muon", **decay}]
+        options = {"momentum": config.momentum, "nesterov": config.nesterov, "ns_steps": config.ns_steps}
+        optimizers.append(Muon(matrices, lr=max_lr, adjust_lr=config.adjust_lr, **options))
+        adamw_lr = config.adamw_lr_ratio * max_lr
+    else:
+        rest.insert(0, {"params": split["muon"], "name": "adamw_matrices", **decay})
+        adamw_lr = max_lr
+    optimizers.append(AdamW(rest, lr=adamw_lr, betas=tuple(config.betas), eps=config.eps))
+    for group in groups_of(optimizers):
+        group["initial_lr"] = group["lr"]
+    return optimizers
+
+
+def groups_of(optimizers: list[Optimizer]) -> Iterator[dict]:
+    for optimizer in optimizers:
+        yield from optimizer.param_groups

@@ -1,0 +1,120 @@
+"""Muon: momentum, orthogonalised. For matrices and for stacks of matrices, each orthogonalised by itself."""
+
+# Shapes: M matrices of a stack, A rows, B columns.
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+# The quintic's coefficients, and its epsilon: Jordan 2024, https://kellerjordan.github.io/posts/muon/
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+EPSILON = 1e-7
+CONVENTIONS = ("original", "match_rms_adamw")
+
+
+def orthogonalise(stack: Tensor, steps: int) -> Tensor:
+    """Move the singular values of each matrix towards 1 (they end between about 0.7 and 1.2): (M, A, B) → bfloat16.
+
+    Newton–Schulz iteration of Jordan 2024. The order of operations is that of torch.optim.Muon, whose results are met
+    bit for bit on a CPU; in bfloat16 another order differs by a percent.
+    """
+    a, b, c = COEFFICIENTS
+    x = stack.bfloat16()
+    tall = x.shape[1] > x.shape[2]
+    if tall:
+        x = x.transpose(1, 2)
+    # one norm a matrix, as torch takes it; torch.linalg.vector_norm over two dimensions may sum in another order
+    x = x / torch.stack([matrix.norm() for matrix in x]).clamp(min=EPSILON)[:, None, None]
+    for _ in range(steps):
+        gram = x @ x.transpose(1, 2)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.transpose(1, 2) if tall else x
+
+
+def lr_factor(shape: torch.Size, convention: str) -> float:
+    """What a Muon LR is multiplied with for a matrix (…, A, B).
+
+    `original`: sqrt(max(1, A / B)), Jordan 2024: an element then moves by about lr / sqrt(B) a step.
+    `match_rms_adamw`: 0.2 · sqrt(max(A, B)), Liu et al. 2025, eq. 4, https://arxiv.org/abs/2502.16982: by about 0.2 · lr.
+    """
+    rows, columns = shape[-2:]
+    if convention == "original":
+        return math.sqrt(max(1.0, rows / columns))
+    return 0.2 * math.sqrt(max(rows, columns))
+
+
+class Muon(Optimizer):
+    """torch.optim.Muon, which takes single matrices only, for stacks (M, A, B) as well.
+
+    A slice whose gradient is exactly zero (an expert that received no token) is left alone: no update from stale
+    momentum, no decay. Momentum is kept as an exponential mean, as in torch: buf ← lerp(buf, grad, 1 - momentum).
+    `lr` is a number in the convention `adjust_lr`; weight decay is decoupled and multiplies with the plain `lr`.
+    Raises ValueError for a parameter that is neither a matrix nor a stack of matrices.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 0.02,
+        *,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_steps: int = 5,
+        weight_decay: float = 0.0,
+        adjust_lr: str = "original",
+    ):
+        if adjust_lr not in CONVENTIONS:
+            raise ValueError(f"adjust_lr={adjust_lr!r} is not one of {', '.join(CONVENTIONS)}")
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_steps": ns_steps,
+            "weight_decay": weight_decay,
+            "adjust_lr": adjust_lr,
+        }
+        super().__init__(params, defaults)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.ndim not in (2, 3):
+                    raise ValueError(f"Muon takes matrices and stacks of matrices, got the shape {tuple(p.shape)}")
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update. Returns the closure's loss, or None."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.update(p, group)
+        return loss
+
+    def update(self, p: Tensor, group: dict) -> None:
+        """Move one parameter. What a slice without gradient would get is masked out, on the device."""
+        state = self.state[p]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        stacked = p.ndim == 3
+        weight, grad, buffer = (t if stacked else t.unsqueeze(0) for t in (p, p.grad, state["momentum_buffer"]))
+        momentum, lr = group["momentum"], group["lr"]
+        mean = buffer.lerp(grad, 1 - momentum)
+        direction = grad.lerp(mean, momentum) if group["nesterov"] else mean
+        direction = orthogonalise(direction, group["ns_steps"])
+        decayed = weight * (1 - lr * group["weight_decay"])
+        moved = decayed.add_(direction, alpha=-lr * lr_factor(p.shape, group["adjust_lr"]))
+        if not stacked:
+            buffer.copy_(mean)
+            weight.copy_(moved)
+            return
+        alive = (grad != 0).flatten(1).any(dim=1)[:, None, None]  # (M, 1, 1)
+        buffer.copy_(torch.where(alive, mean, buffer))
+        weight.copy_(torch.where(alive, moved, weight))

@@ -1,0 +1,78 @@
+"""What a person may change while a run goes on: a small locked record that the loop reads once an update."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+from moe_lab.train.record import read_jsonl
+
+CONTROLS = "controls.jsonl"
+
+
+class Controls:
+    """Callers on any thread ask; the loop obeys between two updates and writes what it did to controls.jsonl.
+
+    `replay` feeds such a file back, so that a run that was steered by hand can be repeated.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Condition()
+        self.asked: list[tuple[str, float | None]] = []
+        self.scheduled: list[dict] = []
+        self.paused = False
+        self.stopped = False
+        self.lr_scale = 1.0
+
+    def ask(self, action: str, value: float | None = None) -> None:
+        with self.lock:
+            self.asked.append((action, value))
+            if action in ("pause", "resume"):
+                self.paused = action == "pause"
+            if action == "stop":
+                self.stopped, self.paused = True, False
+            self.lock.notify_all()
+
+    def stop(self) -> None:
+        self.ask("stop")
+
+    def pause(self) -> None:
+        self.ask("pause")
+
+    def resume(self) -> None:
+        self.ask("resume")
+
+    def save(self) -> None:
+        self.ask("save")
+
+    def set_lr_scale(self, scale: float) -> None:
+        """Multiply every learning rate with `scale` > 0 from the next update on."""
+        if not scale > 0:
+            raise ValueError(f"lr_scale={scale} must be more than 0")
+        self.ask("lr_scale", float(scale))
+
+    def replay(self, path: str | Path) -> None:
+        """Schedule the actions of a controls.jsonl at the steps at which they happened."""
+        self.scheduled = [row for row in read_jsonl(Path(path)) if row["action"] in ("stop", "save", "lr_scale")]
+
+    def take(self, step: int) -> list[dict]:
+        """Rows for what was asked since the last call, `step` updates done; applies LR changes."""
+        with self.lock:
+            due = [(row["action"], row.get("value")) for row in self.scheduled if row["step"] == step]
+            self.scheduled = [row for row in self.scheduled if row["step"] > step]
+            rows = []
+            for action, value in self.asked + due:
+                if action == "lr_scale":
+                    self.lr_scale = value
+                if action == "stop":
+                    self.stopped = True
+                rows.append({"step": step, "action": action} | ({} if value is None else {"value": value}))
+            self.asked.clear()
+            return rows
+
+    def wait_while_paused(self, seconds: float) -> bool:
+        """Wait at most `seconds` for the pause to end. Returns whether it still lasts."""
+        with self.lock:
+            if self.paused:
+                self.lock.wait(seconds)
+            return self.paused

@@ -1,0 +1,69 @@
+"""Where and in which precision a run computes."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import time
+
+import torch
+
+from moe_lab.config import Config, ConfigError
+
+WORTH_IT = 1.3  # bfloat16 is taken where it is at least this many times faster: rounding is a cost too
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` takes CUDA, else MPS, else the CPU. Raises ConfigError for a device that is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if there[kind]))
+    if not there[name]:
+        found = ", ".join(kind for kind, is_there in there.items() if is_there)
+        raise ConfigError(f"training.device={name} is not available here; this machine has {found}; or set auto")
+    return torch.device(name)
+
+
+def pick_compute(config: Config, device: torch.device) -> str:
+    """`float32` or `bfloat16`; where the config says auto, by timing the run's own widest matrix product."""
+    if config.precision.compute != "auto":
+        return config.precision.compute
+    model = config.model
+    rows = max(64, min(config.training.batch_size * model.max_seq_len, 4096))
+    a = torch.ones(rows, model.d_model, device=device)
+    b = torch.ones(model.d_model, max(model.d_ff, model.d_model), device=device)
+    seconds = {dtype: seconds_per_product(a.to(dtype), b.to(dtype)) for dtype in (torch.float32, torch.bfloat16)}
+    return "bfloat16" if seconds[torch.float32] >= WORTH_IT * seconds[torch.bfloat16] else "float32"
+
+
+def seconds_per_product(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Best of several timed bunches of a @ b."""
+    best = float("inf")
+    for _ in range(7):
+        start = time.perf_counter()
+        for _ in range(5):
+            product = a @ b
+        product[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return best / 5
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep freed memory for the next step instead of handing it back to the system. Returns whether it did.
+
+    Training allocates the same tens of megabytes each step; by default glibc maps and unmaps them, and a CPU step
+    spends a large part of its time in page faults (benchmarks/step_time.py measures it). Other systems: nothing.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:  # musl
+        return False
+    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
+    # one arena, since a training thread's own arena cannot grow past 64 MB; no mmap; no trim; grow in steps of 64 MB
+    settings = ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 64 << 20))
+    return all(mallopt(name, value) for name, value in settings)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

@@ -1,0 +1,54 @@
+"""Validation loss: next-token cross-entropy over every target of the validation split, in evaluation mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_lab.data import validation_windows
+from moe_lab.model import LanguageModel
+from moe_lab.model.depth import agreement
+from moe_lab.model.heads import targets_of, token_loss
+
+
+@torch.no_grad()
+def evaluate(
+    model: LanguageModel,
+    tokens: np.ndarray,
+    seq_len: int,
+    batch_size: int,
+    autocast: Callable,
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict[str, float | list[float]] | None:
+    """`validation_loss` in nats per token and, with MoD, `mod_agreement` of each router; None if `stopped` says so.
+
+    `autocast` makes the context to compute in. The model's mode is put back.
+    """
+    device = model.embedding.weight.device
+    total = torch.zeros((), device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+    agreed: Tensor | float = 0.0
+    n_targets = 0
+    was_training = model.training
+    model.eval()
+    try:
+        for ids in validation_windows(tokens, seq_len, batch_size):
+            if stopped():
+                return None
+            ids = ids.to(device)
+            with autocast():
+                trunk = model.trunk(ids[:, :-1])
+                logits = model.lm_heads[0](trunk.hidden)
+            count = ids[:, 1:].numel()
+            total += token_loss(logits, targets_of(ids, None, 1)) * count
+            if trunk.depth:
+                agreed = agreed + torch.stack([agreement(report) for report in trunk.depth]) * count
+            n_targets += count
+    finally:
+        model.train(was_training)
+    result: dict[str, float | list[float]] = {"validation_loss": (total / n_targets).item()}
+    if isinstance(agreed, Tensor):
+        result["mod_agreement"] = [round(share, 6) for share in (agreed / n_targets).tolist()]
+    return result

@@ -1,0 +1,11 @@
+import pytest
+import torch
+
+torch.set_num_threads(1)  # on a busy machine with few cores, small tests run ten times faster with one thread
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
