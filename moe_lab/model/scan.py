@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from moe_lab.model.layers import no_autocast
+
 
 def selective_scan(delta: Tensor, A: Tensor, B: Tensor, C: Tensor, x: Tensor) -> Tensor:
     """The scan from a zero state: delta ≥ 0 and x (B, T, D), A ≤ 0 (N, D), B and C (B, T, N) → y (B, T, D). float32 or float64."""
@@ -27,7 +29,8 @@ def selective_scan(delta: Tensor, A: Tensor, B: Tensor, C: Tensor, x: Tensor) ->
     padding = -length % chunk  # a position with delta = 0 neither decays the state nor adds to it
     if padding:
         delta, B, C, x = (F.pad(t, (0, 0, 0, padding)) for t in (delta, B, C, x))
-    return SelectiveScan.apply(delta, A, B, C, x, chunk)[:, :length]
+    with no_autocast(x):  # the state is summed over hundreds of positions: not in 16 bits
+        return SelectiveScan.apply(delta, A, B, C, x, chunk)[:, :length]
 
 
 class SelectiveScan(Function):

@@ -147,6 +147,7 @@ class Trainer:
         ckpt.check_disk(self.run_dir, size * (self.config.training.keep_checkpoints + 1))
         self.floors = loss_floors(self.dataset)
         self.initial_sample = ckpt.initial_sample(self.model)
+        torch.manual_seed(self.config.training.seed)  # for dropout, whatever this process drew before
         if self.stored is not None:
             self.restore(self.stored)
             self.stored = None

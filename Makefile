@@ -1,0 +1,63 @@
+# make run   train the cured model by executing notebook 05 (PARAMS="profile=smoke seed=1" sets its parameters)
+# make test  every test, the notebooks included
+# make lab   open JupyterLab        make notebooks  the whole sequence, headless
+.DEFAULT_GOAL := help
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+PARAMS ?=
+
+.PHONY: help setup run test lab notebooks outputs docs-table bench mutants browser format
+
+help:
+	@echo "make setup | run | test | lab | notebooks | outputs | docs-table | bench | mutants | format; see README.md"
+
+# Once: the stamp is newer than what it was made from, so a second call installs nothing.
+setup: .venv/installed
+.venv/installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python of at least 3.11 found; install one, or set PYTHON=…" >&2; exit 2; }
+	@echo "installing the environment into .venv (once; a few minutes)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[lab,test]"
+	@touch $@
+
+run: setup
+	@$(BIN)/python -m moe_lab notebook notebooks/05_fixed_training.ipynb $(PARAMS)
+
+test: setup browser
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest tests
+	MOE_LAB_PROFILE=smoke MOE_LAB_INTERACTIVE=0 $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 notebooks
+
+# The live dashboard is tested with real clicks. Any Chromium will do; else Debian's package or Playwright's build.
+browser: setup
+	@command -v chromium chromium-browser google-chrome >/dev/null \
+	|| ls $${PLAYWRIGHT_BROWSERS_PATH:-$$HOME/.cache/ms-playwright}/chromium-* >/dev/null 2>&1 \
+	|| { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && echo "installing Chromium for the browser test" \
+	     && apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium fonts-dejavu-core >/dev/null; } \
+	|| $(BIN)/python -m playwright install chromium \
+	|| { echo "error: the browser test needs Chromium; install it with your system's packages" >&2; exit 2; }
+
+lab: setup
+	$(BIN)/python -m jupyter lab notebooks
+
+notebooks: setup
+	$(BIN)/python -m moe_lab.study.sequence run $(PARAMS)
+
+# The one way to committed outputs: executes every notebook in profile lab, in place, and writes down the minutes.
+outputs: setup
+	$(BIN)/python -m moe_lab.study.sequence refresh
+	$(MAKE) docs-table
+
+docs-table: setup
+	$(BIN)/python -m moe_lab.study.docs_table
+
+bench: setup
+	$(BIN)/python benchmarks/bench.py
+
+mutants: setup
+	$(BIN)/python tests/mutants.py
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .

@@ -1,0 +1,170 @@
+"""Side by side with peers: `make bench` prints a table and writes benchmarks/results.json.
+
+Each pair is timed in turn, A B A B …, and the ratio is the median over pairs, so that a machine whose speed drifts does
+not favour either. Times are milliseconds for forward and backward (or for one update).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moe_lab import build_model, load_config
+from moe_lab.config import ModelConfig
+from moe_lab.model.mamba import Mamba
+from moe_lab.model.moe import MoE
+from moe_lab.model.scan import selective_scan
+from moe_lab.optim import Muon
+from moe_lab.train.device import keep_freed_memory
+
+ROOT = Path(__file__).resolve().parents[1]
+PAIRS = 7
+
+
+def seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def compare(name: str, ours: Callable, peer_name: str, peer: Callable) -> dict:
+    ours(), peer()
+    pairs = [(seconds(ours), seconds(peer)) for _ in range(PAIRS)]
+    return {
+        "what": name,
+        "peer": peer_name,
+        "ours_ms": round(1e3 * statistics.median(a for a, _ in pairs), 1),
+        "peer_ms": round(1e3 * statistics.median(b for _, b in pairs), 1),
+        "peer_over_ours": round(statistics.median(b / a for a, b in pairs), 2),
+    }
+
+
+def backward(module: Callable[[Tensor], Tensor | tuple], x: Tensor) -> Callable[[], None]:
+    def call() -> None:
+        y = module(x)
+        (y[0] if isinstance(y, tuple) else y).sum().backward()
+
+    return call
+
+
+def scan() -> dict:
+    """The two-level scan against the plain loop over tokens, with the states kept for autograd."""
+    n_batch, n_time, width, n_state = 8, 256, 384, 8
+    torch.manual_seed(0)
+    delta, x = torch.rand(n_batch, n_time, width) * 0.1, torch.randn(n_batch, n_time, width)
+    B, C = torch.randn(n_batch, n_time, n_state), torch.randn(n_batch, n_time, n_state)
+    A = -torch.arange(1.0, n_state + 1)[:, None].repeat(1, width)
+    inputs = [t.requires_grad_() for t in (delta, A, B, C, x)]
+
+    def plain(delta: Tensor, A: Tensor, B: Tensor, C: Tensor, x: Tensor) -> Tensor:
+        decays = torch.exp(delta.unsqueeze(2) * A).unbind(1)
+        added = (B.unsqueeze(3) * (delta * x).unsqueeze(2)).unbind(1)
+        state, states = torch.zeros_like(added[0]), []
+        for decay, new in zip(decays, added, strict=True):
+            state = torch.addcmul(new, decay, state)
+            states.append(state)
+        return (C.unsqueeze(2) @ torch.stack(states, 1)).squeeze(2)
+
+    run = lambda f: torch.autograd.grad(f(*inputs).sum(), inputs)  # noqa: E731
+    return compare(
+        "selective scan, 8 × 256 × 384, 8 states", lambda: run(selective_scan), "plain loop", lambda: run(plain)
+    )
+
+
+def against_transformers() -> list[dict]:
+    from transformers import MambaConfig, MixtralConfig
+    from transformers.models.mamba.modeling_mamba import MambaMixer
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+    config = ModelConfig(d_model=192, moe_layers=(0,), d_ff_expert=256, ssm_state_dim=8, moe_router_hidden=0)
+    x = torch.randn(8, 256, 192, requires_grad=True)
+    parts = [part(config) for part in (Mamba, MoE)]
+    theirs = [
+        MambaMixer(MambaConfig(hidden_size=192, state_size=8, num_hidden_layers=1), 0),
+        MixtralSparseMoeBlock(
+            MixtralConfig(hidden_size=192, intermediate_size=256, num_local_experts=8, num_experts_per_tok=2)
+        ),
+    ]
+    for module in (*parts, *theirs):
+        for p in module.parameters():
+            torch.nn.init.normal_(p, std=0.02)
+    names = ["Mamba block, 8 × 256 × 192", "MoE block, 8 experts top-2, 8 × 256 × 192"]
+    return [
+        compare(name, backward(ours, x), "transformers", backward(peer, x))
+        for name, ours, peer in zip(names, parts, theirs, strict=True)
+    ]
+
+
+def muon() -> dict:
+    """A stack of matrices in one call against torch.optim.Muon, one matrix at a time."""
+    stack = torch.nn.Parameter(torch.randn(16, 256, 192))
+    singles = [torch.nn.Parameter(w.detach().clone()) for w in stack]
+    gradient = torch.randn_like(stack)
+    stack.grad = gradient
+    for p, g in zip(singles, gradient, strict=True):
+        p.grad = g.clone()
+    ours, peer = Muon([stack], lr=0.02), torch.optim.Muon(singles, lr=0.02)
+    return compare("Muon, a stack of 16 matrices 256 × 192", ours.step, "torch.optim.Muon", peer.step)
+
+
+def training_step(keep: bool) -> float:
+    """Median milliseconds of a training step of the lab's model, without the optimizer."""
+    if keep and not keep_freed_memory():
+        return float("nan")
+    config = load_config(ROOT / "configs" / "lab.yaml")
+    model = build_model(config.model)
+    ids = torch.randint(config.model.vocab_size, (config.training.batch_size, config.model.max_seq_len + 1))
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            sum(model.losses(ids).values()).backward()
+
+    step()
+    return 1e3 * statistics.median(seconds(step) for _ in range(PAIRS))
+
+
+def allocator() -> dict:
+    """A process with and one without glibc keeping freed memory, in turn."""
+
+    def in_a_process(keep: bool) -> float:
+        done = subprocess.run(
+            [sys.executable, __file__, "step", str(int(keep))], capture_output=True, text=True, check=True
+        )
+        return float(done.stdout)
+
+    pairs = [(in_a_process(True), in_a_process(False)) for _ in range(3)]
+    return {
+        "what": "training step of the lab's model",
+        "peer": "glibc's default allocator",
+        "ours_ms": round(statistics.median(a for a, _ in pairs), 1),
+        "peer_ms": round(statistics.median(b for _, b in pairs), 1),
+        "peer_over_ours": round(statistics.median(b / a for a, b in pairs), 2),
+    }
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["step"]:
+        print(training_step(keep=sys.argv[2] == "1"))
+        return
+    keep_freed_memory()
+    rows = [scan(), *against_transformers(), muon(), allocator()]
+    print(f"{'what':46} {'ours ms':>9} {'peer ms':>9} {'peer/ours':>10}  peer")
+    for row in rows:
+        print(f"{row['what']:46} {row['ours_ms']:9} {row['peer_ms']:9} {row['peer_over_ours']:10}  {row['peer']}")
+    machine = {"machine": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    result = {**machine, "python": platform.python_version(), "torch": torch.__version__, "rows": rows}
+    (ROOT / "benchmarks" / "results.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""What makes a notebook a lesson: predictions before results, and exercises whose checks say what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from moe_lab.show.live import is_interactive
+
+
+class Predictions:
+    """Guesses made before a result is seen, and their score at the end. Headless, the first option stands for the reader."""
+
+    def __init__(self) -> None:
+        self.questions: dict[str, tuple[str, Sequence[str]]] = {}
+        self.guesses: dict[str, str] = {}
+        self.answers: dict[str, str] = {}
+
+    def ask(self, key: str, question: str, options: Sequence[str]) -> None:
+        """Show 3 or 4 options to choose from. Where nobody can click, print them."""
+        self.questions[key] = question, options
+        self.guesses[key] = options[0]
+        if not is_interactive():
+            print(
+                question, *(f"  ({letter}) {option}" for letter, option in zip("abcd", options, strict=False)), sep="\n"
+            )
+            return
+        import ipywidgets
+        from IPython.display import display
+
+        layout = ipywidgets.Layout(width="auto")
+        choice = ipywidgets.RadioButtons(options=list(options), layout=layout)
+        choice.observe(lambda change: self.guesses.__setitem__(key, change["new"]), "value")
+        display(ipywidgets.VBox([ipywidgets.HTML(f"<b>{question}</b>"), choice]))
+
+    def reveal(self, key: str, right: str) -> None:
+        """Print the guess beside what was measured, `right`, which must be one of the options."""
+        options = self.questions[key][1]
+        if right not in options:
+            raise ValueError(f"{key}: {right!r} is not one of the options {list(options)}")
+        self.answers[key] = right
+        verdict = "as predicted" if self.guesses[key] == right else f"predicted: {self.guesses[key]}"
+        print(f"measured: {right} ({verdict})")
+
+    def score(self) -> None:
+        """Print how many of the revealed predictions were right."""
+        right = sum(self.guesses[key] == answer for key, answer in self.answers.items())
+        print(f"{right} of {len(self.answers)} predictions were right")
+
+
+def check_exercise(answer: object, tests: Sequence[tuple[Callable[[object], bool], str]]) -> bool:
+    """Judge a reader's answer: `None` is not started; else the first test that fails prints its hint.
+
+    Each test is a function of the answer and what to say when it is false. Returns whether all hold.
+    """
+    if answer is None:
+        print("not started: replace None by your answer and run this cell again")
+        return False
+    for test, hint in tests:
+        try:
+            holds = test(answer)
+        except Exception as error:  # the reader's code may raise anything; say it, and go on
+            print(f"not yet: your code raised {type(error).__name__}: {error}")
+            return False
+        if not holds:
+            print(f"not yet: {hint}")
+            return False
+    print("right")
+    return True

@@ -1,0 +1,64 @@
+"""The whole sequence of notebooks: run it, or make its committed outputs anew.
+
+python -m moe_lab.study.sequence run [name=value …]     # each notebook into one new directory under runs/
+python -m moe_lab.study.sequence refresh [notebook …]   # outputs in place, and notebooks/minutes.json
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from moe_lab.config import ConfigError
+from moe_lab.study import runner
+from moe_lab.train.record import write_atomically
+
+MINUTES = runner.NOTEBOOKS / "minutes.json"
+
+
+def minutes_of(call) -> float:
+    start = time.perf_counter()
+    call()
+    return round((time.perf_counter() - start) / 60, 1)
+
+
+def smoke(path: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        runner.execute(path, Path(folder) / path.name, {}, MOE_LAB_PROFILE="smoke")
+
+
+def refresh(paths: list[Path]) -> None:
+    """Outputs of profile lab in place; minutes of both profiles beside them."""
+    measured = json.loads(MINUTES.read_text(encoding="utf-8"))
+    measured["reference"]["machine"] = f"{torch.get_num_threads()} cores, {platform.machine()}, no GPU"
+    for path in paths:
+        minutes = {"smoke": minutes_of(lambda path=path: smoke(path))}
+        minutes["lab"] = minutes_of(lambda path=path: runner.refresh([path]))
+        measured["notebooks"][path.stem] = minutes
+        print(f"{path.stem}: smoke {minutes['smoke']} min, lab {minutes['lab']} min")
+        write_atomically(MINUTES, json.dumps(measured, indent=2) + "\n")
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        command, *rest = arguments or [""]
+        if command == "run":
+            print(runner.run_all(parameters=dict(word.split("=", 1) for word in rest)))
+        elif command == "refresh":
+            refresh([runner.find_notebook(name) for name in rest] or runner.all_notebooks())
+        else:
+            raise ConfigError(f"{command!r} is not a command; write run or refresh")
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,142 @@
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "moe_lab"
+
+# DESIGN's table: what a room may import beside itself. A path with a dot opens one file of a room.
+TRAINING = {"config", "data", "model", "optim"}
+ALLOWED = {
+    "config": set(),
+    "data": {"config"},
+    "model": {"config"},
+    "optim": {"config"},
+    "train": TRAINING,
+    "health": set(),
+    "show": {"config", "train.record", "health"},
+    "study": {*TRAINING, "train", "health", "show"},
+    "connect": {*TRAINING, "train", "health"},
+}
+DOORS = {"__init__", "__main__"}  # what a user enters by; these may import anything
+HEALTH_PACKAGES = {"torch", *sys.stdlib_module_names}  # so that health can be lifted into another project
+LONG = {"config.py": 450}  # it is the table of every field
+
+
+def imported(path: Path, source: str) -> list[tuple[str, ast.AST]]:
+    """Full dotted name of everything that the file at `path` imports, in whichever of Python's forms."""
+    package = path.relative_to(ROOT).parent.parts  # ("moe_lab", "train")
+    names: list[tuple[str, ast.AST]] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [(alias.name, node) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            names += [(".".join((*base, *filter(None, [node.module]), alias.name)), node) for alias in node.names]
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in (
+            "import_module",
+            "__import__",
+        ):
+            names += [(str(argument.value), node) for argument in node.args if isinstance(argument, ast.Constant)]
+    return names
+
+
+def violations(path: Path, source: str) -> list[str]:
+    """What the file imports against the table."""
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if room in DOORS:
+        return []
+    allowed = [f"moe_lab.{name}" for name in ALLOWED[room] | {room}]
+    bad = []
+    for name, node in imported(path, source):
+        top = name.split(".")[0]
+        if top == "moe_lab" and not any(name == prefix or name.startswith(prefix + ".") for prefix in allowed):
+            bad.append(name)
+        # preflight reads YAML files, and imports the parser inside the function: an indented line
+        yaml_inside = top == "yaml" and path.name == "preflight.py" and node.col_offset
+        if room == "health" and top not in {"moe_lab", *HEALTH_PACKAGES} and not yaml_inside:
+            bad.append(name)
+    return bad
+
+
+def test_every_room_is_in_the_table() -> None:
+    rooms = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert rooms - DOORS - {"__pycache__"} <= set(ALLOWED)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_follow_the_table(path: Path) -> None:
+    assert violations(path, path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("place", "line"),
+    [
+        ("model/x.py", "import moe_lab.train"),
+        ("model/x.py", "import moe_lab.train.loop as loop"),
+        ("model/x.py", "from moe_lab import train"),
+        ("model/x.py", "from moe_lab.train.loop import Trainer"),
+        ("model/x.py", "from ..train import loop"),
+        ("model/x.py", "from .. import train"),
+        ("model/deep/x.py", "from ...train import loop"),
+        ("model/__init__.py", "from ..optim import Muon"),
+        ("model/x.py", "from moe_lab import Trainer"),  # through the front door
+        ("model/x.py", "import moe_lab"),
+        ("model/x.py", "def f():\n    from moe_lab import train"),
+        ("model/x.py", "if TYPE_CHECKING:\n    from moe_lab.optim import Muon"),
+        ("model/x.py", "importlib.import_module('moe_lab.train')"),
+        ("config.py", "from moe_lab.model import build_model"),
+        ("config.py", "from .model import build_model"),
+        ("data/x.py", "from moe_lab.model import build_model"),
+        ("optim/x.py", "from moe_lab.model import build_model"),
+        ("train/x.py", "from moe_lab import health"),
+        ("train/x.py", "from moe_lab.show import dashboard"),
+        ("show/x.py", "from moe_lab.train import Trainer"),
+        ("show/x.py", "from moe_lab.train.loop import Trainer"),
+        ("show/x.py", "from ..train.recorder import read"),
+        ("study/x.py", "from moe_lab.connect import hf"),
+        ("connect/x.py", "from moe_lab.study import bugs"),
+        ("connect/x.py", "from moe_lab.show import dashboard"),
+        ("health/x.py", "from moe_lab.config import Config"),
+        ("health/x.py", "from .. import config"),
+        ("health/x.py", "import numpy as np"),
+        ("health/x.py", "from yaml import safe_load"),
+        ("health/preflight.py", "import yaml"),
+        ("health/x.py", "def f():\n    import yaml"),
+    ],
+)
+def test_a_forbidden_import_is_seen(place: str, line: str) -> None:
+    assert len(violations(PACKAGE / place, f"import json\n{line}\n")) == 1
+
+
+def test_what_the_table_allows_is_allowed() -> None:
+    show = "from . import style\nfrom moe_lab.train.record import read_record\nfrom ..train import record\nfrom ..health import Watch\n"
+    assert violations(PACKAGE / "show" / "x.py", show) == []
+    preflight = "import torch.nn\nimport json\nfrom .rules import Rule\ndef f():\n    import yaml\n"
+    assert violations(PACKAGE / "health" / "preflight.py", preflight) == []
+    assert violations(PACKAGE / "__main__.py", "from moe_lab.study import runner\n") == []
+
+
+def shrugs(source: str) -> list[int]:
+    """Lines of handlers that do nothing about what they caught."""
+    handlers = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ExceptHandler)]
+
+    def idle(node: ast.AST) -> bool:
+        return isinstance(node, ast.Pass) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+
+    return [node.lineno for node in handlers if node.type is None or all(idle(inner) for inner in node.body)]
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_file_is_long_and_no_error_is_swallowed(path: Path) -> None:
+    source = path.read_text()
+    assert len(source.splitlines()) <= LONG.get(str(path.relative_to(PACKAGE)), 400)
+    assert shrugs(source) == []
+
+
+@pytest.mark.parametrize("body", ["except OSError:\n    pass", "except OSError:\n    ...", "except:\n    raise"])
+def test_a_swallowed_error_is_seen(body: str) -> None:
+    assert shrugs(f"try:\n    f()\n{body}\n") == [3]
+    assert shrugs("try:\n    f()\nexcept OSError as error:\n    print(error)\n") == []

@@ -1,0 +1,219 @@
+"""What the first cells of a notebook call, and notebooks executed without a person."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from moe_lab.config import ConfigError
+from moe_lab.study import notebook, runner
+
+TESTS = Path(__file__).parent
+PARAMETERS = """profile: str = "smoke"  # smoke, lab or gpu
+overrides: list = []
+run_dir: str = ""
+resume: bool = False
+n_seeds: int = 3  # seeds a method
+lr: float = 0.01"""
+IMPORTS = f"""import sys
+sys.path.insert(0, {str(TESTS / "browser")!r})
+from fake_trainer import FakeTrainer
+from moe_lab.show.live import LiveRun"""
+START = "run = LiveRun(FakeTrainer({}), {{'trigram': 4.08}}).start()"
+
+
+def write(path: Path, *sources: str, parameters: str = PARAMETERS) -> Path:
+    cells = [nbformat.v4.new_code_cell(source) for source in (parameters, *sources)]
+    cells[0].metadata["tags"] = ["parameters"]
+    metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "expected"),
+    [
+        (bool, "false", False),
+        (bool, "True", True),
+        (bool, True, True),
+        (float, "1e-3", 0.001),
+        (float, 2, 2.0),
+        (int, "3", 3),
+        (int, 2e3, 2000),
+        (list, "a.b=1, c.d=[1, 2] e.f=x", ["a.b=1", "c.d=[1, 2]", "e.f=x"]),
+        (list, ["a.b=1"], ["a.b=1"]),
+    ],
+)
+def test_cast_takes_what_says_the_same(kind, value, expected) -> None:
+    result = notebook.cast("name", value, kind)
+    assert result == expected
+    assert type(result) is kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [(bool, "flase"), (bool, 1), (int, "1.5"), (int, True), (int, "many"), (float, "nan"), (str, 3), (list, [1])],
+)
+def test_cast_refuses_the_rest_in_one_line(kind, value) -> None:
+    with pytest.raises(ConfigError, match=f"^parameter name={re.escape(repr(value))} must be .+$"):
+        notebook.cast("name", value, kind)
+
+
+@pytest.mark.parametrize(
+    ("given", "environment", "expected"),
+    [(None, None, "lab"), ("", "smoke", "smoke"), ("gpu", "smoke", "gpu"), (None, "smoke", "smoke")],
+)
+def test_a_parameter_wins_over_the_environment_which_wins_over_the_default(given, environment, expected, monkeypatch):
+    monkeypatch.delenv("MOE_LAB_PROFILE", raising=False)
+    if environment:
+        monkeypatch.setenv("MOE_LAB_PROFILE", environment)
+    assert notebook.resolve(profile=given).profile == expected
+
+
+def test_begin_resolves_the_run_from_any_directory(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    lab = notebook.begin(config="configs/smoke.yaml", overrides="training.steps=7 training.max_lr=1e-3", seed="5")
+    assert (lab.profile, lab.config.n_steps, lab.config.training.max_lr) == ("smoke", 7, 0.001)
+    assert lab.config.training.seed == 5
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d{6}_smoke(_\d+)?", lab.run_dir.name)
+    assert lab.run_dir.parent == lab.root / "runs"
+    assert not lab.run_dir.exists()
+    lab.provenance()
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(r"commit \S+ · Python 3\.\S+ · torch \S+ · \w+ · profile smoke · seed 5", last)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"proflie": "lab"}, "unknown parameter 'proflie'; did you mean profile?"),
+        ({"profile": "smok"}, "profile='smok' is not one of smoke, lab, gpu; did you mean smoke?"),
+        (
+            {"profile": "smoke", "overrides": "training.step=3"},
+            "override: unknown key training.step; did you mean steps?",
+        ),
+        ({"profile": "smoke", "resume": "true"}, "resume=True needs run_dir"),
+        ({"config": "configs/smoek.yaml"}, "did you mean .*smoke.yaml"),
+    ],
+    ids=str,
+)
+def test_begin_refuses_in_one_line(parameters, message) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        notebook.begin(**parameters)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_directory_named_automatically_makes_room_for_another_run(tmp_path) -> None:
+    given = notebook.resolve(profile="smoke", run_dir=str(tmp_path))
+    (tmp_path / "record.jsonl").touch()
+    assert given.fresh_run_dir() == tmp_path  # the trainer says what to do about a directory that was asked for
+    named = notebook.Lab(given.config, "smoke", tmp_path, run_dir_given=False, resume=False)
+    assert named.fresh_run_dir() == tmp_path.with_name(f"{tmp_path.name}_2")
+
+
+def test_claims_print_one_stable_line_or_fail(capsys) -> None:
+    notebook.claim("05.1", True, "validation loss is below the trigram")
+    assert capsys.readouterr().out == "05.1 holds: validation loss is below the trigram\n"
+    with pytest.raises(AssertionError, match=r"^05\.1 does not hold: validation loss is below the trigram$"):
+        notebook.claim("05.1", False, "validation loss is below the trigram")
+
+
+def test_parameters_are_cast_to_what_the_notebook_declares(tmp_path) -> None:
+    path = write(tmp_path / "n.ipynb")
+    given = {"resume": "false", "lr": "1e-3", "n_seeds": "2", "overrides": "training.steps=3"}
+    expected = {"resume": False, "lr": 0.001, "n_seeds": 2, "overrides": ["training.steps=3"]}
+    assert notebook.validate_parameters(path, given) == expected
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"n_seed": 2}, "n.ipynb: unknown parameter 'n_seed'; did you mean n_seeds?"),
+        ({"zzz": 2}, "n.ipynb: unknown parameter 'zzz'; it has profile, overrides"),
+        ({"resume": "no"}, "parameter resume='no' must be true or false"),
+        ({"n_seeds": "1e-3"}, "parameter n_seeds='1e-3' must be a whole number"),
+        ({"overrides": "model.n_layers=0"}, "model.n_layers=0 must be more than 0"),
+    ],
+    ids=str,
+)
+def test_wrong_parameters_stop_before_a_kernel_starts(tmp_path, parameters, message, capsys) -> None:
+    path = write(tmp_path / "n.ipynb")
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        notebook.validate_parameters(path, parameters)
+    arguments = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
+    assert runner.main([str(path), *arguments]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_headless_leaves_one_picture_and_no_widget(tmp_path) -> None:
+    path = write(tmp_path / "n.ipynb", IMPORTS, START.format(""), "summary = await run.finished()", "print(resume, lr)")
+    directory = runner.run_notebook(path, {"lr": "1e-3"}, tmp_path / "out")
+    done = nbformat.read(directory / "n.ipynb", as_version=4)
+    start, wait, after = done.cells[-3:]
+    assert [sorted(output.data) for output in start.outputs] == [["text/html", "text/plain"]]
+    assert start.outputs[0].data["text/plain"].startswith("Step 20 of 20")
+    assert {output.name for output in wait.outputs} <= {"stderr"}
+    assert after.outputs[0].text == "False 0.001\n"
+    assert "widgets" not in done.metadata
+    assert "<figcaption>Step 20 of 20" in (directory / "n.html").read_text()
+
+
+def test_a_failing_worker_fails_the_cell_with_its_own_words(tmp_path, capsys) -> None:
+    path = write(tmp_path / "n.ipynb", IMPORTS, START.format("fails_at=5"), "await run.finished()", "print('never')")
+    assert runner.main([str(path), f"run_dir={tmp_path / 'out'}"]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "error: n.ipynb, cell [5]: FloatingPointError: loss is nan in step 5"
+    cells = nbformat.read(tmp_path / "out" / "n.ipynb", as_version=4).cells
+    assert cells[-2].outputs[-1].traceback[-1].endswith("loss is nan in step 5")
+    assert not cells[-1].outputs
+
+
+def test_a_directory_with_a_run_is_not_overwritten(tmp_path) -> None:
+    (tmp_path / "record.jsonl").touch()
+    with pytest.raises(ConfigError, match="holds a run already.*resume=true"):
+        runner.run_notebook(write(tmp_path / "n.ipynb"), {}, tmp_path)
+
+
+def test_ctrl_c_stops_the_run_gracefully_and_the_notebook_after_its_cell(tmp_path) -> None:
+    mark = tmp_path / "started"
+    wait = f"open({str(mark)!r}, 'w'); summary = await run.finished(); print(summary['status'])"
+    path = write(tmp_path / "n.ipynb", IMPORTS, START.format("n_steps=10**6"), wait, "print('never')")
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from moe_lab.study import runner; sys.exit(runner.main(sys.argv[1:]))",
+    ]
+    process = subprocess.Popen([*command, str(path), f"run_dir={tmp_path / 'out'}"], stderr=subprocess.DEVNULL)
+    for _ in range(600):
+        if mark.exists() or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    *_, wait_cell, never = nbformat.read(tmp_path / "out" / "n.ipynb", as_version=4).cells
+    assert [output.text for output in wait_cell.outputs if output.get("name") == "stdout"] == ["interrupted\n"]
+    assert not never.outputs
+
+
+def test_refresh_writes_clean_outputs_in_place_and_nothing_when_a_cell_fails(tmp_path, monkeypatch) -> None:
+    widget = "import ipywidgets\nipywidgets.IntSlider()"
+    path = write(
+        tmp_path / "n.ipynb", "import os, sys\nprint('x', file=sys.stderr)\nos.environ['MOE_LAB_PROFILE']", widget
+    )
+    runner.refresh([path])
+    done = nbformat.read(path, as_version=4)
+    assert [cell.execution_count for cell in done.cells] == [1, 2, 3]
+    assert [output.data["text/plain"] for output in done.cells[1].outputs] == ["'lab'"]
+    assert not {"papermill", "widgets"} & set(done.metadata)
+    assert all("papermill" not in cell.metadata for cell in done.cells)
+    assert "widget-view" not in path.read_text()
+    before = write(path, "1 / 0").read_text()
+    with pytest.raises(runner.PapermillExecutionError):
+        runner.refresh([path])
+    assert path.read_text() == before
