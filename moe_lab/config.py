@@ -105,6 +105,13 @@ class ModelConfig:
                     )
             if len(set(layers)) < len(layers):
                 raise ConfigError(f"model.{name}={list(layers)} names a layer twice; name each once")
+        if any(self.is_moe(layer) and not self.is_mamba(layer) for layer in range(self.n_layers)):
+            for name in ("d_model", "d_ff_expert"):
+                if getattr(self, name) % 8:
+                    raise ConfigError(
+                        f"model.{name}={getattr(self, name)} must be a multiple of 8 where there are experts: "
+                        "grouped matrix products take rows of whole 16 bytes"
+                    )
         if self.moe_top_k > self.n_experts:
             raise ConfigError(
                 f"model.moe_top_k={self.moe_top_k} is more than model.n_experts={self.n_experts}; lower it"
@@ -178,6 +185,9 @@ class OptimizerConfig:
         "original", "the convention in which a Muon LR is a number", choices=("original", "match_rms_adamw")
     )
     adamw_lr_ratio: float = option(0.3, "AdamW's LR beside Muon over max_lr", gt=0)
+    embedding_lr_ratio: float | None = option(
+        None, "the same for embeddings and heads; None: they take adamw_lr_ratio", gt=0
+    )
     betas: tuple[float, ...] = option((0.9, 0.95), "AdamW's two betas", ge=0, lt=1)
     eps: float = option(1e-8, "AdamW's epsilon", gt=0)
     weight_decay: float = option(0.01, "decay of matrices, embeddings and heads; nothing else decays", ge=0)

@@ -154,14 +154,20 @@ def test_a_damaged_cache_says_what_to_delete(folder: Path, name: str) -> None:
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
 
 
-def test_too_little_text(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "seq_len", "counts"),
+    [
+        ("a few words and then a few more of them.", 64, r"\d+ training tokens .* and 3 validation tokens"),
+        ("nineteen characters", 4, r"\d+ training tokens .* and 0 validation tokens"),
+    ],
+)
+def test_too_little_text(tmp_path: Path, text: str, seq_len: int, counts: str) -> None:
     path = tmp_path / "text.txt"
-    for text, given in [("a few words", r"\d+ training tokens"), ("x", r"2 training .* and 0 validation tokens")]:
-        path.write_text(text)
-        with pytest.raises(ConfigError, match=rf"{given} .*; give more text, raise data.max_bytes or lower") as caught:
-            get(path, ModelConfig(max_seq_len=64))
-        assert str(caught.value).startswith(f"data.source={path} is too little text: ")
-        assert "\n" not in str(caught.value)
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=rf"{counts} .*; give more text, raise data.max_bytes or lower") as caught:
+        get(path, ModelConfig(max_seq_len=seq_len))
+    assert str(caught.value).startswith(f"data.source={path} is too little text: ")
+    assert "\n" not in str(caught.value)
 
 
 def test_describe_tells_counts_and_skips(folder: Path) -> None:

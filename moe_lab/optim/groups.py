@@ -42,7 +42,8 @@ def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 def build_optimizers(model: nn.Module, config: OptimizerConfig, max_lr: float) -> list[Optimizer]:
     """Muon and AdamW, or AdamW alone, with the peak LRs in `lr` and in `initial_lr`, from which a schedule scales.
 
-    Beside Muon, AdamW runs at `adamw_lr_ratio · max_lr`; alone, it moves everything at `max_lr` and decays matrices too.
+    Beside Muon, AdamW runs at `adamw_lr_ratio · max_lr`, on embeddings and heads at `embedding_lr_ratio · max_lr`; alone, it
+    moves everything at `max_lr` and decays matrices too.
     """
     split = split_parameters(model)
     decay, no_decay = {"weight_decay": config.weight_decay}, {"weight_decay": 0.0}
@@ -54,6 +55,7 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig, max_lr: float) -
         options = {"momentum": config.momentum, "nesterov": config.nesterov, "ns_steps": config.ns_steps}
         optimizers.append(Muon(matrices, lr=max_lr, adjust_lr=config.adjust_lr, **options))
         adamw_lr = config.adamw_lr_ratio * max_lr
+        rest[0]["lr"] = (config.embedding_lr_ratio or config.adamw_lr_ratio) * max_lr
     else:
         rest.insert(0, {"params": split["muon"], "name": "adamw_matrices", **decay})
         adamw_lr = max_lr

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Sequence
 
 from moe_lab.show.live import is_interactive
 
 
 class Predictions:
-    """Guesses made before a result is seen, and their score at the end. Headless, the first option stands for the reader."""
+    """Guesses made before a result is seen, and their score at the end. Headless, the first option stands for the reader;
+    with a reader, there is no guess before a click."""
 
     def __init__(self) -> None:
         self.questions: dict[str, tuple[str, Sequence[str]]] = {}
-        self.guesses: dict[str, str] = {}
+        self.guesses: dict[str, str | None] = {}
         self.answers: dict[str, str] = {}
 
     def ask(self, key: str, question: str, options: Sequence[str]) -> None:
         """Show 3 or 4 options to choose from. Where nobody can click, print them."""
         self.questions[key] = question, options
-        self.guesses[key] = options[0]
+        self.answers.pop(key, None)  # asked again: not scored before it is revealed again
         if not is_interactive():
+            self.guesses[key] = options[0]
             print(
                 question, *(f"  ({letter}) {option}" for letter, option in zip("abcd", options, strict=False)), sep="\n"
             )
@@ -27,10 +30,11 @@ class Predictions:
         import ipywidgets
         from IPython.display import display
 
+        self.guesses[key] = None
         layout = ipywidgets.Layout(width="auto")
-        choice = ipywidgets.RadioButtons(options=list(options), layout=layout)
+        choice = ipywidgets.RadioButtons(options=list(options), index=None, layout=layout)
         choice.observe(lambda change: self.guesses.__setitem__(key, change["new"]), "value")
-        display(ipywidgets.VBox([ipywidgets.HTML(f"<b>{question}</b>"), choice]))
+        display(ipywidgets.VBox([ipywidgets.HTML(f"<b>{html.escape(question)}</b>"), choice]))
 
     def reveal(self, key: str, right: str) -> None:
         """Print the guess beside what was measured, `right`, which must be one of the options."""
@@ -38,7 +42,8 @@ class Predictions:
         if right not in options:
             raise ValueError(f"{key}: {right!r} is not one of the options {list(options)}")
         self.answers[key] = right
-        verdict = "as predicted" if self.guesses[key] == right else f"predicted: {self.guesses[key]}"
+        guess = self.guesses[key]
+        verdict = "as predicted" if guess == right else f"predicted: {guess}" if guess else "you made no prediction"
         print(f"measured: {right} ({verdict})")
 
     def score(self) -> None:

@@ -12,7 +12,7 @@ GIVEN_WINS = {
         *("steps", "total_tokens", "max_lr", "min_lr_ratio", "warmup_steps"),
         *("log_interval", "eval_interval", "save_interval", "keep_checkpoints", "device", "activation_checkpointing"),
     },
-    "optimizer": {"adamw_lr_ratio"},
+    "optimizer": {"adamw_lr_ratio", "embedding_lr_ratio"},
 }
 NOT_ARCHITECTURE = {
     *("dropout", "init_std", "mamba_kernel", "moe_capacity_factor"),

@@ -1,0 +1,91 @@
+"""What several tests share: the CPU-sized model, a way off its start values, and the definition of agreement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from moe_lab.config import ModelConfig
+
+BASE = ModelConfig(
+    vocab_size=257,
+    d_model=16,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    d_ff=24,
+    max_seq_len=48,
+    n_experts=4,
+    moe_top_k=2,
+    d_ff_expert=16,
+    moe_router_hidden=8,
+    mod_router_hidden=8,
+    ssm_state_dim=4,
+)
+
+MAMBA = {"mamba_enabled": True, "mamba_layers": (0, 1)}
+# each mechanism alone, and all at once: MoE beside attention, a plain Mamba, a Routing Mamba, MoD around everything
+MECHANISMS = {
+    "attention": {},
+    "moe": {"moe_layers": (0, 1)},
+    "mamba": MAMBA,
+    "routing_mamba": {**MAMBA, "moe_layers": (0, 1)},
+    "mod": {"mod_enabled": True},
+    "all": {
+        "n_layers": 3,
+        "moe_layers": (0, 2),
+        "mamba_enabled": True,
+        "mamba_layers": (1, 2),
+        "mod_enabled": True,
+    },
+}
+
+
+def tiny(**changes) -> ModelConfig:
+    """The tests' config; `tiny(moe_layers=(1,))` is a variation of it."""
+    return replace(BASE, **changes)
+
+
+def seeded(kind: Callable, *args, **options):
+    """`kind(*args, **options)` with start values that do not depend on which tests ran before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return kind(*args, **options)
+
+
+def perturb(module: nn.Module, seed: int = 0, std: float = 0.2) -> nn.Module:
+    """Add noise to every parameter, so that no test passes because a weight is one, zero or like its neighbour."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(torch.randn(p.shape, generator=generator).to(p) * std)
+    return module
+
+
+def random_ids(*shape: int, seed: int = 0, vocab_size: int = BASE.vocab_size) -> Tensor:
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of every parameter's gradient; one that no loss reached counts as zero."""
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in module.named_parameters()}
+
+
+def assert_agreement(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    """Per tensor ‖a − b‖ ≤ tolerance · ‖b‖, or both below 1e-6 of the largest; the same names on both sides."""
+    assert ours.keys() == theirs.keys()
+    largest = max(t.norm() for t in theirs.values())
+    for name, a in ours.items():
+        b = theirs[name]
+        assert a.shape == b.shape, name
+        tiny_both = max(a.norm(), b.norm()) < 1e-6 * largest
+        distance = (a.double() - b.double()).norm()
+        assert tiny_both or distance <= tolerance * b.double().norm(), f"{name}: {distance / b.norm():.1e} apart"
+
+
+def assert_nonzero(tensors: dict[str, Tensor]) -> None:
+    """Agreement about nothing proves nothing: every tensor must hold something."""
+    assert not [name for name, t in tensors.items() if not t.any()]

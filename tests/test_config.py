@@ -1,0 +1,210 @@
+import ast
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_run import CONFIGS
+
+from moe_lab import ConfigError, load_config
+from moe_lab.config import Config, differences, from_dict, to_dict, to_yaml
+
+PACKAGE = Path(__file__).parents[1] / "moe_lab"
+SECTIONS = {f.name: f.default_factory for f in fields(Config)}
+
+# Every field once, never with its default: what a round trip loses, or a reader mixes up, shows.
+EVERY_FIELD = """
+model: {vocab_size: 300, d_model: 24, n_layers: 5, n_heads: 4, n_kv_heads: 4, head_dim: 10, d_ff: 40, max_seq_len: 9,
+  rope_theta: 500.0, norm_eps: 0.01, dropout: 0.3, init_std: 0.5, moe_layers: [4, 1], n_experts: 3, moe_top_k: 1,
+  d_ff_expert: 16, moe_router_hidden: 0, moe_capacity_factor: 1.5, moe_balance_weight: 0.2, moe_z_weight: 0.3,
+  mod_enabled: true, mod_capacity_factor: 0.4, mod_router_hidden: 6, mod_predictor_weight: 0.6, mamba_enabled: true,
+  mamba_layers: [0], ssm_state_dim: 3, mamba_expand: 4, mamba_d_conv: 5, mamba_dt_rank: 6, mamba_kernel: mamba_ssm,
+  n_pred_tokens: 3, aux_loss_weights: [1, 0.25, 0]}
+training: {steps: 7, total_tokens: 70, batch_size: 3, gradient_accumulation_steps: 2, max_lr: 0.5, min_lr_ratio: 0.2,
+  warmup_steps: 4, max_grad_norm: 2.0, log_interval: 3, eval_interval: 5, save_interval: 6, keep_checkpoints: 9,
+  activation_checkpointing: true, device: cpu, seed: 11}
+optimizer: {type: adamw, momentum: 0.8, nesterov: false, ns_steps: 4, adjust_lr: match_rms_adamw, adamw_lr_ratio: 0.7,
+  embedding_lr_ratio: 0.6,
+  betas: [0.8, 0.99], eps: 1.0e-6, weight_decay: 0.2}
+precision: {parameters: bfloat16, compute: float32}
+data: {source: "hf:a/b", subset: c, data_files: d, text_field: e, max_bytes: 5}
+"""
+
+
+def test_every_field_arrives_and_survives_a_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(EVERY_FIELD)
+    given, config, default = yaml.safe_load(EVERY_FIELD), load_config(path), Config()
+    for name, kind in SECTIONS.items():
+        assert set(given[name]) == {f.name for f in fields(kind)}
+        for key, value in given[name].items():
+            read = getattr(getattr(config, name), key)
+            assert read == (tuple(value) if isinstance(value, list) else value)
+            assert read != getattr(getattr(default, name), key), f"{name}.{key} is at its default here"
+    path.write_text(to_yaml(config))
+    assert load_config(path) == config
+    assert from_dict(to_dict(config)) == config
+    assert yaml.safe_load(to_yaml(config)) == to_dict(config) == given
+
+
+def test_a_file_may_hold_one_section(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("optimizer: {momentum: 0.5}\n")
+    config = load_config(tmp_path / "c.yaml")
+    assert config.optimizer.momentum == 0.5 and config.model == Config().model
+
+
+def test_the_table_of_fields_is_in_the_docs() -> None:
+    for kind in SECTIONS.values():
+        for f in fields(kind):
+            row = rf"^    {f.name}: {re.escape(f.type)} = {re.escape(repr(f.default))}\n        {re.escape(f.metadata['meaning'])}$"
+            assert re.search(row, kind.__doc__, re.MULTILINE), f"{kind.__name__}.{f.name}"
+
+
+def test_overrides_win_and_are_typed(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("training: {steps: 5, seed: 1}\n")
+    words = ["training.steps=7", "training.max_lr=1e-3", "model.moe_layers=[0, 2]", "model.mamba_enabled=true"]
+    config = load_config(tmp_path / "c.yaml", [*words, "data.source=a=b", "model.head_dim=null", "training.steps=8"])
+    assert (config.training.steps, config.training.seed, config.training.max_lr) == (8, 1, 0.001)
+    assert config.model.moe_layers == (0, 2) and config.model.mamba_enabled is True and config.model.head_dim is None
+    assert config.data.source == "a=b"
+
+
+def test_a_text_in_place_of_a_list_of_overrides(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^overrides='training.steps=7' must be a list of texts"):
+        load_config(CONFIGS / "smoke.yaml", "training.steps=7")
+
+
+def test_steps_follow_from_the_tokens() -> None:
+    training = {"batch_size": 3, "gradient_accumulation_steps": 2, "total_tokens": 61}
+    config = Config().with_(model={"max_seq_len": 10}, training=training)
+    assert config.tokens_per_step == 60 and config.n_steps == 2  # the last step may go past the budget
+    assert config.with_(training={"total_tokens": 60}).n_steps == 1
+    assert config.with_(training={"steps": 9}).n_steps == 9
+    assert Config().n_steps == 1000
+
+
+def test_a_variation_is_validated() -> None:
+    with pytest.raises(ConfigError, match=r"^model.dropout=1 must be less than 1$"):
+        Config().with_(model={"dropout": 1})
+
+
+def test_differences_name_both_values() -> None:
+    new = Config().with_(training={"max_lr": 0.5}, model={"moe_layers": (1,)})
+    assert differences(Config(), new) == ["model.moe_layers: [] → [1]", "training.max_lr: 0.01 → 0.5"]
+    assert differences(new, new) == []
+
+
+# ---- the files of configs/ ------------------------------------------------------------------------------------------
+
+
+def test_the_five_files_are_there() -> None:
+    names = {path.stem for path in CONFIGS.glob("*.yaml")}
+    assert names == {"smoke", "lab", "gpu", "training_1.5b", "training_1.5b_as_reported"}
+    for path in CONFIGS.glob("*.yaml"):
+        assert from_dict(yaml.safe_load(to_yaml(load_config(path)))) == load_config(path)
+
+
+@pytest.mark.parametrize("name", ["smoke", "lab"])
+def test_the_profiles_hold_every_mechanism(name: str) -> None:
+    model = load_config(CONFIGS / f"{name}.yaml").model
+    kinds = [(model.is_moe(layer), model.is_mamba(layer)) for layer in range(model.n_layers)]
+    assert (True, False) in kinds, "no layer with a mixture of feed-forward experts"
+    assert any(is_mamba for _, is_mamba in kinds) and any(not is_mamba for _, is_mamba in kinds)
+    assert model.mod_enabled and model.mod_capacity_factor < 1
+    assert model.n_pred_tokens == 2 and all(weight > 0 for weight in model.aux_loss_weights)
+    assert model.moe_balance_weight > 0
+
+
+def test_the_case_as_reported_differs_in_what_the_report_names() -> None:
+    cured, reported = (load_config(CONFIGS / f"training_1.5b{end}.yaml") for end in ("", "_as_reported"))
+    assert differences(cured, reported) == [
+        "training.max_lr: 0.001 → 0.0003",
+        "precision.parameters: float32 → bfloat16",
+    ]
+
+
+def test_the_case_is_the_one_of_the_case_file() -> None:
+    config = load_config(CONFIGS / "training_1.5b.yaml")
+    model = config.model
+    assert (model.vocab_size, model.d_model, model.n_layers, model.width_of_head) == (50257, 1536, 20, 128)
+    assert [layer for layer in range(20) if model.is_moe(layer)] == [2, 3, 6, 7, 10, 11, 14, 15, 18, 19]
+    assert [layer for layer in range(20) if model.is_mamba(layer)] == [5, 9, 13, 17]
+    assert config.tokens_per_step == 4 * 1024 and config.n_steps == -(-100_000_000_000 // 4096)
+
+
+# ---- no key that nothing reads (B20) --------------------------------------------------------------------------------
+
+# By what name the rooms that make a run call a section: `config` is the model's in model/, the optimizer's in optim/.
+SPOKEN = {"training": "training", "optimizer": "optimizer", "precision": "precision", "data": "data", "model": "model"}
+SPOKEN |= {"model_config": "model"}
+ROOMS = {"data": {}, "model": {"config": "model"}, "optim": {"config": "optimizer"}, "train": {}}
+
+
+def attributes(tree: ast.AST) -> set[tuple[str, str]]:
+    """(last name before the dot, name after it) of every attribute that is read."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            base = node.value
+            found.add((getattr(base, "id", getattr(base, "attr", "")), node.attr))
+    return found
+
+
+def unread(config_source: str, sources: dict[str, str]) -> set[str]:
+    """`section.key` for each field that no room reads, directly or by a property of config.py; `sources` by path."""
+    read, used = set(), set()
+    for path, source in sources.items():
+        spoken = SPOKEN | ROOMS[path.split("/")[0]]
+        for base, name in attributes(ast.parse(source)):
+            if base in spoken or base == "config":
+                used.add(name)
+                read.add(f"{spoken.get(base)}.{name}")
+    known, methods = set(), []
+    for cls in ast.parse(config_source).body:
+        section = "".join(d.args[0].value for d in getattr(cls, "decorator_list", []) if "section" in ast.dump(d))
+        for part in getattr(cls, "body", []) if isinstance(cls, ast.ClassDef) else []:
+            if section and isinstance(part, ast.AnnAssign):
+                known.add(f"{section}.{part.target.id}")
+            if isinstance(part, ast.FunctionDef) and part.name != "__post_init__":  # to check a value is not to use it
+                methods.append((part.name, section, attributes(part)))
+    for _ in methods:  # a property may read a property
+        for name, section, inner in methods:
+            if name in used:
+                used |= {attribute for base, attribute in inner if base == "self"}
+                read |= {f"{section if base == 'self' else base}.{attribute}" for base, attribute in inner}
+    return known - read
+
+
+def package_sources() -> dict[str, str]:
+    files = [path for room in ROOMS for path in sorted((PACKAGE / room).rglob("*.py"))]
+    return {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in files}
+
+
+def test_every_key_is_read() -> None:
+    assert unread((PACKAGE / "config.py").read_text(), package_sources()) == set()
+
+
+def test_a_key_that_nothing_reads_is_found() -> None:
+    source = (PACKAGE / "config.py").read_text()
+    more = source.replace("    batch_size: int =", '    capacity: int = option(1, "")\n    batch_size: int =')
+    assert more != source
+    assert unread(more, package_sources()) == {"training.capacity"}
+
+
+@pytest.mark.parametrize(
+    ("key", "old", "new"),
+    [
+        ("training.max_grad_norm", "training.max_grad_norm", "1.0"),
+        ("model.dropout", "config.dropout", "0.1"),  # Block reads self.dropout, which is a module
+        ("precision.parameters", "precision.parameters", "'float32'"),  # beside model.parameters()
+        ("training.total_tokens", "config.n_steps", "config.tokens_per_step"),  # only a property reads it
+        ("model.head_dim", "config.width_of_head", "16"),
+        ("optimizer.nesterov", "config.nesterov", "True"),
+    ],
+)
+def test_an_unplugged_key_is_found(key: str, old: str, new: str) -> None:
+    sources = package_sources()
+    unplugged = {path: source.replace(old, new) for path, source in sources.items()}
+    assert unplugged != sources
+    assert key in unread((PACKAGE / "config.py").read_text(), unplugged)

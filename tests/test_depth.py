@@ -1,0 +1,184 @@
+"""Mixture-of-Depths: who is computed, in which order, at which position, and with what weight; who passes unchanged."""
+
+import math
+
+import pytest
+import torch
+from helpers import assert_agreement, perturb, seeded, tiny
+from torch import Tensor
+
+from moe_lab import build_model
+from moe_lab.model.attention import Attention
+from moe_lab.model.depth import Depth, DepthReport, agreement, predictor_loss
+from moe_lab.model.mamba import Mamba
+
+
+def new_depth(**changes) -> Depth:
+    return perturb(seeded(Depth, tiny(mod_enabled=True, **changes)), std=0.5)
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Recorder:
+    """A sublayer that writes down what it is given, and answers with three times its input."""
+
+    def __call__(self, x: Tensor, positions: Tensor, keep: Tensor | None):
+        self.x, self.positions, self.keep = x, positions, keep
+        return 3 * x, "beside"
+
+
+def naive_chosen(depth: Depth, x: Tensor) -> list[list[int]]:
+    """Each sequence's C positions with the highest scores, in order of time."""
+    count = math.ceil(depth.capacity * x.shape[1])
+    scores = [[depth.router(token).item() for token in sequence] for sequence in x]
+    return [sorted(sorted(range(len(row)), key=lambda t: -row[t])[:count]) for row in scores]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("capacity", "length"), [(0.75, 12), (0.5, 9), (0.1, 7), (1.0, 5), (0.3, 1)])
+def test_training_computes_the_best_c_of_each_sequence(capacity: float, length: int) -> None:
+    depth, recorder, x = new_depth(mod_capacity_factor=capacity).train(), Recorder(), draw(3, length, 16)
+    y, beside, report = depth(x, recorder)
+    expected = naive_chosen(depth, x)
+    assert recorder.positions.tolist() == expected  # sorted: in order of time, and places in the sequence, not ranks
+    assert recorder.keep is None and beside == "beside"
+    for row, chosen in enumerate(expected):
+        assert torch.equal(recorder.x[row], x[row, chosen])
+        assert report.chosen[row].nonzero().flatten().tolist() == chosen
+        for t in range(length):
+            if t in chosen:
+                weight = torch.sigmoid(depth.router(x[row, t]))
+                torch.testing.assert_close(y[row, t], x[row, t] + weight * 3 * x[row, t])
+            else:
+                assert torch.equal(y[row, t], x[row, t])  # passes by, bit for bit
+
+
+@torch.no_grad()
+def test_evaluation_asks_the_predictor() -> None:
+    depth, recorder, x = new_depth().eval(), Recorder(), draw(3, 20, 16)
+    y, _, report = depth(x, recorder)
+    wanted = torch.tensor([[depth.predictor(token).item() > 0 for token in sequence] for sequence in x])
+    assert wanted.any() and not wanted.all()
+    assert torch.equal(report.predicted > 0, wanted)
+    for row in range(3):
+        kept = wanted[row].nonzero().flatten().tolist()
+        assert recorder.positions[row, : len(kept)].tolist() == kept  # first and in order of time
+        assert sorted(recorder.positions[row].tolist()) == list(range(20))  # fixed shapes: all rows are there
+        assert recorder.keep[row].tolist() == [True] * len(kept) + [False] * (20 - len(kept))
+        for t in range(20):
+            weight = torch.sigmoid(depth.router(x[row, t]))
+            expected = x[row, t] + weight * 3 * x[row, t] if t in kept else x[row, t]
+            torch.testing.assert_close(
+                y[row, t], expected, rtol=1e-6 if t in kept else 0, atol=1e-6 if t in kept else 0
+            )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("training", [True, False])
+def test_what_a_sublayer_says_of_rows_that_do_not_count_is_not_heard(training: bool) -> None:
+    depth, x = new_depth().train(training), draw(2, 20, 16)
+
+    def garbage(rows, positions, keep):
+        return rows if keep is None else rows.masked_fill(~keep.unsqueeze(-1), torch.nan), None
+
+    assert depth(x, garbage)[0].isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [Attention, Mamba])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_skipped_token_is_neither_key_nor_state(training: bool, layer: type) -> None:
+    """The same, sequence by sequence, on a sequence that holds only the computed tokens."""
+    config = tiny(mod_enabled=True)
+    sublayer = seeded(layer, config)
+    if layer is Mamba:
+        seeded(sublayer.reset_state_space)
+    perturb(sublayer)
+    depth, x = new_depth().train(training), draw(3, 20, 16)
+    y, _, report = depth(x, lambda rows, positions, keep: (sublayer(rows, positions, keep), None))
+    for row in range(3):
+        mine = report.chosen[row] if training else report.predicted[row] > 0
+        positions = mine.nonzero().flatten()
+        computed = sublayer(x[row, positions].unsqueeze(0), positions.unsqueeze(0), None)[0]
+        weights = torch.sigmoid(depth.router(x[row, positions]))
+        expected = x[row].clone()
+        expected[positions] += weights * computed
+        assert 0 < len(positions) < 20
+        torch.testing.assert_close(y[row], expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_one_token_a_step_follows_the_same_rule() -> None:
+    depth, x = new_depth().eval(), draw(8, 1, 16)
+    expected, _, report = depth(x, Recorder())
+    asked = []
+
+    def compute(rows: Tensor, keep: Tensor) -> Tensor:
+        asked.append(keep)
+        return (3 * rows).masked_fill(~keep[:, None, None], torch.nan)
+
+    torch.testing.assert_close(depth.step(x, compute), expected)
+    assert torch.equal(asked[0], report.predicted.flatten() > 0)
+    assert asked[0].any() and not asked[0].all()
+
+
+def test_router_and_predictor_learn_and_the_predictor_leaves_the_stream_alone() -> None:
+    depth, x = new_depth().train(), draw(2, 12, 16).requires_grad_()
+    y, _, report = depth(x, lambda rows, positions, keep: (rows.sin(), None))
+    router, predictor = list(depth.router.parameters()), list(depth.predictor.parameters())
+    (y * draw(2, 12, 16, seed=1)).sum().backward(retain_graph=True)
+    assert all(p.grad.any() for p in router)  # the weight on the output is how the choice is learned
+    assert all(p.grad is None for p in predictor)
+    stream = x.grad.clone()
+    for p in router:
+        p.grad = None
+    predictor_loss(report).backward()
+    assert all(p.grad.any() for p in predictor)
+    assert all(p.grad is None for p in router)
+    assert torch.equal(x.grad, stream)
+
+
+def test_predictor_loss_and_agreement_against_a_loop() -> None:
+    report = DepthReport(draw(3, 7) > 0.3, draw(3, 7, seed=1) * 2)
+    pairs = list(zip(report.predicted.flatten().tolist(), report.chosen.flatten().tolist(), strict=True))
+    nats = [-math.log(1 / (1 + math.exp(-logit if chosen else logit))) for logit, chosen in pairs]
+    assert predictor_loss(report) == pytest.approx(sum(nats) / 21)
+    assert agreement(report) == pytest.approx(sum((logit > 0) == chosen for logit, chosen in pairs) / 21)
+
+
+@torch.no_grad()
+def test_the_model_reads_the_agreement_of_every_router() -> None:
+    model = perturb(build_model(tiny(mod_enabled=True))).eval()
+    calls = []
+    for block in model.layers:
+        for depth in (block.seq_depth, block.ffn_depth):
+            depth.register_forward_hook(lambda module, args, out: calls.append((module, args[0], out[2])))
+    reading = model.depth_agreement(torch.randint(257, (2, 20), generator=torch.Generator().manual_seed(0)))
+    assert reading.shape == (4,)
+    for value, (depth, x, report) in zip(reading, calls, strict=True):
+        best = naive_chosen(depth, x)
+        agreed = sum((report.predicted[row, t] > 0).item() == (t in best[row]) for row in range(2) for t in range(20))
+        assert value == pytest.approx(agreed / 40)
+
+
+def test_predictors_learn_the_choice() -> None:
+    """Trained on its own loss, the causal rule comes to agree with the training-time choice."""
+    depth, x = new_depth(mod_capacity_factor=0.5).train(), draw(8, 32, 16)
+    optimizer = torch.optim.Adam(depth.predictor.parameters(), lr=0.05)
+    nothing = lambda rows, positions, keep: (rows * 0, None)  # noqa: E731
+    before = agreement(depth(x, nothing)[2])
+    for _ in range(60):
+        optimizer.zero_grad()
+        predictor_loss(depth(x, nothing)[2]).backward()
+        optimizer.step()
+    assert agreement(depth(x, nothing)[2]) > max(0.9, before)
+
+
+@torch.no_grad()
+def test_full_capacity_computes_everyone() -> None:
+    depth, x = new_depth(mod_capacity_factor=1.0).train(), draw(2, 9, 16)
+    y, _, report = depth(x, Recorder())
+    assert report.chosen.all()
+    assert_agreement({"y": y}, {"y": x + torch.sigmoid(depth.router(x)) * 3 * x})

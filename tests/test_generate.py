@@ -1,0 +1,175 @@
+"""Generation: caches against no caches, choosing against plain loops, and what a user may get wrong."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from helpers import MECHANISMS, perturb, random_ids, tiny
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from moe_lab import build_model
+from moe_lab.model.generate import choose, step
+
+
+def model_with(name: str, **changes):
+    return perturb(build_model(tiny(**MECHANISMS[name], **changes)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 4, 23])
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_caches_change_nothing(name: str, length: int) -> None:
+    model, prompt = model_with(name), random_ids(3, length)
+    generated = model.generate(prompt, 14, temperature=0)
+    model.eval()
+    ids = prompt
+    for _ in range(14):
+        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(dim=-1)], dim=1)
+    assert torch.equal(generated, ids)
+
+    caches = [block.seq_layer.new_cache(3, 48, torch.device("cpu"), torch.float32) for block in model.layers]
+    cached = torch.stack([step(model, ids[:, t : t + 1], t, caches) for t in range(ids.shape[1])], dim=1)
+    torch.testing.assert_close(cached, model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mamba", "routing_mamba"])
+def test_the_state_of_mamba_does_not_grow(name: str) -> None:
+    model = model_with(name).eval()
+    sizes = []
+    for length in (4, 40):
+        caches = [block.seq_layer.new_cache(2, length, torch.device("cpu"), torch.float32) for block in model.layers]
+        states = [state for cache in caches for state in (cache if isinstance(cache, list) else [cache])]
+        shapes = [tensor.shape for state in states for tensor in state]
+        for t in range(length):
+            step(model, random_ids(2, 1, seed=t), t, caches)
+        assert [tensor.shape for state in states for tensor in state] == shapes
+        assert all(tensor.any() for state in states for tensor in state)  # and it is used
+        sizes.append(sum(shape.numel() for shape in shapes))
+    d_inner, experts = 2 * 16, 4 if name == "routing_mamba" else 1
+    assert sizes == [2 * experts * 2 * d_inner * (3 + 4)] * 2  # layers, experts, rows: taps - 1 inputs and the state
+
+
+def naive_distribution(logits: list[float], temperature: float, top_k: int | None, top_p: float | None) -> list[float]:
+    """Probabilities of the tokens that may be chosen, one token at a time."""
+    weights = [math.exp(value / temperature) for value in logits]
+    order = sorted(range(len(logits)), key=lambda i: -logits[i])[:top_k]
+    total = sum(weights[i] for i in order)
+    kept, mass = [], 0.0
+    for i in order:
+        kept.append(i)
+        mass += weights[i] / total
+        if top_p is not None and mass >= top_p:
+            break
+    total = sum(weights[i] for i in kept)
+    return [weights[i] / total if i in kept else 0.0 for i in range(len(logits))]
+
+
+@pytest.mark.parametrize("top_p", [None, 0.3, 0.8, 1.0])
+@pytest.mark.parametrize("top_k", [None, 1, 3, 50])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_choosing_follows_the_naive_distribution(temperature: float, top_k, top_p) -> None:
+    """Given the same random numbers, the same distribution chooses the same tokens, however it was computed."""
+    logits = torch.randn(4, 7, generator=torch.Generator().manual_seed(3)) * 1.5
+    expected = torch.tensor([naive_distribution(row, temperature, top_k, top_p) for row in logits.tolist()])
+    ours, theirs = (torch.Generator().manual_seed(5) for _ in "ab")
+    for _ in range(200):
+        chosen = choose(logits, temperature, top_k, top_p, ours)
+        assert torch.equal(chosen, torch.multinomial(expected, 1, generator=theirs).squeeze(1))
+
+
+@pytest.mark.parametrize("options", [(1.0, None, None), (1.0, 3, None), (1.0, None, 0.6), (0.5, 4, 0.9)], ids=str)
+def test_shares_of_the_chosen_tokens(options) -> None:
+    logits = torch.tensor([[2.0, -1.0, 1.0, 0.5, 0.0, 1.5]])
+    n = 4000
+    draws = choose(logits.expand(n, -1), *options, torch.Generator().manual_seed(0))
+    counts = Counter(draws.tolist())
+    for token, expected in enumerate(naive_distribution(logits[0].tolist(), *options)):
+        spread = 5 * math.sqrt(expected * (1 - expected) / n)
+        assert abs(counts[token] / n - expected) <= spread  # a token that may not be chosen has no spread
+
+
+def test_greedy_takes_the_most_likely_whatever_else_is_asked() -> None:
+    logits = torch.randn(5, 9, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(choose(logits, 0, 2, 0.5, None), logits.argmax(-1))
+
+
+def test_sampling_repeats_with_its_generator_and_spares_the_global_one() -> None:
+    model, prompt = model_with("attention"), random_ids(2, 4)
+    before = torch.get_rng_state()
+    first, second, other = (
+        model.generate(prompt, 12, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, second) and not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("length", "options", "message"),
+    [
+        (0, {}, "prompt is empty; give at least one token"),
+        (4, {"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        (
+            40,
+            {"max_new_tokens": 9},
+            "max_new_tokens=9 after a prompt of 40 tokens goes past model.max_seq_len=48; ask for at most 8",
+        ),
+        (4, {"temperature": -0.1}, "temperature=-0.1 must be 0 (greedy) or more"),
+        (4, {"top_k": 0}, "top_k=0 must be at least 1"),
+        (4, {"top_p": 0.0}, "top_p=0.0 must be more than 0 and at most 1"),
+        (4, {"top_p": 1.1}, "top_p=1.1 must be more than 0 and at most 1"),
+    ],
+)
+def test_errors_say_what_to_do(length: int, options: dict, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        model_with("attention").generate(random_ids(1, length), **{"max_new_tokens": 4, **options})
+    assert str(error.value) == message
+
+
+def test_the_last_position_can_be_reached() -> None:
+    assert model_with("attention").generate(random_ids(1, 40), 8).shape == (1, 48)
+
+
+@pytest.fixture
+def tokenizer() -> Tokenizer:
+    """One token a character of the alphabet, and one for the space."""
+    vocabulary = {character: index for index, character in enumerate("abcdefghijklmnopqrstuvwxyz ")}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return tokenizer
+
+
+def test_a_text_is_continued(tokenizer: Tokenizer) -> None:
+    model = model_with("all")
+    with torch.no_grad():  # only letters that the tokenizer has
+        model.lm_heads[0].weight[27:] = 0
+        model.lm_heads[0].weight[:27] *= 50
+    text = model.generate("a quick brown", 10, tokenizer=tokenizer, temperature=0)
+    ids = model.generate(torch.tensor([tokenizer.encode("a quick brown").ids]), 10, temperature=0)
+    assert text == tokenizer.decode(ids[0].tolist())
+    assert text.startswith("a quick brown") and len(text) > len("a quick brown")
+
+
+def test_a_text_without_its_tokenizer() -> None:
+    with pytest.raises(ValueError, match=r"^a text prompt needs tokenizer=…; load_run returns it beside the model$"):
+        model_with("attention").generate("a quick brown", 4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_is_put_back_and_evaluation_is_what_generates(training: bool) -> None:
+    """In training, the capacity would drop tokens."""
+    model = model_with("all", dropout=0.5, moe_capacity_factor=0.2).train(training)
+    prompt = random_ids(6, 5)
+    generated = model.generate(prompt, 8, temperature=0)
+    assert all(module.training is training for module in model.modules())
+    assert torch.equal(generated, model.eval().generate(prompt, 8, temperature=0))
+
+
+def test_the_mode_is_put_back_after_an_error(monkeypatch) -> None:
+    model = model_with("attention").train()
+    monkeypatch.setattr(model.lm_heads[0], "forward", lambda x: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.generate(random_ids(1, 3), 4)
+    assert model.training

@@ -1,0 +1,305 @@
+"""The model as a whole: its start values, its losses, its gradients, and the ways in which it may be asked to compute."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import MECHANISMS, assert_agreement, gradients, perturb, random_ids, tiny
+from torch import Tensor, nn
+
+from moe_lab import build_model
+from moe_lab.model import LanguageModel
+
+
+def everything(**changes):
+    return tiny(**{**MECHANISMS["all"], **changes})
+
+
+# ---- start values
+
+
+def test_init_weights_reaches_every_parameter() -> None:
+    model = LanguageModel(everything())
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.fill_(torch.nan)
+    model.init_weights()
+    assert not [name for name, p in model.named_parameters() if p.isnan().any()]
+
+
+def test_start_values_depend_on_the_seed_alone_and_spare_the_callers_randomness() -> None:
+    torch.manual_seed(11)
+    before = torch.get_rng_state()
+    first = build_model(everything(), seed=1).state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(12)
+    second, other = build_model(everything(), seed=1).state_dict(), build_model(everything(), seed=2).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    random = [name for name in first if "norm" not in name and not name.endswith(("A_log", ".D"))]
+    assert not [name for name in random if torch.equal(first[name], other[name])]
+
+
+def test_start_values_of_the_matrices() -> None:
+    model = build_model(everything(d_model=64, n_heads=8, d_ff=64, d_ff_expert=64, init_std=0.05))
+    for name, p in model.state_dict().items():
+        if "norm" in name:
+            assert p.eq(1).all(), name
+        elif "dt_proj" not in name and "conv1d" not in name and not name.endswith(("A_log", ".D")) and p.numel() > 1000:
+            assert p.std() == pytest.approx(0.05, rel=0.15), name
+            assert abs(p.mean()) < 0.05 * 5 / math.sqrt(p.numel()), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("init_std", [0.02, 0.3])
+def test_the_loss_at_step_0(init_std: float) -> None:
+    """ln V + var(logits) / 2, and var(logits) is d_model · init_std², since the hidden state is normalised."""
+    config = everything(init_std=init_std)
+    model, ids = build_model(config).eval(), random_ids(16, 49)
+    logits = model(ids[:, :-1]).logits
+    terms = model.losses(ids)
+    loss = terms["next_token"].item() * 1.5  # its weight is 1 of 1 + 0.5
+    assert loss == pytest.approx(math.log(257) + logits.var().item() / 2, abs=0.1)
+    assert loss == pytest.approx(math.log(257) + config.d_model * init_std**2 / 2, abs=0.1)
+
+
+def test_the_meta_device_gives_shapes_and_the_same_names() -> None:
+    meta, real = build_model(everything(), device="meta"), build_model(everything())
+    assert {name: p.shape for name, p in meta.named_parameters()} == {n: p.shape for n, p in real.named_parameters()}
+    assert all(p.is_meta for p in meta.parameters()) and not any(p.is_meta for p in real.parameters())
+
+
+def test_names_and_shapes_that_outsiders_rely_on() -> None:
+    shapes = {name: tuple(p.shape) for name, p in build_model(everything(d_ff_expert=8)).named_parameters()}
+    expected = {
+        "embedding.weight": (257, 16),
+        "layers.0.seq_norm.weight": (16,),
+        "layers.0.seq_layer.q_proj.weight": (16, 16),
+        "layers.0.seq_layer.k_proj.weight": (8, 16),
+        "layers.0.seq_layer.v_proj.weight": (8, 16),
+        "layers.0.seq_layer.o_proj.weight": (16, 16),
+        "layers.0.ffn_norm.weight": (16,),
+        "layers.0.ffn.gate_proj": (4, 8, 16),
+        "layers.0.ffn.up_proj": (4, 8, 16),
+        "layers.0.ffn.down_proj": (4, 16, 8),
+        "layers.1.seq_layer.in_proj.weight": (64, 16),
+        "layers.1.seq_layer.conv1d.weight": (32, 1, 4),
+        "layers.1.seq_layer.conv1d.bias": (32,),
+        "layers.1.seq_layer.x_proj.weight": (9, 32),
+        "layers.1.seq_layer.dt_proj.weight": (32, 1),
+        "layers.1.seq_layer.dt_proj.bias": (32,),
+        "layers.1.seq_layer.A_log": (32, 4),
+        "layers.1.seq_layer.D": (32,),
+        "layers.1.seq_layer.out_proj.weight": (16, 32),
+        "layers.1.ffn.gate_proj.weight": (24, 16),
+        "layers.1.ffn.up_proj.weight": (24, 16),
+        "layers.1.ffn.down_proj.weight": (16, 24),
+        "final_norm.weight": (16,),
+        "lm_heads.0.weight": (257, 16),
+        "lm_heads.1.weight": (257, 16),
+    }
+    assert {name: shapes.get(name) for name in expected} == expected
+    for start in ("layers.0.ffn.router.", "layers.2.seq_layer.router.", "layers.0.seq_depth.", "layers.1.ffn_depth."):
+        assert any(name.startswith(start) for name in shapes), start
+
+
+# ---- outputs and losses
+
+
+@pytest.mark.parametrize("n_heads", [1, 3])
+@pytest.mark.parametrize("length", [1, 2, 20])
+def test_shapes_of_the_output(length: int, n_heads: int) -> None:
+    config = everything(n_pred_tokens=n_heads, aux_loss_weights=(1.0, 0.5, 0.2)[:n_heads])
+    output = build_model(config)(random_ids(2, length))
+    assert output.logits.shape == (2, length, 257)
+    assert output.future_logits.shape == (n_heads - 1, 2, length, 257)
+    assert len(output.routing) == 2
+    assert output._fields == ("logits", "future_logits", "routing")
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_which_terms_there_are(mechanism: str) -> None:
+    config = tiny(**MECHANISMS[mechanism], n_pred_tokens=3, aux_loss_weights=(1.0, 0.5, 0.3))
+    terms = build_model(config).losses(random_ids(2, 20))
+    expected = ["next_token", "future_2", "future_3"]
+    expected += ["moe_balance", "router_z"] * bool(config.moe_layers) + ["mod_predictor"] * config.mod_enabled
+    assert list(terms) == expected
+    assert all(term.shape == () and term.requires_grad for term in terms.values())
+
+
+def naive_head_losses(model, ids: Tensor, mask: Tensor) -> list[float]:
+    """Every head, row and position by itself: head k at position t has the target ids[t + k + 1]."""
+    output = model(ids[:, :-1])
+    probs = torch.cat([output.logits.unsqueeze(0), output.future_logits]).double().softmax(-1)
+    means = []
+    for k in range(len(probs)):
+        nats = [
+            -math.log(probs[k, row, t, ids[row, t + k + 1]])
+            for row in range(len(ids))
+            for t in range(ids.shape[1] - 1)
+            if t + k + 1 < ids.shape[1] and mask[row, t + k + 1]
+        ]
+        means.append(sum(nats) / len(nats) if nats else 0.0)
+    return means
+
+
+WEIGHTS = (2.0, 0.5, 0.3, 0.0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("masked", ["nothing", "some", "a_row", "everything"])
+def test_head_losses_follow_a_loop(masked: str) -> None:
+    config = everything(n_pred_tokens=4, aux_loss_weights=WEIGHTS)
+    model, ids = perturb(build_model(config)).eval(), random_ids(3, 11)
+    mask = torch.rand(3, 11, generator=torch.Generator().manual_seed(0)) > (0.5 if masked == "some" else -1)
+    if masked == "a_row":
+        mask[1] = False
+    if masked == "everything":
+        mask[:] = False
+    terms = list(model.losses(ids, None if masked == "nothing" else mask).values())
+    for term, mean, weight in zip(terms[:4], naive_head_losses(model, ids, mask), WEIGHTS, strict=True):
+        assert term.item() == pytest.approx(weight / sum(WEIGHTS) * mean, rel=1e-5)
+
+
+@torch.no_grad()
+def test_a_masked_position_is_never_a_target() -> None:
+    """The last token of a window is a target only, never an input: where it is masked, it cannot matter."""
+    model, ids = perturb(build_model(everything())).eval(), random_ids(2, 12)
+    other = ids.clone()
+    other[:, -1] = (ids[:, -1] + 1) % 257
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    open_losses = model.losses(ids, mask), model.losses(other, mask)
+    assert open_losses[0]["next_token"] != open_losses[1]["next_token"]
+    assert open_losses[0]["future_2"] != open_losses[1]["future_2"]
+    mask[:, -1] = False
+    hidden_losses = model.losses(ids, mask), model.losses(other, mask)
+    assert hidden_losses[0] == hidden_losses[1]
+
+
+def test_auxiliary_terms_are_weighted_and_summed_over_layers() -> None:
+    base = {"moe_balance_weight": 1.0, "moe_z_weight": 1.0, "mod_predictor_weight": 1.0}
+    model, ids = perturb(build_model(everything(**base))).requires_grad_(False), random_ids(2, 20)
+    terms, trunk = model.losses(ids), model.trunk(ids[:, :-1])
+    balance = z = 0.0
+    for routing in trunk.routing:
+        probs, load = routing.logits.softmax(-1).mean(0), torch.zeros(4)
+        for expert in routing.expert_ids.flatten().tolist():
+            load[expert] += 1 / routing.expert_ids.numel()
+        balance += 4 * sum(float(a * b) for a, b in zip(load, probs, strict=True))
+        z += sum(math.log(sum(math.exp(v) for v in row)) ** 2 for row in routing.logits.tolist()) / len(routing.logits)
+    predictor = [F.binary_cross_entropy_with_logits(d.predicted, d.chosen.float()).item() for d in trunk.depth]
+    assert len(trunk.routing) == 2 and len(predictor) == 6
+    assert terms["moe_balance"].item() == pytest.approx(balance, rel=1e-5)
+    assert terms["router_z"].item() == pytest.approx(z, rel=1e-5)
+    assert terms["mod_predictor"].item() == pytest.approx(sum(predictor) / 6, rel=1e-5)
+    halved = build_model(everything(moe_balance_weight=0.5, moe_z_weight=0.25, mod_predictor_weight=0.125))
+    halved.load_state_dict(model.state_dict())
+    for name, share in {"moe_balance": 0.5, "router_z": 0.25, "mod_predictor": 0.125, "next_token": 1}.items():
+        assert halved.losses(ids)[name].item() == pytest.approx(share * terms[name].item())
+
+
+@torch.no_grad()
+def test_evaluation_and_training_are_one_network_without_depth_and_dropout() -> None:
+    ids = random_ids(2, 20)
+    model = perturb(build_model(everything(mod_enabled=False)))
+    assert torch.equal(model.train()(ids).logits, model.eval()(ids).logits)
+    dropping = perturb(build_model(everything(mod_enabled=False, dropout=0.3)))
+    assert torch.equal(dropping.eval()(ids).logits, model(ids).logits)
+    assert not torch.equal(dropping.train()(ids).logits, model(ids).logits)
+
+
+@torch.no_grad()
+def test_depth_is_at_work_in_evaluation_too() -> None:
+    """A mechanism that is left out in one mode makes two networks of one; where no predictor asks, nothing is added."""
+    model, ids = perturb(build_model(tiny(mod_enabled=True))).eval(), random_ids(2, 20)
+    nobody = -torch.ones(2, 20, 1)
+    for block in model.layers:
+        for depth in (block.seq_depth, block.ffn_depth):
+            depth.predictor.register_forward_hook(lambda module, args, out: nobody)
+    expected = model.lm_heads[0](model.final_norm(model.embedding(ids)))
+    assert torch.equal(model(ids).logits, expected)
+
+
+@torch.no_grad()
+def test_dropout_drops_the_stated_share_of_a_sublayers_output() -> None:
+    model = perturb(build_model(tiny(dropout=0.25))).train()
+    outputs = []
+    model.layers[0].dropout.register_forward_hook(lambda module, args, out: outputs.append((args[0], out)))
+    torch.manual_seed(0)
+    model(random_ids(8, 40))
+    assert len(outputs) == 2  # the sequence sublayer's and the feed-forward sublayer's
+    for given, kept in outputs:
+        assert (kept == 0).float().mean() == pytest.approx(0.25, abs=0.03)
+        torch.testing.assert_close(kept[kept != 0], given[kept != 0] / 0.75)
+
+
+# ---- gradients
+
+
+def backward(model: nn.Module, ids: Tensor) -> tuple[dict[str, float], dict[str, Tensor]]:
+    torch.manual_seed(5)  # dropout
+    terms = model.train().losses(ids)
+    sum(terms.values()).backward()
+    return {name: term.item() for name, term in terms.items()}, gradients(model)
+
+
+def test_gradients_reach_every_parameter_and_every_expert() -> None:
+    _, grads = backward(perturb(build_model(everything(dropout=0.1))), random_ids(8, 40))
+    assert not [name for name, grad in grads.items() if not grad.any() or not grad.isfinite().all()]
+    stacks = [grad for name, grad in grads.items() if grad.ndim == 3 and "conv1d" not in name]
+    assert len(stacks) == 3 and all(grad.flatten(1).any(dim=1).all() for grad in stacks)
+
+
+def test_recomputing_blocks_changes_nothing() -> None:
+    plain, thrifty = (perturb(build_model(everything(dropout=0.2))) for _ in "ab")
+    thrifty.recompute_blocks = True
+    calls = []
+    thrifty.layers[1].register_forward_pre_hook(lambda *_: calls.append(1))
+    ids = random_ids(3, 25)
+    (terms, grads), (other_terms, other_grads) = backward(plain, ids), backward(thrifty, ids)
+    assert len(calls) == 2  # forward, and again in the backward pass
+    assert terms == other_terms
+    assert all(torch.equal(grad, other_grads[name]) for name, grad in grads.items())
+    thrifty.eval()
+    calls.clear()
+    sum(thrifty.losses(ids).values()).backward()
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_one_batch_overfits(mechanism: str) -> None:
+    model, ids = build_model(tiny(**MECHANISMS[mechanism])), random_ids(1, 9)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(40):
+        optimizer.zero_grad()
+        terms = model.losses(ids)
+        sum(terms.values()).backward()
+        optimizer.step()
+    assert terms["next_token"].item() * 1.5 < 0.5  # from ln 257 = 5.5
+
+
+@pytest.mark.cuda
+def test_cuda_agrees_and_never_waits_for_the_device() -> None:
+    """Forward and backward agree with the CPU's; a whole update reads nothing back, which would stop the queue."""
+    from moe_lab.config import OptimizerConfig
+    from moe_lab.optim import build_optimizers
+
+    config = everything()
+    cpu, gpu = perturb(build_model(config)), perturb(build_model(config)).cuda()
+    ids = random_ids(2, 33)
+    (terms, grads), (gpu_terms, gpu_grads) = backward(cpu, ids), backward(gpu, ids.cuda())
+    assert gpu_terms == pytest.approx(terms, rel=1e-4)
+    assert_agreement({name: grad.cpu() for name, grad in gpu_grads.items()}, grads, tolerance=1e-3)
+    optimizers, on_device = build_optimizers(gpu, OptimizerConfig(), max_lr=0.01), ids.cuda()
+    before = gpu.layers[0].ffn.gate_proj.detach().clone()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gpu.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):  # the format whose grouped products need no look at the counts
+            terms = gpu.losses(on_device)
+        sum(terms.values()).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not torch.equal(gpu.layers[0].ffn.gate_proj, before)

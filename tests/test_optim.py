@@ -1,0 +1,212 @@
+"""Who updates which tensor, how far, and at which share of the learning rate."""
+
+import fnmatch
+import math
+
+import pytest
+import torch
+from helpers import MECHANISMS, perturb, random_ids, tiny
+from torch import nn
+
+from moe_lab import build_model
+from moe_lab.config import OptimizerConfig
+from moe_lab.optim import Muon, build_optimizers, groups_of, lr_share
+from moe_lab.optim.groups import split_parameters
+from moe_lab.optim.muon import lr_factor, orthogonalise
+
+# DESIGN's table, by name. The first pattern that fits decides.
+TABLE = [
+    ("embedding.weight", "adamw_decayed"),
+    ("lm_heads.*.weight", "adamw_decayed"),
+    ("*norm.weight", "adamw"),
+    ("*_depth.*", "adamw"),
+    ("*.router.*", "adamw"),
+    ("*.A_log", "adamw"),
+    ("*.D", "adamw"),
+    ("*.conv1d.*", "adamw"),
+    ("*.bias", "adamw"),
+    ("layers.*.seq_layer.[qkvo]_proj.weight", "muon"),
+    ("layers.*.ffn.gate_proj*", "muon"),
+    ("layers.*.ffn.up_proj*", "muon"),
+    ("layers.*.ffn.down_proj*", "muon"),
+    ("layers.*.seq_layer.*in_proj.weight", "muon"),
+    ("layers.*.seq_layer.*x_proj.weight", "muon"),
+    ("layers.*.seq_layer.*dt_proj.weight", "muon"),
+    ("layers.*.seq_layer.*out_proj.weight", "muon"),
+]
+
+
+@pytest.fixture
+def model():
+    return build_model(tiny(**MECHANISMS["all"]))
+
+
+def names_by_group(model, optimizers) -> dict[str, list[str]]:
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {group["name"]: [names[id(p)] for p in group["params"]] for group in groups_of(optimizers)}
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_every_parameter_is_updated_once_by_the_group_of_the_table(mechanism: str, kind: str) -> None:
+    model = build_model(tiny(**MECHANISMS[mechanism], moe_router_hidden=0 if mechanism == "moe" else 8))
+    groups = names_by_group(model, build_optimizers(model, OptimizerConfig(type=kind), max_lr=0.01))
+    found = sorted((name, group) for group, names in groups.items() for name in names)
+    matrices = "muon" if kind == "muon" else "adamw_matrices"
+    expected = []
+    for name, _ in model.named_parameters():
+        group = next(group for pattern, group in TABLE if fnmatch.fnmatch(name, pattern))
+        expected.append((name, matrices if group == "muon" else group))
+    assert found == sorted(expected)
+
+
+def test_the_table_is_used_up(model) -> None:
+    """Each of its lines speaks of a tensor that exists, so that none of them is idle."""
+    names = [name for name, _ in model.named_parameters()]
+    assert not [pattern for pattern, _ in TABLE if not fnmatch.filter(names, pattern)]
+
+
+def test_frozen_parameters_are_left_out(model) -> None:
+    model.embedding.weight.requires_grad_(False)
+    split = split_parameters(model)
+    assert sum(len(group) for group in split.values()) == len(list(model.parameters())) - 1
+    assert not any(p is model.embedding.weight for group in split.values() for p in group)
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_only_matrices_embeddings_and_heads_decay(model, kind: str) -> None:
+    """Without a gradient's push, one update leaves a tensor as it was, or shrinks it by lr · weight_decay."""
+    perturb(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizers = build_optimizers(model, OptimizerConfig(type=kind, weight_decay=0.5, adamw_lr_ratio=0.3), max_lr=0.1)
+    for name, p in model.named_parameters():
+        p.grad = torch.zeros_like(p)
+        if p.ndim == 3 and "conv1d" not in name:
+            p.grad[:, 0, 0] = 1e-30  # a slice without any gradient is an expert without tokens, which does not decay
+    for optimizer in optimizers:
+        optimizer.step()
+    for name, p in model.named_parameters():
+        group = next(group for pattern, group in TABLE if fnmatch.fnmatch(name, pattern))
+        lr = 0.1 if kind == "adamw" or group == "muon" else 0.03
+        expected = before[name] * (1 - lr * 0.5) if group != "adamw" else before[name]
+        torch.testing.assert_close(p.detach(), expected, atol=1e-6, rtol=1e-6, msg=name)
+
+
+def test_options_and_learning_rates_arrive(model) -> None:
+    config = OptimizerConfig(
+        momentum=0.8,
+        nesterov=False,
+        ns_steps=3,
+        adjust_lr="match_rms_adamw",
+        adamw_lr_ratio=0.2,
+        betas=(0.7, 0.8),
+        eps=1e-5,
+        weight_decay=0.03,
+    )
+    muon, adamw = build_optimizers(model, config, max_lr=0.05)
+    group = muon.param_groups[0]
+    wanted = {"lr": 0.05, "initial_lr": 0.05, "momentum": 0.8, "nesterov": False, "ns_steps": 3, "weight_decay": 0.03}
+    assert {key: group[key] for key in wanted} == wanted and group["adjust_lr"] == "match_rms_adamw"
+    for group in adamw.param_groups:
+        assert group["lr"] == group["initial_lr"] == pytest.approx(0.01)
+        assert group["betas"] == (0.7, 0.8) and group["eps"] == 1e-5
+    ratios = OptimizerConfig(adamw_lr_ratio=0.2, embedding_lr_ratio=0.7)
+    lrs = {group["name"]: group["initial_lr"] for group in groups_of(build_optimizers(model, ratios, max_lr=0.05))}
+    assert lrs == pytest.approx({"muon": 0.05, "adamw_decayed": 0.035, "adamw": 0.01})
+    alone = build_optimizers(model, OptimizerConfig(type="adamw"), max_lr=0.05)
+    assert [group["lr"] for group in groups_of(alone)] == [0.05] * 3
+
+
+# ---- Muon (its peer is torch's own: tests/peers)
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 24), (2, 12, 40), (2, 40, 12)], ids=str)
+def test_orthogonalised_singular_values_are_near_one(shape: tuple) -> None:
+    stack = (
+        torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        * torch.tensor([1e-4, 1.0, 1e4])[: shape[0], None, None]
+    )
+    singular = torch.linalg.svdvals(orthogonalise(stack, 5).float())
+    assert singular.max() < 1.3
+    if shape[1] != shape[2]:  # a square matrix may have a singular value too near zero for five iterations
+        assert singular.min() > 0.6
+    assert torch.linalg.svdvals(stack[0] / stack[0].norm()).min() < 0.3  # which they were not before
+
+
+@pytest.mark.parametrize(
+    ("shape", "original", "match"), [((4, 16), 1.0, 0.8), ((64, 16), 2.0, 1.6), ((9, 9), 1.0, 0.6)]
+)
+def test_conventions_in_closed_form(shape: tuple, original: float, match: float) -> None:
+    assert lr_factor(torch.Size(shape), "original") == pytest.approx(original)
+    assert lr_factor(torch.Size((7, *shape)), "match_rms_adamw") == pytest.approx(match)
+
+
+def test_a_matrix_moves_by_the_lr_of_its_convention() -> None:
+    """An element moves by about lr / sqrt(columns) in `original` and by about 0.2 lr in `match_rms_adamw`."""
+    for convention, expected in (("original", 1 / math.sqrt(64)), ("match_rms_adamw", 0.2)):
+        p = nn.Parameter(torch.zeros(32, 64))
+        p.grad = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+        Muon([p], lr=0.1, adjust_lr=convention).step()
+        rms = p.detach().square().mean().sqrt().item() / 0.1
+        assert rms == pytest.approx(expected * math.sqrt(32 / 64 if convention == "original" else 1), rel=0.45)
+
+
+def test_what_muon_refuses() -> None:
+    for shape in [(5,), (), (2, 3, 4, 5)]:
+        with pytest.raises(ValueError) as error:
+            Muon([nn.Parameter(torch.zeros(shape))])
+        assert str(error.value) == f"Muon takes matrices and stacks of matrices, got the shape {shape}"
+    with pytest.raises(ValueError, match=r"^adjust_lr='keller' is not one of original, match_rms_adamw$"):
+        Muon([nn.Parameter(torch.zeros(2, 2))], adjust_lr="keller")
+
+
+def test_muon_evaluates_a_closure_and_skips_what_has_no_gradient() -> None:
+    p, idle = nn.Parameter(torch.ones(4, 6)), nn.Parameter(torch.ones(4, 6))
+    optimizer = Muon([p, idle], lr=0.1, weight_decay=0.1)
+
+    def closure():
+        loss = (p * torch.arange(24.0).view(4, 6)).sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) == sum(range(24))
+    assert not p.eq(1).any() and idle.eq(1).all() and idle not in optimizer.state
+
+
+def test_the_two_optimizers_lower_the_loss_of_one_batch(model) -> None:
+    optimizers, ids = build_optimizers(model, OptimizerConfig(), max_lr=0.02), random_ids(2, 17)
+    losses = []
+    for _ in range(40):
+        model.zero_grad()
+        terms = model.losses(ids)
+        sum(terms.values()).backward()
+        losses.append(terms["next_token"].item() * 1.5)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert losses[-1] < losses[0] / 2
+
+
+# ---- schedule
+
+
+@pytest.mark.parametrize(("n_steps", "warmup", "least"), [(100, 10, 0.1), (7, 1, 0.0), (50, 0, 0.3), (20, 19, 0.5)])
+def test_the_schedule_in_closed_form(n_steps: int, warmup: int, least: float) -> None:
+    shares = [lr_share(step, n_steps, warmup, least) for step in range(1, n_steps + 1)]
+    assert shares == [lr_share(step, n_steps, warmup, least) for step in range(1, n_steps + 1)]  # pure
+    for step, share in enumerate(shares, start=1):
+        turn = math.pi * (step - warmup) / (n_steps - warmup)
+        cosine = least + (1 - least) * 0.5 * (1 + math.cos(turn))
+        assert share == pytest.approx(step / warmup if step <= warmup else cosine, abs=1e-12)
+    if warmup:
+        assert shares[0] == pytest.approx(1 / warmup)  # the first update does not run at the full LR
+        assert shares[warmup - 1] == max(shares) == 1
+    assert shares[-1] == pytest.approx(least)
+    assert shares[warmup:] == sorted(shares[warmup:], reverse=True)
+
+
+def test_beyond_the_end_the_least_share_remains() -> None:
+    assert lr_share(101, 100, 10, 0.1) == lr_share(5000, 100, 10, 0.1) == 0.1
+
+
+def test_a_run_shorter_than_its_warmup_never_reaches_the_peak() -> None:
+    assert [lr_share(step, 3, 10, 0.1) for step in (1, 2, 3)] == pytest.approx([0.1, 0.2, 0.3])

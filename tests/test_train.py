@@ -1,0 +1,492 @@
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from tiny_run import parameters, tiny, train, without_times
+
+from moe_lab import ConfigError, RunError, Trainer, build_model
+from moe_lab.config import from_dict, to_yaml
+from moe_lab.data import Batches
+from moe_lab.train import device, read_record
+from moe_lab.train.checkpoint import load_checkpoint, step_path
+
+
+def steps_of(run_dir: Path) -> list[dict]:
+    return [row for row in read_record(run_dir) if "loss" in row]
+
+
+def evaluations_of(run_dir: Path) -> list[dict]:
+    return [row for row in read_record(run_dir) if row.get("event") == "eval"]
+
+
+def descent(model: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]:
+    """Plain gradient descent, with what the trainer's schedule wants to know of a group."""
+    group = {"params": list(model.parameters()), "name": "all", "initial_lr": lr}
+    return [torch.optim.SGD([group], lr=lr)]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Trainer:
+    folder = tmp_path_factory.mktemp("run")
+    return train(tiny(folder), folder / "run")
+
+
+# ---- the update -----------------------------------------------------------------------------------------------------
+
+
+def test_accumulation_equals_the_big_batch(tmp_path: Path) -> None:
+    """With plain gradient descent the parameters are the sum of the gradients, unamplified."""
+    ends = []
+    for batch_size, n_micro in ((8, 1), (2, 4)):
+        training = {"steps": 2, "batch_size": batch_size, "gradient_accumulation_steps": n_micro, "warmup_steps": 0}
+        # the balance loss is a product of two means over a micro-batch, and dropout draws one mask a micro-batch
+        config = tiny(tmp_path, training=training, model={"moe_balance_weight": 0.0, "dropout": 0.0})
+        model = build_model(config.model)
+        trainer = Trainer(config, tmp_path / f"{n_micro}", model=model, optimizers=descent(model, lr=0.1))
+        trainer.fit()
+        ends.append((parameters(trainer), steps_of(trainer.run_dir)))
+    start = dict(build_model(config.model).named_parameters())
+    (big, big_rows), (small, small_rows) = ends
+    for name in start:
+        torch.testing.assert_close(small[name], big[name], rtol=1e-6, atol=1e-6)
+    assert max((big[name] - start[name]).abs().max() for name in start) > 1e-3
+    for one, other in zip(big_rows, small_rows, strict=True):
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+        assert other["losses"] == pytest.approx(one["losses"], rel=1e-5) and other["tokens"] == one["tokens"]
+
+
+def test_row_1_holds_what_was_measured_before_update_1(tmp_path: Path) -> None:
+    config = tiny(tmp_path, training={"steps": 2}, model={"dropout": 0.0})
+    trainer = train(config, tmp_path / "run")
+    model = build_model(trainer.config.model, config.training.seed)
+    batches = Batches(trainer.dataset.train, 16, 2, config.training.seed)
+    terms = [model.losses(ids) for ids in (batches.next_batch(), batches.next_batch())]
+    sum(sum(term.values()) / 2 for term in terms).backward()
+    row = steps_of(trainer.run_dir)[0]
+    assert row["step"] == 1
+    assert row["losses"] == pytest.approx({name: sum(t[name].item() for t in terms) / 2 for name in terms[0]}, rel=1e-6)
+    squares = sum(p.grad.double().square().sum().item() for p in model.parameters())
+    assert row["grad_norm"] == pytest.approx(math.sqrt(squares), rel=1e-5)
+    assert row["norm_deviation"] == 0.0  # before the first update every norm is at 1.0
+
+
+def test_the_first_update_runs_at_the_first_share_of_the_warmup(tmp_path: Path) -> None:
+    """Adam's first move is its LR, whatever the gradient: the norms, which start at 1.0, show it."""
+    training = {"steps": 6, "warmup_steps": 4, "max_lr": 0.02, "min_lr_ratio": 0.1, "log_interval": 1}
+    optimizer = {"adamw_lr_ratio": 0.1, "embedding_lr_ratio": 0.4}
+    trainer = train(tiny(tmp_path, training=training, optimizer=optimizer), tmp_path / "run")
+    rows = steps_of(trainer.run_dir)
+    assert rows[1]["norm_deviation"] == pytest.approx(0.1 * 0.02 / 4, rel=1e-3)
+    assert set(rows[0]["lr"]) == {"muon", "adamw_decayed", "adamw"}
+    halfway = 0.1 + 0.9 * 0.5  # of the cosine, which runs over two updates
+    for row, share in zip(rows, [0.25, 0.5, 0.75, 1.0, halfway, 0.1], strict=True):
+        assert row["lr"]["muon"] == pytest.approx(0.02 * share)
+        assert row["lr"]["adamw"] == pytest.approx(0.1 * 0.02 * share)
+        assert row["lr"]["adamw_decayed"] == pytest.approx(0.4 * 0.02 * share)
+
+
+def test_gradients_are_clipped_after_accumulation(tmp_path: Path) -> None:
+    training = {"steps": 1, "warmup_steps": 0, "max_grad_norm": 1e-3, "min_lr_ratio": 1.0}
+    config = tiny(tmp_path, training=training)
+    model = build_model(config.model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer = Trainer(config, tmp_path / "run", model=model, optimizers=descent(model, lr=10.0))
+    trainer.fit()
+    moved = sum((p - before[name]).double().square().sum() for name, p in model.named_parameters()).sqrt().item()
+    assert steps_of(trainer.run_dir)[0]["grad_norm"] > 0.1  # the record says what it was before clipping
+    assert moved == pytest.approx(10.0 * 1e-3, rel=1e-3)
+
+
+def test_intervals_count_updates(tmp_path: Path, monkeypatch) -> None:
+    """B07: with 4 micro-batches and an interval of 10, counting micro-batches would log, evaluate and save nothing."""
+    training = {"steps": 20, "batch_size": 1, "gradient_accumulation_steps": 4, "keep_checkpoints": 9}
+    training |= {"log_interval": 10, "eval_interval": 10, "save_interval": 10}
+    config = tiny(tmp_path, training=training)
+    n_forward, told = [], []
+    trainer = Trainer(config, tmp_path / "run", listeners=[lambda row: told.append((row["step"], trainer.step))])
+    losses = trainer.model.losses
+    monkeypatch.setattr(trainer.model, "losses", lambda ids: n_forward.append(1) or losses(ids))
+    trainer.fit()
+    assert len(n_forward) == 80
+    assert [row["step"] for row in steps_of(trainer.run_dir)] == list(range(1, 21))
+    assert told == [(0, 0), *((n, 10) for n in range(1, 11)), (10, 10), *((n, 20) for n in range(11, 21)), (20, 20)]
+    assert [row["step"] for row in evaluations_of(trainer.run_dir)] == [0, 10, 20]
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step_000010.pt", "step_000020.pt"]
+
+
+# ---- what is written ------------------------------------------------------------------------------------------------
+
+
+def test_the_rows_of_the_record(run: Trainer) -> None:
+    rows = steps_of(run.run_dir)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["tokens"] for row in rows] == [2 * 2 * 16 * n for n in range(1, 7)]
+    for row in rows:
+        documented = {"step", "tokens", "loss", "losses", "lr", "grad_norm", "expert_load", "seconds", "tokens_per_s"}
+        assert set(row) == documented | {"norm_deviation"}
+        assert set(row["losses"]) == {"next_token", "future_2", "moe_balance", "router_z", "mod_predictor"}
+        assert row["loss"] == pytest.approx(sum(row["losses"].values()), rel=1e-6)
+        assert [len(load) for load in row["expert_load"]] == [4, 4]
+        assert [sum(load) for load in row["expert_load"]] == pytest.approx([1, 1], abs=1e-6)
+        assert row["tokens_per_s"] > 0
+    assert rows[0]["seconds"] <= rows[-1]["seconds"]
+    assert [row["step"] for row in evaluations_of(run.run_dir)] == [0, 4, 6]
+    assert all(len(row["mod_agreement"]) == 6 for row in evaluations_of(run.run_dir))
+    # the start: ln V + var(logits) / 2 for the next token, which has two thirds of the weight
+    config = run.config.model
+    start = math.log(config.vocab_size) + config.d_model * config.init_std**2 / 2
+    assert rows[0]["losses"]["next_token"] == pytest.approx(start * 2 / 3, rel=0.01)
+
+
+def test_validation_loss_is_the_mean_over_every_target(run: Trainer) -> None:
+    tokens = torch.from_numpy(np.asarray(run.dataset.validation, dtype=np.int64))
+    model = run.model.eval()
+    total = 0.0
+    with torch.no_grad():
+        for start in range(0, len(tokens) - 1, 16):
+            window = tokens[start : start + 17]
+            total += F.cross_entropy(model(window[None, :-1]).logits[0], window[1:], reduction="sum").item()
+    measured = evaluations_of(run.run_dir)[-1]["validation_loss"]
+    assert (len(tokens) - 1) % 16, "the last window should be a short one"
+    assert measured == pytest.approx(total / (len(tokens) - 1), rel=1e-5)
+
+
+def test_the_summary(run: Trainer) -> None:
+    summary = json.loads((run.run_dir / "summary.json").read_text())
+    documented = {"status", "train_loss", "validation_loss", "trigram_loss", "bits_per_byte", "steps", "tokens"}
+    assert documented | {"wall_s", "tokens_per_s", "seed", "commit", "findings"} <= set(summary)
+    assert (summary["status"], summary["steps"], summary["tokens"]) == ("finished", 6, 384)
+    assert (summary["seed"], summary["findings"]) == (0, None)
+    validation = evaluations_of(run.run_dir)[-1]["validation_loss"]
+    assert summary["validation_loss"] == validation
+    ids = [int(i) for i in run.dataset.validation[1:]]
+    n_bytes = len(run.dataset.tokenizer.decode(ids, skip_special_tokens=True).encode())
+    assert summary["bits_per_byte"] == pytest.approx(validation * len(ids) / math.log(2) / n_bytes, rel=1e-9)
+    assert summary["train_loss"] == pytest.approx(sum(row["loss"] for row in steps_of(run.run_dir)[-2:]) / 2)
+
+
+def test_the_directory(run: Trainer) -> None:
+    names = {path.name for path in run.run_dir.iterdir()} - {".lock"}
+    assert names == {"config.yaml", "tokenizer.json", "record.jsonl", "checkpoints", "summary.json"}
+    assert from_dict(yaml.safe_load((run.run_dir / "config.yaml").read_text())) == run.config
+
+
+def test_nothing_is_written_before_fit(tmp_path: Path) -> None:
+    Trainer(tiny(tmp_path), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_listeners_get_each_row_once(tmp_path: Path) -> None:
+    first, second = [], []
+    train(tiny(tmp_path), tmp_path / "run", listeners=[first.append, second.append])
+    assert first == second == read_record(tmp_path / "run") and len(first) == 6 + 3
+
+
+def test_small_text_shrinks_the_vocabulary(tmp_path: Path) -> None:
+    trainer = train(tiny(tmp_path, model={"vocab_size": 5000}, training={"steps": 1}), tmp_path / "run")
+    n_words = trainer.dataset.tokenizer.get_vocab_size()
+    assert n_words < 5000 and trainer.model.embedding.weight.shape[0] == n_words
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]["vocab_size"] == n_words
+
+
+# ---- what a caller hands in -----------------------------------------------------------------------------------------
+
+
+def test_a_model_and_optimizers_of_the_users_own(tmp_path: Path) -> None:
+    config = tiny(tmp_path, training={"steps": 2, "warmup_steps": 2})
+    model = build_model(config.model, seed=7)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    own = descent(model, lr=0.5)
+    trainer = Trainer(config, tmp_path / "run", model=model, optimizers=own)
+    trainer.fit()
+    assert trainer.model is model and trainer.optimizers == own
+    assert [row["lr"] for row in steps_of(tmp_path / "run")] == [{"all": 0.25}, {"all": 0.5}]
+    stored = load_checkpoint(step_path(tmp_path / "run", 2))["model_state_dict"]
+    assert all(stored[name].equal(p) for name, p in model.named_parameters())
+    assert not any(stored[f"lm_heads.{k}.weight"].equal(before[f"lm_heads.{k}.weight"]) for k in (0, 1))
+
+
+@pytest.mark.xfail(strict=True, raises=KeyError, reason="the trainer asks for group['initial_lr'] and group['name']")
+def test_an_optimizer_as_anyone_makes_it(tmp_path: Path) -> None:
+    config = tiny(tmp_path, training={"steps": 2, "warmup_steps": 2})
+    model = build_model(config.model)
+    heads, rest = [*model.lm_heads.parameters()], [p for n, p in model.named_parameters() if "lm_heads" not in n]
+    own = [torch.optim.SGD(heads, lr=0.5), torch.optim.SGD(rest, lr=0.1)]
+    Trainer(config, tmp_path / "run", model=model, optimizers=own).fit()
+    rows = steps_of(tmp_path / "run")
+    assert [sorted(row["lr"].values()) for row in rows] == [[0.05, 0.25], [0.1, 0.5]]  # each warms up to its own
+
+
+def test_adamw_alone(tmp_path: Path) -> None:
+    trainer = train(tiny(tmp_path, training={"steps": 1}, optimizer={"type": "adamw"}), tmp_path / "run")
+    lrs = list(steps_of(tmp_path / "run")[0]["lr"].values())
+    assert lrs == pytest.approx([trainer.config.training.max_lr / 3] * 3) and len(trainer.optimizers) == 1
+
+
+# ---- the same thing again -------------------------------------------------------------------------------------------
+
+
+def test_dropout_follows_from_the_seed_alone(tmp_path: Path) -> None:
+    records = []
+    for n_drawn in (0, 5):
+        torch.rand(n_drawn)  # whatever else a notebook has drawn before
+        train(tiny(tmp_path), tmp_path / f"{n_drawn}")
+        records.append(without_times(read_record(tmp_path / f"{n_drawn}")))
+    assert records[0] == records[1]
+    losses = []
+    for seed in (0, 1):  # of dropout alone: the model and the data are those of seed 0
+        trainer = Trainer(tiny(tmp_path, training={"seed": seed, "steps": 1}), tmp_path / f"seed{seed}")
+        trainer.model.load_state_dict(build_model(trainer.config.model, 0).state_dict())
+        trainer.batches = Batches(trainer.dataset.train, 16, 2, 0)
+        trainer.fit()
+        losses.append(steps_of(trainer.run_dir)[0]["loss"])
+    assert losses[0] != losses[1] and losses[0] == records[0][1]["loss"]
+
+
+def test_recomputing_blocks_changes_nothing(tmp_path: Path) -> None:
+    runs = []
+    for recompute in (False, True):
+        config = tiny(tmp_path, training={"activation_checkpointing": recompute, "steps": 3})
+        runs.append(train(config, tmp_path / f"{recompute}"))
+    one, other = (steps_of(trainer.run_dir) for trainer in runs)
+    for plain, recomputed in zip(one, other, strict=True):
+        assert recomputed["losses"] == pytest.approx(plain["losses"], rel=1e-6)
+        assert np.allclose(recomputed["expert_load"], plain["expert_load"], atol=1e-6)
+        assert recomputed["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-5)
+
+
+# ---- precision ------------------------------------------------------------------------------------------------------
+
+
+def test_autocast_computes_in_bfloat16_and_keeps_float32(tmp_path: Path) -> None:
+    dtypes = {}
+    for compute in ("float32", "bfloat16"):
+        trainer = Trainer(tiny(tmp_path, precision={"compute": compute}), tmp_path / compute)
+        seen = dtypes[compute] = set()
+        trainer.model.lm_heads[0].register_forward_hook(lambda module, args, y, seen=seen: seen.add(y.dtype))
+        trainer.fit()
+        assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+        states = [value for o in trainer.optimizers for state in o.state.values() for value in state.values()]
+        assert {value.dtype for value in states} == {torch.float32}
+        stored = load_checkpoint(step_path(trainer.run_dir, 6))["model_state_dict"]
+        assert {value.dtype for value in stored.values()} == {torch.float32}
+    assert dtypes == {"float32": {torch.float32}, "bfloat16": {torch.bfloat16}}
+
+
+def test_bfloat16_parameters_freeze_the_norms(tmp_path: Path) -> None:
+    """From 1.0, a step of 2^-9 or less is lost in bfloat16; the AdamW LR here stays below it."""
+    deviations = {}
+    for parameters_in in ("float32", "bfloat16"):
+        precision = {"parameters": parameters_in, "compute": "bfloat16"}
+        trainer = train(tiny(tmp_path, precision=precision), tmp_path / parameters_in)
+        assert {str(p.dtype) for p in trainer.model.parameters()} == {f"torch.{parameters_in}"}
+        norms = [p.float() for name, p in trainer.model.named_parameters() if "norm" in name]
+        assert len(norms) == 7
+        deviations[parameters_in] = max((p - 1).abs().max().item() for p in norms)
+        rows = steps_of(trainer.run_dir)
+        assert max(row["lr"]["adamw"] for row in rows) < 2**-9
+        assert (max(row["norm_deviation"] for row in rows) > 0) == (parameters_in == "float32")
+    assert deviations["bfloat16"] == 0.0 and deviations["float32"] > 1e-3
+
+
+@pytest.mark.parametrize(("times_faster", "taken"), [(1.2, "float32"), (1.4, "bfloat16")])
+def test_auto_takes_bfloat16_where_it_pays(tmp_path: Path, monkeypatch, times_faster: float, taken: str) -> None:
+    seconds = {torch.float32: 1.0, torch.bfloat16: 1 / times_faster}
+    with monkeypatch.context() as probe:
+        probe.setattr(device, "seconds_per_product", lambda a, b: seconds[a.dtype])
+        config = tiny(tmp_path, precision={"compute": "auto"}, training={"steps": 2})
+        trainer = train(config, tmp_path / "run")
+    assert trainer.config.precision.compute == taken
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["precision"]["compute"]
+    assert written == taken == load_checkpoint(step_path(tmp_path / "run", 2))["config"]["precision"]["compute"]
+    # another probe would say the opposite: what the run began with stands
+    monkeypatch.setattr(device, "seconds_per_product", lambda a, b: 1.0 / seconds[a.dtype])
+    resumed = Trainer(config.with_(training={"steps": 3}), tmp_path / "run", resume=True)
+    assert resumed.config.precision.compute == taken
+
+
+def test_the_probe_measures_something(monkeypatch) -> None:
+    a = torch.ones(64, 64)
+    assert 0 < device.seconds_per_product(a, a) < 10
+
+
+# ---- what can go wrong ----------------------------------------------------------------------------------------------
+
+
+def one_line(caught: pytest.ExceptionInfo) -> str:
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_used_directory_names_both_ways_out(tmp_path: Path) -> None:
+    trainer = train(tiny(tmp_path, training={"steps": 1}), tmp_path / "run")
+    before = read_record(tmp_path / "run")
+    for attempt in (lambda: Trainer(tiny(tmp_path), tmp_path / "run"), trainer.fit):
+        with pytest.raises(
+            RunError, match=r"run: holds a run already; .*resume=True, or take another directory$"
+        ) as caught:
+            attempt()
+        one_line(caught)
+    assert read_record(tmp_path / "run") == before
+
+
+def test_a_gradient_that_is_not_finite(tmp_path: Path, monkeypatch) -> None:
+    config = tiny(tmp_path, training={"steps": 9, "log_interval": 5, "save_interval": 1, "keep_checkpoints": 9})
+    trainer = Trainer(config, tmp_path / "run")
+    losses = trainer.model.losses
+
+    def from_step_3_on(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        terms = losses(ids)
+        return terms | {"next_token": terms["next_token"] * (math.nan if trainer.step >= 3 else 1.0)}
+
+    monkeypatch.setattr(trainer.model, "losses", from_step_3_on)
+    with pytest.raises(
+        RunError, match=r"^step 3: the gradient norm is nan, .* lower training.max_lr, or resume"
+    ) as caught:
+        trainer.fit()
+    one_line(caught)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
+    saved = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert [path.name for path in saved] == ["step_000001.pt", "step_000002.pt"]
+    for path in saved:
+        assert all(p.isfinite().all() for p in load_checkpoint(path)["model_state_dict"].values())
+    assert train(config, tmp_path / "run", resume=True).step == 9
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch) -> None:
+    trainer = Trainer(tiny(tmp_path), tmp_path / "run")
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
+    monkeypatch.setattr(trainer.model, "losses", lambda ids: pytest.fail("training began"))
+    with pytest.raises(
+        RunError, match=r"run: a checkpoint needs 0.00 GB and the disk has 0.00 GB free; free some"
+    ) as caught:
+        trainer.fit()
+    one_line(caught)
+    assert read_record(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, lambda: RuntimeError("can't allocate memory")])
+def test_out_of_memory_names_the_sizes(tmp_path: Path, monkeypatch, error) -> None:
+    trainer = Trainer(tiny(tmp_path), tmp_path / "run")
+
+    def losses(ids: torch.Tensor):
+        raise error()
+
+    monkeypatch.setattr(trainer.model, "losses", losses)
+    expected = (
+        r"^out of memory on cpu at step 1: lower training.batch_size \(2; .*max_seq_len \(16\).*d_model \(16\), or set "
+    )
+    with pytest.raises(RunError, match=expected) as caught:
+        trainer.fit()
+    one_line(caught)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
+
+
+def test_another_error_passes_unchanged(tmp_path: Path, monkeypatch) -> None:
+    trainer = Trainer(tiny(tmp_path), tmp_path / "run")
+    monkeypatch.setattr(trainer.model, "losses", lambda ids: ids @ ids)
+    with pytest.raises(RuntimeError) as caught:
+        trainer.fit()
+    assert not isinstance(caught.value, RunError)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
+
+
+def test_a_device_that_is_not_there(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"^training.device=cuda is not available here; this machine has .*cpu"):
+        Trainer(tiny(tmp_path, training={"device": "cuda"}), tmp_path / "run")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert device.pick_device("auto").type == "cpu"
+
+
+# ---- stopping -------------------------------------------------------------------------------------------------------
+
+
+def test_stop_from_another_thread(tmp_path: Path) -> None:
+    config = tiny(tmp_path, training={"steps": 10_000, "log_interval": 1})
+    went_on = threading.Event()
+    trainer = Trainer(config, tmp_path / "run", listeners=[lambda row: row["step"] == 3 and went_on.set()])
+    thread = threading.Thread(target=lambda: went_on.wait(60) and trainer.stop())
+    thread.start()
+    summary = trainer.fit()
+    thread.join()
+    assert summary["status"] == "interrupted" and 3 <= summary["steps"] < 10_000
+    state = load_checkpoint(tmp_path / "run" / "checkpoints" / "checkpoint_interrupted.pt")
+    assert state["step"] == summary["steps"] == steps_of(tmp_path / "run")[-1]["step"]
+    more = config.with_(training={"steps": summary["steps"] + 2})
+    assert train(more, tmp_path / "run", resume=True).step == summary["steps"] + 2
+
+
+def test_fit_on_another_thread(tmp_path: Path) -> None:
+    summaries = []
+    trainer = Trainer(tiny(tmp_path), tmp_path / "run")
+    thread = threading.Thread(target=lambda: summaries.append(trainer.fit()))  # as a notebook does
+    thread.start()
+    thread.join(60)
+    assert summaries[0]["status"] == "finished"
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_the_first_signal_saves_and_the_second_quits(tmp_path: Path, capsys, name: str) -> None:
+    number = getattr(signal, name)
+    previous = signal.signal(number, signal.default_int_handler)
+    try:
+        once = lambda row: row["step"] == 3 and signal.raise_signal(number)  # noqa: E731
+        trainer = train(tiny(tmp_path, training={"log_interval": 1}), tmp_path / "once", listeners=[once])
+        assert trainer.step == 3 and "press Ctrl-C again" in capsys.readouterr().err
+        assert json.loads((tmp_path / "once" / "summary.json").read_text())["status"] == "interrupted"
+        assert signal.getsignal(number) is signal.default_int_handler
+
+        twice = lambda row: row["step"] == 3 and [signal.raise_signal(number) for _ in "12"]  # noqa: E731
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny(tmp_path, training={"log_interval": 1}), tmp_path / "twice", listeners=[twice])
+        assert json.loads((tmp_path / "twice" / "summary.json").read_text())["status"] == "interrupted"
+        assert signal.getsignal(number) is signal.default_int_handler
+        assert not (tmp_path / "twice" / "checkpoints" / "checkpoint_interrupted.pt").exists()
+    finally:
+        signal.signal(number, previous)
+
+
+def test_ctrl_c_in_a_real_process_and_a_second_process_beside_it(tmp_path: Path) -> None:
+    config = tiny(tmp_path, training={"steps": 100_000, "log_interval": 1, "save_interval": 2, "keep_checkpoints": 50})
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    command = [sys.executable, "-m", "moe_lab", "run", str(tmp_path / "c.yaml"), "--run-dir", str(tmp_path / "run")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes) as first:
+        try:
+            while not (tmp_path / "run" / "checkpoints" / "step_000002.pt").exists():
+                assert first.poll() is None, first.stderr.read()
+                time.sleep(0.05)
+            trainer = Trainer(config, tmp_path / "run", resume=True)
+            with pytest.raises(
+                RunError, match="run: another process trains here; wait for it or take another"
+            ) as caught:
+                trainer.fit()
+            one_line(caught)
+            with pytest.raises(RunError, match="holds a run already"):
+                Trainer(config, tmp_path / "run")
+            first.send_signal(signal.SIGINT)
+            out, err = first.communicate(timeout=60)
+        finally:
+            first.kill()
+    assert first.returncode == 0, err
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "interrupted" and out.startswith(f"interrupted: {summary['steps']} steps in")
+    assert "Traceback" not in err
+    resumed = train(config.with_(training={"steps": summary["steps"] + 1}), tmp_path / "run", resume=True)
+    assert [row["step"] for row in steps_of(tmp_path / "run")] == list(range(1, resumed.step + 1))
