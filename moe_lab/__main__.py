@@ -22,6 +22,8 @@ class OneLineParser(argparse.ArgumentParser):
 
 def run(args: argparse.Namespace) -> None:
     """Train a config, with a progress bar on stderr, and say where the files are."""
+    if args.resume and not args.run_dir:
+        raise ConfigError("--resume needs --run-dir: the directory of the run to go on with")
     config = load_config(args.config, args.overrides)
     name = f"{datetime.now():%Y-%m-%d_%H%M%S}_{Path(args.config).stem}"
     trainer = Trainer(config, args.run_dir or Path("runs") / name, resume=args.resume)
@@ -58,7 +60,11 @@ def main(argv: list[str] | None = None) -> int:
     many.add_argument("arguments", nargs=argparse.REMAINDER)
     many.set_defaults(call=notebook)
     try:
-        args = parser.parse_args(argv)
+        args, rest = parser.parse_known_args(argv)  # argparse leaves over what follows an option
+        if rest and (args.call is not run or any(word.startswith("-") for word in rest)):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        if rest:
+            args.overrides += rest
         args.call(args)
     except (ConfigError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)

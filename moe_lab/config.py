@@ -337,6 +337,8 @@ class UniqueKeyLoader(yaml.SafeLoader):
         seen: dict[str, int] = {}
         for key_node, _ in node.value:
             line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode) or "\n" in key_node.value:
+                raise yaml.MarkedYAMLError(problem="a key must be a word", problem_mark=key_node.start_mark)
             if key_node.value in seen:
                 problem = f"the key {key_node.value!r} stands here and in line {seen[key_node.value]}"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)

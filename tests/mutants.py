@@ -16,7 +16,7 @@ from pathlib import Path
 from queue import Queue
 from typing import NamedTuple
 
-from mutants_table import MUTANTS
+from mutants_table import MUTANTS, Mutant
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = (
@@ -54,7 +54,7 @@ def run_tests(folder: Path, tests: list[str]) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
 
 
-def try_mutant(folder: Path, mutant) -> Verdict:
+def try_mutant(folder: Path, mutant: Mutant) -> Verdict:
     path = folder / mutant.file
     healthy = path.read_text(encoding="utf-8")
     if healthy.count(mutant.old) != 1:
@@ -81,7 +81,7 @@ def main() -> int:
             print(f"the named tests do not pass on healthy code:\n{healthy.stdout[-3000:]}", file=sys.stderr)
             return 1
 
-        def in_a_folder(mutant) -> Verdict:
+        def in_a_folder(mutant: Mutant) -> Verdict:
             folder = folders.get()
             try:
                 return try_mutant(folder, mutant)

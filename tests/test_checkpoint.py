@@ -87,7 +87,6 @@ def test_the_newest_are_kept(run: Trainer, tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == set(names[2:])
 
 
-@pytest.mark.xfail(strict=True, reason="the names are sorted as text")
 def test_a_million_steps_are_newer_than_fewer(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     for step in (998_000, 999_000, 1_000_000, 24_000_000):  # the last one is near the case's planned run
@@ -161,10 +160,15 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
     assert not (tmp_path / "executed").exists() and "\n" not in str(caught.value)
 
 
-def test_the_estimate_covers_a_checkpoint(run: Trainer) -> None:
-    size, estimate = step_path(run.run_dir, 6).stat().st_size, checkpoint_bytes(run.model, run.optimizers)
-    weights = sum(4 * p.numel() for p in run.model.parameters())
-    assert size <= estimate and 3 * weights <= estimate < 3 * weights + (2 << 20)
+def test_the_estimate_covers_a_checkpoint_and_little_more(run: Trainer, tmp_path: Path) -> None:
+    assert step_path(run.run_dir, 6).stat().st_size <= checkpoint_bytes(run.model, run.optimizers)
+    model = torch.nn.Linear(2000, 1000)  # large beside what an estimate adds for small things
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2000)).sum().backward()
+    optimizer.step()
+    save_atomically({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "c.pt")
+    size = (tmp_path / "c.pt").stat().st_size
+    assert size <= checkpoint_bytes(model, [optimizer]) < 1.1 * size
 
 
 def test_check_disk(tmp_path: Path) -> None:

@@ -174,7 +174,6 @@ def test_a_run_says_where_it_is(tmp_path: Path, capsys) -> None:
     assert out.startswith("finished: 3 steps") and "training.steps: stored 2, given 3" in err
 
 
-@pytest.mark.xfail(strict=True, reason="argparse gives the overrides to the first gap")
 def test_overrides_may_follow_an_option(tmp_path: Path, capsys) -> None:
     (tmp_path / "c.yaml").write_text(to_yaml(tiny(tmp_path)))
     assert main(["run", str(tmp_path / "c.yaml"), "--run-dir", str(tmp_path / "run"), "training.steps=1"]) == 0
@@ -189,7 +188,12 @@ ODD_KEYS = {
 
 
 @pytest.mark.parametrize("text", ODD_KEYS.values(), ids=ODD_KEYS)
-@pytest.mark.xfail(strict=True, reason="the loader and the message take any key for a word")
 def test_a_key_that_is_no_word(error, tmp_path: Path, text: str) -> None:
     (tmp_path / "config.yaml").write_text(text)
     assert "config.yaml" in error(str(tmp_path / "config.yaml"))
+
+
+def test_resume_needs_a_directory(tmp_path: Path, capsys) -> None:
+    (tmp_path / "c.yaml").write_text(to_yaml(tiny(tmp_path)))
+    assert main(["run", str(tmp_path / "c.yaml"), "--resume"]) == 2
+    assert capsys.readouterr().err == "error: --resume needs --run-dir: the directory of the run to go on with\n"

@@ -1,7 +1,7 @@
 """Predictions with and without a reader, and what a check of an exercise says."""
 
-import ipywidgets
 import IPython.display
+import ipywidgets
 import pytest
 
 from moe_lab.study.lessons import Predictions, check_exercise
@@ -44,7 +44,7 @@ def test_a_reader_has_no_guess_before_a_click(shown, capsys) -> None:
 
     text, choice = shown[0].children
     assert text.value == "<b>a &lt; b?</b>"
-    assert isinstance(choice, ipywidgets.RadioButtons)
+    assert isinstance(choice, ipywidgets.RadioButtons) and choice.index is None
     choice.value = "rises"
     predictions.reveal("loss", "rises")
     assert capsys.readouterr().out == "measured: rises (as predicted)\n"

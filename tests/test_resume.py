@@ -241,3 +241,11 @@ def test_a_run_moves_with_its_directory(half_way, tmp_path: Path) -> None:
     shutil.move(run_dir, tmp_path / "elsewhere")
     assert train(config, tmp_path / "elsewhere", resume=True).step == 8
     assert not run_dir.exists() and re.search("elsewhere", str(step_path(tmp_path / "elsewhere", 8)))
+
+
+def test_fewer_steps_than_done(tmp_path: Path) -> None:
+    config = tiny(tmp_path, training={"steps": 4})
+    Trainer(config, tmp_path / "run").fit()
+    fewer = Trainer(config.with_(training={"steps": 2}), tmp_path / "run", resume=True)
+    with pytest.raises(RunError, match=r"4 steps are done and training.steps=2; ask for more"):
+        fewer.fit()

@@ -220,7 +220,6 @@ def test_a_model_and_optimizers_of_the_users_own(tmp_path: Path) -> None:
     assert not any(stored[f"lm_heads.{k}.weight"].equal(before[f"lm_heads.{k}.weight"]) for k in (0, 1))
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="the trainer asks for group['initial_lr'] and group['name']")
 def test_an_optimizer_as_anyone_makes_it(tmp_path: Path) -> None:
     config = tiny(tmp_path, training={"steps": 2, "warmup_steps": 2})
     model = build_model(config.model)

@@ -50,7 +50,7 @@ class Depth(nn.Module):
         """
         scores = self.router(x).squeeze(-1)  # (B, T)
         predicted = self.predictor(x.detach()).squeeze(-1)  # (B, T); its loss must not shape the stream
-        n_chosen = math.ceil(self.capacity * x.shape[1])
+        n_chosen = math.ceil(round(self.capacity * x.shape[1], 6))  # 0.28 · 25 is 7, not 7.000000000000001
         best = scores.topk(n_chosen, dim=1).indices  # (B, C)
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True)
         if self.training:

@@ -98,7 +98,8 @@ class Mamba(nn.Module):
         rows = keep[:, None, None]
         cache.window.copy_(torch.where(rows, window[:, 1:], cache.window))
         cache.state.copy_(torch.where(rows, state, cache.state))
-        return self.finish(C @ state, u, gate)
+        y = (C.transpose(1, 2) * state).sum(1, keepdim=True)  # no matrix product: autocast would round the state
+        return self.finish(y, u, gate)
 
 
 class RoutingMamba(nn.Module):

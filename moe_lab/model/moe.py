@@ -55,7 +55,7 @@ class MoE(nn.Module):
     """Every token goes to its K best experts; their outputs are summed with the router's weights.
 
     Nothing is dropped unless the config sets a capacity factor. Then, in training only, an expert takes at most
-    factor · N · K / E slots, earlier tokens first, and `Routing.drop_rate` reports the rest (Fedus et al. 2021,
+    factor · N · K / E slots (rounded up), earlier tokens first, and `Routing.drop_rate` reports the rest (Fedus et al. 2021,
     sec. 2.2, https://arxiv.org/abs/2101.03961). In evaluation nothing is dropped, so that a token's output does
     not depend on the rest of the batch.
     """

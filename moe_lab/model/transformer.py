@@ -147,8 +147,10 @@ class LanguageModel(nn.Module):
         hidden, routing, depth = self.trunk(ids[:, :-1])
         terms = head_losses(self.lm_heads, hidden, ids, mask, self.config.aux_loss_weights)
         if routing:
-            terms["moe_balance"] = self.config.moe_balance_weight * sum(load_balancing_loss(r) for r in routing)
-            terms["router_z"] = self.config.moe_z_weight * sum(router_z_loss(r) for r in routing)
+            used = [r for r in routing if len(r.logits)]  # in evaluation MoD may keep no token at all
+            zero = hidden.new_zeros(())
+            terms["moe_balance"] = self.config.moe_balance_weight * sum(map(load_balancing_loss, used), zero)
+            terms["router_z"] = self.config.moe_z_weight * sum(map(router_z_loss, used), zero)
         if depth:
             mean = sum(predictor_loss(report) for report in depth) / len(depth)
             terms["mod_predictor"] = self.config.mod_predictor_weight * mean

@@ -7,7 +7,8 @@ import re
 
 import nbformat
 
-from moe_lab.study.runner import NOTEBOOKS, ROOT, all_notebooks
+from moe_lab.study.machine import MINUTES
+from moe_lab.study.runner import ROOT, all_notebooks
 from moe_lab.train.record import write_atomically
 
 TABLE = re.compile(r"(<!-- notebooks -->\n).*?(<!-- /notebooks -->)", re.DOTALL)
@@ -15,7 +16,7 @@ CARD = re.compile(r"(<!-- minutes -->).*?(<!-- /minutes -->)")
 
 
 def main() -> None:
-    measured = json.loads((NOTEBOOKS / "minutes.json").read_text(encoding="utf-8"))
+    measured = json.loads(MINUTES.read_text(encoding="utf-8"))
     rows = ["| notebook | question | minutes: smoke | lab |", "| --- | --- | --- | --- |"]
     for path in all_notebooks():
         notebook = nbformat.read(path, as_version=4)

@@ -15,11 +15,10 @@ from pathlib import Path
 
 import torch
 
-from moe_lab.config import ConfigError
+from moe_lab.config import ConfigError, load_config
 from moe_lab.study import runner
+from moe_lab.study.machine import MINUTES, tokens_per_second
 from moe_lab.train.record import write_atomically
-
-MINUTES = runner.NOTEBOOKS / "minutes.json"
 
 
 def minutes_of(call) -> float:
@@ -34,10 +33,14 @@ def smoke(path: Path) -> None:
 
 
 def refresh(paths: list[Path]) -> None:
-    """Outputs of profile lab in place; minutes of both profiles beside them."""
+    """Outputs of profile lab in place; minutes of both profiles beside them. The first notebook comes last: it shows
+    the minutes of the others."""
     measured = json.loads(MINUTES.read_text(encoding="utf-8"))
+    for profile in ("smoke", "lab"):
+        config = load_config(runner.ROOT / "configs" / f"{profile}.yaml")
+        measured["reference"]["tokens_per_s"][profile] = round(tokens_per_second(config))
     measured["reference"]["machine"] = f"{torch.get_num_threads()} cores, {platform.machine()}, no GPU"
-    for path in paths:
+    for path in sorted(paths, key=lambda path: path.stem.startswith("00")):
         minutes = {"smoke": minutes_of(lambda path=path: smoke(path))}
         minutes["lab"] = minutes_of(lambda path=path: runner.refresh([path]))
         measured["notebooks"][path.stem] = minutes

@@ -71,7 +71,7 @@ def step_path(run_dir: Path, step: int) -> Path:
 
 def prune(run_dir: Path, keep: int) -> None:
     """Delete all but the `keep` newest step checkpoints; the interrupted one and foreign files stay."""
-    for path in sorted((run_dir / FOLDER).glob("step_*.pt"))[:-keep]:
+    for path in sorted((run_dir / FOLDER).glob("step_*.pt"), key=lambda path: (len(path.name), path.name))[:-keep]:
         path.unlink()
 
 

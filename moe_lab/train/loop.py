@@ -30,7 +30,7 @@ from moe_lab.train.controls import CONTROLS, Controls
 from moe_lab.train.device import is_out_of_memory, keep_freed_memory, pick_compute, pick_device
 from moe_lab.train.evaluate import evaluate
 from moe_lab.train.readings import Readings
-from moe_lab.train.record import RECORD, append_jsonl, cut_jsonl, read_record, write_atomically
+from moe_lab.train.record import RECORD, append_jsonl, cut_jsonl, read_jsonl, read_record, write_atomically
 from moe_lab.train.resume import merge
 
 
@@ -73,6 +73,9 @@ class Trainer:
             self.model.to(torch.bfloat16)
         self.model.recompute_blocks = config.training.activation_checkpointing
         self.optimizers = optimizers or build_optimizers(self.model, config.optimizer, config.training.max_lr)
+        for index, group in enumerate(groups_of(self.optimizers)):  # a caller's own optimizers lack these
+            group.setdefault("initial_lr", group["lr"])
+            group.setdefault("name", f"group_{index}")
         self.batches = Batches(
             self.dataset.train, model_config.max_seq_len, config.training.batch_size, config.training.seed
         )
@@ -151,8 +154,15 @@ class Trainer:
         if self.stored is not None:
             self.restore(self.stored)
             self.stored = None
+        if self.step > self.n_steps:
+            raise RunError(
+                f"{self.run_dir}: {self.step} steps are done and training.steps={self.n_steps}; ask for more"
+            )
         cut_jsonl(self.run_dir / RECORD, self.step)
         cut_jsonl(self.run_dir / CONTROLS, self.step)
+        for row in read_jsonl(self.run_dir / CONTROLS):  # what was asked right after the checkpoint was written
+            if row["action"] == "lr_scale":
+                self.controls.lr_scale = row["value"]
         rows = read_record(self.run_dir)
         self.evaluated = {row["step"] for row in rows if row.get("event") == "eval"}
         self.seconds_before = max((row["seconds"] for row in rows), default=0.0)

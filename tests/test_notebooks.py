@@ -1,0 +1,84 @@
+"""What every committed notebook must be, and proof that the checks refuse notebooks that are not.
+
+`make test` executes the notebooks by nbval. That alone would pass a cleared notebook, since there is nothing to compare,
+so the outputs are looked at here. tests/fixtures/ holds one bad notebook for each thing that must be refused.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FIXTURES = ROOT / "tests" / "fixtures"
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+LARGEST = 500 * 1024  # bytes
+
+
+def problems(path: Path) -> list[str]:
+    """What is wrong with a committed notebook's outputs and form; empty: nothing."""
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+    found = []
+    if not any(cell.outputs for cell in code):
+        found.append("cleared: no cell has an output")
+    if [cell.execution_count for cell in code] != list(range(1, len(code) + 1)):
+        found.append("execution counts are not 1 to n: run `make outputs`")
+    outputs = [output for cell in code for output in cell.outputs]
+    if any(output.output_type == "error" for output in outputs):
+        found.append("an error is among the outputs")
+    if any("widget" in kind for output in outputs for kind in output.get("data", {})) or "widgets" in notebook.metadata:
+        found.append("widget state is among the outputs")
+    if path.stat().st_size > LARGEST:
+        found.append(f"{path.stat().st_size // 1024} KiB; the limit is {LARGEST // 1024}")
+    if sum("parameters" in cell.metadata.get("tags", []) for cell in notebook.cells) != 1:
+        found.append("there must be exactly one cell tagged parameters")
+    if any(tag.endswith("raises-exception") for cell in code for tag in cell.metadata.get("tags", [])):
+        found.append("raises-exception is read differently by each tool: assert the failure instead")
+    return found
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_committed_notebooks_are_whole(path: Path) -> None:
+    assert problems(path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [("cleared", "cleared"), ("out_of_order", "execution counts"), ("healthy", None)],
+)
+def test_the_form_of_bad_notebooks_is_refused(name: str, problem: str | None) -> None:
+    found = problems(FIXTURES / f"{name}.ipynb")
+    assert (found == []) if problem is None else any(text.startswith(problem) for text in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("false_claim", "x.1 does not hold: one is less than two"),
+        ("misspelt_parameter", "unknown parameter 'proflie'; did you mean profile?"),
+        ("changed_verdict", "two is less than one"),
+        ("healthy", None),
+    ],
+)
+def test_nbval_refuses_bad_notebooks(name: str, message: str | None) -> None:
+    options = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=120", "-p", "no:cacheprovider"]
+    environment = os.environ | {"MOE_LAB_PROFILE": "smoke", "MOE_LAB_INTERACTIVE": "0"}
+    command = [sys.executable, "-m", "pytest", *options, str(FIXTURES / f"{name}.ipynb")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    if message is None:
+        assert done.returncode == 0, done.stdout
+    else:
+        assert done.returncode == 1 and message in done.stdout, done.stdout
+
+
+def test_the_table_of_minutes_is_of_these_notebooks() -> None:
+    measured = json.loads((ROOT / "notebooks" / "minutes.json").read_text(encoding="utf-8"))["notebooks"]
+    assert sorted(measured) == [path.stem for path in NOTEBOOKS]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in NOTEBOOKS:
+        assert f"| {measured[path.stem]['smoke']} | {measured[path.stem]['lab']} |" in readme
