@@ -6,10 +6,10 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; 
 BIN := .venv/bin
 PARAMS ?=
 
-.PHONY: help setup run test lab notebooks outputs docs-table bench mutants browser format
+.PHONY: help setup run test lab notebooks outputs docs-table bench seeds mutants browser format
 
 help:
-	@echo "make setup | run | test | lab | notebooks | outputs | docs-table | bench | mutants | format; see README.md"
+	@echo "make setup | run | test | lab | notebooks | outputs | docs-table | bench | seeds | mutants | format; see README.md"
 
 # Once: the stamp is newer than what it was made from, so a second call installs nothing.
 setup: .venv/installed
@@ -54,6 +54,9 @@ docs-table: setup
 
 bench: setup
 	$(BIN)/python benchmarks/bench.py
+
+seeds: setup
+	$(BIN)/python benchmarks/seeds.py
 
 mutants: setup
 	$(BIN)/python tests/mutants.py

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from moe_lab.config import ConfigError, load_config
 from moe_lab.train import RunError, Trainer
+from moe_lab.train.device import is_out_of_memory
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -68,6 +69,11 @@ def main(argv: list[str] | None = None) -> int:
         args.call(args)
     except (ConfigError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print("error: out of memory before the first step: lower model.d_model or model.n_layers", file=sys.stderr)
         return 2
     return 0
 

@@ -396,7 +396,7 @@ def read_yaml(path: str | Path) -> Any:
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{path}{line}: not valid YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # an impossible date is a ValueError
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if values is None:
         raise ConfigError(f"{path}: the file is empty; a config holds sections such as `model:`")
@@ -411,7 +411,7 @@ def parse_override(text: str) -> tuple[str, str, Any]:
         raise ConfigError(f"override {text!r} must read section.key=value, such as training.steps=200")
     try:
         parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise ConfigError(f"override {text!r}: the value is not valid YAML") from None
     if isinstance(parsed, str) and is_number(parsed):
         parsed = float(parsed)

@@ -115,7 +115,8 @@ class MoE(nn.Module):
     def arrange(self, slot_experts: Tensor) -> tuple[Tensor, Tensor]:
         """The row of each slot in the grouped buffer (S,), and where each expert's rows end (E,) int32.
 
-        Works on the device without reading a count back. Slots of expert E come after all groups.
+        Works on the device without reading a count back (torch's float32 fallback of grouped_mm on CUDA does read `ends`;
+        its bfloat16 kernel does not). Slots of expert E come after all groups.
         """
         order = slot_experts.argsort(stable=True)
         sorted_experts = slot_experts[order]

@@ -21,7 +21,7 @@ DECAYED = ("embedding", "lm_heads")
 
 
 def group_of(name: str) -> str:
-    """`muon`, `adamw_decayed` or `adamw` for a parameter's full name: DESIGN's table."""
+    """`muon`, `adamw_decayed` or `adamw` for a parameter's full name."""
     parts = name.split(".")
     if parts[-1] == "weight":
         parts.pop()

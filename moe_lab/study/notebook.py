@@ -110,6 +110,9 @@ def resolve(**parameters: Any) -> Lab:
     source = config.data.source
     if source != "stdlib" and not source.startswith("hf:"):
         config = config.with_(data={"source": str(ROOT / Path(source).expanduser())})
+    files = config.data.data_files
+    if files and "://" not in files:
+        config = config.with_(data={"data_files": str(ROOT / files)})
     if values.get("resume") and "run_dir" not in values:
         raise ConfigError("resume=True needs run_dir: the directory of the run to go on with")
     run_dir = ROOT / values["run_dir"] if "run_dir" in values else new_run_dir(profile)

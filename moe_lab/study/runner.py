@@ -28,7 +28,7 @@ from nbclient.exceptions import DeadKernelError
 from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 
-from moe_lab.config import ConfigError
+from moe_lab.config import ConfigError, suggestion
 from moe_lab.study.notebook import ROOT, declared_parameters, new_run_dir, resolve, validate_parameters
 from moe_lab.train.record import RECORD
 
@@ -154,6 +154,10 @@ def run_all(names: Iterable[str | Path] | None = None, parameters: Mapping[str, 
     """Run the notebooks in order, each in a folder of one new directory, up to the first failure, which is raised.
     `parameters` reach the notebooks that have them."""
     paths = all_notebooks() if names is None else [find_notebook(name) for name in names]
+    known = {name for path in paths for name in declared_parameters(path)}
+    for name in parameters or {}:
+        if name not in known:
+            raise ConfigError(f"unknown parameter {name!r}{suggestion(name, known)}")
     parent = new_run_dir("notebooks")
     for path in paths:
         print(f"{path.stem} …", file=sys.stderr, flush=True)

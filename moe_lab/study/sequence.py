@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+from papermill.exceptions import PapermillExecutionError
 
 from moe_lab.config import ConfigError, load_config
 from moe_lab.study import runner
@@ -52,7 +53,7 @@ def main(arguments: list[str]) -> int:
     try:
         command, *rest = arguments or [""]
         if command == "run":
-            print(runner.run_all(parameters=dict(word.split("=", 1) for word in rest)))
+            print(runner.run_all(parameters=runner.parse(["all", *rest])[1]))
         elif command == "refresh":
             refresh([runner.find_notebook(name) for name in rest] or runner.all_notebooks())
         else:
@@ -60,6 +61,9 @@ def main(arguments: list[str]) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except PapermillExecutionError as error:
+        print(f"error: cell [{error.exec_count}]: {error.ename}: {error.evalue}", file=sys.stderr)
+        return 1
     return 0
 
 

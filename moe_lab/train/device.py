@@ -52,7 +52,7 @@ def keep_freed_memory() -> bool:
     """Let glibc keep freed memory for the next step instead of handing it back to the system. Returns whether it did.
 
     Training allocates the same tens of megabytes each step; by default glibc maps and unmaps them, and a CPU step
-    spends a large part of its time in page faults (benchmarks/step_time.py measures it). Other systems: nothing.
+    spends a large part of its time in page faults (`make bench` measures it). Other systems: nothing.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -66,4 +66,6 @@ def keep_freed_memory() -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return "can't allocate memory" in str(error) or "out of memory" in str(error)  # CPU; MPS

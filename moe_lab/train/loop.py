@@ -35,7 +35,7 @@ from moe_lab.train.resume import merge
 
 
 class Trainer:
-    """Trains one model in one run directory (its files: DESIGN, "A run directory").
+    """Trains one model in one run directory (its files: README, "How to read a run").
 
     `config` is resolved here: device, precision, the vocabulary that the text yields. `model` and `optimizers` may be
     given ready-made. `listeners` are called, on fit's thread, with each finished record row. Nothing is written
@@ -64,6 +64,11 @@ class Trainer:
         if self.device.type == "cpu":
             keep_freed_memory()
         self.dataset = prepare(config.data, config.model)
+        if self.stored and self.stored["data_state"]["corpus"] != self.dataset.corpus_hash:
+            raise RunError(
+                f"{self.run_dir}: the text of data.source={config.data.source} has changed since the checkpoint; "
+                "bring it back, or start in a new directory"
+            )
         model_config = replace(config.model, vocab_size=self.dataset.vocab_size)
         precision = replace(config.precision, compute=pick_compute(config, self.device))
         self.config = replace(config, model=model_config, precision=precision)
@@ -93,7 +98,10 @@ class Trainer:
         KeyboardInterrupt at once. Raises RunError for what can go wrong on the way: a directory in use, a full disk,
         too little memory, a gradient that is not finite.
         """
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"{self.run_dir}: cannot be a run directory: {error.strerror}; take another one") from None
         lock = FileLock(self.run_dir / ".lock")
         try:
             lock.acquire(timeout=0)
@@ -103,6 +111,8 @@ class Trainer:
             ) from None
         try:
             self.refuse_used_directory()  # again: another process may have come and gone
+            if self.stored and ckpt.latest_checkpoint(self.run_dir)[1]["step"] != self.stored["step"]:
+                raise RunError(f"{self.run_dir}: another process has gone on with this run meanwhile; start again")
             with self.interrupts_ask_to_stop():
                 return self.run()
         finally:
@@ -146,6 +156,8 @@ class Trainer:
     def start(self) -> None:
         """Write what a run begins with, or restore what it was stopped with."""
         (self.run_dir / ckpt.FOLDER).mkdir(exist_ok=True)
+        for unfinished in (self.run_dir / ckpt.FOLDER).glob("*.part"):
+            unfinished.unlink()  # a save that a kill cut short
         size = ckpt.checkpoint_bytes(self.model, self.optimizers)
         ckpt.check_disk(self.run_dir, size * (self.config.training.keep_checkpoints + 1))
         self.floors = loss_floors(self.dataset)
@@ -268,7 +280,7 @@ class Trainer:
             "step": self.step,
             "tokens_seen": self.tokens(),
             "rng_state": ckpt.rng_state(self.device),
-            "data_state": self.batches.state_dict(),
+            "data_state": self.batches.state_dict() | {"corpus": self.dataset.corpus_hash},
             "config": to_dict(self.config),
             "initial_sample": self.initial_sample,
         }
