@@ -177,8 +177,8 @@ class LiveRun:
         except BaseException as error:  # raised again in the waiting cell instead of lost in the thread
             self.error = error
         finally:
-            if self.summary is not None:
-                self.rows[:] = read_record(self.trainer.run_dir)  # a resumed run's earlier rows as well
+            if self.summary is not None:  # a resumed run's earlier rows as well, if the trainer keeps a record
+                self.rows[:] = read_record(self.trainer.run_dir) or self.rows
             self._done.set()
 
     def _listen(self, row: dict[str, Any]) -> None:
