@@ -51,8 +51,8 @@ def seconds_per_product(a: torch.Tensor, b: torch.Tensor) -> float:
 def keep_freed_memory() -> bool:
     """Let glibc keep freed memory for the next step instead of handing it back to the system. Returns whether it did.
 
-    Training allocates the same tens of megabytes each step; by default glibc maps and unmaps them, and a CPU step
-    spends a large part of its time in page faults (`make bench` measures it). Other systems: nothing.
+    Training allocates the same tens of megabytes each step; by default glibc maps and unmaps them, and part of a CPU
+    step goes into page faults (`make bench` measures how much). Other systems: nothing.
     """
     if not sys.platform.startswith("linux"):
         return False
