@@ -1,21 +1,14 @@
 """The checks of notebook 00 accept the printed solutions and refuse what a reader is likely to get wrong."""
 
-import re
-from pathlib import Path
-
+import helpers
 import pytest
 
 from moe_lab.study import exercises_00
 
-SOLUTIONS = Path(__file__).parents[1] / "notebooks" / "solutions" / "00.md"
-
 
 @pytest.fixture
 def solved() -> dict:
-    names = {}
-    for block in re.findall(r"```python\n(.*?)```", SOLUTIONS.read_text(encoding="utf-8"), re.DOTALL):
-        exec(block, names)
-    return names
+    return helpers.solved("00")
 
 
 def test_the_solutions_pass(solved) -> None:

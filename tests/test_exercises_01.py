@@ -2,22 +2,18 @@
 
 import math
 import re
-from pathlib import Path
 
+import helpers
 import pytest
 
 from moe_lab.study import exercises_01
 
-SOLUTIONS = Path(__file__).parents[1] / "notebooks" / "solutions" / "01.md"
 RIGHT = {"A": "frequencies only", "B": "another number", "C": "random tokens", "D": "beats the tables"}
 
 
 @pytest.fixture
 def solved() -> dict:
-    names = {}
-    for block in re.findall(r"```python\n(.*?)```", SOLUTIONS.read_text(encoding="utf-8"), re.DOTALL):
-        exec(block, names)
-    return names
+    return helpers.solved("01")
 
 
 def test_the_solutions_pass(solved) -> None:

@@ -1,23 +1,17 @@
 """The checks of notebook 02 accept the printed solutions and refuse what a reader is likely to get wrong."""
 
 import math
-import re
-from pathlib import Path
 
+import helpers
 import pytest
 import torch
 
 from moe_lab.study import exercises_02
 
-SOLUTIONS = Path(__file__).parents[1] / "notebooks" / "solutions" / "02.md"
-
 
 @pytest.fixture
 def solved() -> dict:
-    names: dict = {}
-    for block in re.findall(r"```python\n(.*?)```", SOLUTIONS.read_text(encoding="utf-8"), re.DOTALL):
-        exec(block, names)
-    return names
+    return helpers.solved("02")
 
 
 def test_the_solutions_pass(solved) -> None:

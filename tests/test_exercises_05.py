@@ -1,24 +1,18 @@
 """The checks of notebook 05 accept the printed solutions and refuse what a reader is likely to get wrong."""
 
-import re
-from pathlib import Path
 from types import SimpleNamespace
 
+import helpers
 import pytest
 
 from moe_lab.study import exercises_05
-
-SOLUTIONS = Path(__file__).parents[1] / "notebooks" / "solutions" / "05.md"
 
 
 @pytest.fixture
 def solved() -> dict:
     training = SimpleNamespace(gradient_accumulation_steps=2, batch_size=8)
     trainer = SimpleNamespace(config=SimpleNamespace(training=training, model=SimpleNamespace(max_seq_len=64)))
-    names = {"trainer": trainer, "summary": {"steps": 40}}
-    for block in re.findall(r"```python\n(.*?)```", SOLUTIONS.read_text(encoding="utf-8"), re.DOTALL):
-        exec(block, names)
-    return names
+    return helpers.solved("05", trainer=trainer, summary={"steps": 40})
 
 
 def test_the_solutions_pass(solved) -> None:

@@ -120,8 +120,7 @@ class RoutingMamba(nn.Module):
         routing = self.router(x.flatten(0, 1))
         y = self.mix(torch.stack([expert(x) for expert in self.experts], dim=-1), routing)
         if keep is not None:
-            rows = keep.flatten()
-            routing = Routing(routing.weights[rows], routing.expert_ids[rows], routing.logits[rows], routing.drop_rate)
+            routing = routing.of(keep.flatten())
         return y, routing
 
     def mix(self, outputs: Tensor, routing: Routing) -> Tensor:

@@ -32,6 +32,10 @@ class Routing(NamedTuple):
         n_experts = self.logits.shape[-1]
         return F.one_hot(self.expert_ids, n_experts).float().mean(dim=(0, 1))
 
+    def of(self, rows: Tensor) -> Routing:
+        """The routing of the tokens where `rows` (N,) bool is true."""
+        return Routing(self.weights[rows], self.expert_ids[rows], self.logits[rows], self.drop_rate)
+
 
 class Router(nn.Module):
     """Top-k gating of Shazeer et al. 2017, sec. 2.1, without the noise, with an MLP as the case has it.
@@ -81,8 +85,7 @@ class MoE(nn.Module):
             routing = routing._replace(drop_rate=(expert_ids == self.n_experts).float().mean())
         y = self.experts(tokens, expert_ids, routing.weights)
         if keep is not None:
-            rows = keep.flatten()
-            routing = Routing(routing.weights[rows], routing.expert_ids[rows], routing.logits[rows], routing.drop_rate)
+            routing = routing.of(keep.flatten())
         return y.unflatten(0, x.shape[:2]), routing
 
     def drop_overflow(self, expert_ids: Tensor) -> Tensor:
