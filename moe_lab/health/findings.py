@@ -1,0 +1,64 @@
+"""What the health checks say: findings, and the one table of rules that they come from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+SEVERITIES = ("error", "warning", "info")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing that a rule found. `error`: the run is sick, stop; `warning`: likely wrong, look; `info`: good to know."""
+
+    rule: str  # an id of RULES
+    severity: str  # error, warning or info
+    where: str  # a parameter, a group, a file's line, or "loss"
+    step: int | None = None  # optimizer updates done when it was found; None: found without a run
+    value: float | str | None = None  # what was measured
+    limit: float | str | None = None  # what it was held against
+    message: str  # what, where, how sure: one line
+    advice: str  # what to do: one line
+
+    def __post_init__(self) -> None:
+        if self.severity not in SEVERITIES:
+            raise ValueError(f"severity={self.severity!r} is not one of {', '.join(SEVERITIES)}")
+        if self.rule not in RULES:
+            raise ValueError(f"rule={self.rule!r} is not in the table of rules")
+
+    def __str__(self) -> str:
+        at = "" if self.step is None else f" (step {self.step})"
+        return f"{self.severity}: {self.rule}: {self.message}{at}. {self.advice}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a line of JSON."""
+        return asdict(self)
+
+
+# rule id → (the highest severity it can reach, what it says). Every finding carries one of these ids.
+RULES: dict[str, tuple[str, str]] = {
+    "lost_updates": ("error", "the optimizer's updates are rounded away: realised displacement is below the intended"),
+    "bf16_parameters": ("error", "16-bit parameters without fp32 masters, Kahan or stochastic-rounding state"),
+    "frozen_tensor": ("error", "a tensor has gradients and a learning rate, yet no element of it has moved"),
+    "no_gradient": ("error", "a trainable tensor gets no gradient"),
+    "not_in_optimizer": ("error", "a trainable tensor is in no optimizer"),
+    "updated_twice": ("error", "a tensor is in two optimizers"),
+    "frozen_module": ("warning", "part of the model has requires_grad=False and was not declared frozen"),
+    "not_frozen": ("warning", "a tensor that was declared frozen is being trained"),
+    "nonfinite_gradient": ("error", "a gradient is NaN or infinite"),
+    "sparse_gradient": ("info", "sparse gradients: lost updates of this tensor are not measured"),
+    "lr_too_low": ("warning", "learning rates far below what such a model is trained with"),
+    "lr_too_high": ("error", "learning rates far above what such a model is trained with, or the loss blows up"),
+    "muon_convention": ("warning", "a Muon learning rate that fits the other convention, or AdamW"),
+    "initial_loss": ("warning", "the first loss is not what an untrained model of this vocabulary shows"),
+    "loss_not_falling": ("warning", "the loss has not fallen although the learning rates had time to act"),
+    "reach": ("info", "how far a weight can travel at most within the planned updates"),
+    "direction_bias": ("warning", "16-bit weights only move one way: the other direction is rounded away"),
+    "weight_decay_on_norms": ("info", "weight decay pulls norm weights or biases towards 0"),
+    "unread_key": ("warning", "a config key that nothing reads"),
+    "lr_baked_in": ("warning", "a checkpoint carries a learning rate that a plain resume would bring back"),
+    "never_moved": ("warning", "a tensor of a checkpoint still holds its start values"),
+    "unreadable": ("error", "a file that cannot be read safely"),
+    "unexpected_tensors": ("warning", "a checkpoint whose tensors are not those of a known run"),
+}

@@ -1,0 +1,2 @@
+"""Remedies for bf16 parameters (placeholder, being written)."""
+REMEDIES: dict = {}
