@@ -17,11 +17,11 @@ from moe_lab.study.notebook import ROOT
 # (Muon's LR, AdamW's LR beside it), Muon in the convention `original`, as the case has it
 FAILURE = (3e-4, 9e-5)  # the second run of the case
 CURE = (1e-3, 3e-4)  # the report's fix
-TUNED = (8e-3, 2.4e-3)  # the centre of the surface's grid
+TUNED = (4e-3, 1e-2)  # the centre of the surface
 POINTS = {"failure": FAILURE, "cure": CURE, "tuned": TUNED}
 
 SWEEP_LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-SWEEP_ADAMW = 1e-3  # AdamW's LR beside Muon while Muon's is swept
+SWEEP_ADAMW = 1e-2  # AdamW's LR beside Muon while Muon's is swept
 SEEDS = (0, 1, 2)
 
 
