@@ -29,7 +29,6 @@ from tqdm import tqdm
 from moe_lab.config import Config, ConfigError, from_dict, to_dict
 from moe_lab.data.corpus import read_corpus
 from moe_lab.data.prepare import CACHE
-from moe_lab.optim import build_optimizers
 from moe_lab.optim.rounding import REMEDIES
 from moe_lab.train import RunError, Trainer, read_record
 from moe_lab.train.evaluate import evaluate
@@ -229,9 +228,8 @@ def make_trainer(config: Config, remedy: str | None, folder: str | Path) -> Trai
     """A Trainer for one cell, its optimizers wrapped by a remedy for bf16 parameters where the arm has one."""
     if remedy is None:
         return Trainer(config, folder)
-    trainer = Trainer(config, folder)
-    model = trainer.model
-    optimizers = REMEDIES[remedy](model, build_optimizers(model, config.optimizer, config.training.max_lr))
+    model = Trainer(config.with_(precision={"parameters": "float32"}), folder).model  # the start values before the cast
+    optimizers = REMEDIES[remedy](model, config.optimizer, config.training.max_lr)
     return Trainer(config, folder, model=model, optimizers=optimizers)
 
 
