@@ -6,10 +6,10 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; 
 BIN := .venv/bin
 PARAMS ?=
 
-.PHONY: help setup run test lab notebooks outputs docs-table bench seeds mutants browser format
+.PHONY: help setup run test lab notebooks outputs docs-table bench seeds detection studies mutants browser format
 
 help:
-	@echo "make setup | run | test | lab | notebooks | outputs | docs-table | bench | seeds | mutants | format; see README.md"
+	@echo "make setup | run | test | lab | notebooks | outputs | docs-table | bench | seeds | detection | studies | mutants | format; see README.md"
 
 # Once: the stamp is newer than what it was made from, so a second call installs nothing.
 setup: .venv/installed
@@ -57,6 +57,14 @@ bench: setup
 
 seeds: setup
 	$(BIN)/python benchmarks/seeds.py
+
+# Does the watch name each sickness by step 100, and keep quiet about healthy runs?
+detection: setup
+	$(BIN)/python benchmarks/detection.py
+
+# The runs behind notebooks 03 and 04, hours of one core; finished ones are kept in .cache
+studies: setup
+	$(BIN)/python -m moe_lab.study.designs
 
 mutants: setup
 	$(BIN)/python tests/mutants.py

@@ -1,4 +1,7 @@
-"""Command line: `python -m moe_lab run CONFIG [key=value …]`. Errors are one line on stderr, exit code 2."""
+"""Command line: `python -m moe_lab run CONFIG [key=value …]`, `… preflight FILE`, `… inspect FILE`.
+
+Errors are one line on stderr, exit code 2. The two checks end with 1 if they find an error.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from moe_lab.config import ConfigError, load_config
+from moe_lab.health.findings import SEVERITIES
+from moe_lab.health.inspection import inspect_checkpoint
+from moe_lab.health.preflight import preflight
 from moe_lab.train import RunError, Trainer
 from moe_lab.train.device import is_out_of_memory
 
@@ -48,6 +54,20 @@ def notebook(args: argparse.Namespace) -> None:
     sys.exit(runner.main(args.arguments))
 
 
+def look(args: argparse.Namespace) -> int:
+    """Print one line for each finding about a file, errors first, and a line of counts. Returns 1 if there is an error."""
+    try:
+        findings = sorted(args.look_into(args.file), key=lambda finding: SEVERITIES.index(finding.severity))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    for f in findings:
+        print(" ".join(f"{f.severity}: {f.rule}: {f.where}: {f.message}. {f.advice}".split()))
+    counts = [sum(f.severity == severity for f in findings) for severity in SEVERITIES]
+    plural = lambda n, name: f"{n} {name}" + ("s" if n != 1 and name != "info" else "")  # noqa: E731
+    print(", ".join(map(plural, counts, SEVERITIES)))
+    return 1 if counts[0] else 0
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(prog="python -m moe_lab", description="Train and look into training runs.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser)
@@ -57,6 +77,14 @@ def main(argv: list[str] | None = None) -> int:
     one.add_argument("--run-dir", help="where to write; default: a new dated directory under runs/")
     one.add_argument("--resume", action="store_true", help="go on with the run in --run-dir")
     one.set_defaults(call=run)
+    codes = "One line for each finding: severity, rule, where, what, what to do; then their counts. "
+    codes += "Exit code 0: no error among them; 1: an error; 2: the file cannot be used."
+    before = commands.add_parser("preflight", help="look for mistakes in a config, before training", description=codes)
+    before.add_argument("file", help="a YAML file; its comments are read too")
+    before.set_defaults(call=look, look_into=preflight)
+    after = commands.add_parser("inspect", help="look into a checkpoint; nothing in it is executed", description=codes)
+    after.add_argument("file", help="a checkpoint, such as runs/demo/checkpoints/step_000200.pt")
+    after.set_defaults(call=look, look_into=inspect_checkpoint)
     many = commands.add_parser("notebook", help="execute a notebook headlessly", add_help=False)
     many.add_argument("arguments", nargs=argparse.REMAINDER)
     many.set_defaults(call=notebook)
@@ -66,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         if rest:
             args.overrides += rest
-        args.call(args)
+        return args.call(args) or 0
     except (ConfigError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -75,7 +103,6 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print("error: out of memory before the first step: lower model.d_model or model.n_layers", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

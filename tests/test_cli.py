@@ -197,3 +197,72 @@ def test_resume_needs_a_directory(tmp_path: Path, capsys) -> None:
     (tmp_path / "c.yaml").write_text(to_yaml(tiny(tmp_path)))
     assert main(["run", str(tmp_path / "c.yaml"), "--resume"]) == 2
     assert capsys.readouterr().err == "error: --resume needs --run-dir: the directory of the run to go on with\n"
+
+
+# ---- preflight and inspect -------------------------------------------------------------------------------------------
+
+
+def look(capsys, *argv: str) -> tuple[int, list[str], str]:
+    """Exit code, lines on stdout, stderr."""
+    code = main(list(argv))
+    out, err = capsys.readouterr()
+    return code, out.splitlines(), err
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "counts"),
+    [
+        ("smoke", 0, "0 errors, 0 warnings, 1 info"),
+        ("lab", 0, "0 errors, 0 warnings, 1 info"),
+        ("gpu", 0, "0 errors, 0 warnings, 1 info"),
+        ("training_1.5b", 0, "0 errors, 0 warnings, 1 info"),
+        ("training_1.5b_as_reported", 1, "1 error, 2 warnings, 1 info"),
+    ],
+)
+def test_preflight_of_our_configs(capsys, name: str, code: int, counts: str) -> None:
+    path = CONFIGS / f"{name}.yaml"
+    got, lines, err = look(capsys, "preflight", str(path))
+    assert (got, lines[-1], err) == (code, counts, "")
+    assert len(lines) == 1 + sum(int(number) for number in re.findall(r"\d+", counts))
+    assert all(re.match(rf"(error|warning|info): \w+: {re.escape(str(path))}:\d+: \S", line) for line in lines[:-1])
+
+
+def test_preflight_of_a_bad_file_is_one_line(tmp_path: Path, capsys) -> None:
+    (tmp_path / "c.yaml").write_text("model:\n  d: [1, 2\ntraining:\n")
+    code, lines, err = look(capsys, "preflight", str(tmp_path / "c.yaml"))
+    assert (code, lines) == (2, [])
+    assert re.fullmatch(rf"error: {tmp_path}/c.yaml, line 3: not valid YAML: .*; correct it\n", err)
+
+
+def test_inspect(tmp_path: Path, capsys) -> None:
+    torch.save({"model": {"norm.weight": torch.ones(4), "x": torch.tensor([1.0, 2.0])}}, tmp_path / "a.pt")
+    torch.save({"model": {"x": torch.tensor([1.0, torch.nan])}}, tmp_path / "b.pt")
+    (tmp_path / "c.pt").write_text("none")
+    code, lines, err = look(capsys, "inspect", str(tmp_path / "a.pt"))
+    assert (code, lines[-1], err) == (0, "0 errors, 1 warning, 1 info", "")
+    assert lines[0].startswith("warning: never_moved: norm.weight: 1 of 1 norm weights: exactly 1 in every element")
+    code, lines, err = look(capsys, "inspect", str(tmp_path / "b.pt"))
+    assert (code, lines[-1], err) == (1, "1 error, 0 warnings, 1 info", "")
+    assert look(capsys, "inspect", str(tmp_path / "c.pt"))[0] == 1
+    none = tmp_path / "none.pt"
+    assert look(capsys, "inspect", str(none)) == (
+        2,
+        [],
+        f"error: {none}: no such file; give the path of a checkpoint\n",
+    )
+
+
+@pytest.mark.parametrize("command", ["preflight", "inspect"])
+def test_the_help_names_the_exit_codes(capsys, command: str) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0 and "Exit code 0: no error among them; 1: an error; 2: the file cannot be used." in text
+
+
+@pytest.mark.parametrize(
+    "argv", [["preflight"], ["inspect"], ["preflight", "a.yaml", "b.yaml"], ["inspect", "--x", "a"]]
+)
+def test_a_wrong_look(capsys, argv: list[str]) -> None:
+    code, lines, err = look(capsys, *argv)
+    assert (code, lines, err.count("\n")) == (2, [], 1) and "--help" in err

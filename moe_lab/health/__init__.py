@@ -1,5 +1,8 @@
 """Watch any PyTorch training and say what is wrong. Needs torch and the standard library, nothing else."""
 
-from moe_lab.health.findings import RULES, Finding
+from moe_lab.health.findings import RULES, SICKNESSES, Finding
+from moe_lab.health.inspection import inspect_checkpoint
+from moe_lab.health.preflight import preflight
+from moe_lab.health.watch import Watch
 
-__all__ = ["RULES", "Finding"]
+__all__ = ["RULES", "SICKNESSES", "Finding", "Watch", "inspect_checkpoint", "preflight"]

@@ -58,7 +58,20 @@ RULES: dict[str, tuple[str, str]] = {
     "weight_decay_on_norms": ("info", "weight decay pulls norm weights or biases towards 0"),
     "unread_key": ("warning", "a config key that nothing reads"),
     "lr_baked_in": ("warning", "a checkpoint carries a learning rate that a plain resume would bring back"),
-    "never_moved": ("warning", "a tensor of a checkpoint still holds its start values"),
+    "never_moved": ("error", "a tensor of a checkpoint still holds its start values"),
     "unreadable": ("error", "a file that cannot be read safely"),
+    "nonfinite_values": ("error", "a checkpoint holds NaN or infinite values"),
+    "step_counters": ("warning", "a checkpoint's steps, tokens and optimizer updates do not fit together"),
     "unexpected_tensors": ("warning", "a checkpoint whose tensors are not those of a known run"),
+}
+
+# sickness → the rule that names it: the first finding of at least `warning` must carry this id
+SICKNESSES: dict[str, str] = {
+    "bf16 parameters": "lost_updates",
+    "LR too low": "lr_too_low",
+    "LR too high": "lr_too_high",
+    "conventions mixed up": "muon_convention",
+    "group missing": "not_in_optimizer",
+    "branch detached": "no_gradient",
+    "frozen by accident": "frozen_module",
 }

@@ -118,6 +118,7 @@ class Reading(NamedTuple):
     unchanged_lately: int  # … since the last reading
     up: int
     down: int
+    meant_down: int  # of the elements that moved, those whose intended displacement is downwards
     moved_square: float  # Σ (now - start)²
     weight_square: float  # Σ start² over all sampled elements
     realised_intended: float | None  # Σ r u of the window; None where the intended update is not known

@@ -1,0 +1,110 @@
+"""What the rules of a watch see: one moment's readings, learning rates and losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from moe_lab.health.findings import Finding
+from moe_lab.health.forward import ForwardProbe
+from moe_lab.health.measures import Reading, expected_start
+from moe_lab.health.sampling import Tracked
+
+PRETRAINED = 1.0  # nats below an untrained model's loss from which on a model has been trained before
+LR_STEADY = 10  # updates without a rise before an LR is called the peak
+
+
+class GroupState:
+    """The learning rate of one group over time."""
+
+    def __init__(self, optimizer: Optimizer, group: dict, name: str):
+        self.optimizer, self.group, self.name = optimizer, group, name
+        self.lrs: list[float] = []
+        self.risen_at = 0
+
+    def saw(self, count: int) -> None:
+        lr = float(self.group["lr"])  # a number, or a tensor that a capturable optimizer keeps where it must
+        if lr > max(self.lrs, default=0.0) * (1 + 1e-6):
+            self.risen_at = count
+        self.lrs.append(lr)
+
+    @property
+    def peak(self) -> float:
+        return max(self.lrs, default=0.0)
+
+    @property
+    def is_steady(self) -> bool:
+        return len(self.lrs) - self.risen_at >= LR_STEADY
+
+
+@dataclass(frozen=True)
+class State:
+    """What the rules see at one moment."""
+
+    step: int  # updates done
+    window: int  # updates in the window of intended against realised displacement
+    model: nn.Module
+    readings: Sequence[Reading]
+    tracked: Sequence[Tracked]
+    groups: Sequence[GroupState]
+    outside: Sequence[str]  # trainable parameters in no optimizer
+    frozen_on_purpose: set[str]
+    losses: Sequence[float]
+    forward: ForwardProbe
+    budget: int | None
+
+    def finding(
+        self, rule: str, severity: str, where: str, message: str, advice: str, value: Any = None, limit: Any = None
+    ):
+        return Finding(
+            rule=rule,
+            severity=severity,
+            where=where,
+            step=self.step,
+            value=value,
+            limit=limit,
+            message=message,
+            advice=advice,
+        )
+
+    @property
+    def expected_start(self) -> float | None:
+        """Expected first loss of a language model whose head and embedding were found."""
+        if self.forward.vocab_size is None or self.forward.logit_variance is None:
+            return None
+        return expected_start(self.forward.vocab_size, self.forward.logit_variance.item())
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the model looks newly initialised: its norms were constant when the watch began, or, without norms,
+        its first loss was not far below an untrained model's."""
+        owners = {f"{name}.weight" for name, module in self.model.named_modules() if "Norm" in type(module).__name__}
+        norms = [r.constant for r in self.readings if r.name in owners]
+        if norms:
+            return sum(norms) > len(norms) / 2
+        return not (self.losses and self.expected_start and self.losses[0] < self.expected_start - PRETRAINED)
+
+
+def several(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def static(check):
+    """Marks a rule that needs no update: it is applied when the watch begins, too."""
+    check.static = True
+    return check
+
+
+def n_parameters(state: State) -> int:
+    return sum(p.numel() for p in state.model.parameters())
+
+
+def kinds_of(readings: Sequence[Reading]) -> dict[str, list[Reading]]:
+    kinds: dict[str, list[Reading]] = {}
+    for r in readings:
+        kinds.setdefault(r.kind, []).append(r)
+    return kinds

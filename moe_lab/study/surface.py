@@ -1,0 +1,296 @@
+"""Statistics of the attribution: where a loss surface has its optimum, who earned which share, how far Adam can get.
+
+Shapes: n points, R resamples, S seeds, L learning rates. Losses are nats per token; a run that diverged has infinity.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from moe_lab.config import ConfigError
+
+Box = tuple[tuple[float, float], tuple[float, float]]  # (low, high) of a, then of b
+TERMS = 6  # 1, a, b, a², ab, b²
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quadratic:
+    """`c0 + c1·a + c2·b + c3·a² + c4·ab + c5·b²`, fitted to points in `box`."""
+
+    coefficients: NDArray  # (6,)
+    box: Box  # of the points that were kept
+    n: int  # points kept
+    n_dropped: int  # points whose loss was infinite
+    residual_sd: float  # n - 6 degrees of freedom; NaN for n = 6
+    r2: float  # share of the losses' variance that the fit explains; NaN if they do not vary
+
+    def predict(self, x: ArrayLike) -> NDArray:
+        """Losses (n,) at points (n, 2)."""
+        return terms(np.asarray(x, dtype=float)) @ self.coefficients
+
+    @property
+    def stationary(self) -> tuple[float, float] | None:
+        """Where the gradient is 0; None where it is so nowhere or along a line. It may lie outside of the box."""
+        return stationary_point(self.coefficients)
+
+    @property
+    def is_minimum(self) -> bool:
+        """Whether the surface curves upwards in every direction."""
+        return curves_up(self.coefficients)
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether the stationary point lies strictly inside the box."""
+        return self.stationary is not None and inside(self.stationary, self.box)
+
+
+class Interval(NamedTuple):
+    low: float
+    high: float
+
+
+class Optimum(NamedTuple):
+    """The least predicted loss within the box, with its 95 % bootstrap intervals."""
+
+    a: float
+    b: float
+    loss: float
+    a_interval: Interval
+    b_interval: Interval
+    loss_interval: Interval
+    share_at_edge: float  # of the resamples: theirs lay on the box's edge, so the optimum may lie beyond it
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridBest:
+    """The best learning rate of a grid by the mean over seeds, and what a parabola through it and its neighbours says."""
+
+    index: int
+    at_edge: bool  # the optimum is not bracketed: widen the grid
+    index_by_seed: tuple[int, ...]
+    lr: float  # on the grid
+    loss: float  # mean over seeds
+    optimum_lr: float | None  # of the parabola; None at an edge or beside a run that diverged
+    optimum_loss: float | None
+
+
+def fit_quadratic(x: ArrayLike, y: ArrayLike) -> Quadratic:
+    """Least squares of losses y (n,) on points x (n, 2): in the lab, log10 of Muon's and of AdamW's learning rate.
+
+    Points with an infinite loss are dropped and counted. Raises ConfigError for NaN, for unequal lengths, and if the
+    points that are left cannot determine six coefficients.
+    """
+    points, losses, n_dropped = finite_points(x, y)
+    design = terms(points)
+    # centred: log10 of LRs lie far from 0, where their powers look alike
+    if np.linalg.matrix_rank(terms(points - points.mean(axis=0))) < TERMS:
+        raise ConfigError(f"{len(points)} points with finite losses do not determine a quadratic; add settings")
+    coefficients = np.linalg.lstsq(design, losses, rcond=None)[0]
+    residuals = losses - design @ coefficients
+    freedom, total = len(losses) - TERMS, ((losses - losses.mean()) ** 2).sum()
+    a, b = points.T
+    return Quadratic(
+        coefficients=coefficients,
+        box=((a.min().item(), a.max().item()), (b.min().item(), b.max().item())),
+        n=len(losses),
+        n_dropped=n_dropped,
+        residual_sd=math.sqrt((residuals**2).sum() / freedom) if freedom else math.nan,
+        r2=1 - (residuals**2).sum().item() / total.item() if total else math.nan,
+    )
+
+
+def bootstrap_optimum(x: ArrayLike, y: ArrayLike, n_resamples: int = 2000, seed: int = 0) -> Optimum:
+    """Optimum within the box of the points, with 2.5–97.5 % intervals of a residual bootstrap.
+
+    Points stay, residuals are drawn anew with replacement: the settings were chosen, not sampled. They are widened by
+    sqrt(n / (n - 6)), since a fit makes its residuals smaller than the errors. Rows count as independent: where all
+    settings of a seed share its luck, take the seed's mean off its rows first.
+    Raises ConfigError as `fit_quadratic`, and for fewer than 7 finite points.
+    Source: Davison & Hinkley 1997, Bootstrap Methods and their Application, ch. 6, resampling errors.
+    """
+    fit = fit_quadratic(x, y)
+    if fit.n <= TERMS:
+        raise ConfigError(f"{fit.n} points with finite losses leave no residual to resample; 7 or more are needed")
+    points, losses, _ = finite_points(x, y)
+    fitted = fit.predict(points)
+    residuals = (losses - fitted) * math.sqrt(fit.n / (fit.n - TERMS))
+    draws = np.random.default_rng(seed).choice(residuals, (n_resamples, fit.n))  # (R, n)
+    coefficients = np.linalg.lstsq(terms(points), (fitted + draws).T, rcond=None)[0].T  # (R, 6)
+    optima = np.array([box_minimum(row, fit.box) for row in coefficients])  # (R, 3)
+    a, b, loss = box_minimum(fit.coefficients, fit.box)
+    low, high = np.quantile(optima, (0.025, 0.975), axis=0).tolist()
+    a_interval, b_interval, loss_interval = (Interval(*ends) for ends in zip(low, high, strict=True))
+    share_at_edge = sum(not inside(row[:2], fit.box) for row in optima) / n_resamples
+    return Optimum(a, b, loss, a_interval, b_interval, loss_interval, share_at_edge)
+
+
+def best_on_grid(lrs: ArrayLike, losses_by_seed: ArrayLike) -> GridBest:
+    """Best of the learning rates (L,), ascending, by losses (S, L); a diverged run's loss is infinite.
+
+    Raises ConfigError for fewer than 3 learning rates, an order that is not ascending, NaN, and if each one diverged.
+    """
+    grid, losses = np.asarray(lrs, dtype=float), np.asarray(losses_by_seed, dtype=float)
+    if len(grid) < 3 or grid[0] <= 0 or not (np.diff(grid) > 0).all():
+        raise ConfigError(f"lrs={grid.tolist()} must be three or more positive numbers, ascending")
+    if losses.ndim != 2 or losses.shape[1] != len(grid) or not len(losses) or np.isnan(losses).any():
+        raise ConfigError(f"losses {losses.shape} must be seeds × {len(grid)} learning rates, none of them NaN")
+    mean = losses.mean(axis=0)  # (L,), infinite where one seed diverged
+    if np.isinf(mean).all():
+        raise ConfigError("at each learning rate a run diverged; add lower ones")
+    i = int(mean.argmin())
+    at_edge = i in (0, len(grid) - 1)
+    vertex = None if at_edge else parabola_vertex(np.log(grid[i - 1 : i + 2]), mean[i - 1 : i + 2])
+    return GridBest(
+        index=i,
+        at_edge=at_edge,
+        index_by_seed=tuple(losses.argmin(axis=1).tolist()),
+        lr=grid[i].item(),
+        loss=mean[i].item(),
+        optimum_lr=math.exp(vertex[0]) if vertex else None,
+        optimum_loss=vertex[1] if vertex else None,
+    )
+
+
+def shapley(values: Mapping[frozenset[str], float], factors: Collection[str]) -> dict[str, float]:
+    """Each factor's share of v(all) - v(none): its marginal value, averaged over all orders of adding factors.
+
+    `values` holds v of every subset of `factors`, in any unit: 2^n of them. The shares sum to the whole.
+    Raises ConfigError that names a subset which is missing or not finite.
+    Source: Shapley 1953, A Value for n-Person Games, sec. 3.
+    """
+    names = sorted(set(factors))
+    for size in range(len(names) + 1):
+        for subset in map(frozenset, combinations(names, size)):
+            if not math.isfinite(values.get(subset, math.nan)):
+                raise ConfigError(f"no finite value for the coalition {{{', '.join(sorted(subset))}}}")
+    shares = {}
+    for name in factors:
+        others = [other for other in names if other != name]
+        shares[name] = sum(
+            (values[frozenset(subset) | {name}] - values[frozenset(subset)])
+            / (len(names) * math.comb(len(others), len(subset)))
+            for size in range(len(names))
+            for subset in combinations(others, size)
+        )
+    return shares
+
+
+def adam_ratio_bounds(n_updates: int, betas: tuple[float, float] = (0.9, 0.95)) -> NDArray:
+    """The largest |m̂|/sqrt(v̂) that any gradients can give at updates 1 … n_updates, (n_updates,); reached at each.
+
+    At update t, m̂ = Σ a_k·g and v̂ = Σ c_k·g² over ages k = 0 … t-1 of the gradients, with weights that sum to 1:
+    a_k = (1-β1)·β1^k / (1-β1^t) and c_k likewise with β2. By Cauchy–Schwarz (Σ a·g)² ≤ Σ a²/c · Σ c·g², equal for
+    g ∝ a/c, so the bound is sqrt(Σ a²/c). It is 1 at t = 1, where any gradient gives 1. A constant gradient gives 1
+    always. The limit, if β1² < β2: (1-β1) / sqrt((1-β2)·(1-β1²/β2)).
+    Raises ConfigError for betas outside of 0 ≤ β1 < 1, 0 < β2 < 1. Adam: Kingma & Ba 2015, alg. 1 and sec. 2.1.
+    """
+    beta1, beta2 = betas
+    if not (0 <= beta1 < 1 and 0 < beta2 < 1):
+        raise ConfigError(f"betas={betas} must lie in [0, 1) and (0, 1)")
+    t = np.arange(1, n_updates + 1)
+    weights = np.cumsum((beta1**2 / beta2) ** (t - 1.0))  # Σ_k (β1²/β2)^k, k < t
+    return (1 - beta1) / (1 - beta1**t) * np.sqrt((1 - beta2**t) / (1 - beta2) * weights)
+
+
+def norm_ceiling(lr_of_update: Sequence[float], betas: tuple[float, float] = (0.9, 0.95)) -> float:
+    """A distance that no Adam-updated weight can exceed after updates 1 … n at these learning rates, whatever its
+    gradients are: Σ LR × the largest ratio of that update (`adam_ratio_bounds`).
+
+    A gradient that never changes travels Σ LR; the ceiling is above what one sequence can reach, since each update's
+    bound asks for gradients of its own. Weight decay is taken as 0 and would add up to Σ LR · decay · |weight|; eps > 0
+    only shortens steps. Raises ConfigError for a learning rate that is negative or not finite.
+    """
+    lrs = np.asarray(lr_of_update, dtype=float)
+    if not (np.isfinite(lrs) & (lrs >= 0)).all():
+        raise ConfigError("lr_of_update must hold finite learning rates of 0 or more")
+    return float(lrs @ adam_ratio_bounds(len(lrs), betas))
+
+
+def case_lrs(n_updates: int, peak: float, warmup: int = 100, first_at_full: bool = True) -> NDArray:
+    """Learning rates (n_updates,) of the case's warm-up, constant at `peak` after it.
+
+    `first_at_full` is the case's bug B18: a scheduler sets the LR only after an update, so update 1 still runs at the
+    optimizer's own, which is the peak; then update n runs at (n - 1) / warmup of it, and the warm-up ends one update
+    late. Without the bug, update n runs at n / warmup, as `moe_lab.optim.schedule.lr_share`.
+    With it 102 updates sum to 1 + (0.01 + … + 1.00) + 1 = 52.5 peaks. The case's cosine after the warm-up spans 24
+    million updates: over the few that were run it takes off less than 1e-9 of the peak, and is left out.
+    """
+    if n_updates < 0 or warmup < 1:
+        raise ConfigError(f"n_updates={n_updates} must be 0 or more and warmup={warmup} 1 or more")
+    n = np.arange(1, n_updates + 1)
+    shares = np.minimum((n - first_at_full) / warmup, 1.0)
+    if first_at_full:
+        shares[:1] = 1.0
+    return peak * shares
+
+
+def terms(points: NDArray) -> NDArray:
+    """(n, 2) → (n, 6)."""
+    a, b = points.T
+    return np.stack([np.ones_like(a), a, b, a * a, a * b, b * b], axis=1)
+
+
+def finite_points(x: ArrayLike, y: ArrayLike) -> tuple[NDArray, NDArray, int]:
+    points, losses = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    if losses.ndim != 1 or points.shape != (len(losses), 2):
+        raise ConfigError(
+            f"x of shape {points.shape} must hold two coordinates for each loss of y, shape {losses.shape}"
+        )
+    if not np.isfinite(points).all() or np.isnan(losses).any():
+        raise ConfigError("a coordinate is not finite or a loss is NaN; a run that diverged has the loss infinity")
+    kept = np.isfinite(losses)
+    if not kept.any():
+        raise ConfigError("every loss is infinite; add lower learning rates")
+    return points[kept], losses[kept], int((~kept).sum())
+
+
+def curves_up(coefficients: NDArray) -> bool:
+    _, _, _, aa, ab, bb = coefficients
+    return bool(aa > 0 and 4 * aa * bb > ab * ab)
+
+
+def stationary_point(coefficients: NDArray) -> tuple[float, float] | None:
+    _, a, b, aa, ab, bb = coefficients
+    determinant = 4 * aa * bb - ab * ab
+    if determinant == 0:
+        return None
+    return float((ab * b - 2 * bb * a) / determinant), float((ab * a - 2 * aa * b) / determinant)
+
+
+def inside(point: Sequence[float], box: Box) -> bool:
+    return all(low < value < high for value, (low, high) in zip(point, box, strict=True))
+
+
+def box_minimum(coefficients: NDArray, box: Box) -> tuple[float, float, float]:
+    """(a, b, value) of the least value within the box: inside where the surface has its minimum there, else on an edge."""
+    found = stationary_point(coefficients)
+    if found is not None and curves_up(coefficients) and inside(found, box):
+        candidates = [found]
+    else:
+        _, a1, b1, aa, ab, bb = coefficients
+        candidates = [(a, b) for a in box[0] for b in box[1]]
+        candidates += [(a, np.clip(-(b1 + ab * a) / (2 * bb), *box[1])) for a in box[0] if bb > 0]
+        candidates += [(np.clip(-(a1 + ab * b) / (2 * aa), *box[0]), b) for b in box[1] if aa > 0]
+    values = terms(np.array(candidates)) @ coefficients
+    best = int(values.argmin())
+    return float(candidates[best][0]), float(candidates[best][1]), float(values[best])
+
+
+def parabola_vertex(x: NDArray, y: NDArray) -> tuple[float, float] | None:
+    """(x, y) of the lowest point of the parabola through three points; None if one is infinite or it has none."""
+    if not np.isfinite(y).all():
+        return None
+    left, right = np.diff(y) / np.diff(x)  # slopes
+    curvature = (right - left) / (x[2] - x[0])
+    if curvature <= 0:
+        return None
+    vertex = (x[0] + x[1]) / 2 - left / (2 * curvature)
+    at_vertex = y[0] + (vertex - x[0]) * (left + curvature * (vertex - x[1]))
+    return float(vertex), float(at_vertex)

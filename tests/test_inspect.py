@@ -1,0 +1,314 @@
+"""What a checkpoint shows by itself: runs of this package, files of others, and files that are no checkpoints."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import tiny, train
+
+from moe_lab import build_model
+from moe_lab.health.checkpoint_file import kind_of
+from moe_lab.health.findings import Finding
+from moe_lab.health.inspection import inspect_checkpoint
+from moe_lab.optim.rounding import REMEDIES
+from moe_lab.train.checkpoint import save_atomically, step_path
+
+CASE = {"adamw_lr_ratio": 0.3, "embedding_lr_ratio": None}
+# wide enough for the LRs of the tests' run to be in the usual range
+HEALTHY = {"training": {"max_lr": 0.01}, "optimizer": {"adamw_lr_ratio": 0.2, "embedding_lr_ratio": None}}
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("healthy")
+    return step_path(train(tiny(folder, **HEALTHY), folder / "run").run_dir, 6)
+
+
+@pytest.fixture(scope="module")
+def sick(tmp_path_factory) -> Path:
+    """The case at a small size: bfloat16 parameters and Muon at 3e-4."""
+    folder = tmp_path_factory.mktemp("sick")
+    sickness = {"precision": {"parameters": "bfloat16"}, "training": {"max_lr": 3e-4}, "optimizer": CASE}
+    return step_path(train(tiny(folder, **sickness), folder / "run").run_dir, 6)
+
+
+def by_rule(findings: list[Finding], *severities: str) -> dict[str, list[Finding]]:
+    found: dict[str, list[Finding]] = {}
+    for finding in findings:
+        if finding.severity in (severities or ("error", "warning")):
+            found.setdefault(finding.rule, []).append(finding)
+    return found
+
+
+def edited(path: Path, tmp_path: Path, change) -> Path:
+    """A copy of a checkpoint that `change(state)` has altered."""
+    state = torch.load(path, weights_only=True)
+    change(state)
+    save_atomically(state, tmp_path / "edited.pt")
+    return tmp_path / "edited.pt"
+
+
+# ---- runs of this package --------------------------------------------------------------------------------------------
+
+
+def test_a_healthy_run_shows_nothing_but_its_learning_rates(healthy: Path) -> None:
+    findings = inspect_checkpoint(healthy)
+    assert by_rule(findings) == {}
+    stored = by_rule(findings, "info")["lr_baked_in"][0]
+    assert stored.value == "muon 0.01, adamw_decayed 0.002, adamw 0.002, scheduler max_lr 0.01"
+
+
+def test_the_case_shows_frozen_norms_its_format_and_its_learning_rate(sick: Path) -> None:
+    found = by_rule(inspect_checkpoint(str(sick)))
+    state = torch.load(sick, weights_only=True)
+    still = {
+        name
+        for name, kept in state["initial_sample"].items()
+        if state["model_state_dict"][name].flatten()[kept["index"]].equal(kept["value"])
+    }
+    norms = [name for name in state["model_state_dict"] if "norm" in name]
+    assert still >= set(norms)
+    by_message = {f.message.split(":")[0]: f for f in found["never_moved"]}
+    frozen = by_message[f"{len(norms)} of {len(norms)} norm weights"]
+    assert frozen.severity == "error" and "has moved in 6 updates" in frozen.message
+    assert sum(int(re.match(r"\d+", f.message)[0]) for f in found["never_moved"]) == len(still)
+    assert found["bf16_parameters"][0].severity == "error" and found["bf16_parameters"][0].value == 1.0
+    baked = found["lr_baked_in"][0]
+    assert baked.severity == "warning" and "muon 0.0003" in baked.value and "lr_too_low" in baked.message
+    assert set(found) == {"never_moved", "bf16_parameters", "lr_baked_in"}
+
+
+def test_a_partly_moved_kind_is_counted(healthy: Path, tmp_path: Path) -> None:
+    def change(state: dict) -> None:
+        for name in ("layers.1.seq_norm.weight", "final_norm.weight"):
+            state["model_state_dict"][name] = torch.ones_like(state["model_state_dict"][name])
+
+    found = by_rule(inspect_checkpoint(edited(healthy, tmp_path, change)))
+    assert [(f.message, f.severity) for f in found["never_moved"]] == [
+        ("2 of 7 norm weights: no sampled element has moved in 6 updates", "error")
+    ]
+    assert found["never_moved"][0].where == "layers.1.seq_norm.weight and 1 more"
+
+
+def test_one_moved_element_is_enough(healthy: Path, tmp_path: Path) -> None:
+    def change(state: dict) -> None:
+        state["model_state_dict"]["final_norm.weight"] = torch.ones(16)
+        state["model_state_dict"]["final_norm.weight"][3] = 1.001
+
+    findings = inspect_checkpoint(edited(healthy, tmp_path, change))
+    assert by_rule(findings) == {}
+
+
+@pytest.mark.parametrize("how", ["nothing moved", "no learning rate", "no step"])
+def test_without_proof_that_it_should_have_moved_it_is_a_warning(sick: Path, tmp_path: Path, how: str) -> None:
+    def change(state: dict) -> None:
+        if how == "nothing moved":
+            for name, kept in state["initial_sample"].items():
+                kept["value"] = state["model_state_dict"][name].flatten()[kept["index"]]
+        elif how == "no learning rate":
+            for part in state["optimizer_state_dict"]:
+                for group in part["param_groups"]:
+                    group["lr"] = group["initial_lr"] = 0.0
+        else:
+            state["optimizer_state_dict"] = []
+            del state["step"]
+
+    found = by_rule(inspect_checkpoint(edited(sick, tmp_path, change)))
+    assert {f.severity for f in found["never_moved"]} == {"warning"}
+
+
+def test_before_the_first_update_nothing_can_be_said(tmp_path: Path) -> None:
+    model = build_model(tiny(tmp_path).model, seed=0)
+    weights = model.state_dict()
+    sample = {name: {"index": torch.arange(2), "value": p.flatten()[:2].clone()} for name, p in weights.items()}
+    save_atomically({"model_state_dict": weights, "step": 0, "initial_sample": sample}, tmp_path / "a.pt")
+    save_atomically({"model_state_dict": weights, "step": 0}, tmp_path / "b.pt")
+    for path in ("a.pt", "b.pt"):
+        findings = inspect_checkpoint(tmp_path / path)
+        assert by_rule(findings) == {}
+        assert "before the first update" in by_rule(findings, "info")["never_moved"][0].message
+
+
+@pytest.mark.parametrize("remedy", ["masters", "kahan", "stochastic"])
+def test_what_keeps_lost_bits_is_no_bf16_mistake(tmp_path: Path, remedy: str) -> None:
+    config = tiny(tmp_path, **HEALTHY)
+    model = build_model(config.model, seed=0)
+    optimizers = REMEDIES[remedy](model, config.optimizer, config.training.max_lr)
+    trainer = train(config, tmp_path / "run", model=model, optimizers=optimizers)
+    path = step_path(trainer.run_dir, 6)
+    assert torch.load(path, weights_only=True)["model_state_dict"]["final_norm.weight"].dtype == torch.bfloat16
+    assert "bf16_parameters" not in by_rule(inspect_checkpoint(path), "error", "warning", "info")
+
+
+def test_steps_that_count_micro_batches(healthy: Path, tmp_path: Path) -> None:
+    path = edited(healthy, tmp_path, lambda state: state.update(step=24))
+    found = by_rule(inspect_checkpoint(path))["step_counters"]
+    assert found[0].message == "the checkpoint says step 24 and its optimizer has made 6 updates"
+    assert found[1].message == "tokens_seen is 384 and 24 updates of the stored config are 1536 tokens"
+
+
+def test_tensors_other_than_expected(healthy: Path, tmp_path: Path) -> None:
+    def change(state: dict) -> None:
+        weights, sample = state["model_state_dict"], state["initial_sample"]
+        del weights["final_norm.weight"]  # named by the sample, not there
+        weights["embedding.weight"] = weights["embedding.weight"][:2]  # too small for the sample's indices
+        sample["layers.0.seq_norm.weight"] = {"index": torch.tensor([-1]), "value": torch.tensor([1.0])}
+        sample["layers.1.seq_norm.weight"] = {"index": torch.tensor([0.5]), "value": torch.tensor([1.0])}
+        sample["layers.2.seq_norm.weight"] = {"index": torch.tensor([0, 1]), "value": torch.tensor([1.0])}
+        sample["layers.0.ffn_norm.weight"] = [1]
+        weights["extra"] = torch.ones(3)
+        weights["sparse"] = torch.eye(3).to_sparse()
+
+    findings = inspect_checkpoint(edited(healthy, tmp_path, change))
+    misfits, unread = by_rule(findings)["unexpected_tensors"]
+    assert (misfits.value, misfits.severity) == (6, "warning") and "of another size" in misfits.message
+    assert unread.message.startswith("sparse: ")
+    assert by_rule(findings, "info")["unexpected_tensors"][0].message.startswith("extra: no start values")
+    assert set(by_rule(findings)) == {"unexpected_tensors"}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite(healthy: Path, tmp_path: Path, value: float) -> None:
+    def change(state: dict) -> None:
+        state["model_state_dict"]["lm_heads.1.weight"][5, 3] = value
+
+    found = by_rule(inspect_checkpoint(edited(healthy, tmp_path, change)))
+    assert list(found) == ["nonfinite_values"]
+    assert (found["nonfinite_values"][0].where, found["nonfinite_values"][0].severity) == ("lm_heads.1.weight", "error")
+
+
+def test_kinds() -> None:
+    norms = ("layers.0.seq_norm.weight", "final_norm.weight", "transformer.h.3.ln_1.weight", "model.norm.weight")
+    assert {kind_of(name) for name in norms} == {"norm weights"}
+    assert kind_of("h.0.ln_1.bias") == "norm biases"
+    assert kind_of("layers.12.ffn.conv1d.weight") == "layers.*.ffn.conv1d.weight"
+
+
+# ---- files of others -------------------------------------------------------------------------------------------------
+
+
+def foreign(n_norms: int = 49) -> dict[str, torch.Tensor]:
+    """The shape of the case's first checkpoint: norms at exactly 1, everything else random."""
+    torch.manual_seed(0)
+    weights = {f"layers.{i}.seq_norm.weight": torch.ones(8, dtype=torch.bfloat16) for i in range(n_norms)}
+    weights |= {f"layers.{i}.q_proj.weight": torch.randn(8, 8).bfloat16() for i in range(3)}
+    return weights | {"head.bias": torch.zeros(8), "other.bias": torch.full((4,), 0.5), "scale": torch.ones(())}
+
+
+@pytest.mark.parametrize("key", ["model_state_dict", "state_dict", "model", None])
+def test_constants_of_a_foreign_file(tmp_path: Path, key: str | None) -> None:
+    weights = foreign()
+    torch.save({key: weights, "step": 754} if key else weights, tmp_path / "f.pt")
+    findings = inspect_checkpoint(tmp_path / "f.pt")
+    assert [f.message for f in by_rule(findings)["never_moved"]] == [
+        "49 of 49 norm weights: exactly 1 in every element, as at a start",
+        "1 of 1 head.bias: exactly 0 in every element, as at a start",
+        "1 of 1 other.bias: exactly 0.5 in every element, as at a start",
+    ]
+    assert {f.severity for f in by_rule(findings)["never_moved"]} == {"warning"}
+    assert "any two draws differ" in by_rule(findings, "info")["never_moved"][0].message
+    assert by_rule(findings, "info")["bf16_parameters"][0].value == pytest.approx(52 / 55)  # no optimizer: cannot tell
+
+
+def test_norms_that_moved_are_not_constant(tmp_path: Path) -> None:
+    weights = foreign()
+    for name in list(weights)[:48]:
+        weights[name][5] = 0.996
+    torch.save(weights, tmp_path / "f.pt")
+    assert by_rule(inspect_checkpoint(tmp_path / "f.pt"))["never_moved"][0].message.startswith("1 of 49 norm weights")
+
+
+@pytest.mark.parametrize(("state", "severity"), [({}, "error"), ({"master": torch.ones(8)}, None)])
+def test_the_optimizer_of_a_foreign_file(tmp_path: Path, state: dict, severity: str | None) -> None:
+    moments = {0: {"step": torch.tensor(188.0), "exp_avg": torch.zeros(8), **state}}
+    optimizer = {"state": moments, "param_groups": [{"lr": 9e-5, "params": [0]}]}
+    torch.save(
+        {"model": foreign(), "optimizer": optimizer, "step": 754, "lr_scheduler": {"base_lrs": [3e-4]}},
+        tmp_path / "f.pt",
+    )
+    findings = inspect_checkpoint(tmp_path / "f.pt")
+    assert [f.severity for f in findings if f.rule == "bf16_parameters"] == ([severity] if severity else [])
+    assert (
+        by_rule(findings)["step_counters"][0].message
+        == "the checkpoint says step 754 and its optimizer has made 188 updates"
+    )
+    assert by_rule(findings, "info")["lr_baked_in"][0].value == "group_0 9e-05, scheduler base_lrs 0.0003"
+
+
+def test_odd_contents_do_not_stop_it(tmp_path: Path) -> None:
+    odd = {
+        "optimizer": {"state": [1], "param_groups": "x"},
+        "scheduler": 3,
+        "config": [1],
+        "step": "many",
+        "tokens_seen": None,
+    }
+    odd |= {"optimizer_b": {"state": {0: 3}, "param_groups": [4, {"lr": "x"}]}, "initial_sample": "none"}
+    fp8 = {"a": torch.ones(4).to(torch.float8_e4m3fn), "b": torch.tensor([1, 1]), "c": torch.empty(0)}
+    torch.save({"model": fp8, **odd}, tmp_path / "f.pt")
+    assert [f.message for f in inspect_checkpoint(tmp_path / "f.pt") if f.severity != "info"] == [
+        "1 of 1 a: exactly 1 in every element, as at a start"
+    ]
+
+
+def test_an_old_format_is_read(tmp_path: Path) -> None:
+    torch.save(foreign(), tmp_path / "f.pt", _use_new_zipfile_serialization=False)
+    assert len(by_rule(inspect_checkpoint(tmp_path / "f.pt"))["never_moved"]) == 3
+
+
+# ---- files that are no checkpoints -----------------------------------------------------------------------------------
+
+
+def unreadable(path: Path) -> str:
+    (finding,) = inspect_checkpoint(path)
+    assert (finding.rule, finding.severity, finding.where) == ("unreadable", "error", str(path))
+    assert "\n" not in str(finding)
+    return finding.message.removeprefix("not a checkpoint that can be inspected: ")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
+def test_a_truncated_file(healthy: Path, tmp_path: Path, share: float, zipped: bool) -> None:
+    whole = tmp_path / "whole.pt"
+    torch.save(torch.load(healthy, weights_only=True), whole, _use_new_zipfile_serialization=zipped)
+    content = whole.read_bytes()
+    (tmp_path / "cut.pt").write_bytes(content[: int(share * len(content))])
+    assert unreadable(tmp_path / "cut.pt").startswith("it is cut short, damaged, or no file of torch.save (")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_file_is_not_run(tmp_path: Path, zipped: bool) -> None:
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    state = {"model_state_dict": {"a": torch.ones(3)}, "payload": Payload()}
+    torch.save(state, tmp_path / "bad.pt", _use_new_zipfile_serialization=zipped)
+    assert unreadable(tmp_path / "bad.pt").startswith(
+        "it asks for posix.mkdir, no plain value: reading it could run code"
+    )
+    assert not (tmp_path / "executed").exists()
+    torch.load(tmp_path / "bad.pt", weights_only=False)  # the payload is a real one
+    assert (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [[1, 2], {"a": 1}, {"model": {}}, torch.ones(3), None, {"state_dict": [torch.ones(3)]}]
+)
+def test_a_file_without_named_tensors(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "f.pt")
+    assert unreadable(tmp_path / "f.pt").startswith("it holds no tensors by name")
+
+
+def test_a_text_for_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "f.pt").write_text("model:\n  d_model: 3\n")
+    assert unreadable(tmp_path / "f.pt").startswith("it is cut short, damaged")
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"none.pt: no such file; give the path of a checkpoint$"):
+        inspect_checkpoint(tmp_path / "none.pt")
+    with pytest.raises(ValueError, match=r": is a folder; give the path of a checkpoint$"):
+        inspect_checkpoint(tmp_path)

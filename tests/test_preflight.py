@@ -1,0 +1,313 @@
+"""What a config says before training: the case and the healthy profiles, comments, other projects' keys, bad files."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny_run import CONFIGS
+
+from moe_lab import load_config
+from moe_lab.config import to_dict
+from moe_lab.health.comments import Said, statements
+from moe_lab.health.plan import Entry, Plan, sum_of_shares
+from moe_lab.health.preflight import SAMPLE, entries_of_mapping, preflight
+from moe_lab.model.count import count_parameters
+from moe_lab.optim import lr_share
+
+CASE = CONFIGS / "training_1.5b_as_reported.yaml"
+ALL = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def rules(findings: list, *severities: str) -> list[str]:
+    return [f.rule for f in findings if f.severity in (severities or ("error", "warning"))]
+
+
+# ---- the configs of this package -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["smoke", "lab", "gpu", "training_1.5b"])
+def test_a_healthy_profile_is_left_in_peace(name: str) -> None:
+    assert rules(preflight(CONFIGS / f"{name}.yaml")) == []
+    assert rules(preflight(str(CONFIGS / f"{name}.yaml")), "info") == ["reach"]
+    assert rules(preflight(to_dict(load_config(CONFIGS / f"{name}.yaml")))) == []
+
+
+def test_the_case_is_named_with_its_line_and_its_comment() -> None:
+    findings = preflight(CASE)
+    assert rules(findings) == ["bf16_parameters", "muon_convention", "lr_too_low"]
+    lines = CASE.read_text().splitlines()
+    at = {f.rule: int(f.where.removeprefix(f"{CASE}:")) for f in findings}
+    assert lines[at["bf16_parameters"] - 1] == "  parameters: bfloat16"
+    for finding in findings[1:3]:
+        assert lines[at[finding.rule] - 1].startswith("  max_lr: 0.0003")
+        assert "`max_lr: 0.0003 # Lower for AdamW (use 0.001 for Muon)`" in finding.message
+    assert findings[0].severity == "error"
+    assert all("\n" not in f.message + f.advice for f in findings)
+
+
+def test_without_lines_the_key_is_named() -> None:
+    findings = preflight(to_dict(load_config(CASE)))
+    assert [(f.rule, f.where) for f in findings if f.severity != "info"] == [
+        ("bf16_parameters", "precision.parameters"),
+        ("muon_convention", "training.max_lr"),
+    ]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_parameter_count_is_nearly_that_of_the_model(name: str) -> None:
+    config = load_config(CONFIGS / f"{name}.yaml")
+    estimate = Plan(list(entries_of_mapping(to_dict(config)))).n_parameters()
+    assert estimate == pytest.approx(count_parameters(config.model).total, rel=0.01)
+
+
+def test_the_count_of_a_routing_mamba_and_of_linear_routers() -> None:
+    config = load_config(CONFIGS / "lab.yaml", ["model.moe_layers=[1,2]", "model.moe_router_hidden=0"])
+    estimate = Plan(list(entries_of_mapping(to_dict(config)))).n_parameters()
+    assert estimate == pytest.approx(count_parameters(config.model).total, rel=0.01)
+
+
+# ---- bf16 parameters -------------------------------------------------------------------------------------------------
+
+
+def test_the_predicted_share_of_lost_updates_is_the_closed_form() -> None:
+    """Σ over binades of P(weight there) · P(update under half its spacing), both normal."""
+    step, std = 3e-4 / math.sqrt(1536), 0.02
+    below = lambda x, deviation: math.erf(x / deviation / math.sqrt(2))  # noqa: E731
+    share = sum((below(2.0 ** (e + 1), std) - below(2.0**e, std)) * below(2.0 ** (e - 8), step) for e in range(-40, 0))
+    message = next(f.message for f in preflight(CASE) if f.rule == "bf16_parameters")
+    predicted = int(re.search(r"lose (\d+)% of their updates", message).group(1)) / 100
+    assert predicted == pytest.approx(share, abs=0.005 + 3 * math.sqrt(share * (1 - share) / SAMPLE))
+    assert "a norm weight at 1.0 loses every update (at most 1.0e-04" in message
+
+
+@pytest.mark.parametrize(("lr", "expected"), [(1e-3, "loses every update"), (3e-3, "can only shrink"), (1e-2, None)])
+def test_what_becomes_of_norms_depends_on_adamws_lr(lr: float, expected: str | None) -> None:
+    config = {"precision": {"parameters": "bfloat16"}, "training": {"max_lr": lr}, "optimizer": {"type": "adamw"}}
+    message = preflight(config)[0].message
+    assert ("a norm weight" in message) == (expected is not None) and (expected or "") in message
+    # the largest step that AdamW can make, on a real bfloat16 weight
+    largest = torch.tensor(1.1649647 * lr)
+    one = torch.tensor(1.0, dtype=torch.bfloat16)
+    down, up = ((one.float() + sign * largest).bfloat16() != one for sign in (-1, 1))
+    assert (bool(down), bool(up)) == {"loses every update": (False, False), "can only shrink": (True, False)}.get(
+        expected, (True, True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"precision": {"parameters": "bf16"}}, "error"),
+        ({"precision": {"parameters": "float32", "compute": "bfloat16"}}, None),
+        ({"dtype": "bfloat16"}, None),  # nanoGPT's key for autocast
+        ({"bf16": True}, None),  # autocast of transformers' Trainer
+        ({"model": {"torch_dtype": "torch.bfloat16"}}, "warning"),
+        ({"param_dtype": "bfloat16", "optimizer": {"master_weights": True}}, None),
+        ({"param_dtype": "bfloat16", "optimizer": {"kahan_sum": True}}, None),
+        ({"param_dtype": "bfloat16", "optimizer": {"kahan_sum": False}}, "warning"),
+        ({"param_dtype": "bfloat16", "optimizer": {"use_stochastic_rounding": True}}, None),
+    ],
+)
+def test_where_parameters_are_16_bits(config: dict, expected: str | None) -> None:
+    found = [f.severity for f in preflight(config) if f.rule == "bf16_parameters"]
+    assert found == ([expected] if expected else [])
+
+
+# ---- comments --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("comment", "expected"),
+    [
+        ("Lower for AdamW (use 0.001 for Muon)", [Said("muon", 1e-3, 1e-3), Said("adam")]),
+        ("AdamW: 3e-4, Muon: 0.02", [Said("adam", 3e-4, 3e-4), Said("muon", 0.02, 0.02)]),
+        ("3e-4 with AdamW; 0.02 with Muon", [Said("adam", 3e-4, 3e-4), Said("muon", 0.02, 0.02)]),
+        ("for Muon use 0.02", [Said("muon", 0.02, 0.02)]),
+        ("higher for Muon", [Said("muon")]),
+        ("Muon wants 0.001 to 0.003", [Said("muon", 1e-3, 3e-3)]),
+        ("1e-3 – 3e-3 for Muon", [Said("muon", 1e-3, 3e-3)]),
+        ("Muon takes 3–10 × the LR of AdamW", []),
+        ("10x higher than for AdamW", []),
+        ("not for AdamW", []),
+        ("don't use 0.02 for Muon", []),
+        ("too high for AdamW", []),
+        ("Muon's; AdamW has its own", []),
+        ("Muon at step 100", []),
+        ("of Muon, in the convention below", []),
+        ("million tokens", []),
+    ],
+)
+def test_statements(comment: str, expected: list) -> None:
+    assert [s for s in statements(comment) if s.family] == expected
+
+
+def written(tmp_path: Path, line: str, optimizer: str) -> Path:
+    path = tmp_path / "c.yaml"
+    path.write_text(f"training:\n{line}\noptimizer:\n  type: {optimizer}\n", encoding="utf-8")
+    return path
+
+
+COMMENTS = [
+    ("  max_lr: 0.0003  # Lower for AdamW (use 0.001 for Muon)", "muon", "lr_too_low"),
+    ("  max_lr: 0.0003  # Lower for AdamW (use 0.001 for Muon)", '"muon"', "lr_too_low"),
+    ("  max_lr: 0.0003  # Lower for AdamW (use 0.001 for Muon)", "adamw", None),
+    ("  max_lr: 0.001  # Lower for AdamW (use 0.001 for Muon)", "muon", None),
+    ("  max_lr: 0.001  # Lower for AdamW (use 0.001 for Muon)", "adamw", None),
+    ("  # use 1e-3 for Muon\n  max_lr: 3e-4", "muon", "lr_too_low"),
+    ("  # use 1e-3 for Muon\n  max_lr: 1.0e-3", "muon", None),
+    ("  max_lr: 0.02  # AdamW: 3e-4, Muon: 0.02", "adamw", "lr_too_high"),
+    ("  max_lr: 0.02  # AdamW: 3e-4, Muon: 0.02", "muon", None),
+    ("  max_lr: 0.002  # Muon: 0.001 to 0.003", "muon", None),
+    ("  max_lr: 0.0003  # for AdamW", "muon", "muon_convention"),
+    ("  max_lr: 0.0003  # for AdamW", "adamw", None),
+    ("  max_lr: 0.0003  # for Adam", "adamw", None),
+    ("  max_lr: 0.02  # for Muon", "adamw", "muon_convention"),
+    ("  max_lr: 0.01  # for SGD: 0.1", "sgd", "lr_too_low"),
+    ("  max_lr: 0.01  # SGD: 0.1", "sgd", "lr_too_low"),
+    ("  max_lr: 0.02  # not for AdamW", "muon", None),
+    ("  max_lr: 0.02  # of Muon; 3e-4 for AdamW", "muon", None),
+    ("  max_lr: 0.02  # higher than for AdamW", "muon", None),
+    ("  adamw_lr: 0.0003  # for AdamW beside it", "muon", None),
+    ("  max_lr: 0.02\n  warmup_steps: 3  # for AdamW", "muon", None),
+    ("  max_lr: 0.02  # the usual\n  # use 0.001 for Muon", "muon", None),  # belongs to what follows
+    ("  max_lr: 0.0003  # for AdamW", "unheard_of", None),
+]
+
+
+@pytest.mark.parametrize(("line", "optimizer", "expected"), COMMENTS)
+def test_a_comment_beside_or_above_a_learning_rate(tmp_path: Path, line: str, optimizer: str, expected) -> None:
+    path = written(tmp_path, line, optimizer)
+    found = [f for f in preflight(path) if f.severity != "info"]
+    assert [f.rule for f in found] == ([expected] if expected else [])
+    for finding in found:
+        place, _, number = finding.where.rpartition(":")
+        assert place == str(path) and "max_lr" in path.read_text().splitlines()[int(number) - 1]
+        assert re.search(r"# .*(Muon|AdamW|SGD)", finding.message)
+
+
+def test_a_hash_in_a_text_is_no_comment(tmp_path: Path) -> None:
+    path = written(tmp_path, '  max_lr: "0.0003 # for AdamW"', "muon")
+    assert preflight(path) == []
+
+
+# ---- other projects, schedules, dead keys ----------------------------------------------------------------------------
+
+GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({**GPT2, "learning_rate": 6e-4, "beta1": 0.9, "min_lr": 6e-5}, []),  # nanoGPT
+        ({**GPT2, "learning_rate": "6e-4", "optimizer": "adamw"}, []),  # YAML reads it as text
+        ({**GPT2, "learning_rate": 6e-6, "optimizer": "adamw"}, ["lr_too_low"]),
+        ({**GPT2, "learning_rate": 6e-6, "optimizer": "adamw", "init_from": "gpt2"}, []),  # fine-tuning
+        ({**GPT2, "learning_rate": 6e-6, "optimizer": "adamw", "init_from": "scratch"}, ["lr_too_low"]),
+        ({**GPT2, "learning_rate": 0.1, "optimizer": "sgd"}, []),
+        ({**GPT2, "learning_rate": 0.1}, []),
+        ({**GPT2, "optimizer": {"name": "torch.optim.AdamW", "lr": 0.1}}, ["lr_too_high"]),
+        ({**GPT2, "optim": [{"muon_lr": 0.02}, {"adam_lr": 3e-4}]}, []),
+        ({**GPT2, "muon_lr": 3e-4, "adam_lr": 3e-4}, ["muon_convention"]),
+        ({**GPT2, "muon_lr": 3e-4, "adam_lr": 3e-4, "adjust_lr_fn": "match_rms_adamw"}, []),
+        ({**GPT2, "matrix_lr": 0.02, "embedding_lr": 0.3, "optimizer": "muon"}, []),
+        ({"depth": 20, "lr": 1e-9, "optimizer": "adamw"}, []),  # no transformer: not judged
+        ({"training": None, "model": [1, 2], "lr": "fast", "n_layers": "many", "d_model": -3}, []),
+        ({}, []),
+    ],
+)
+def test_other_projects(config: dict, expected: list) -> None:
+    assert rules(preflight(config)) == expected
+
+
+@pytest.mark.parametrize(("n", "warmup", "ratio"), [(50, 5, 0.1), (50, 0, 0.0), (40, 40, 0.5), (7, 1, 1.0)])
+def test_the_sum_of_the_schedule(n: int, warmup: int, ratio: float) -> None:
+    for until in range(n + 1):
+        expected = sum(lr_share(step, n, warmup, ratio) for step in range(1, until + 1))
+        assert sum_of_shares(until, n, warmup, ratio) == pytest.approx(expected)
+
+
+def test_reach_is_that_of_the_case() -> None:
+    """500 of the case's steps are 125 updates; at AdamW 3e-4 the norms cannot reach 0.95 (C13)."""
+    training = {"steps": 125, "warmup_steps": 100, "max_lr": 1e-3, "min_lr_ratio": 1.0}
+    optimizer = {"type": "muon", "adamw_lr_ratio": 0.3, "betas": [0.9, 0.95]}
+    finding = next(f for f in preflight({"training": training, "optimizer": optimizer}) if f.rule == "reach")
+    assert "0.026 after all 125" in finding.message  # 1.165 · 3e-4 · (50.5 + 25)
+    assert finding.severity == "info" and finding.value == pytest.approx(1.165 * 3e-4 * 50.5, rel=1e-3)
+
+
+def test_a_warm_up_longer_than_the_run() -> None:
+    finding = preflight({"training": {"steps": 40, "warmup_steps": 100}})[0]
+    assert (finding.rule, finding.severity) == (
+        "lr_too_low",
+        "warning",
+    ) and "end at 40% of their peak" in finding.message
+
+
+def test_dead_keys_of_the_case(tmp_path: Path) -> None:
+    values = yaml.safe_load((CONFIGS / "lab.yaml").read_text())
+    values["training"]["weight_decay"] = 0.1
+    values["optimizer"]["newton_iters"] = 5
+    values["model"]["moe"] = {"capacity_factor": 1.25}
+    found = [f for f in preflight(values) if f.rule == "unread_key"]
+    assert [f.where for f in found] == ["model.moe.capacity_factor", "training.weight_decay", "optimizer.newton_iters"]
+    assert {f.severity for f in found} == {"warning"} and "optimizer.ns_steps" in found[2].advice
+    values["extra"] = {"another": "project"}  # which may well read those keys
+    assert rules(preflight(values)) == []
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+BAD = {
+    "not closed": ("model:\n  d: [1, 2\ntraining:\n", r", line 3: not valid YAML: .*; correct it"),
+    "an object": ("a: !!python/object/apply:os.system [x]\n", r", line 1: not valid YAML: could not determine a con.*"),
+    "an impossible date": (
+        "a: 1\nb: 2024-13-45\n",
+        r", line 2: not valid YAML: '2024-13-45' is no timestamp; correct it",
+    ),
+    "an alias of itself": ("a: &x\n  b: *x\n", r", line 1: not valid YAML: an alias refers to itself; correct it"),
+    "a NUL": ("a: \x00\n", r": not valid YAML: unacceptable character.*; correct it"),
+    "two documents": ("--- {}\n--- {}\n", r", line 2: not valid YAML: .*; correct it"),
+    "deep": ("a: " + "[" * 3000, r": not valid YAML: .*"),
+    "a list": ("# here\n- a\n", r", line 2: no keys and values; write sections such as `model:`"),
+    "empty": ("", r": the file is empty; a config holds sections such as `model:`"),
+    "too many": ("".join(f"k{i}: 1\n" for i in range(10_001)), r": more than 10000 keys; is this a config\?"),
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), BAD.values(), ids=BAD)
+def test_a_bad_file_is_one_line(tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError) as caught:
+        preflight(path)
+    assert re.fullmatch(re.escape(str(path)) + expected, str(caught.value))
+
+
+def test_what_is_no_file_and_no_mapping(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"none.yaml: no such file$"):
+        preflight(tmp_path / "none.yaml")
+    with pytest.raises(ValueError, match=r": cannot be read as UTF-8 text: "):
+        preflight(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"^preflight takes a YAML file or a mapping, got Config; try to_dict\(config\)$"
+    ):
+        preflight(load_config(CASE))
+    loop: dict = {}
+    loop["a"] = loop
+    with pytest.raises(ValueError, match=r"^a is nested more than 50 deep, or holds itself; give plain nested values$"):
+        preflight(loop)
+
+
+def test_entries_keep_lines_and_comments(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("# top\na:\n  # above\n  b: [1, 2]  # beside\n  c:\nd: {e: 1.5} # last")
+    from moe_lab.health.preflight import read_entries
+
+    entries = {entry.name: entry for entry in read_entries(path)}
+    assert {name: entry.value for name, entry in entries.items()} == {"a.b": [1, 2], "a.c": None, "d.e": 1.5}
+    assert [(c.line, c.text) for c in entries["a.b"].comments] == [(3, "above"), (4, "beside")]
+    assert entries["a.b"].line == 4 and [c.text for c in entries["d.e"].comments] == ["last"]
+    assert entries["a.b"] != Entry(("a", "b"), [1, 2])
