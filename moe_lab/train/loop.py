@@ -30,7 +30,7 @@ from moe_lab.train.controls import CONTROLS, Controls
 from moe_lab.train.device import is_out_of_memory, keep_freed_memory, pick_compute, pick_device
 from moe_lab.train.evaluate import evaluate
 from moe_lab.train.readings import Readings
-from moe_lab.train.record import RECORD, append_jsonl, cut_jsonl, read_jsonl, read_record, write_atomically
+from moe_lab.train.record import FINDINGS, RECORD, append_jsonl, cut_jsonl, read_jsonl, read_record, write_atomically
 from moe_lab.train.resume import merge
 
 
@@ -324,10 +324,15 @@ class Trainer:
             "seed": self.config.training.seed,
             "commit": commit(),
             "corpus": self.dataset.corpus_hash,
-            "findings": None,
+            "findings": self.findings(),
         }
         write_atomically(self.run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
         return summary
+
+    def findings(self) -> list[dict] | None:
+        """What a watch wrote beside the record; None if nothing watched."""
+        path = self.run_dir / FINDINGS
+        return read_jsonl(path) if path.exists() else None
 
     # ---- small parts -------------------------------------------------------------------------------------------------
 

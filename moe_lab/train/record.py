@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 RECORD = "record.jsonl"
+FINDINGS = "findings.jsonl"
 
 
 def read_jsonl(path: Path) -> list[dict]:

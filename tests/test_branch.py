@@ -1,0 +1,123 @@
+"""The branch probe: it finds a starved group on a problem with a known answer, and leaves everything as it was."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW
+
+from moe_lab.health import Watch
+from moe_lab.health.branch import Branch, branch_findings, branch_probe, lr_branches, paired
+
+
+def problem(noise: float = 0.1):
+    """A linear map to be learned; two groups, of which `b` has a learning rate a hundred times too low."""
+    torch.manual_seed(0)
+    truth = torch.randn(8, 4)
+    model = nn.ModuleDict({"a": nn.Linear(4, 4, bias=False), "b": nn.Linear(4, 4, bias=False)})
+
+    def batch():
+        x = torch.randn(64, 8)
+        return x, x @ truth + noise * torch.randn(64, 4)
+
+    def loss_fn(model, batch):
+        x, y = batch
+        return ((model["a"](x[:, :4]) + model["b"](x[:, 4:]) - y) ** 2).mean()
+
+    groups = [
+        {"params": model["a"].parameters(), "name": "a", "lr": 0.05},
+        {"params": model["b"].parameters(), "name": "b"},
+    ]
+    return model, SGD(groups, lr=0.0005, momentum=0.5), loss_fn, [batch() for _ in range(45)]
+
+
+def test_it_names_the_starved_group() -> None:
+    model, optimizer, loss_fn, batches = problem()
+    probed = {b.name: b for b in branch_probe(model, optimizer, loss_fn, batches, max_grad_norm=None)}
+    assert set(probed) == {"a × 3", "b × 3", "all × 3"}
+    assert probed["b × 3"].is_proof and probed["b × 3"].gain > 3 * abs(probed["a × 3"].gain)
+    (finding,) = branch_findings(list(probed.values()), step=30)
+    assert (
+        finding.rule == "lr_too_low" and finding.severity == "error" and "b" not in finding.where.replace("b × 3", "")
+    )
+
+
+def test_a_good_rate_is_not_blamed() -> None:
+    model, _, loss_fn, batches = problem()
+    optimizer = SGD(model.parameters(), lr=0.3, momentum=0.5)
+    assert branch_findings(branch_probe(model, optimizer, loss_fn, batches, max_grad_norm=None)) == []
+
+
+def test_a_branch_is_what_training_under_that_setting_would_do() -> None:
+    model, optimizer, loss_fn, batches = problem()
+    probed = branch_probe(model, optimizer, loss_fn, batches, max_grad_norm=None)
+    optimizer.param_groups[1]["lr"] *= 3
+    for batch in batches[:30]:
+        optimizer.zero_grad()
+        loss_fn(model, batch).backward()
+        optimizer.step()
+    with torch.no_grad():
+        loss = torch.stack([loss_fn(model, batch) for batch in batches[30:]]).mean().item()
+    assert math.isclose({b.name: b.loss for b in probed}["b × 3"], loss, rel_tol=1e-6)
+
+
+def test_everything_is_put_back() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1))
+    optimizer = AdamW(model.parameters(), lr=1e-2)
+    batches = [torch.randn(16, 4) for _ in range(12)]
+    loss_fn = lambda model, batch: model(batch).square().mean()  # noqa: E731
+    loss_fn(model, batches[0]).backward()
+    optimizer.step()
+    watch = Watch(model, optimizer)
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    rng = torch.get_rng_state()
+    branch_probe(model, optimizer, loss_fn, batches, n_updates=5)
+    after = model.state_dict(), optimizer.state_dict()
+    assert all(torch.equal(a, b) for a, b in zip(before[0].values(), after[0].values(), strict=True))
+    for i, state in before[1]["state"].items():
+        assert all(torch.equal(state[key], after[1]["state"][i][key]) for key in state)
+    assert before[1]["param_groups"] == after[1]["param_groups"]
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert watch.step == 0
+    optimizer.step()
+    assert watch.step == 1  # and it is attached again
+
+
+def test_equal_settings_gain_exactly_nothing() -> None:
+    model, optimizer, loss_fn, batches = problem()
+    (branch,) = branch_probe(model, optimizer, loss_fn, batches, {"same": lambda optimizers: None})
+    assert branch.gain == 0.0 and not branch.is_proof
+
+
+def test_an_error_inside_still_puts_the_model_back() -> None:
+    model, optimizer, loss_fn, batches = problem()
+    before = copy.deepcopy(model.state_dict())
+
+    def fails(optimizers):
+        raise RuntimeError("no such setting")
+
+    with pytest.raises(RuntimeError, match="no such setting"):
+        branch_probe(model, optimizer, loss_fn, batches, {"bad": fails})
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_too_few_batches_is_one_line() -> None:
+    model, optimizer, loss_fn, batches = problem()
+    with pytest.raises(ValueError, match="batches has 34; 30 updates and at least 5"):
+        branch_probe(model, optimizer, loss_fn, batches[:34])
+
+
+def test_the_error_is_of_the_paired_differences() -> None:
+    assert paired([1.0, 2.0, 3.0], [0.5, 1.5, 2.5]) == (0.5, 0.0)
+    mean, error = paired([1.0, 2.0, 3.0, 4.0], [0.0, 2.0, 2.0, 4.0])
+    assert mean == 0.5 and math.isclose(error, torch.tensor([1.0, 0, 1, 0]).std().item() / 2, rel_tol=1e-6)
+    assert paired([1.0, 2.0], [1.0, math.inf]) == (-math.inf, math.inf)
+    assert not Branch("x", 1.0, 0.04, 0.001).is_proof and not Branch("x", 1.0, 0.2, 0.1).is_proof
+
+
+def test_names_of_unnamed_groups() -> None:
+    model = nn.Linear(2, 2)
+    assert list(lr_branches([SGD(model.parameters(), lr=0.1)], factor=2)) == ["group 0 × 2"]
