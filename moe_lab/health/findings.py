@@ -26,6 +26,8 @@ class Finding:
             raise ValueError(f"severity={self.severity!r} is not one of {', '.join(SEVERITIES)}")
         if self.rule not in RULES:
             raise ValueError(f"rule={self.rule!r} is not in the table of rules")
+        if SEVERITIES.index(self.severity) < SEVERITIES.index(RULES[self.rule][0]):
+            raise ValueError(f"severity={self.severity!r}: {self.rule} reaches {RULES[self.rule][0]} at most")
 
     def __str__(self) -> str:
         at = "" if self.step is None else f" (step {self.step})"
@@ -48,7 +50,7 @@ RULES: dict[str, tuple[str, str]] = {
     "not_frozen": ("warning", "a tensor that was declared frozen is being trained"),
     "nonfinite_gradient": ("error", "a gradient is NaN or infinite"),
     "sparse_gradient": ("info", "sparse gradients: lost updates of this tensor are not measured"),
-    "lr_too_low": ("warning", "learning rates far below what such a model is trained with"),
+    "lr_too_low": ("error", "learning rates far below what such a model is trained with; an error once a branch probe proved it"),
     "lr_too_high": ("error", "learning rates far above what such a model is trained with, or the loss blows up"),
     "muon_convention": ("warning", "a Muon learning rate that fits the other convention, or AdamW"),
     "initial_loss": ("warning", "the first loss is not what an untrained model of this vocabulary shows"),
@@ -65,7 +67,8 @@ RULES: dict[str, tuple[str, str]] = {
     "unexpected_tensors": ("warning", "a checkpoint whose tensors are not those of a known run"),
 }
 
-# sickness → the rule that names it: the first finding of at least `warning` must carry this id
+# Sickness → the rule that names it: the first finding of at least `warning` in a sick run must carry this id.
+# benchmarks/detection.py holds runs of each.
 SICKNESSES: dict[str, str] = {
     "bf16 parameters": "lost_updates",
     "LR too low": "lr_too_low",
