@@ -211,9 +211,9 @@ def run_cell(what: dict[str, Any]) -> dict[str, Any]:
             "tokens": trainer.tokens(),
             "validation": validation,
             "diverged_at": diverged,
-            "training": {str(rows[i]["step"]): round(next_token[i], 5) for i in range(0, len(rows), 10)},
-            "norm_deviation": trainer.readings.norm_deviation().item(),
-            "median_grad_norm": statistics.median(row["grad_norm"] for row in rows),
+            "training": {str(rows[i]["step"]): finite(round(next_token[i], 5)) for i in range(0, len(rows), 10)},
+            "norm_deviation": finite(trainer.readings.norm_deviation().item()),
+            "median_grad_norm": finite(statistics.median(row["grad_norm"] for row in rows)),
             "parameters": sum(p.numel() for p in trainer.model.parameters()),
             "wall_s": round(time.perf_counter() - start, 1),
             "commit": commit(),
@@ -237,5 +237,9 @@ def validate(trainer: Trainer) -> float | None:
     """Validation loss now; None where it is not finite."""
     config = trainer.config
     loss = evaluate(trainer.model, trainer.dataset.validation, config.model.max_seq_len, 16, trainer.autocast)
-    value = loss["validation_loss"]
+    return finite(loss["validation_loss"])
+
+
+def finite(value: float) -> float | None:
+    """JSON has no NaN."""
     return value if math.isfinite(value) else None

@@ -1,0 +1,150 @@
+"""Factorial runs: paired within a seed, kept by content, resumable, and never mistaken for other settings."""
+
+import json
+import math
+import statistics
+
+import pytest
+from tiny_run import tiny, train
+
+from moe_lab.config import ConfigError, to_dict
+from moe_lab.study import designs, experiments
+from moe_lab.study.experiments import Arm, Experiment, Results, collect, load_results, make_trainer, run_cell, spread
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """Cache and committed results in a temporary place."""
+    monkeypatch.setattr(experiments, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path / "results")
+    return tmp_path
+
+
+def small(folder, **changes) -> Experiment:
+    arms = {f"lr {lr}": Arm(config=tiny(folder, training={"max_lr": lr})) for lr in (0.01, 0.03)}
+    return Experiment(**({"name": "small", "arms": arms, "seeds": (0, 1), "evaluate_at": (2, 4)} | changes))
+
+
+def test_every_arm_meets_every_seed_and_rows_say_where_they_come_from(elsewhere) -> None:
+    results = collect(small(elsewhere), workers=2, progress=False)
+    assert [(row["arm"], row["seed"]) for row in results.rows] == [
+        ("lr 0.01", 0), ("lr 0.03", 0), ("lr 0.01", 1), ("lr 0.03", 1)
+    ]  # fmt: skip
+    assert results.arms() == ["lr 0.01", "lr 0.03"] and results.seeds("lr 0.01") == [0, 1]
+    row = results.rows[0]
+    assert row["steps"] == 4 and set(row["validation"]) == {"2", "4"} and row["diverged_at"] is None
+    assert len(row["corpus"]) == 64 and row["torch"] and row["commit"]
+    losses = [results.loss("lr 0.01", seed) for seed in (0, 1)]
+    assert results.losses("lr 0.01").mean == statistics.mean(losses)
+    assert math.isclose(results.losses("lr 0.01").sd, statistics.stdev(losses))
+    gaps = [results.loss("lr 0.03", seed, 2) - results.loss("lr 0.01", seed, 2) for seed in (0, 1)]
+    assert math.isclose(results.paired("lr 0.03", "lr 0.01", 2).mean, statistics.mean(gaps))
+    assert "4 runs" in results.provenance()
+
+
+def test_a_cell_is_the_trainers_own_run(elsewhere) -> None:
+    (cell,) = small(elsewhere, seeds=(1,), arms={"a": Arm(config=tiny(elsewhere))}, evaluate_at=(6,)).cells()
+    mine = run_cell(cell["what"])
+    config = tiny(elsewhere, training={"seed": 1, "steps": 6})
+    trainer = train(config, elsewhere / "run")
+    rows = [row for row in experiments.read_record(elsewhere / "run") if row.get("event") == "eval"]
+    assert math.isclose(mine["validation"]["6"], rows[-1]["validation_loss"], rel_tol=1e-6)
+    assert mine["tokens"] == trainer.tokens()
+
+
+def test_finished_cells_are_not_run_again(elsewhere, monkeypatch) -> None:
+    design = small(elsewhere, seeds=(0,))
+    first = collect(design, workers=1, progress=False)
+    (elsewhere / "cache" / "experiments").joinpath("unrelated.json").write_text("{}")
+    monkeypatch.setattr(experiments, "run_cell", None)  # a pool would fail to send it
+    assert collect(design, workers=1, progress=False).rows == first.rows
+
+
+def test_an_interrupted_table_keeps_what_is_finished(elsewhere) -> None:
+    bad = {"bad": Arm(config=tiny(elsewhere), remedy="no such remedy")}
+    good = small(elsewhere, seeds=(0,))
+    with pytest.raises(KeyError, match="no such remedy"):
+        collect(small(elsewhere, seeds=(0,), arms=good.arms | bad), workers=1, progress=False)
+    assert len(list((elsewhere / "cache" / "experiments").glob("*.json"))) == 2
+
+
+def test_committed_results_are_used_only_for_exactly_their_settings(elsewhere, monkeypatch) -> None:
+    design = small(elsewhere, seeds=(0,))
+    computed = collect(design, workers=1, progress=False)
+    computed.save(elsewhere / "results" / "small.json")
+    assert load_results("small").rows == computed.rows
+    asked = []
+    monkeypatch.setattr(experiments, "compute", lambda missing, *rest: asked.extend(missing) or pytest.fail("computed"))
+    assert collect(design, progress=False).rows == computed.rows
+    other = small(elsewhere, seeds=(0,), evaluate_at=(2, 5))
+    with pytest.raises(pytest.fail.Exception):
+        collect(other, progress=False)
+    assert len(asked) == 2
+    asked.clear()
+    with pytest.raises(pytest.fail.Exception):
+        collect(design, redo=True, progress=False)
+    assert len(asked) == 2
+
+
+def test_a_key_follows_everything_that_a_cell_is_computed_from(elsewhere) -> None:
+    base = small(elsewhere).cells()[0]["key"]
+    arm = Arm(config=tiny(elsewhere, training={"max_lr": 0.01}))
+    variants = [
+        small(elsewhere, seeds=(5,)),
+        small(elsewhere, evaluate_at=(4,)),
+        small(elsewhere, arms={"lr 0.01": Arm(config=arm.config, remedy="masters")}),
+        small(elsewhere, arms={"lr 0.01": Arm(config=arm.config.with_(model={"dropout": 0.2}))}),
+    ]
+    keys = {base, *(variant.cells()[0]["key"] for variant in variants)}
+    assert len(keys) == 5
+    renamed = small(elsewhere, name="other", arms={"another name": arm})
+    assert renamed.cells()[0]["key"] == base  # a name computes nothing
+
+
+def test_a_run_that_diverges_is_a_result(elsewhere) -> None:
+    wild = tiny(elsewhere, training={"max_lr": 1e30})
+    (cell,) = small(elsewhere, seeds=(0,), arms={"wild": Arm(config=wild)}).cells()
+    row = run_cell(cell["what"])
+    assert row["validation"]["4"] is None
+    results = Results("x", [{**row, "arm": "wild", "seed": 0}])
+    assert results.loss("wild", 0) == math.inf
+    json.dumps(row, allow_nan=False)  # and plain JSON
+
+
+def test_a_remedy_starts_from_the_same_values(elsewhere) -> None:
+    config = tiny(elsewhere, precision={"parameters": "bfloat16"})
+    plain, remedied = make_trainer(config, None, elsewhere / "a"), make_trainer(config, "masters", elsewhere / "b")
+    for a, b in zip(plain.model.parameters(), remedied.model.parameters(), strict=True):
+        assert a.dtype == b.dtype and (a == b).all()
+    assert [type(o).__name__ for o in remedied.optimizers] == ["Rounded", "Rounded"]
+
+
+def test_results_that_do_not_exist_say_so(elsewhere) -> None:
+    with pytest.raises(ConfigError, match="no committed results of that name"):
+        load_results("nothing")
+
+
+def test_spread() -> None:
+    assert str(spread([1.0, 2.0, 3.0])) == "2.000 ± 1.000"
+    assert str(spread([1.0])) == "1.000"
+    assert math.isnan(spread([1.0, math.inf]).sd)
+
+
+def test_designs_vary_what_they_say_and_nothing_else() -> None:
+    design = designs.sweep(96)
+    lrs = {kind: [n for n in design.arms if n.startswith(kind)] for kind in ("original", "match_rms_adamw", "adamw")}
+    assert {len(names) for names in lrs.values()} == {len(designs.SWEEP_LRS)}  # as many for each method
+    base = to_dict(designs.study_config(96))
+    for arm in [arm for d in designs.all_designs() if d.name.endswith("_96") for arm in d.arms.values()]:
+        values = to_dict(arm.config)
+        changed = {f"{s}.{k}" for s in base for k in base[s] if base[s][k] != values[s][k]}
+        assert changed <= {
+            *("training.max_lr", "optimizer.type", "optimizer.adjust_lr", "optimizer.adamw_lr_ratio"),
+            *("optimizer.embedding_lr_ratio", "precision.parameters"),
+        }
+    for name, (muon, adamw) in designs.POINTS.items():
+        config = designs.attribution(96).arms[f"{name}, float32"].config
+        assert config.training.max_lr == muon
+        assert math.isclose(config.optimizer.adamw_lr_ratio * config.training.max_lr, adamw)
+    wide = designs.study_config(192).model
+    assert (wide.width_of_head, wide.init_std) == (designs.study_config(96).model.width_of_head, 0.02)
