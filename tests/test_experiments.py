@@ -3,7 +3,11 @@
 import json
 import math
 import statistics
+import sys
+import time
+from pathlib import Path
 
+import psutil
 import pytest
 from tiny_run import tiny, train
 
@@ -117,6 +121,38 @@ def test_a_remedy_starts_from_the_same_values(elsewhere) -> None:
     for a, b in zip(plain.model.parameters(), remedied.model.parameters(), strict=True):
         assert a.dtype == b.dtype and (a == b).all()
     assert [type(o).__name__ for o in remedied.optimizers] == ["Rounded", "Rounded"]
+
+
+CHILD = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from tiny_run import tiny
+from moe_lab.study import experiments
+from moe_lab.study.experiments import Arm, Experiment, collect
+
+if __name__ == "__main__":
+    experiments.CACHE = Path(sys.argv[1]) / "cache"
+    arms = {"long": Arm(config=tiny(Path(sys.argv[1])))}
+    collect(Experiment(name="long", arms=arms, seeds=(0,), evaluate_at=(10**6,)), workers=1, progress=False)
+"""
+
+
+def test_workers_do_not_outlive_a_parent_that_was_killed(tmp_path) -> None:
+    script = tmp_path / "child.py"
+    script.write_text(CHILD)
+    parent = psutil.Popen([sys.executable, str(script), str(tmp_path), str(Path(__file__).parent)])
+    worker = None
+    for _ in range(600):
+        busy = [c for c in parent.children() if c.cpu_times().user > 3 and "spawn_main" in " ".join(c.cmdline())]
+        if busy:
+            worker = busy[0]
+            break
+        time.sleep(0.1)
+    assert worker is not None and parent.poll() is None
+    parent.kill()
+    psutil.wait_procs([worker], timeout=20)
+    assert not worker.is_running()
 
 
 def test_results_that_do_not_exist_say_so(elsewhere) -> None:

@@ -16,6 +16,7 @@ import os
 import platform
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -167,7 +168,7 @@ def compute(cells: list[dict], workers: int | None, progress: bool, name: str) -
     with tqdm(total=len(unique), initial=len(unique) - len(todo), unit="run", desc=name, disable=not progress) as bar:
         n_workers = min(workers or os.cpu_count() or 1, max(1, len(todo)))
         context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(n_workers, context, initializer=torch.set_num_threads, initargs=(1,))
+        pool = ProcessPoolExecutor(n_workers, context, initializer=start_worker)
         try:
             futures = {pool.submit(run_cell, unique[key]["what"]): key for key in todo}
             for future in as_completed(futures):
@@ -182,6 +183,17 @@ def compute(cells: list[dict], workers: int | None, progress: bool, name: str) -
         finally:
             pool.shutdown(cancel_futures=True)
     return {key: json.loads(path.read_text()) for key, path in paths.items()}
+
+
+def start_worker() -> None:
+    """One thread; and no life after the parent's, which may be killed without a word."""
+    torch.set_num_threads(1)
+
+    def follow_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()
 
 
 def run_cell(what: dict[str, Any]) -> dict[str, Any]:
