@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from moe_lab.health.findings import Finding
+from .findings import Finding
 
 CONVENTIONS = ("original", "match_rms_adamw")
 ADAMW_RMS = 0.2  # RMS of AdamW's update over its LR, as Liu et al. 2025 measured it: sec. 2.2, "Matching update RMS"
@@ -24,7 +24,9 @@ SMALLEST = 1e6  # parameters; below, the power law is not followed any further
 
 # How far from the usual LR a group may be, as a factor, before it is worth a warning.
 LOW = 1 / 3
-HIGH = {"adam": 12.0, "muon": 30.0}  # Muon is run hot: published runs take up to 0.05 (original) at width 768, 20 ×
+# Muon in `original` is run hot: published runs take up to 0.05 at width 768, 20 ×. `match_rms_adamw` is there so that AdamW's
+# learning rates fit, and has AdamW's limit.
+HIGH = {"adam": 12.0, "original": 30.0, "match_rms_adamw": 12.0}
 
 
 class Group(NamedTuple):
@@ -35,6 +37,11 @@ class Group(NamedTuple):
     lr: float
     shape: Sequence[int] = (1, 1)  # of a typical matrix, (…, A, B); only Muon's matters
     convention: str = "original"  # only Muon's matters
+
+    @property
+    def scale(self) -> str:
+        """What its number is held against: a key of HIGH."""
+        return self.convention if self.kind == "muon" else self.kind
 
 
 def muon_element_step(lr: float, shape: Sequence[int], convention: str) -> float:
@@ -91,9 +98,9 @@ def adam_largest_step(betas: Sequence[float] = (0.9, 0.95)) -> float:
     return (1 - first) / math.sqrt((1 - second) * (1 - first**2 / second))
 
 
-def level(kind: str, ratio: float) -> str:
-    """`low`, `usual` or `high` for an LR over the usual one; `kind` is "muon" or "adam"."""
-    return "low" if ratio < LOW else "high" if ratio > HIGH[kind] else "usual"
+def level(scale: str, ratio: float) -> str:
+    """`low`, `usual` or `high` for an LR over the usual one; `scale` is a key of HIGH."""
+    return "low" if ratio < LOW else "high" if ratio > HIGH[scale] else "usual"
 
 
 def distance(ratio: float) -> float:
@@ -123,14 +130,14 @@ def judge(groups: Iterable[Group], n_parameters: float) -> list[Finding]:
         ratios["muon"] = geometric_mean(adamw_equivalent(g.lr, g.shape, g.convention) for g in muon) / usual
     if adam:
         ratios["adam"] = geometric_mean(g.lr for g in adam) / usual
-    if muon and level("muon", ratios["muon"]) != "usual" and level("adam", ratios.get("adam", 1.0)) == "usual":
+    if muon and level(muon[0].scale, ratios["muon"]) != "usual" and level("adam", ratios.get("adam", 1.0)) == "usual":
         other = geometric_mean(adamw_equivalent(g.lr, g.shape, other_convention(g.convention)) for g in muon) / usual
         # in narrow matrices both conventions say nearly the same: then the number is at fault, not its convention
-        if level("muon", other) == "usual" and 2 * distance(other) <= distance(ratios["muon"]):
+        if level(other_convention(muon[0].convention), other) == "usual" and 2 * distance(other) <= distance(ratios["muon"]):
             return [convention_finding(muon, ratios["muon"], other, n_parameters)]
     findings = []
     for rule, direction in (("lr_too_low", "low"), ("lr_too_high", "high")):
-        out = [group for group in muon + adam if level(group.kind, ratios[group.kind]) == direction]
+        out = [group for group in muon + adam if level(group.scale, ratios[group.kind]) == direction]
         if out:
             findings.append(range_finding(rule, out, [ratios[group.kind] for group in out], n_parameters))
     return findings
@@ -163,7 +170,7 @@ def convention_finding(muon: list[Group], ratio: float, other_ratio: float, n_pa
         severity="warning",
         where=", ".join(group.name for group in muon),
         value=ratio,
-        limit=LOW if ratio < LOW else HIGH["muon"],
+        limit=LOW if ratio < LOW else HIGH[first.scale],
         message=f"learning rate {', '.join(map(described, muon))} is {ratio:.2g} × the usual; {compared(n_parameters)}. "
         f"Read as {other} the same number is {other_ratio:.2g} × the usual: it seems meant for that, or for AdamW",
         advice=f"keep the number and set the convention to {other}, or keep {first.convention} and try about {fitting:.2g}",
@@ -179,7 +186,7 @@ def range_finding(rule: str, groups: list[Group], ratios: list[float], n_paramet
         severity="warning",
         where=", ".join(group.name for group in groups),
         value=worst,
-        limit=LOW if low else HIGH[groups[ratios.index(worst)].kind],
+        limit=LOW if low else HIGH[groups[ratios.index(worst)].scale],
         message=f"learning rate {', '.join(map(described, groups))} is up to {factor} the usual; {compared(n_parameters)}",
         advice="raise it unless this is fine-tuning; three short runs a factor of 3 apart show where the loss falls fastest"
         if low

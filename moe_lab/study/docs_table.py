@@ -36,7 +36,11 @@ def health_page() -> str:
     lines += [
         f"Made by `make detection`: {origin['steps']} updates each, three seeds a row, commit {origin['commit']}, torch "
         f"{origin['torch']}. Thresholds were fixed while only the calibration half had been run. In a row, the first finding of "
-        "at least `warning` for each seed."
+        "at least `warning` for each seed.",
+        "",
+        "The first judgement (commit c0f6280) named 27 of 30 sick runs: it missed Muon at 0.03 in `match_rms_adamw`, three seeds. "
+        "That row then moved to the calibration half, Muon's upper limit in that convention became AdamW's (12 × the usual "
+        "in place of 30 ×), and two new rows of that sickness were added to be judged.",
     ]
     for half, counts in detection["summary"].items():
         lines += ["", f"**{half}**: {counts['right_cause']} of {counts['sick_runs']} sick runs named rightly; of "
