@@ -6,10 +6,10 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; 
 BIN := .venv/bin
 PARAMS ?=
 
-.PHONY: help setup run test lab notebooks outputs docs-table bench seeds detection studies mutants browser format
+.PHONY: help setup run test lab notebooks outputs docs-table bench seeds detection watch-cost studies mutants browser format
 
 help:
-	@echo "make setup | run | test | lab | notebooks | outputs | docs-table | bench | seeds | detection | studies | mutants | format; see README.md"
+	@echo "make setup | run | test | lab | notebooks | outputs | docs-table | bench | seeds | detection | watch-cost | studies | mutants | format; see README.md"
 
 # Once: the stamp is newer than what it was made from, so a second call installs nothing.
 setup: .venv/installed
@@ -61,6 +61,10 @@ seeds: setup
 # Does the watch name each sickness by step 100, and keep quiet about healthy runs?
 detection: setup
 	$(BIN)/python benchmarks/detection.py
+
+# What the watch costs the default run; on an idle machine
+watch-cost: setup
+	$(BIN)/python benchmarks/watch_cost.py
 
 # The runs behind notebooks 03 and 04, hours of one core; finished ones are kept in .cache
 studies: setup

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
 from tqdm import tqdm
 
 from moe_lab.config import ConfigError, load_config
-from moe_lab.health.findings import SEVERITIES
+from moe_lab.health.findings import SEVERITIES, Finding
 from moe_lab.health.inspection import inspect_checkpoint
 from moe_lab.health.preflight import preflight
+from moe_lab.health.watch import Watch
 from moe_lab.train import RunError, Trainer
 from moe_lab.train.device import is_out_of_memory
+from moe_lab.train.record import FINDINGS
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -28,16 +31,27 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train a config, with a progress bar on stderr, and say where the files are."""
+    """Train a config under a watch, with a progress bar on stderr, and say where the files are and what was found."""
     if args.resume and not args.run_dir:
         raise ConfigError("--resume needs --run-dir: the directory of the run to go on with")
     config = load_config(args.config, args.overrides)
     name = f"{datetime.now():%Y-%m-%d_%H%M%S}_{Path(args.config).stem}"
     trainer = Trainer(config, args.run_dir or Path("runs") / name, resume=args.resume)
-    with tqdm(total=trainer.n_steps, unit="step") as bar:
+    log = trainer.run_dir / FINDINGS
+    try:
+        watch = Watch(trainer.model, trainer.optimizers, budget=trainer.n_steps, log=log)
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    with watch, tqdm(total=trainer.n_steps, unit="step") as bar:
+        told = 0
 
         def show(row: dict) -> None:
+            nonlocal told
+            for finding in watch.findings[told:]:
+                bar.write(str(finding), file=sys.stderr)
+            told = len(watch.findings)
             if "loss" in row:
+                watch.observe(loss=row["loss"])
                 bar.update(row["step"] - bar.n)
                 bar.set_postfix_str(f"loss {row['loss']:.3f}")
             else:
@@ -46,6 +60,7 @@ def run(args: argparse.Namespace) -> None:
         trainer.listeners.append(show)
         summary = trainer.fit()
     print(f"{summary['status']}: {summary['steps']} steps in {trainer.run_dir}; see record.jsonl and summary.json")
+    print(counts(watch.findings) + (f": see {log}" if watch.findings else ""))
 
 
 def notebook(args: argparse.Namespace) -> None:
@@ -62,10 +77,15 @@ def look(args: argparse.Namespace) -> int:
         raise ConfigError(str(error)) from error
     for f in findings:
         print(" ".join(f"{f.severity}: {f.rule}: {f.where}: {f.message}. {f.advice}".split()))
-    counts = [sum(f.severity == severity for f in findings) for severity in SEVERITIES]
+    print(counts(findings))
+    return 1 if any(f.severity == "error" for f in findings) else 0
+
+
+def counts(findings: Sequence[Finding]) -> str:
+    """`0 errors, 2 warnings, 1 info`."""
+    numbers = [sum(f.severity == severity for f in findings) for severity in SEVERITIES]
     plural = lambda n, name: f"{n} {name}" + ("s" if n != 1 and name != "info" else "")  # noqa: E731
-    print(", ".join(map(plural, counts, SEVERITIES)))
-    return 1 if counts[0] else 0
+    return ", ".join(map(plural, numbers, SEVERITIES))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -165,13 +165,31 @@ def test_a_run_says_where_it_is(tmp_path: Path, capsys) -> None:
         main(["run", str(tmp_path / "c.yaml"), "training.steps=2", "training.max_lr=1e-2", "--run-dir", str(run_dir)])
         == 0
     )
-    assert capsys.readouterr().out == f"finished: 2 steps in {run_dir}; see record.jsonl and summary.json\n"
-    assert json.loads((run_dir / "summary.json").read_text())["steps"] == 2
+    assert capsys.readouterr().out == (
+        f"finished: 2 steps in {run_dir}; see record.jsonl and summary.json\n0 errors, 0 warnings, 0 info\n"
+    )
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["steps"] == 2 and summary["findings"] == []  # watched, and nothing found
     assert main(["run", str(tmp_path / "c.yaml"), "--run-dir", str(run_dir)]) == 2
     assert "resume" in capsys.readouterr().err
     assert main(["run", str(tmp_path / "c.yaml"), "training.steps=3", "--run-dir", str(run_dir), "--resume"]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("finished: 3 steps") and "training.steps: stored 2, given 3" in err
+
+
+def test_a_sick_run_is_told_while_it_runs(tmp_path: Path, capsys) -> None:
+    config = tiny(
+        tmp_path, precision={"parameters": "bfloat16"}, training={"steps": 40, "max_lr": 1e-3, "eval_interval": 10}
+    )
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    run_dir = tmp_path / "run"
+    assert main(["run", str(tmp_path / "c.yaml"), "--run-dir", str(run_dir)]) == 0
+    out, err = capsys.readouterr()
+    assert "lost_updates: bfloat16 rounds updates away" in err
+    written = [json.loads(line) for line in (run_dir / "findings.jsonl").read_text().splitlines()]
+    assert "lost_updates" in {finding["rule"] for finding in written}
+    assert json.loads((run_dir / "summary.json").read_text())["findings"] == written
+    assert out.endswith(f"see {run_dir / 'findings.jsonl'}\n")
 
 
 def test_overrides_may_follow_an_option(tmp_path: Path, capsys) -> None:

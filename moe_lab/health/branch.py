@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from moe_lab.health.findings import Finding
+from .findings import Finding
 
 N_UPDATES = 30
 FACTOR = 3.0

@@ -6,8 +6,8 @@ import math
 import re
 from typing import NamedTuple
 
-from moe_lab.health.findings import Finding
-from moe_lab.health.plan import FAMILIES, Entry, family
+from .findings import Finding
+from .plan import FAMILIES, Entry, family
 
 NUMBER = r"(?<![\w.])(\d+(?:\.\d*)?(?:e[+-]?\d+)?)(?![\w.]*\w)"
 TO = r"\s*(?:-|–|to|and|…|\.\.\.?)\s*"

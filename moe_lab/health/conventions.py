@@ -133,7 +133,9 @@ def judge(groups: Iterable[Group], n_parameters: float) -> list[Finding]:
     if muon and level(muon[0].scale, ratios["muon"]) != "usual" and level("adam", ratios.get("adam", 1.0)) == "usual":
         other = geometric_mean(adamw_equivalent(g.lr, g.shape, other_convention(g.convention)) for g in muon) / usual
         # in narrow matrices both conventions say nearly the same: then the number is at fault, not its convention
-        if level(other_convention(muon[0].convention), other) == "usual" and 2 * distance(other) <= distance(ratios["muon"]):
+        if level(other_convention(muon[0].convention), other) == "usual" and 2 * distance(other) <= distance(
+            ratios["muon"]
+        ):
             return [convention_finding(muon, ratios["muon"], other, n_parameters)]
     findings = []
     for rule, direction in (("lr_too_low", "low"), ("lr_too_high", "high")):

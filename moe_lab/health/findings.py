@@ -50,7 +50,11 @@ RULES: dict[str, tuple[str, str]] = {
     "not_frozen": ("warning", "a tensor that was declared frozen is being trained"),
     "nonfinite_gradient": ("error", "a gradient is NaN or infinite"),
     "sparse_gradient": ("info", "sparse gradients: lost updates of this tensor are not measured"),
-    "lr_too_low": ("error", "learning rates far below what such a model is trained with; an error once a branch probe proved it"),
+    "not_measured": ("warning", "something that the watch could not measure, and why"),
+    "lr_too_low": (
+        "error",
+        "learning rates far below what such a model is trained with; an error once a branch probe proved it",
+    ),
     "lr_too_high": ("error", "learning rates far above what such a model is trained with, or the loss blows up"),
     "muon_convention": ("warning", "a Muon learning rate that fits the other convention, or AdamW"),
     "initial_loss": ("warning", "the first loss is not what an untrained model of this vocabulary shows"),

@@ -2,30 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+
+
+class Hook:
+    """A module hook that stays behind when its module is copied or saved: there it becomes a function that does nothing."""
+
+    def __init__(self, function: Callable):
+        self.function = function
+
+    def __call__(self, *args: Any) -> None:
+        self.function(*args)
+
+    def __reduce__(self) -> tuple:
+        return getattr, (nullcontext(), "__exit__")  # takes anything, returns None, and is in every Python
 
 
 class ForwardProbe:
     """Listens to a model's forward passes for the first updates, and can repeat one with a tensor changed."""
 
     def __init__(self, model: nn.Module):
-        self.model = model
+        self.model = unwrapped(model)
         self.inputs: tuple[tuple, dict] | None = None
         self.logit_variance: Tensor | None = None
         embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-        self.vocab_size = max((m.num_embeddings for m in embeddings), default=None)
-        self.handles = [model.register_forward_pre_hook(self.keep_inputs, with_kwargs=True)]
-        if embeddings:
-            largest = max(embeddings, key=lambda m: m.num_embeddings)
-            self.handles.append(largest.register_forward_pre_hook(self.keep_ids))
-        heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == self.vocab_size]
-        self.head_handle = heads[0].register_forward_hook(self.keep_variance) if heads else None
+        linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+        # the token table has a head of its shape; a table of positions may be longer
+        shapes = {m.weight.shape for m in linears}
+        tables = [m for m in embeddings if m.weight.shape in shapes] or embeddings
+        table = max(tables, key=lambda m: m.num_embeddings, default=None)
+        self.vocab_size = None if table is None else table.num_embeddings
+        self.handles = [model.register_forward_pre_hook(Hook(self.keep_inputs), with_kwargs=True)]
+        if table is not None:
+            self.handles.append(table.register_forward_pre_hook(Hook(self.keep_ids)))
+        heads = [m for m in linears if m.out_features == self.vocab_size]
+        self.head_handle = heads[0].register_forward_hook(Hook(self.keep_variance)) if heads else None
 
     def keep_inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.inputs = args, {k: v for k, v in kwargs.items() if k != "labels"}
+        """Without their graphs: those would stay in memory."""
+        free = lambda value: value.detach() if isinstance(value, Tensor) else value  # noqa: E731
+        self.inputs = tuple(map(free, args)), {k: free(v) for k, v in kwargs.items() if k != "labels"}
 
     def keep_ids(self, module: nn.Module, args: tuple) -> None:
         """Models trained through a method of their own (`model.losses(ids)`) never run the hook above."""
@@ -41,28 +63,30 @@ class ForwardProbe:
     def matters(self, param: Tensor) -> bool | None:
         """Whether changing `param` changes the model's output for the last input; None where no forward can be repeated.
 
-        Computed in evaluation mode without gradients; weights, modes and random state are put back.
+        Computed in evaluation mode without gradients, with copies in place of the tensor and of the buffers: a backward
+        pass that is still to come must find the weights as they were. Modes and random state are put back.
         """
-        if self.inputs is None:
+        name = next((name for name, p in self.model.named_parameters() if p is param), None)
+        if self.inputs is None or name is None or is_sharded(self.model):
             return None
         args, kwargs = self.inputs
         modes = [(module, module.training) for module in self.model.modules()]
-        kept = param.detach().clone()
         devices = [param.device] if param.device.type == "cuda" else []
+
+        def outputs(p: Tensor) -> list[Tensor]:
+            copies = {key: buffer.clone() for key, buffer in self.model.named_buffers()}
+            return tensors_of(functional_call(self.model, {**copies, name: p}, args, kwargs))
+
         try:
             self.model.eval()
             with torch.no_grad(), torch.random.fork_rng(devices=devices):
-                before = tensors_of(self.model(*args, **kwargs))
-                param.add_(0.1 + param.abs())  # in place: the same tensor object takes part
-                after = tensors_of(self.model(*args, **kwargs))
-        except (TypeError, ValueError, RuntimeError, KeyError):  # not called this way: then it cannot be told
+                before, after = outputs(param), outputs(param + 0.1 + param.abs())
+        except Exception:  # the model's own code, called in a way it may not be made for: then it cannot be told
             return None
         finally:
-            with torch.no_grad():
-                param.copy_(kept)
             for module, mode in modes:
                 module.training = mode
-        return any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        return len(before) != len(after) or any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
     def forget(self) -> None:
         """Let go of the inputs and stop listening."""
@@ -74,6 +98,19 @@ class ForwardProbe:
             handle.remove()
         if self.head_handle is not None:
             self.head_handle.remove()
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of what runs it on several devices, whose forward pass waits for the other processes, or compiled."""
+    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    return model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a forward pass gathers weights from other processes, which may not be running one now."""
+    kinds = {type(module).__name__ for module in model.modules()}
+    return "FullyShardedDataParallel" in kinds or any(hasattr(p, "to_local") for p in model.parameters())
 
 
 def tensors_of(output: Any) -> list[Tensor]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_lab.health.checkpoint_file import (
+from .checkpoint_file import (
     WEIGHTS,
     by_kind,
     is_readable,
@@ -24,9 +24,9 @@ from moe_lab.health.checkpoint_file import (
     weights_of,
     wide,
 )
-from moe_lab.health.findings import Finding
-from moe_lab.health.preflight import preflight
-from moe_lab.health.state import several
+from .findings import Finding
+from .preflight import preflight
+from .state import several
 
 MANY_UNCHANGED = 0.5  # share of a kind's sampled elements from which on it is worth a line
 LR_RULES = ("lr_too_low", "lr_too_high", "muon_convention")

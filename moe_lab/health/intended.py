@@ -8,12 +8,14 @@ whose step is known to touch nothing but these.
 from __future__ import annotations
 
 import re
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from .sampling import plain
 
 # Each element's step depends on that element alone: sampled elements can be replayed by themselves. By class name, so that
 # other libraries' versions of the same optimizer (optimi, torchao) count too.
@@ -25,13 +27,17 @@ KEEPS_BITS = re.compile(r"kahan|compensat|master|residual|shift", re.IGNORECASE)
 
 
 def kind_of(optimizer: Optimizer) -> str:
-    """`adam`, `elementwise`, `muon` or `unknown`."""
-    name = type(optimizer).__name__
-    if name in ADAM_LIKE:
-        return "adam"
-    if name in MATRIX_WISE:
-        return "muon"
-    return "elementwise" if name in ELEMENTWISE else "unknown"
+    """`adam`, `elementwise`, `muon` or `unknown`, by the class, or by the one whose `step` it inherits."""
+    kind = type(optimizer)
+    inherited = kind.step.__qualname__.split(".")[-2]
+    for name in (kind.__name__, inherited):
+        if name in ADAM_LIKE:
+            return "adam"
+        if name in MATRIX_WISE:
+            return "muon"
+        if name in ELEMENTWISE:
+            return "elementwise"
+    return "unknown"
 
 
 def keeps_lost_bits(optimizer: Optimizer) -> bool:
@@ -45,12 +51,13 @@ def keeps_lost_bits(optimizer: Optimizer) -> bool:
 def replay_elements(optimizer: Optimizer, group: dict, params: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:
     """Intended step of sampled elements: (sum of the indices' lengths,) float32, before the real step is taken.
 
-    Every parameter has a dense gradient, and all of them have state, or none has; `indices` are flat positions. Raises
-    whatever the optimizer's step raises on such copies.
+    Every parameter has at least one dimension and a dense gradient, and all have seen as many updates; `indices` are flat
+    positions. Raises whatever the optimizer's step raises on such copies.
     """
-    pick = lambda tensors: torch.cat(  # noqa: E731
-        [t.detach().flatten()[i].float() for t, i in zip(tensors, indices, strict=True)]
-    )
+
+    def pick(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat([plain(t).take(i).float() for t, i in zip(tensors, indices, strict=True)])
+
     weight, grad = pick(params), pick([p.grad for p in params])
     states = [optimizer.state.get(p, {}) for p in params]
     state = {}
@@ -64,28 +71,33 @@ def replay_elements(optimizer: Optimizer, group: dict, params: Sequence[Tensor],
     return run(optimizer, group, weight, grad, state)
 
 
-def replay_matrix(optimizer: Optimizer, group: dict, param: Tensor) -> Tensor:
-    """Intended step of a whole matrix or stack, float32, in its shape."""
-    state = {
-        key: (value.detach().float().clone() if value.is_floating_point() else value.clone())
-        if isinstance(value, Tensor)
-        else value
-        for key, value in optimizer.state.get(param, {}).items()
-    }
-    return run(optimizer, group, param.detach().float(), param.grad.detach().float(), state)
+def replay_whole(optimizer: Optimizer, group: dict, param: Tensor) -> Tensor:
+    """Intended step of a whole tensor, float32, in its shape: a matrix, a stack, or a scalar."""
+    state = {}
+    for key, value in optimizer.state.get(param, {}).items():
+        if isinstance(value, Tensor):
+            value = value.detach().clone()
+            value = value.float() if value.is_floating_point() else value
+        state[key] = torch.zeros_like(value) if KEEPS_BITS.search(key) and isinstance(value, Tensor) else value
+    weight, grad = (t.detach().to(torch.float32, copy=True) for t in (param, param.grad))
+    return run(optimizer, group, weight, grad, state)
 
 
 def run(optimizer: Optimizer, group: dict, weight: Tensor, grad: Tensor, state: dict) -> Tensor:
-    """One step of the optimizer's class on one float32 tensor; returns how far it moved."""
+    """One step of the optimizer's class on one float32 tensor; returns how far it moved. May write into what it is given.
+
+    A fused step stays fused: it alone knows what to do with a loss scaler's gradients, and keeps its counts on the device.
+    """
     before = weight.clone()
     weight.requires_grad_().grad = grad
     options = {key: value for key, value in group.items() if key != "params"}
-    options |= {key: False for key in ("foreach", "fused") if key in options}  # the plain loop; the result is the same
+    options |= {key: False for key in ("foreach", "differentiable") if key in options}
     shadow = object.__new__(type(optimizer))
     shadow.__dict__.update(vars(optimizer))
     shadow.__dict__.pop("step", None)  # a scheduler's wrapper would step the real optimizer
     shadow.param_groups = [{"params": [weight], **options}]
     shadow.state = defaultdict(dict, {weight: state} if state else {})
-    shadow._optimizer_step_pre_hooks, shadow._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
-    type(optimizer).step(shadow)
+    step = type(optimizer).step
+    # past torch's wrapper, which would call hooks that users registered for all optimizers
+    (step.__wrapped__ if getattr(step, "hooked", False) else step)(shadow)
     return weight.detach() - before

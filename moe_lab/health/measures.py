@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 def ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Distance from |x| to the next larger number of `dtype`, float32, same shape; x in any float dtype.
+    """Distance from |x| to the next larger number of `dtype`, same shape, float32 (float64 for float64); x in any float dtype.
 
     Next to a power of two the distance downwards is half of it: from 1.0 in bfloat16 the next number is 1 + 2^-7
     upwards and 1 - 2^-8 downwards, so that an update is lost up to 2^-8 and down to 2^-9.
     """
-    tiny = torch.finfo(dtype).tiny
-    _, exponent = torch.frexp(x.float().abs().clamp(min=tiny))  # |x| = m · 2^exponent, m in [0.5, 1)
-    return torch.finfo(dtype).eps * torch.exp2((exponent - 1).float())
+    x = x.double() if torch.finfo(dtype).bits == 64 else x.float()
+    _, exponent = torch.frexp(x.abs().clamp(min=torch.finfo(dtype).tiny))  # |x| = m · 2^exponent, m in [0.5, 1)
+    return torch.finfo(dtype).eps * torch.exp2((exponent - 1).to(x.dtype))
 
 
 def is_lost(weight: Tensor, update: Tensor, dtype: torch.dtype) -> Tensor:
@@ -66,19 +66,41 @@ def direction_bias(now: Tensor, then: Tensor) -> float:
     return (down - up) / (down + up) if down + up else math.nan
 
 
-def adam_reach(lrs: Sequence[float], betas: tuple[float, float] = (0.9, 0.95)) -> float:
-    """The most that an element can move under Adam(W) without decay, given the LR of each update, whatever the gradients.
+def relative_movement(now: Tensor, then: Tensor) -> float:
+    """Root mean square displacement over the root mean square of `then`; infinite or NaN where `then` is all zero."""
+    return ((now.double() - then.double()).norm() / then.double().norm()).item()
 
-    The step of update t is LR · m̂ / sqrt(v̂). By Cauchy–Schwarz on the two weighted sums over past gradients,
-    (m̂/sqrt(v̂))² ≤ Σ_s a_s² / b_s with a_s, b_s the bias-corrected weights of gradient s in m̂ and v̂; at t = 1 it is 1.
+
+def adam_ratio_bounds(n_updates: int, betas: tuple[float, float] = (0.9, 0.95)) -> list[float]:
+    """The largest |m̂|/sqrt(v̂) that any gradients can give at updates 1 … n_updates; gradients exist that reach each.
+
+    At update t, m̂ = Σ a_k·g and v̂ = Σ c_k·g² over ages k = 0 … t-1 of the gradients, with weights that sum to 1:
+    a_k = (1-β1)·β1^k / (1-β1^t) and c_k likewise with β2. By Cauchy–Schwarz (Σ a·g)² ≤ Σ a²/c · Σ c·g², equal for
+    g ∝ a/c, so the bound is sqrt(Σ a²/c). It is 1 at t = 1, where any gradient gives 1. A constant gradient gives 1
+    always. The limit, if β1² < β2: (1-β1) / sqrt((1-β2)·(1-β1²/β2)).
+    Raises ValueError for betas outside of 0 ≤ β1 < 1, 0 < β2 < 1. Adam: Kingma & Ba 2015, alg. 1 and sec. 2.1.
     """
     b1, b2 = betas
-    total = 0.0
-    ratio_sum = 0.0  # Σ_s ((1 - b1) b1^(t-s))² / ((1 - b2) b2^(t-s))
-    for t, lr in enumerate(lrs, start=1):
-        ratio_sum = ratio_sum * b1**2 / b2 + (1 - b1) ** 2 / (1 - b2)
-        total += lr * math.sqrt(ratio_sum * (1 - b2**t)) / (1 - b1**t)
-    return total
+    if not (0 <= b1 < 1 and 0 < b2 < 1):
+        raise ValueError(f"betas={tuple(betas)} must lie in [0, 1) and (0, 1)")
+    bounds, weights = [], 0.0  # Σ_k (β1²/β2)^k, k < t
+    for t in range(1, n_updates + 1):
+        weights = weights * b1**2 / b2 + 1
+        bounds.append((1 - b1) / (1 - b1**t) * math.sqrt((1 - b2**t) / (1 - b2) * weights))
+    return bounds
+
+
+def adam_reach(lrs: Sequence[float], betas: tuple[float, float] = (0.9, 0.95)) -> float:
+    """A distance that no element can exceed under Adam(W) after updates at these learning rates, whatever its gradients are:
+    Σ LR × the largest ratio of that update (`adam_ratio_bounds`).
+
+    A gradient that never changes travels Σ LR; the reach is above what one sequence can, since each update's bound asks
+    for gradients of its own. Weight decay is taken as 0 and would add up to Σ LR · decay · |weight|; eps > 0 only
+    shortens steps. Raises ValueError for a learning rate that is negative or not finite, and for impossible betas.
+    """
+    if not all(math.isfinite(lr) and lr >= 0 for lr in lrs):
+        raise ValueError("lrs must hold finite learning rates of 0 or more")
+    return math.fsum(lr * bound for lr, bound in zip(lrs, adam_ratio_bounds(len(lrs), betas), strict=True))
 
 
 def expected_start(vocab_size: int, logit_variance: float) -> float:
@@ -111,6 +133,7 @@ class Reading(NamedTuple):
     kind: str  # the name with its numbers replaced by *: layers.*.seq_norm.weight
     group: str  # the optimizer's group, or "" for a tensor in no optimizer
     dtype: torch.dtype
+    state_dtypes: tuple[torch.dtype, ...]  # of what the optimizer keeps for each element; empty before its first step
     shape: tuple[int, ...]
     n_elements: int  # sampled
     n_touched: int
@@ -130,6 +153,13 @@ class Reading(NamedTuple):
     zero_gradient: int
     no_gradient: int
     constant: bool  # all sampled elements were one value when the watch began, as in a fresh norm
+
+    @property
+    def gradient(self) -> str:
+        """`none`, `zero`, `yes`, or `lost`: it arrives, and no sampled element has moved; `-` before the first look."""
+        if not self.with_gradient:
+            return "zero" if self.zero_gradient else "none" if self.no_gradient else "-"
+        return "lost" if self.n_touched and self.unchanged == self.n_touched else "yes"
 
 
 class Share(NamedTuple):

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from moe_lab.health.conventions import CONVENTIONS, Group
+from .conventions import CONVENTIONS, Group
 
 # our key → what other projects call it; the first one that a config holds counts
 ALIASES: dict[str, tuple[str, ...]] = {

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from moe_lab.health.comments import contradiction
-from moe_lab.health.conventions import ADAMW_RMS, adam_largest_step, judge, muon_element_step
-from moe_lab.health.findings import Finding
-from moe_lab.health.measures import predict_lost
-from moe_lab.health.plan import Comment, Entry, Plan, as_number, sum_of_shares
+from .comments import contradiction
+from .conventions import ADAMW_RMS, adam_largest_step, judge, muon_element_step
+from .findings import Finding
+from .measures import predict_lost
+from .plan import Comment, Entry, Plan, as_number, sum_of_shares
 
 MOST_KEYS = 10_000  # a file with more is no config; aliases of aliases can make one line hold billions
 SAMPLE = 100_000  # weights drawn to predict a share: good to a third of a percent

@@ -6,8 +6,8 @@ detection` and judged on the other (benchmarks/detection.json).
 
 from __future__ import annotations
 
-from moe_lab.health.rules_loss import initial_loss, learning_rates, loss_trend, reach, weight_decay_on_norms
-from moe_lab.health.rules_setup import (
+from .rules_loss import initial_loss, learning_rates, loss_trend, reach, weight_decay_on_norms
+from .rules_setup import (
     frozen_module,
     no_gradient,
     nonfinite_gradient,
@@ -16,7 +16,7 @@ from moe_lab.health.rules_setup import (
     sparse_gradient,
     updated_twice,
 )
-from moe_lab.health.rules_updates import bf16_parameters, direction_bias, frozen_tensor, lost_updates
+from .rules_updates import bf16_parameters, direction_bias, frozen_tensor, lost_updates
 
 # In order of certainty: a broken set-up explains what comes after it.
 CHECKS = (

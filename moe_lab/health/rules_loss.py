@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from moe_lab.health import intended
-from moe_lab.health.conventions import Group, judge
-from moe_lab.health.findings import Finding
-from moe_lab.health.measures import adam_reach, trend
-from moe_lab.health.sampling import Tracked
-from moe_lab.health.state import LR_STEADY, PRETRAINED, State, n_parameters, several, static
+from . import intended
+from .conventions import Group, judge
+from .findings import Finding
+from .measures import adam_reach, trend
+from .sampling import Tracked
+from .state import LR_STEADY, PRETRAINED, State, n_parameters, several, static
 
 SIGMAS = 3.0  # standard errors of a difference of losses
 START_OFF = 0.2  # nats between the first loss and ln V + var/2
 LR_ACTED = 30.0  # updates' worth of peak LR before the loss must have fallen
+UNBOUNDED = ("NAdam", "RAdam")  # their steps are not Adam's m̂/sqrt(v̂)
 LR_LATE = 0.2  # share of the peak LR below which the loss need not fall
 
 
@@ -52,16 +53,16 @@ def learning_rates(state: State) -> Iterator[Finding]:
             )
 
 
-@static
 def reach(state: State) -> Iterator[Finding]:
     """How far a weight can get within the budget, at the LRs seen so far and the last one from there on."""
     if state.budget is None or state.step < LR_STEADY:
         return
     for group in state.groups:
-        if intended.kind_of(group.optimizer) != "adam" or not group.lrs:
+        bounded = intended.kind_of(group.optimizer) == "adam" and type(group.optimizer).__name__ not in UNBOUNDED
+        if not bounded or not group.lrs:
             continue
         lrs = [*group.lrs, *[group.peak] * max(0, state.budget - len(group.lrs))][: min(state.budget, 100_000)]
-        most = adam_reach(lrs, tuple(group.group.get("betas", (0.9, 0.999))))
+        most = adam_reach(lrs, group.group.get("betas", (0.9, 0.999)))
         yield state.finding(
             "reach",
             "info",
@@ -81,7 +82,7 @@ def weight_decay_on_norms(state: State) -> Iterator[Finding]:
             "weight_decay_on_norms",
             "info",
             several(names),
-            f"{len(names)} vectors (norm weights, biases) decay towards 0: {several(names)}",
+            f"vectors (norm weights, biases) decay towards 0: {several(names)}",
             "give them a group with weight_decay=0",
             value=len(names),
         )

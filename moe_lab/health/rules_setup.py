@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moe_lab.health.findings import Finding
-from moe_lab.health.sampling import Tracked
-from moe_lab.health.state import State, n_parameters, several, static
+from .findings import Finding
+from .sampling import Tracked
+from .state import State, n_parameters, several, static
 
 WAIT = 15  # updates before a missing gradient is judged: zero-initialised and adapter matrices start with exact zeros
 WAIT_READINGS = 3  # readings of the gradients until then, 5 updates apart

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from moe_lab.health import intended
-from moe_lab.health.findings import Finding
-from moe_lab.health.measures import Reading, share_of
-from moe_lab.health.sampling import Tracked
-from moe_lab.health.state import GroupState, State, kinds_of, several
+from . import intended
+from .findings import Finding
+from .measures import Reading, share_of
+from .sampling import Tracked
+from .state import GroupState, State, kinds_of, several
 
 LOST_ERROR, LOST_WARNING = 0.5, 0.95  # ρ, realised over intended displacement
 LOST_UPDATES = 20  # updates before ρ is judged
@@ -61,14 +61,14 @@ def lost_updates(state: State) -> Iterator[Finding]:
 
 
 def bf16_parameters(state: State) -> Iterator[Finding]:
-    """16-bit weights under an optimizer whose step cannot be replayed: judged by what moved at all, and only a warning."""
+    """16-bit weights under an optimizer whose step was not replayed: judged by what moved at all, and only a warning."""
     if state.step < UNREPLAYED:
         return
     by_optimizer: dict[int, list[Reading]] = {}
-    readings = {r.name: r for r in state.readings}
-    for t in state.tracked:
-        if t.optimizer is not None and t.param.dtype.itemsize < 4 and intended.kind_of(t.optimizer) == "unknown":
-            by_optimizer.setdefault(id(t.optimizer), []).append(readings[t.name])
+    replayed = {id(t.optimizer) for t in state.tracked if t.intended_known}
+    for t, r in zip(state.tracked, sorted_like(state.readings, state.tracked), strict=True):
+        if t.optimizer is not None and t.is_narrow and id(t.optimizer) not in replayed:
+            by_optimizer.setdefault(id(t.optimizer), []).append(r)
     for group in state.groups:
         mine = by_optimizer.pop(id(group.optimizer), [])
         stuck = [r.kind for r in mine if r.n_touched and r.unchanged == r.n_touched]

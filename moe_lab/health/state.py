@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from moe_lab.health.findings import Finding
-from moe_lab.health.forward import ForwardProbe
-from moe_lab.health.measures import Reading, expected_start
-from moe_lab.health.sampling import Tracked
+from .findings import Finding
+from .forward import ForwardProbe
+from .measures import Reading, expected_start
+from .sampling import Tracked
 
 PRETRAINED = 1.0  # nats below an untrained model's loss from which on a model has been trained before
 LR_STEADY = 10  # updates without a rise before an LR is called the peak
@@ -21,24 +22,42 @@ LR_STEADY = 10  # updates without a rise before an LR is called the peak
 class GroupState:
     """The learning rate of one group over time."""
 
-    def __init__(self, optimizer: Optimizer, group: dict, name: str):
-        self.optimizer, self.group, self.name = optimizer, group, name
+    def __init__(self, optimizer: Optimizer, number: int, name: str):
+        self.optimizer, self.number, self.name = optimizer, number, name
         self.lrs: list[float] = []
+        self.waiting: list[float | Tensor] = []  # an LR may be a tensor on a device: not read before a check
         self.risen_at = 0
-
-    def saw(self, count: int) -> None:
-        lr = float(self.group["lr"])  # a number, or a tensor that a capturable optimizer keeps where it must
-        if lr > max(self.lrs, default=0.0) * (1 + 1e-6):
-            self.risen_at = count
-        self.lrs.append(lr)
+        self.peak = 0.0
 
     @property
-    def peak(self) -> float:
-        return max(self.lrs, default=0.0)
+    def group(self) -> dict:
+        """The optimizer's own group: looked up, since load_state_dict puts others in their place."""
+        return self.optimizer.param_groups[self.number]
+
+    def saw(self) -> None:
+        lr = self.group.get("lr")
+        if lr is not None:
+            self.waiting.append(lr.detach().clone() if isinstance(lr, Tensor) else float(lr))
+
+    def fetch(self) -> None:
+        for lr in fetch(self.waiting):
+            self.lrs.append(lr)
+            if lr > self.peak * (1 + 1e-6):
+                self.risen_at = len(self.lrs)
+            self.peak = max(self.peak, lr)
+        self.waiting = []
 
     @property
     def is_steady(self) -> bool:
         return len(self.lrs) - self.risen_at >= LR_STEADY
+
+
+def fetch(numbers: Sequence[Tensor | float]) -> list[float]:
+    """Losses or learning rates as floats; those on a device come over in one transfer."""
+    if any(isinstance(number, Tensor) for number in numbers):
+        device = next(number.device for number in numbers if isinstance(number, Tensor))
+        return torch.stack([torch.as_tensor(number, device=device).float().mean() for number in numbers]).tolist()
+    return list(numbers)
 
 
 @dataclass(frozen=True)

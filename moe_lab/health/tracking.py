@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from moe_lab.health import intended
-from moe_lab.health.sampling import Tracked
+from . import intended
+from .sampling import Tracked, plain
 
-N_MATRICES = (
-    4  # 16-bit matrices whose whole step is replayed (Muon): a sample, since a step costs as much as the real one
-)
+# 16-bit matrices whose whole step is replayed (Muon): a sample, since a step costs as much as the real one
+N_MATRICES = 4
 
 
 def check_input(model: nn.Module, optimizers: list[Any], expect_frozen: Sequence[str]) -> list[str]:
@@ -32,6 +33,8 @@ def check_input(model: nn.Module, optimizers: list[Any], expect_frozen: Sequence
     if isinstance(expect_frozen, str):
         raise ValueError(f"expect_frozen={expect_frozen!r} must be a list of names, such as [{expect_frozen!r}]")
     names = [name for name, _ in model.named_parameters()]
+    if not names:
+        raise ValueError(f"model={type(model).__name__} has no parameters")
     for name, p in model.named_parameters():
         if p.device.type == "meta":
             raise ValueError(
@@ -45,57 +48,82 @@ def check_input(model: nn.Module, optimizers: list[Any], expect_frozen: Sequence
     return names
 
 
-def named_groups(optimizers: list[Optimizer]) -> list[tuple[Optimizer, dict, str]]:
-    """Every group with a name to show: its own, or the optimizer's class and the group's number."""
+def open_log(path: str | Path) -> Path:
+    """The path of a file that can be appended to, its folder made if need be. Raises ValueError if it cannot."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise ValueError(f"log={str(path)!r} cannot be written: {error.strerror}") from error
+    return path
+
+
+def named_groups(optimizers: list[Optimizer]) -> list[tuple[Optimizer, int, str]]:
+    """Every group: its optimizer, its number there, and a name to show: its own, or the class and the number."""
     return [
-        (o, group, group.get("name") or f"{type(o).__name__.lower()}[{i}]")
+        (o, number, group.get("name") or f"{type(o).__name__.lower()}[{number}]")
         for o in optimizers
-        for i, group in enumerate(o.param_groups)
+        for number, group in enumerate(o.param_groups)
     ]
 
 
 def storage(p: Tensor) -> tuple:
     """What tied weights share, whatever objects they are."""
-    return p.untyped_storage().data_ptr(), p.storage_offset(), tuple(p.shape)
+    values = plain(p)
+    return values.untyped_storage().data_ptr(), values.storage_offset(), tuple(values.shape), values.stride()
+
+
+def is_master(p: Tensor, of: Tensor) -> bool:
+    """Whether `p` is a wider copy of a 16-bit parameter; an update or two may lie between them."""
+    if of.dtype.itemsize >= 4 or p.dtype.itemsize < 4 or p.shape != of.shape or p.device != of.device:
+        return False
+    return torch.allclose(plain(p).float(), plain(of).float(), rtol=0.05, atol=5e-3)
 
 
 def track(model: nn.Module, optimizers: list[Optimizer]) -> tuple[list[Tracked], list[str]]:
     """Every tensor that trains or should, and the names of trainable parameters that no optimizer has.
 
-    A float32 tensor of an optimizer that is not the model's, but has the shape of one that no optimizer holds, is taken for
-    its master copy: it is watched under that name.
+    Tied weights are one tensor, under the first of their names. A tensor of an optimizer that is not the model's, but agrees
+    with a 16-bit one that no optimizer holds, is taken for its master copy: it is watched under that name.
     """
     owners = {}
-    for optimizer, group, name in named_groups(optimizers):
-        for p in group["params"]:
-            owners.setdefault(storage(p), (p, optimizer, group, name))
-    named = [(name, p) for name, p in model.named_parameters() if p.numel()]
-    ours = {storage(p) for _, p in named}
-    foreign = [key for key in owners if key not in ours]
+    for optimizer, number, group_name in named_groups(optimizers):
+        for p in optimizer.param_groups[number]["params"]:
+            owners.setdefault(storage(p), (p, optimizer, number, group_name))
+    named: dict[tuple, tuple[str, Tensor]] = {}
+    for name, p in model.named_parameters():
+        if plain(p).numel():
+            named.setdefault(storage(p), (name, p))
+    foreign = [key for key in owners if key not in named]
     tracked, outside = [], []
-    for name, p in named:
-        if storage(p) in owners:
-            _, optimizer, group, group_name = owners[storage(p)]
-            tracked.append(Tracked(name, p, optimizer, group, group_name))
+    for key, (name, p) in named.items():
+        if key in owners:
+            tracked.append(Tracked(name, *owners[key]))
             continue
-        master = next((key for key in foreign if owners[key][0].shape == p.shape), None)
+        master = next((key for key in foreign if is_master(owners[key][0], p)), None)
         if master is not None:
             foreign.remove(master)
             tracked.append(Tracked(name, *owners[master]))
             tracked[-1].is_outside_model = True
         elif p.requires_grad:
             outside.append(name)
-            tracked.append(Tracked(name, p, None, {}, ""))
-    if not tracked:
+            tracked.append(Tracked(name, p, None, 0, ""))
+    if len(outside) == len(tracked):
         raise ValueError(
             "no parameter of the model is in the optimizer; build the optimizer from this model's parameters"
         )
+    ranks: dict[str, set[int]] = {}
+    for t in tracked:
+        ranks.setdefault(t.kind, set()).add(t.param.ndim)
+    for t in tracked:  # an nn.Sequential calls its norms and its matrices alike
+        t.kind += f" ({t.param.ndim}-d)" if len(ranks[t.kind]) > 1 else ""
     return tracked, outside
 
 
 def choose_replayed(tracked: list[Tracked]) -> list[Tracked]:
     """The 16-bit tensors whose intended steps are replayed: all that go element by element, a few that need a matrix."""
-    narrow = [t for t in tracked if t.optimizer is not None and t.param.dtype.itemsize < 4]
+    narrow = [t for t in tracked if t.optimizer is not None and t.is_narrow]
     elements = [t for t in narrow if intended.kind_of(t.optimizer) in ("adam", "elementwise")]
     matrices = [t for t in narrow if intended.kind_of(t.optimizer) == "muon"]
     stride = max(1, -(-len(matrices) // N_MATRICES))

@@ -182,37 +182,6 @@ def shapley(values: Mapping[frozenset[str], float], factors: Collection[str]) ->
     return shares
 
 
-def adam_ratio_bounds(n_updates: int, betas: tuple[float, float] = (0.9, 0.95)) -> NDArray:
-    """The largest |m̂|/sqrt(v̂) that any gradients can give at updates 1 … n_updates, (n_updates,); reached at each.
-
-    At update t, m̂ = Σ a_k·g and v̂ = Σ c_k·g² over ages k = 0 … t-1 of the gradients, with weights that sum to 1:
-    a_k = (1-β1)·β1^k / (1-β1^t) and c_k likewise with β2. By Cauchy–Schwarz (Σ a·g)² ≤ Σ a²/c · Σ c·g², equal for
-    g ∝ a/c, so the bound is sqrt(Σ a²/c). It is 1 at t = 1, where any gradient gives 1. A constant gradient gives 1
-    always. The limit, if β1² < β2: (1-β1) / sqrt((1-β2)·(1-β1²/β2)).
-    Raises ConfigError for betas outside of 0 ≤ β1 < 1, 0 < β2 < 1. Adam: Kingma & Ba 2015, alg. 1 and sec. 2.1.
-    """
-    beta1, beta2 = betas
-    if not (0 <= beta1 < 1 and 0 < beta2 < 1):
-        raise ConfigError(f"betas={betas} must lie in [0, 1) and (0, 1)")
-    t = np.arange(1, n_updates + 1)
-    weights = np.cumsum((beta1**2 / beta2) ** (t - 1.0))  # Σ_k (β1²/β2)^k, k < t
-    return (1 - beta1) / (1 - beta1**t) * np.sqrt((1 - beta2**t) / (1 - beta2) * weights)
-
-
-def norm_ceiling(lr_of_update: Sequence[float], betas: tuple[float, float] = (0.9, 0.95)) -> float:
-    """A distance that no Adam-updated weight can exceed after updates 1 … n at these learning rates, whatever its
-    gradients are: Σ LR × the largest ratio of that update (`adam_ratio_bounds`).
-
-    A gradient that never changes travels Σ LR; the ceiling is above what one sequence can reach, since each update's
-    bound asks for gradients of its own. Weight decay is taken as 0 and would add up to Σ LR · decay · |weight|; eps > 0
-    only shortens steps. Raises ConfigError for a learning rate that is negative or not finite.
-    """
-    lrs = np.asarray(lr_of_update, dtype=float)
-    if not (np.isfinite(lrs) & (lrs >= 0)).all():
-        raise ConfigError("lr_of_update must hold finite learning rates of 0 or more")
-    return float(lrs @ adam_ratio_bounds(len(lrs), betas))
-
-
 def case_lrs(n_updates: int, peak: float, warmup: int = 100, first_at_full: bool = True) -> NDArray:
     """Learning rates (n_updates,) of the case's warm-up, constant at `peak` after it.
 

@@ -1,0 +1,203 @@
+"""Each rule: a training in which it must speak, and ones in which it must not."""
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW
+from toy import Toy, adamw, finding, said, toy, watched
+
+from moe_lab.health import RULES, Watch
+from moe_lab.health.rules_updates import direction_bias
+from moe_lab.optim import Muon
+
+
+def test_a_healthy_run_is_called_healthy() -> None:
+    model = toy()
+    watch = watched(model, adamw(model), 100)
+    assert said(watch) == []
+    assert all(f.rule in RULES for f in watch.findings)
+
+
+# ---- updates ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}])
+def test_bf16_parameters_lose_updates(options) -> None:
+    model = toy(dtype=torch.bfloat16)
+    watch = watched(model, adamw(model, lr=2e-4, **options), 60)
+    assert said(watch)[0] == "lost_updates" and "lost_updates" in said(watch, "error")
+    assert finding(watch, "lost_updates").value < 0.1
+    assert {r.name: r.gradient for r in watch.readings}["norm.weight"] == "lost"
+
+
+def test_bf16_under_muon_loses_updates() -> None:
+    model = toy(dtype=torch.bfloat16)
+    muon = Muon([model.up.weight, model.down.weight], lr=1e-4)
+    watch = watched(
+        model,
+        [muon, AdamW([model.embedding.weight, model.head.weight], lr=0.05)],
+        40,
+        expect_frozen=["norm", "up.bias", "down.bias"],
+    )
+    known = {r.name: r for r in watch.readings if r.intended_square}
+    assert set(known) == {"up.weight", "down.weight", "embedding.weight", "head.weight"}
+    assert known["up.weight"].realised_intended < 0.8 * known["up.weight"].intended_square
+    assert "lost_updates" in said(watch)
+
+
+def test_steps_that_bf16_can_hold_are_not_lost() -> None:
+    model = toy(dtype=torch.bfloat16)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1e-3)  # the same step is many spacings of a small weight
+    watch = watched(model, adamw(model, lr=1e-3), 40)
+    assert "lost_updates" not in said(watch)
+
+
+def test_an_unknown_optimizer_that_moves_nothing_gets_a_warning() -> None:
+    class Signs(torch.optim.Optimizer):
+        @torch.no_grad()
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.add_(p.grad.sign(), alpha=-group["lr"])
+
+    def run(dtype, lr):
+        model = toy(dtype=dtype)
+        return watched(model, [Signs(model.parameters(), {"lr": lr})], 60)
+
+    assert said(run(torch.bfloat16, 1e-4), "warning") == ["bf16_parameters"]
+    assert said(run(torch.float32, 1e-4)) == []
+    assert said(run(torch.bfloat16, 0.02)) == []
+
+
+def test_a_tensor_that_is_put_back_is_frozen() -> None:
+    model = toy()
+    kept = model.up.weight.detach().clone()
+
+    def put_back(step):
+        model.up.weight.data.copy_(kept)
+
+    optimizers = adamw(model)
+    handle = optimizers[0].register_step_post_hook(lambda *args: put_back(0))
+    watch = watched(model, optimizers, 60)
+    handle.remove()
+    assert finding(watch, "frozen_tensor").where == "up.weight"
+    assert {r.name: r.gradient for r in watch.readings}["up.weight"] == "lost"
+
+
+def test_rows_whose_tokens_never_occur_are_not_frozen() -> None:
+    model = toy()
+    watch = watched(model, adamw(model), 60, n_ids=4)
+    assert said(watch) == []
+    reading = {r.name: r for r in watch.readings}["embedding.weight"]
+    assert reading.n_elements > reading.n_touched > 0 and reading.unchanged == 0
+
+
+def test_a_learning_rate_of_zero_freezes_nothing() -> None:
+    model = toy()
+    watch = watched(model, adamw(model, lr=0.0), 60)
+    assert "frozen_tensor" not in said(watch)
+
+
+def one_way(lr: float) -> list:
+    """Norm weights at 1, half of them meant to go up, up, down, the other half the opposite."""
+    model = nn.RMSNorm(400).bfloat16()
+    optimizer = SGD(model.parameters(), lr=lr)
+    watch = Watch(model, optimizer)
+    half = torch.ones(400).bfloat16()
+    half[::2] = -1
+    for sign in (1, 1, -1):
+        model.weight.grad = sign * half
+        optimizer.step()
+    watch.check()
+    return list(direction_bias(watch.state()))
+
+
+def test_updates_that_survive_downwards_only() -> None:
+    (found,) = one_way(0.003)  # between 2^-9 and 2^-8
+    assert "down" in found.message and found.value > 0.3
+    assert one_way(0.02) == []
+
+
+# ---- set-up ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_no_optimizer_holds() -> None:
+    model = toy()
+    some = [p for name, p in model.named_parameters() if not name.startswith("head")]
+    assert said(Watch(model, AdamW(some)), "error") == ["not_in_optimizer"]
+    assert said(Watch(model, AdamW(some), expect_frozen=["head."]), "error") == []
+
+
+def test_frozen_parts() -> None:
+    def frozen(names, **options):
+        model = toy()
+        for name in names:
+            model.get_submodule(name).requires_grad_(False)
+        return Watch(model, AdamW([p for p in model.parameters() if p.requires_grad]), **options)
+
+    assert said(frozen(["up"]), "warning") == ["frozen_module"]
+    assert said(frozen(["up"], expect_frozen=["up."])) == []
+    mostly = frozen(["embedding", "head", "norm", "down"])  # as under adapters
+    assert said(mostly) == [] and "frozen_module" in said(mostly, "info")
+    model = toy()
+    assert said(Watch(model, adamw(model), expect_frozen=["up."]), "warning") == ["not_frozen"]
+
+
+class Detached(Toy):
+    def forward(self, ids):
+        x = self.embedding(ids)
+        x = x + self.down(torch.relu(self.up(self.norm(x)))).detach()
+        return self.head(x)
+
+
+class Unused(Toy):
+    def __init__(self):
+        super().__init__()
+        self.spare = nn.Linear(4, 4)
+
+
+class Adapted(Toy):
+    """A low-rank addition whose second factor starts at zero: the first has no gradient in the first update."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 4, bias=False), nn.Linear(4, 16, bias=False)
+        nn.init.zeros_(self.second.weight)
+
+    def forward(self, ids):
+        x = self.embedding(ids)
+        return self.head(x + self.second(self.first(x)))
+
+
+def test_a_branch_without_gradient() -> None:
+    model = Detached()
+    watch = watched(model, adamw(model), 40)
+    assert "no_gradient" in said(watch, "error")
+    assert {r.name: r.gradient for r in watch.readings}["up.weight"] == "none"
+    model = Unused()
+    watch = watched(model, adamw(model), 40)
+    assert said(watch) == ["no_gradient"] and finding(watch, "no_gradient").severity == "warning"
+
+
+def test_a_factor_that_starts_at_zero_is_waited_for() -> None:
+    model = Adapted()
+    for name in ("up", "down", "norm"):
+        delattr(model, name)
+    watch = watched(model, adamw(model), 40)
+    assert said(watch) == []
+    first = {r.name: r for r in watch.readings}["first.weight"]
+    assert (first.zero_gradient, first.gradient) == (1, "yes")
+
+
+def test_adapters_on_a_declared_base_are_healthy() -> None:
+    model = Adapted()
+    for name in ("up", "down", "norm"):
+        delattr(model, name)
+    model.embedding.requires_grad_(False)
+    model.head.requires_grad_(False)
+    optimizer = AdamW([*model.first.parameters(), *model.second.parameters()], lr=0.01)
+    watch = watched(model, [optimizer], 60, expect_frozen=["embedding.", "head."])
+    assert "error" not in {f.severity for f in watch.findings}
+    assert not {"frozen_module", "no_gradient", "frozen_tensor"} & {f.rule for f in watch.findings}

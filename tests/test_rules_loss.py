@@ -1,0 +1,102 @@
+"""Rules about learning rates and the loss: a training in which each must speak, and ones in which it must not."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch.optim import SGD, AdamW
+from toy import VOCAB, adamw, finding, loss_of, said, toy, train, watched
+
+from moe_lab.health import Watch, rules_loss
+
+
+def test_learning_rates_are_held_against_the_usual() -> None:
+    def rules(lr, share=lambda step: 1.0, updates=40):
+        model = toy()
+        optimizers = adamw(model, lr=lr)
+
+        def set_lr(step):
+            optimizers[0].param_groups[0]["lr"] = lr * share(step)
+
+        return said(watched(model, optimizers, updates, before_step=set_lr))
+
+    assert "lr_too_low" in rules(1e-5)
+    assert "lr_too_high" in rules(1.0)
+    assert rules(0.003, lambda step: min(1, (step + 1) / 200)) == []  # a long warm-up
+    assert rules(0.003, lambda step: 1 - step / 100, 100) == []  # a decay to the end
+
+
+def test_fine_tuning_is_not_called_slow() -> None:
+    model = toy()
+    train(None, model, adamw(model), 150)
+    watch = watched(model, adamw(model, lr=1e-5, betas=(0.9, 0.95)), 60, start=150, budget=1000)
+    assert not watch.state().is_fresh
+    assert said(watch) == []
+    assert finding(watch, "reach").value == pytest.approx(1e-5 * 1000, rel=0.2)
+
+
+def test_reach_is_stated_for_a_budget_and_only_where_the_bound_holds() -> None:
+    for kind, expected in ((AdamW, True), (torch.optim.RAdam, False), (SGD, False)):
+        model = toy()
+        watch = watched(model, [kind(model.parameters(), lr=1e-3)], 20, budget=500)
+        assert ("reach" in said(watch, "info")) == expected
+    model = toy()
+    assert "reach" not in said(watched(model, adamw(model), 20), "info")
+
+
+def test_decay_of_norms_is_mentioned() -> None:
+    model = toy()
+    assert "weight_decay_on_norms" in said(Watch(model, AdamW(model.parameters())), "info")
+    assert "weight_decay_on_norms" not in said(Watch(model, AdamW(model.parameters(), weight_decay=0.0)), "info")
+
+
+@pytest.mark.parametrize(("factor", "told"), [(1 / 4, "4 times too small"), (8.0, "8 times too large"), (1.0, None)])
+def test_a_first_loss_that_was_divided_or_multiplied(factor, told) -> None:
+    model = toy()
+    watch = watched(model, adamw(model), 20, reported=lambda loss: loss * factor)
+    assert ("initial_loss" in said(watch)) == (told is not None)
+    assert told is None or told in finding(watch, "initial_loss").message
+
+
+def test_accumulated_gradients_are_healthy() -> None:
+    model = toy()
+    (optimizer,) = adamw(model)
+    with Watch(model, optimizer) as watch:
+        for step in range(60):
+            optimizer.zero_grad()
+            parts = [loss_of(model, 4 * step + i) / 4 for i in range(4)]
+            for part in parts:
+                part.backward()
+            optimizer.step()
+            watch.observe(loss=sum(part.detach() for part in parts))
+    assert said(watch) == []
+
+
+def state_with(losses: list[float], lrs: list[float], **changes):
+    """What the loss rules would see; the model is fresh."""
+    model = toy()
+    watch = Watch(model, adamw(model, lr=1.0))
+    for lr in lrs:
+        watch.optimizers[0].param_groups[0]["lr"] = lr
+        watch.groups[0].saw()
+    watch.groups[0].fetch()
+    watch.check()
+    return dataclasses.replace(watch.state(), losses=losses, step=len(lrs), **changes)
+
+
+def noisy(start: float, end: float, n: int = 100) -> list[float]:
+    noise = torch.randn(n, generator=torch.Generator().manual_seed(0)).tolist()
+    return [start + (end - start) * i / n + 0.05 * e for i, e in enumerate(noise)]
+
+
+def test_the_loss_must_fall_once_the_learning_rate_has_acted() -> None:
+    flat, v = noisy(math.log(VOCAB), math.log(VOCAB)), 0.01
+    trend = lambda losses, lrs: [(f.rule, f.severity) for f in rules_loss.loss_trend(state_with(losses, lrs))]  # noqa: E731
+    assert trend(flat, [v] * 100) == [("loss_not_falling", "warning")]
+    assert trend(noisy(4.1, 3.0), [v] * 100) == []
+    assert trend(flat[:25], [v] * 25) == []  # too early
+    assert trend(flat, [v * min(1, i / 200) / 10 for i in range(45)] + [v] * 10) == []  # a warm-up: little has acted
+    assert trend(flat, [v] * 60 + [v / 10] * 40) == []  # the end of a decay
+    assert trend(noisy(4.1, 6.0), [v] * 100) == [("lr_too_high", "error")]
+    assert trend([4.1, math.nan], [v] * 2) == [("lr_too_high", "error")]

@@ -1,0 +1,87 @@
+"""What a watch does when something of its own fails, and how findings are written."""
+
+import json
+
+import torch
+from torch.optim import SGD, AdamW
+from toy import said, toy, train, watched
+
+from moe_lab.health import Watch
+from moe_lab.health.sampling import Bank
+
+
+class Exotic(SGD):
+    """Goes by a known name, and needs what a replay does not have."""
+
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            if p.grad is not None:
+                p.data.add_(p.grad, alpha=-self.scales[id(p)])
+
+
+Exotic.__name__ = "AdamW"
+
+
+def test_an_optimizer_that_cannot_be_replayed_is_given_up_aloud() -> None:
+    model = toy(dtype=torch.bfloat16)
+    optimizer = Exotic(model.parameters(), lr=0.1)
+    optimizer.scales = {id(p): 1e-5 for p in model.parameters()}
+    watch = watched(model, [optimizer], 60)
+    (told,) = [f for f in watch.findings if f.rule == "not_measured"]
+    assert told.severity == "info" and told.where == "AdamW" and "KeyError" in told.message
+    assert "bf16_parameters" in said(watch)  # what can still be said
+    assert all(r.intended_square is None for r in watch.readings)
+
+
+def test_a_broken_rule_is_switched_off_aloud() -> None:
+    model = toy()
+    optimizer = AdamW(model.parameters(), lr=1e-3)
+    with Watch(model, optimizer) as watch:
+
+        def broken(state):
+            yield state.finding("reach", "info", "", "said before", "")
+            raise ZeroDivisionError("division by zero")
+
+        watch.checks.insert(0, broken)
+        losses = train(watch, model, [optimizer], 30)
+    assert len(losses) == 30 and watch.read_at == 30
+    assert said(watch) == ["not_measured"]
+    assert "broken" in watch.findings[-1].message and broken not in watch.checks
+
+
+def test_a_watch_that_fails_stops_and_the_training_goes_on(monkeypatch, tmp_path) -> None:
+    model = toy()
+    optimizer = AdamW(model.parameters(), lr=1e-3)
+    watch = Watch(model, optimizer, log=tmp_path / "log.jsonl")
+    monkeypatch.setattr(Bank, "read", lambda self: [][0])
+    losses = train(watch, model, [optimizer], 30)
+    assert len(losses) == 30 and watch.step == 10 and watch.handles == []
+    assert said(watch) == ["not_measured"] and "IndexError" in watch.findings[-1].message
+    assert "IndexError" in (tmp_path / "log.jsonl").read_text()
+
+
+def test_a_log_that_vanishes_does_not_end_the_training(tmp_path) -> None:
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    model = toy()
+    optimizer = AdamW(model.parameters(), lr=1e-3)
+    watch = Watch(model, optimizer, log=folder / "log.jsonl", budget=100)
+    (folder / "log.jsonl").unlink()
+    folder.rmdir()
+    assert len(train(watch, model, [optimizer], 30)) == 30
+    assert "not_measured" in said(watch)
+
+
+def test_findings_are_written_at_once_a_line_each(tmp_path) -> None:
+    log = tmp_path / "findings.jsonl"
+    model = toy(dtype=torch.bfloat16)
+    optimizer = AdamW([p for p in model.parameters() if p is not model.head.weight], lr=1e-4)
+    watch = Watch(model, optimizer, log=log)
+    read = lambda: [json.loads(line) for line in log.read_text().splitlines()]  # noqa: E731
+    assert [f["rule"] for f in read()][:1] == ["not_in_optimizer"]
+    for _ in range(60):
+        train(watch, model, [optimizer], 1)
+        assert read() == [f.to_dict() for f in watch.findings]
+    assert {"lost_updates", "not_in_optimizer"} <= {f["rule"] for f in read()}
+    assert all(f["severity"] in ("error", "warning", "info") and f["advice"] for f in read())
+    assert len({(f["rule"], f["severity"]) for f in read()}) == len(read())  # each once
