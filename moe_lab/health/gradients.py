@@ -58,14 +58,15 @@ class Gradients:
 class Replays:
     """The intended steps of 16-bit tensors, added up in their banks."""
 
-    def __init__(self) -> None:
+    def __init__(self, n_matrices: int) -> None:
+        self.n_matrices = n_matrices
         self.of: dict[int, list[tuple[Bank, Tracked]]] = {}  # by the optimizer's id
         self.failed: set[int] = set()  # optimizers that could not be replayed
 
     def choose(self, tracked: Sequence[Tracked], banks: Sequence[Bank]) -> None:
         bank_of = {id(t): bank for bank in banks for t in bank.tensors}
         self.of = {}
-        for t in choose_replayed(tracked):
+        for t in choose_replayed(tracked, self.n_matrices):
             if id(t.optimizer) not in self.failed:
                 self.of.setdefault(id(t.optimizer), []).append((bank_of[id(t)], t))
 

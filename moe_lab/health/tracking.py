@@ -121,10 +121,10 @@ def track(model: nn.Module, optimizers: list[Optimizer]) -> tuple[list[Tracked],
     return tracked, outside
 
 
-def choose_replayed(tracked: list[Tracked]) -> list[Tracked]:
+def choose_replayed(tracked: list[Tracked], n_matrices: int) -> list[Tracked]:
     """The 16-bit tensors whose intended steps are replayed: all that go element by element, a few that need a matrix."""
     narrow = [t for t in tracked if t.optimizer is not None and t.is_narrow]
     elements = [t for t in narrow if intended.kind_of(t.optimizer) in ("adam", "elementwise")]
     matrices = [t for t in narrow if intended.kind_of(t.optimizer) == "muon"]
-    stride = max(1, -(-len(matrices) // N_MATRICES))
+    stride = max(1, -(-len(matrices) // n_matrices))
     return elements + matrices[stride // 2 :: stride]

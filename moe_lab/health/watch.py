@@ -32,7 +32,7 @@ from .report import table
 from .rules import CHECKS
 from .sampling import Bank, Tracked, banks_of
 from .state import GroupState, State, fetch
-from .tracking import check_input, named_groups, open_log, track
+from .tracking import N_MATRICES, check_input, named_groups, open_log, track
 
 READ_EVERY = 5  # updates between looks at the gradients
 CHECK_EVERY = 10  # updates between checks of the rules: the only transfers from the device
@@ -44,7 +44,8 @@ class Watch:
 
     `budget`: optimizer updates planned, for statements about reach; `expect_frozen`: names or name prefixes of tensors that
     are frozen on purpose; `log`: a file to which each finding is appended as a line of JSON. `observe(loss=…)` once a step
-    lets it judge the loss. `findings` grows as rules speak; each says a thing once. Parameters that are unfrozen or given to
+    lets it judge the loss. `n_matrices`: 16-bit matrices under Muon whose steps are replayed; each costs about what the real
+    step costs. `findings` grows as rules speak; each says a thing once. Parameters that are unfrozen or given to
     an optimizer later are taken in at the next check. Where `step` is given a closure, the gradients are looked at
     afterwards and the step is not replayed: lost updates are then seen only where nothing moves at all.
     Raises ValueError, one line, for an optimizer without parameters, a model on the meta device, names in `expect_frozen`
@@ -59,6 +60,7 @@ class Watch:
         expect_frozen: Sequence[str] = (),
         *,
         log: str | Path | None = None,
+        n_matrices: int = N_MATRICES,
     ):
         self.model, self.budget = model, budget
         self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
@@ -74,7 +76,7 @@ class Watch:
         self.counts = Counter({id(o): 0 for o in self.optimizers})
         self.depth: Counter[int] = Counter()
         self.next_check, self.window_start, self.read_at = CHECK_EVERY, 0, 0
-        self.gradients, self.replays = Gradients(), Replays()
+        self.gradients, self.replays = Gradients(), Replays(n_matrices)
         self.tracked: list[Tracked] = []
         self.banks: list[Bank] = []
         self.groups: list[GroupState] = []

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from moe_lab.config import Config, load_config
+from moe_lab.optim.rounding import REMEDIES
 from moe_lab.study.experiments import RESULTS, Arm, Experiment, collect
 from moe_lab.study.notebook import ROOT
 
@@ -96,6 +97,15 @@ def attribution(d_model: int, seeds: Sequence[int] = SEEDS) -> Experiment:
     return Experiment(name=f"attribution_{d_model}", arms=arms, seeds=seeds, evaluate_at=(200,))
 
 
+def remedies(d_model: int, seeds: Sequence[int] = SEEDS) -> Experiment:
+    """Each remedy for bf16 parameters at the report's cure, beside float32 and plain bf16."""
+    config = study_config(d_model)
+    kept = at(config, *CURE, parameters="bfloat16")
+    arms = {"float32": Arm(config=at(config, *CURE)), "bf16": Arm(config=kept)}
+    arms |= {remedy: Arm(config=kept, remedy=remedy) for remedy in REMEDIES}
+    return Experiment(name=f"remedies_{d_model}", arms=arms, seeds=seeds, evaluate_at=(200,))
+
+
 def reproduction(seeds: Sequence[int] = SEEDS) -> Experiment:
     """Failure, cure and tuned with the lab's own model, every mixture in it, for 200 updates of 2,048 tokens."""
     config = load_config(ROOT / "configs" / "lab.yaml")
@@ -115,7 +125,8 @@ def healthy_188(seeds: Sequence[int] = (0,)) -> Experiment:
 
 def all_designs() -> list[Experiment]:
     """Every design with committed results, cheapest first."""
-    designs = [surface(96), surface(192), sweep(96), attribution(96), reproduction(), sweep(192), attribution(192)]
+    designs = [surface(96), surface(192), sweep(96), attribution(96), remedies(96), reproduction()]
+    designs += [sweep(192), attribution(192)]
     designs += [attribution(384, seeds=(0,)), healthy_188(), surface(96, evaluate_at=(200, 800, 3200))]
     return designs
 

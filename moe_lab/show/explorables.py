@@ -1,0 +1,143 @@
+"""Figures to play with: sliders where somebody watches, else one figure with a few chosen positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from moe_lab.health.measures import ulp
+from moe_lab.show.live import is_interactive
+from moe_lab.show.style import BLUE, GREEN, GREY, INK, PALE, VERMILION, new_axes, new_figure, show, to_html
+
+# (weight, update): the report's case, just lost and just kept on either side of 1, and the same update at a small weight
+POSITIONS = ((1.0, -3e-4), (1.0, 0.0035), (1.0, -0.0025), (0.02, -3e-4))
+MOST_TICKS = 40  # numbers of bf16 drawn one by one; where more lie in view, they are counted
+
+
+class Sum(NamedTuple):
+    """What a bf16 weight becomes when an update is added in exact arithmetic and rounded back."""
+
+    weight: float  # the given weight, rounded to bf16
+    target: float  # weight + update
+    result: float  # the bf16 number nearest to it
+    lost: bool
+    low: float  # sums between `low` and `high` round back to the weight
+    high: float
+
+
+def add_in_bf16(weight: float, update: float) -> Sum:
+    """`weight` is rounded to bf16 first. Raises ValueError unless it is positive: the negative half is a mirror image."""
+    if not weight > 0:
+        raise ValueError(f"weight={weight} must be positive")
+    kept = torch.tensor(weight, dtype=torch.float64).bfloat16()
+    target = kept.double() + update
+    result = target.float().bfloat16()
+    below, above = neighbour(kept, -1), neighbour(kept, 1)
+    low, high = (kept.double().item() + below) / 2, (kept.double().item() + above) / 2
+    return Sum(kept.item(), target.item(), result.item(), bool(result == kept), low, high)
+
+
+def neighbour(x: torch.Tensor, step: int) -> float:
+    """The `step`-th next bf16 number above (or below, if negative) a positive one: their bits are consecutive integers."""
+    return (x.view(torch.int16) + step).view(torch.bfloat16).item()
+
+
+def number_line(positions: Sequence[tuple[float, float]] = POSITIONS) -> tuple[Figure, str]:
+    """One line a (weight, update): the bf16 numbers around the weight, the stretch that rounds back to it, and where the
+    updated weight lands. Returns the figure and its text description. Raises ValueError for a weight that is not positive."""
+    height = 0.25 + 1.15 * len(positions)
+    figure = new_figure(10, height)
+    lines = []
+    for row, (weight, update) in enumerate(positions):
+        bottom = (height - 1.15 * (row + 1) + 0.3) / height
+        axes = new_axes(figure, (0.04, bottom, 0.92, 0.45 / height), "", "", "")
+        lines.append(draw_line(axes, add_in_bf16(weight, update), update))
+    return figure, "\n".join(lines)
+
+
+def draw_line(axes: Axes, s: Sum, update: float) -> str:
+    """Draw one number line; returns its sentence."""
+    spacing = ulp(torch.tensor(s.weight), torch.bfloat16).item()
+    reach = max(3.4 * spacing, 1.3 * abs(update))
+    axes.set_xlim(s.weight - reach, s.weight + reach)
+    axes.set_ylim(-0.6, 1)
+    axes.grid(False)
+    axes.set_yticks([])
+    axes.spines[["left", "bottom"]].set_visible(False)
+    axes.axhline(0, color=GREY, linewidth=1)
+    numbers = bf16_between(s.weight - reach, s.weight + reach)
+    if len(numbers) <= MOST_TICKS:
+        axes.plot(numbers, [0] * len(numbers), linestyle="", marker="|", markersize=11, color=INK)
+    else:
+        axes.text(
+            1, 0.8, f"{len(numbers):,} numbers in view", transform=axes.transAxes, ha="right", fontsize=8, color=GREY
+        )
+    labelled = apart(numbers, s.weight, reach / 4)
+    axes.set_xticks(labelled, [f"{number:.5g}" for number in labelled])
+    axes.axvspan(s.low, s.high, ymin=0.2, ymax=0.56, color=PALE, linewidth=0)
+    axes.plot(s.weight, 0, marker="o", color=BLUE, markersize=8)
+    colour = VERMILION if s.lost else GREEN
+    axes.annotate(
+        "", (s.target, 0.42), (s.weight, 0.42), arrowprops={"arrowstyle": "->", "color": colour, "linewidth": 1.6}
+    )
+    axes.plot([s.target] * 2, [0, 0.42], color=colour, linewidth=1.2, linestyle=":")
+    axes.plot(s.result, 0, marker="x" if s.lost else "s", color=colour, markersize=9, markeredgewidth=2.2, zorder=4)
+    verdict = "lost" if s.lost else f"lands on {s.result:.6g}"
+    told = f"{s.weight:.6g} {'+' if update >= 0 else '−'} {abs(update):.3g} = {s.target:.7g} in exact arithmetic: {verdict}"
+    axes.set_title(f"{'✕' if s.lost else '■'} {told}", loc="left", fontsize=9.5, color=colour, fontweight="bold")
+    return f"{told} (sums from {s.low:.6g} to {s.high:.6g} round to {s.weight:.6g})."
+
+
+def bf16_between(low: float, high: float) -> list[float]:
+    """The bf16 numbers of an interval in ascending order."""
+    positive = torch.arange(1, 0x7F80, dtype=torch.int16).view(torch.bfloat16).float()  # their bits count upwards
+    numbers = torch.cat([-positive.flip(0), torch.zeros(1), positive])
+    return numbers[(numbers >= low) & (numbers <= high)].tolist()
+
+
+def apart(numbers: Sequence[float], centre: float, distance: float) -> list[float]:
+    """Those of ascending `numbers` that are at least `distance` from each other, found outwards from `centre`."""
+    kept = [centre]
+    for number in numbers:
+        if number > centre and number - kept[-1] >= distance:
+            kept.append(number)
+    kept.reverse()
+    for number in reversed(numbers):
+        if number < centre and kept[-1] - number >= distance:
+            kept.append(number)
+    return kept
+
+
+def explore_number_line() -> None:
+    """Two sliders and a switch over `number_line` where somebody can move them, else `POSITIONS` in one figure.
+
+    With sliders the figure stands at the first position until one moves; its text description changes with it.
+    """
+    if not is_interactive():
+        show(*number_line())
+        return
+    import ipywidgets
+    from IPython.display import display
+
+    wide = ipywidgets.Layout(width="32em")
+    style = {"description_width": "5em"}
+    options = {"layout": wide, "style": style, "readout_format": ".3g"}
+    weight = ipywidgets.FloatLogSlider(1.0, base=2, min=-10, max=3, step=0.125, description="weight", **options)
+    update = ipywidgets.FloatLogSlider(3e-4, base=10, min=-5.5, max=-1, step=0.02, description="update", **options)
+    way = ipywidgets.ToggleButtons(options=[("down", -1), ("up", 1)], description="direction", style=style)
+
+    def picture() -> dict[str, str]:
+        return to_html(*number_line([(weight.value, way.value * update.value)]))
+
+    display(ipywidgets.VBox([weight, update, way]))
+    handle = display(picture(), raw=True, display_id=True)
+
+    def redraw(_: Any) -> None:
+        handle.update(picture(), raw=True)
+
+    for widget in (weight, update, way):
+        widget.observe(redraw, names="value")

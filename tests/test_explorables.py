@@ -1,0 +1,95 @@
+"""The number line says what torch's own bf16 addition does, and its text says what it shows."""
+
+import math
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from moe_lab.show import explorables
+from moe_lab.show.updates import arrived_bars, cost_dots
+
+
+@pytest.mark.parametrize("weight", [0.001, 0.02, 0.25, 1.0, 1.0078125, 3.0, 7.9])
+@pytest.mark.parametrize("update", [-0.1, -2.5e-3, -(2**-9), -3e-4, 1e-6, 2**-8, 0.0035, 0.05])
+def test_a_sum_is_rounded_as_torch_rounds_it(weight, update) -> None:
+    s = explorables.add_in_bf16(weight, update)
+    kept = torch.tensor(weight).bfloat16()
+    torch_s = kept.clone().add_(torch.tensor(update, dtype=torch.float32))  # computed in float32, stored in bf16
+    assert s.weight == kept.item() and s.result == torch_s.item()
+    assert s.lost == bool(torch_s == kept)
+    assert s.lost == (s.low <= s.target <= s.high) or s.target in (s.low, s.high)
+
+
+def test_the_stretch_that_rounds_back_ends_at_the_known_thresholds() -> None:
+    s = explorables.add_in_bf16(1.0, -3e-4)
+    assert (1 - s.low, s.high - 1) == (2**-9, 2**-8)
+
+
+def test_the_numbers_of_an_interval_are_those_of_bf16() -> None:
+    assert explorables.bf16_between(0.99, 1.02) == [0.9921875, 0.99609375, 1.0, 1.0078125, 1.015625]
+    numbers = explorables.bf16_between(-1.0, 1.0)
+    assert numbers == sorted(set(numbers)) and numbers[0] == -1.0 and 0.0 in numbers
+    assert len(numbers) == 2 * 0x3F80 + 1  # the bits of 1.0 count the positive ones up to it
+
+
+def test_labels_keep_their_distance() -> None:
+    kept = explorables.apart([0.0, 0.1, 0.9, 1.0, 1.05, 2.2], 1.0, 0.5)
+    assert sorted(kept) == [0.1, 1.0, 2.2]
+
+
+@pytest.mark.parametrize("positions", [[(1.0, -3e-4)], explorables.POSITIONS, [(0.001, -0.1), (8.0, 3e-6)]], ids=len)
+def test_each_line_is_drawn_and_told(positions) -> None:
+    figure, text = explorables.number_line(positions)
+    assert isinstance(figure, Figure) and len(figure.axes) == len(positions) == len(text.splitlines())
+    for line, (weight, update) in zip(text.splitlines(), positions, strict=True):
+        assert ("lost" in line) == explorables.add_in_bf16(weight, update).lost
+
+
+def test_a_negative_weight_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"weight=-1.0 must be positive"):
+        explorables.number_line([(-1.0, 0.1)])
+
+
+def test_headless_it_shows_the_chosen_positions(monkeypatch) -> None:
+    shown = []
+    monkeypatch.setenv("MOE_LAB_INTERACTIVE", "0")
+    monkeypatch.setattr(explorables, "show", lambda figure, text: shown.append(text))
+    explorables.explore_number_line()
+    assert shown == [explorables.number_line()[1]]
+
+
+def test_sliders_redraw_the_same_figure(monkeypatch) -> None:
+    import IPython.display
+    import ipywidgets
+
+    boxes, pictures = [], []
+
+    class Handle:
+        def update(self, picture, raw) -> None:
+            pictures.append(picture["text/plain"])
+
+    def display(what, **options):
+        boxes.append(what)
+        return Handle()
+
+    monkeypatch.setenv("MOE_LAB_INTERACTIVE", "1")
+    monkeypatch.setattr(IPython.display, "display", display)
+    explorables.explore_number_line()
+    box, first = boxes
+    assert isinstance(box, ipywidgets.VBox) and ": lost" in first["text/plain"]
+    weight, update, way = box.children
+    update.value = 2.5e-3
+    assert "lands on 0.996" in pictures[-1]
+    way.value = 1
+    assert ": lost" in pictures[-1]
+    weight.value = 0.25
+    assert "lands on" in pictures[-1] and len(pictures) == 3
+
+
+def test_bars_and_dots_are_told_with_their_numbers() -> None:
+    figure, text = arrived_bars({"norms": 0.0, "matrices": 0.84, "heads": 0.99})
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["norms", "matrices", "heads"]
+    assert "Under a half: norms. From there to 95 %: matrices." in text
+    figure, text = cost_dots({"failure": {"bf16": (0.21, 0.01), "masters": (0.0, math.nan)}}, "float32", linear_to=0.1)
+    assert figure.axes[0].get_xscale() == "symlog" and "bf16 +0.210 ± 0.010" in text

@@ -1,0 +1,41 @@
+"""A notebook that re-enacts a bug must turn red once the bug stops failing: here a no-op takes the bug's place.
+
+That the same cells are green with the real bug is what `make test` shows by nbval, in the same profile.
+"""
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from moe_lab.study import bugs
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+# (notebook, the function of moe_lab.study.bugs that it calls)
+REENACTED = [("03_bf16_underflow", "cast_parameters"), ("04_wrong_learning_rate", "lr_of_another_optimizer")]
+
+
+def run_cells(name: str) -> dict:
+    """Run the notebook's code cells here, one after another; returns what they define. Whatever a cell raises is raised."""
+    cells = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4).cells
+    namespace: dict = {"__name__": "__main__"}
+    for cell in cells:
+        if cell.cell_type == "code":
+            code = compile(cell.source, f"{name}:{cell.id}", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+            assert not code.co_flags & inspect.CO_COROUTINE, f"{cell.id}: awaits; this needs a kernel"
+            exec(code, namespace)
+    return namespace
+
+
+@pytest.mark.parametrize(("name", "bug"), REENACTED)
+def test_a_no_op_in_the_bugs_place_turns_a_claim_red(name: str, bug: str, monkeypatch) -> None:
+    monkeypatch.setenv("MOE_LAB_PROFILE", "smoke")
+    monkeypatch.setenv("MOE_LAB_INTERACTIVE", "0")
+    calls = []
+    monkeypatch.setattr(bugs, bug, lambda given: calls.append(1) or bugs.NO_OP(given))
+    with pytest.raises(AssertionError, match=rf"^{re.escape(name[:2])}\.\d+ does not hold"):
+        run_cells(name)
+    assert calls, f"{name} does not call bugs.{bug}"

@@ -1,0 +1,60 @@
+"""Figures of learning rates: they draw what they are given, and say its numbers."""
+
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moe_lab.show.style import save
+from moe_lab.show.sweeps import Surface, lr_surface, lr_sweep
+
+SWEEP = {1e-3: [5.5, 5.6, 5.4], 1e-2: [4.71, 4.70, 4.72], 1e-1: [5.0, 5.1, 5.2]}
+FLOORS = {"bigram": 4.4, "unigram": 5.2}
+
+
+@pytest.mark.parametrize("n_panels", [1, 2])
+def test_a_sweep_shows_every_run_its_band_and_its_best(n_panels, tmp_path) -> None:
+    panels = {f"width {96 * (i + 1)}": {"one": SWEEP, "other": SWEEP} for i in range(n_panels)}
+    figure, description = lr_sweep(panels, FLOORS)
+    assert Image.open(save(figure, tmp_path / "sweep.png")).size == (800, 312)
+    assert len(figure.axes) == n_panels
+    dots = [y for line in figure.axes[0].get_lines() for y in line.get_ydata() if line.get_linestyle() == "None"]
+    assert sorted(dots) == sorted(2 * [loss for losses in SWEEP.values() for loss in losses])
+    band = figure.axes[0].collections[0].get_paths()[0].vertices
+    assert band[:, 1].min() == 4.70
+    assert band[:, 1].max() == 5.6
+    assert description.count("best 4.710 at 0.01") == 2 * n_panels
+    words = [text.get_text() for text in figure.axes[0].texts]
+    assert "unigram 5.20" in words
+    assert not any("bigram" in word for word in words)  # far below every run
+
+
+def test_a_diverged_seed_takes_its_setting_out_of_the_line() -> None:
+    figure, description = lr_sweep({"width 96": {"one": {**SWEEP, 1.0: [4.0, math.inf, 4.1]}}})
+    means = next(line for line in figure.axes[0].get_lines() if line.get_linestyle() != "None")
+    assert np.isnan(means.get_ydata()[-1])
+    assert "best 4.710 at 0.01" in description
+
+
+def bowl(x):
+    return 4.6 + (x[:, 0] + 2) ** 2 + (x[:, 1] + 2) ** 2
+
+
+def test_a_surface_shows_points_marks_and_intervals(tmp_path) -> None:
+    points = {(10.0**a, 10.0**b): bowl(np.array([[a, b]]))[0] for a in (-3, -2, -1) for b in (-3, -2, -1)}
+    marks = {"failure": (3e-4, 9e-5, 6.76)}
+    surface = Surface(points, bowl, (1e-2, 1e-2), ((5e-3, 2e-2), (4e-3, 3e-2)), marks)
+    figure, description = lr_surface({"width 96": surface, "width 192": surface})
+    assert Image.open(save(figure, tmp_path / "surface.png")).size == (800, 392)
+    for axes in figure.axes:
+        words = [text.get_text() for text in axes.texts]
+        assert "failure 6.76" in words
+        assert "4.60" in words
+        (low_x, high_x), (low_y, high_y) = axes.get_xlim(), axes.get_ylim()
+        assert low_x < 3e-4 < 1e-1 < high_x
+        assert low_y < 9e-5 < 1e-1 < high_y
+        drawn = [tuple(line.get_xdata()) for line in axes.get_lines()]
+        assert (5e-3, 2e-2) in drawn
+    assert "width 192: fitted optimum at Muon 0.01 (0.005 to 0.02) and AdamW 0.01 (0.004 to 0.03)" in description
+    assert "failure 6.76 at 0.0003 and 9e-05" in description
