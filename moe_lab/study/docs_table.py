@@ -40,7 +40,9 @@ def health_page() -> str:
         "",
         "The first judgement (commit c0f6280) named 27 of 30 sick runs: it missed Muon at 0.03 in `match_rms_adamw`, three seeds. "
         "That row then moved to the calibration half, Muon's upper limit in that convention became AdamW's (12 × the usual "
-        "in place of 30 ×), and two new rows of that sickness were added to be judged.",
+        "in place of 30 ×), and two new rows of that sickness were added to be judged. One of these two, 0.05 at width 96, is "
+        "named `lr_too_high`: at that width the two conventions differ by a factor of 2, and the committed sweep shows 0.03 to "
+        "be too high in either. The row stands as it was written.",
     ]
     for half, counts in detection["summary"].items():
         lines += ["", f"**{half}**: {counts['right_cause']} of {counts['sick_runs']} sick runs named rightly; of "
