@@ -15,6 +15,7 @@ changes no number of the training, and an error of its own ends the watch, with 
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ from .tracking import N_MATRICES, check_input, named_groups, open_log, track
 
 READ_EVERY = 5  # updates between looks at the gradients
 CHECK_EVERY = 10  # updates between checks of the rules: the only transfers from the device
+WRAPPER = Optimizer.profile_hook_step(lambda optimizer: None).__code__  # what torch puts around every step
 WINDOW = 200  # updates over which intended and realised displacement are compared, at most
 
 
@@ -74,7 +76,6 @@ class Watch:
         self.fetched_losses: list[float] = []
         self.readings: list[Reading] = []
         self.counts = Counter({id(o): 0 for o in self.optimizers})
-        self.depth: Counter[int] = Counter()
         self.next_check, self.window_start, self.read_at = CHECK_EVERY, 0, 0
         self.gradients, self.replays = Gradients(), Replays(n_matrices)
         self.tracked: list[Tracked] = []
@@ -172,12 +173,9 @@ class Watch:
         return self.say([self.state().finding("not_measured", severity, where, told, advice)])
 
     def before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        key = id(optimizer)
-        self.depth[key] += 1
-        if self.depth[key] > n_hooked(optimizer):  # the last step ended in an exception
-            self.depth[key] = 1
-        if self.depth[key] > 1:  # a subclass's step, which calls the one of its base
+        if is_nested(optimizer):
             return
+        key = id(optimizer)
         with self.safely():
             if not self.step:  # weights may have been loaded since the watch was made: what moves counts from here
                 self.banks = banks_of(self.tracked)
@@ -191,8 +189,7 @@ class Watch:
                 self.replays.add(optimizer, lambda error: self.cannot_replay(optimizer, error))
 
     def after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        self.depth[id(optimizer)] = max(0, self.depth[id(optimizer)] - 1)
-        if self.depth[id(optimizer)]:
+        if is_nested(optimizer):
             return
         with self.safely():
             if has_closure(args, kwargs):  # the gradients were made inside the step
@@ -296,6 +293,14 @@ def has_closure(args: tuple, kwargs: dict) -> bool:
     return any(callable(a) for a in (*args[1:], *kwargs.values()))
 
 
-def n_hooked(optimizer: Optimizer) -> int:
-    """How many classes of its family have a `step` of their own that runs hooks: torch wraps each."""
-    return sum(getattr(vars(kind).get("step"), "hooked", False) for kind in type(optimizer).__mro__)
+def is_nested(optimizer: Optimizer) -> bool:
+    """Whether a hook was called from a base's step that a subclass's step calls: torch wraps both, and hooks run twice.
+
+    Asked of the call stack, since a count would be wrong after a step that ended in an exception.
+    """
+    frame, n = sys._getframe(1), 0
+    while frame is not None and n < 2:
+        if frame.f_code is WRAPPER and frame.f_locals["args"][0] is optimizer:
+            n += 1
+        frame = frame.f_back
+    return n > 1
