@@ -273,9 +273,9 @@ MUTANTS = [
     ),
     Mutant(
         "the ceiling of Adam's travel forgets the bias correction",
-        "moe_lab/study/surface.py",
-        "(1 - beta1) / (1 - beta1**t) * np.sqrt((1 - beta2**t) / (1 - beta2) * weights)",
-        "(1 - beta1) * np.sqrt(1 / (1 - beta2) * weights)",
+        "moe_lab/health/measures.py",
+        "(1 - b1) / (1 - b1**t) * math.sqrt((1 - b2**t) / (1 - b2) * weights)",
+        "(1 - b1) * math.sqrt(1 / (1 - b2) * weights)",
         "tests/test_surface.py::test_torchs_adamw_reaches_the_bound_and_no_more[10-betas0]",
     ),
     Mutant(
