@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from . import intended
 from .conventions import Group, judge
@@ -42,15 +43,7 @@ def learning_rates(state: State) -> Iterator[Finding]:
     for finding in judge(groups, n_parameters(state)):
         hot = finding.rule == "lr_too_high" or (finding.rule == "muon_convention" and finding.value > 1)
         if hot or (steady and state.is_fresh):
-            yield state.finding(
-                finding.rule,
-                finding.severity,
-                finding.where,
-                finding.message,
-                finding.advice,
-                finding.value,
-                finding.limit,
-            )
+            yield replace(finding, step=state.step)
 
 
 def reach(state: State) -> Iterator[Finding]:
