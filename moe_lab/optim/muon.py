@@ -22,19 +22,33 @@ def orthogonalise(matrix: Tensor, steps: int) -> Tensor:
 
     Newton–Schulz iteration of Jordan 2024. The order of operations is that of torch.optim.Muon, whose results are met
     bit for bit on a CPU. That is why a stack is not done in one batched product: in bfloat16 it rounds differently for
-    some sizes, and the iteration amplifies that to half a percent.
+    some sizes, and the iteration amplifies that to half a percent. Where bfloat16 products are slow (`has_fast_bfloat16`),
+    each is computed in float32 from the same bfloat16 values and rounded: the same but for the order of its sums.
     """
     a, b, c = COEFFICIENTS
+    dtype = torch.bfloat16 if has_fast_bfloat16(matrix.device) else torch.float32
+
+    def rounded(product: Tensor) -> Tensor:
+        return product.bfloat16().to(dtype)
+
     x = matrix.bfloat16()
     tall = x.shape[0] > x.shape[1]
     if tall:
         x = x.T
     x = x / x.norm().clamp(min=EPSILON)  # a copy: a bfloat16 momentum must not be divided in place
+    x = x.to(dtype)
     for _ in range(steps):
-        gram = x @ x.T
-        polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.addmm(x, polynomial, x, beta=a)
+        gram = rounded(x @ x.T)
+        polynomial = rounded(torch.addmm(gram, gram, gram, beta=b, alpha=c))
+        x = rounded(torch.addmm(x, polynomial, x, beta=a))
+    x = x.bfloat16()
     return x.T if tall else x
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """False on a CPU for which torch multiplies bfloat16 matrices in a plain loop, some 70 times slower than float32: one
+    without AVX-512 or its like."""
+    return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def lr_factor(shape: torch.Size, convention: str) -> float:
