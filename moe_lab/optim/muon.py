@@ -48,7 +48,9 @@ def orthogonalise(matrix: Tensor, steps: int) -> Tensor:
 def has_fast_bfloat16(device: torch.device) -> bool:
     """False on a CPU for which torch multiplies bfloat16 matrices in a plain loop, some 70 times slower than float32: one
     without AVX-512 or its like."""
-    return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if device.type != "cpu":
+        return True
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def lr_factor(shape: torch.Size, convention: str) -> float:
