@@ -65,9 +65,9 @@ def batches(config: Config, seed: int) -> tuple[Config, Batches]:
     return config, Batches(dataset.train, config.model.max_seq_len, config.training.batch_size, seed)
 
 
-def loss_of(model: nn.Module, stream: Batches) -> Callable[[], torch.Tensor]:
+def loss_of(model: nn.Module, stream: Batches, compute: str = "bfloat16") -> Callable[[], torch.Tensor]:
     def batch_loss() -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=compute == "bfloat16"):
             return sum(model.losses(stream.next_batch()).values())
 
     return batch_loss
@@ -82,7 +82,7 @@ def language(seed: int, config: Config, remedy: str | None = None, share: Callab
         if config.precision.parameters == "bfloat16":
             bugs.cast_parameters(model)
         optimizers = build_optimizers(model, config.optimizer, config.training.max_lr)
-    return Run(model.train(), optimizers, loss_of(model, stream), share)
+    return Run(model.train(), optimizers, loss_of(model, stream, config.precision.compute), share)
 
 
 def one_adamw(seed: int, lr: float = 1e-3, cast: bool = False, kind: type = AdamW, **options: Any) -> Run:
@@ -256,6 +256,11 @@ ROWS = [
         partial(language, config=at(study_config(96), 0.05, BASE[1], "match_rms_adamw"))),
     Row("the published 0.02 in match_rms_adamw, width 288", "conventions mixed up", "judged",
         partial(language, config=at(study_config(288), 0.02, BASE[1], "match_rms_adamw"))),
+    # wider, where the conventions are further apart; in float32, because they were run where bf16 products are slow
+    Row("AdamW's 3e-4 for Muon in `original`, width 384", "conventions mixed up", "judged",
+        partial(language, config=at(study_config(384, compute="float32"), 3e-4, BASE[1]))),
+    Row("the published 0.02 in match_rms_adamw, width 384", "conventions mixed up", "judged",
+        partial(language, config=at(study_config(384, compute="float32"), 0.02, BASE[1], "match_rms_adamw"))),
     Row("embeddings and heads in no optimizer", "group missing", "calibration", partial(without_group, name="adamw_decayed")),
     Row("norms in no optimizer", "group missing", "judged", partial(without_group, name="adamw")),
     Row("a feed-forward branch detached", "branch detached", "calibration", partial(with_detached, path="layers.1.ffn")),
