@@ -173,7 +173,7 @@ def test_designs_vary_what_they_say_and_nothing_else() -> None:
     for design, arm in [(d, arm) for d in designs.all_designs() if d.name.endswith("_96") for arm in d.arms.values()]:
         base, values = to_dict(designs.study_config(96)), to_dict(arm.config)
         if design.name == "horizon_96":
-            base["precision"]["compute"], base["training"]["batch_size"] = "float32", 4
+            base["precision"]["compute"], base["training"]["batch_size"] = "float32", 2
         changed = {f"{s}.{k}" for s in base for k in base[s] if base[s][k] != values[s][k]}
         assert changed <= {
             *("training.max_lr", "optimizer.type", "optimizer.adjust_lr", "optimizer.adamw_lr_ratio"),

@@ -81,8 +81,8 @@ def surface(name: str, config: Config, seeds: Sequence[int] = (0,), evaluate_at:
 
 
 def horizon_96() -> Experiment:
-    """The surface for 200, 800 and 3200 updates, of half the tokens each: 3200 updates then read no text twice."""
-    config = study_config(96, compute="float32").with_(training={"batch_size": 4})
+    """The surface for 200, 800 and 3200 updates, of 256 tokens each: the longest run then reads no text twice."""
+    config = study_config(96, compute="float32").with_(training={"batch_size": 2})
     return surface("horizon_96", config, evaluate_at=(200, 800, 3200))
 
 
