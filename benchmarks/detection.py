@@ -2,7 +2,8 @@
 
 Every row is a training of 100 updates, three seeds each, watched at the defaults. The rows are in two halves: the thresholds
 in moe_lab/health were chosen while only the first half was run (`--half calibration`); the second half judges them. Prints a
-table and writes benchmarks/detection.json. On two cores it takes about a quarter of an hour.
+table and writes benchmarks/detection.json. On two cores it takes about a quarter of an hour. `--missing` runs only the rows
+that the file does not have, and adds them.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from moe_lab.study.designs import at, study_config
 from moe_lab.train.loop import commit
 
 ROOT = Path(__file__).resolve().parents[1]
+FILE = ROOT / "benchmarks" / "detection.json"
 STEPS, SEEDS = 100, (0, 1, 2)
 BASE = (0.01, 0.003)  # Muon's and AdamW's LR of the healthy recipe; what is "10 times low" is counted from here
 
@@ -326,6 +328,7 @@ def watched(index: int, seed: int) -> dict[str, Any]:
         ],
         "first_loss": losses[0].item(),
         "last_loss": torch.stack(losses[-10:]).mean().item(),
+        "commit": commit(),
     }
 
 
@@ -352,8 +355,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--half", choices=("calibration", "judged"), help="only one half of the rows")
     parser.add_argument("--only", help="only rows whose name contains this; prints, and writes nothing")
+    parser.add_argument("--missing", action="store_true", help="only rows that benchmarks/detection.json lacks")
     args = parser.parse_args()
+    stored = json.loads(FILE.read_text())["runs"] if args.missing else []
+    there = {r["row"] for r in stored}
     chosen = [i for i, row in enumerate(ROWS) if args.half in (None, row.half) and (args.only or "") in row.name]
+    chosen = [i for i in chosen if ROWS[i].name not in there]
     jobs = [(i, seed) for i in chosen for seed in SEEDS]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), context) as pool:
@@ -366,13 +373,17 @@ def main() -> None:
         )
         marks = "".join(".X"[not is_right(r)] for r in mine)
         print(f"{ROWS[i].half[:5]} {ROWS[i].sickness or 'healthy':22} {ROWS[i].name:52} {marks}  {firsts}")
+    order = [row.name for row in ROWS]
+    results = sorted(
+        (r for r in stored + results if r["row"] in order), key=lambda r: (order.index(r["row"]), r["seed"])
+    )
     halves = {half: summary(results, half) for half in ("calibration", "judged")}
     print(json.dumps(halves, indent=2))
     if args.only is None and args.half is None:
-        origin = {"commit": commit(), "torch": torch.__version__, "python": platform.python_version(), "steps": STEPS}
+        origin = {"torch": torch.__version__, "python": platform.python_version(), "steps": STEPS}
         lines = ",\n".join(json.dumps(r) for r in results)
         text = f'{{"provenance": {json.dumps(origin)}, "summary": {json.dumps(halves)}, "runs": [\n{lines}\n]}}\n'
-        (ROOT / "benchmarks" / "detection.json").write_text(text)
+        FILE.write_text(text)
 
 
 if __name__ == "__main__":

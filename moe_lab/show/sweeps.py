@@ -82,12 +82,13 @@ def lr_surface(panels: Mapping[str, Surface]) -> tuple[Figure, str]:
         axes.grid(False)
         axes.set(xscale="log", yscale="log")
         draw_surface(axes, surface)
-        marks = ", ".join(f"{name} {loss:.2f} at {a:g} and {b:g}" for name, (a, b, loss) in surface.marks.items())
+        marks = [f"{name} {loss:.2f} at {a:g} and {b:g}" for name, (a, b, loss) in surface.marks.items()]
         (low_a, high_a), (low_b, high_b) = surface.intervals
-        lines.append(
+        optimum = (
             f"{title}: fitted optimum at Muon {surface.optimum[0]:.2g} ({low_a:.2g} to {high_a:.2g}) and AdamW "
-            f"{surface.optimum[1]:.2g} ({low_b:.2g} to {high_b:.2g}); {marks}"
+            f"{surface.optimum[1]:.2g} ({low_b:.2g} to {high_b:.2g})"
         )
+        lines.append("; ".join([optimum, *marks]))
     return figure, "Validation loss in nats per token over both learning rates.\n" + ". ".join(lines) + "."
 
 

@@ -32,9 +32,10 @@ def health_page() -> str:
     lines += ["", "## Which rule names which sickness", "", "| sickness | rule |", "| --- | --- |"]
     lines += [f"| {sickness} | `{rule}` |" for sickness, rule in SICKNESSES.items()]
     origin = detection["provenance"]
+    commits = " and ".join(dict.fromkeys(run["commit"] for run in detection["runs"]))
     lines += ["", "## The detection runs", ""]
     lines += [
-        f"Made by `make detection`: {origin['steps']} updates each, three seeds a row, commit {origin['commit']}, torch "
+        f"Made by `make detection`: {origin['steps']} updates each, three seeds a row, commits {commits}, torch "
         f"{origin['torch']}. Thresholds were fixed while only the calibration half had been run. In a row, the first finding of "
         "at least `warning` for each seed.",
         "",
