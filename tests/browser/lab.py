@@ -18,7 +18,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from playwright.sync_api import Page, Playwright, TimeoutError
+from playwright.sync_api import Page, Playwright, TimeoutError, sync_playwright
 
 ARGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 ARGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
@@ -69,6 +69,20 @@ def jupyter_lab(folder: Path) -> Iterator[str]:
                 server.wait(10)
             except subprocess.TimeoutExpired:
                 server.kill()
+
+
+@contextlib.contextmanager
+def opened_notebook(notebook: Path, height: int) -> Iterator[tuple[Page, str, list[str]]]:
+    """A notebook open in a browser, its cells running: the page, the server's address, and the page's errors so far."""
+    with sync_playwright() as playwright, jupyter_lab(notebook.parent) as address:
+        browser = playwright.chromium.launch(executable_path=find_chromium(playwright), args=ARGS, headless=True)
+        page = browser.new_page(viewport={"width": 1200, "height": height})
+        crashes: list[str] = []
+        page.on("pageerror", lambda error: crashes.append(str(error)))
+        open_notebook(page, address, notebook.name)
+        run_all(page)
+        yield page, address, crashes
+        browser.close()
 
 
 def answers(url: str) -> bool:

@@ -8,8 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from lab import ARGS, COMMAND, find_chromium, jupyter_lab, open_notebook, run_all, wait_for, write_notebook
-from playwright.sync_api import sync_playwright
+from lab import COMMAND, opened_notebook, wait_for, write_notebook
 
 CELLS = """from moe_lab import Trainer
 from moe_lab.show.live import LiveRun
@@ -36,13 +35,7 @@ def click(page, text: str) -> None:
 def test_buttons_work_while_a_cell_waits_and_the_saved_notebook_stays_readable(tmp_path: Path) -> None:
     notebook = tmp_path / "live.ipynb"
     write_notebook(notebook, CELLS.format(run_dir=str(tmp_path / "run")).split("\n---\n"))
-    with sync_playwright() as playwright, jupyter_lab(tmp_path) as address:
-        browser = playwright.chromium.launch(executable_path=find_chromium(playwright), args=ARGS, headless=True)
-        page = browser.new_page(viewport={"width": 1200, "height": 1000})
-        crashes = []
-        page.on("pageerror", lambda error: crashes.append(str(error)))
-        open_notebook(page, address, "live.ipynb")
-        run_all(page)
+    with opened_notebook(notebook, height=1000) as (page, address, crashes):
         page.wait_for_selector("button.jupyter-button:has-text('Stop')", timeout=40000)
         page.wait_for_selector(".jp-OutputArea-output img", timeout=20000)
 
@@ -90,4 +83,3 @@ def test_buttons_work_while_a_cell_waits_and_the_saved_notebook_stays_readable(t
         assert "interrupted · step" in text()
         assert not re.search("Loading widget|Error displaying|model not found", text())
         assert not crashes
-        browser.close()

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from lab import ARGS, find_chromium, jupyter_lab, open_notebook, run_all, wait_for, write_notebook
-from playwright.sync_api import sync_playwright
+from lab import opened_notebook, wait_for, write_notebook
 
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "03_bf16_underflow.ipynb"
 IMPORT = "from moe_lab.show.explorables import explore_number_line"
@@ -17,13 +16,7 @@ IMPORT = "from moe_lab.show.explorables import explore_number_line"
 def test_moving_a_slider_draws_the_sum_that_it_says(tmp_path: Path) -> None:
     sources = [cell.source for cell in nbformat.read(NOTEBOOK, 4).cells if cell.source == "explore_number_line()"]
     write_notebook(tmp_path / "line.ipynb", [IMPORT, *sources])
-    with sync_playwright() as playwright, jupyter_lab(tmp_path) as address:
-        browser = playwright.chromium.launch(executable_path=find_chromium(playwright), args=ARGS, headless=True)
-        page = browser.new_page(viewport={"width": 1200, "height": 800})
-        crashes = []
-        page.on("pageerror", lambda error: crashes.append(str(error)))
-        open_notebook(page, address, "line.ipynb")
-        run_all(page)
+    with opened_notebook(tmp_path / "line.ipynb", height=800) as (page, _, crashes):
         picture = ".jp-OutputArea-output img"
         page.wait_for_selector(picture, timeout=40000)
 
@@ -61,4 +54,3 @@ def test_moving_a_slider_draws_the_sum_that_it_says(tmp_path: Path) -> None:
         assert drawn() != first
         page.screenshot(path=tmp_path / "sliders.png")
         assert not crashes
-        browser.close()
