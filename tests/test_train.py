@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from tiny_run import parameters, tiny, train, without_times
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_lab import ConfigError, RunError, Trainer, build_model
 from moe_lab.config import from_dict, to_yaml
@@ -489,3 +490,44 @@ def test_ctrl_c_in_a_real_process_and_a_second_process_beside_it(tmp_path: Path)
     assert "Traceback" not in err
     resumed = train(config.with_(training={"steps": summary["steps"] + 1}), tmp_path / "run", resume=True)
     assert [row["step"] for row in steps_of(tmp_path / "run")] == list(range(1, resumed.step + 1))
+
+
+class Recorder(TorchDispatchMode):
+    """Remembers the dtypes that each operation was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen += [(func.overloadpacket, x.dtype) for x in args if isinstance(x, torch.Tensor)]
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("product", ["mm", "addmm", "bmm", "grouped_mm"])
+def test_rounded_products_are_bfloat16_products(product: str) -> None:
+    """Forward and backward, to the last bit of torch's own; and none of them is left to the bfloat16 kernels."""
+    draw = torch.Generator().manual_seed(0)
+    sizes = ((16, 64), (64, 24), (24,), (3, 64, 24))
+    tensors = a, b, bias, stack = [torch.randn(size, generator=draw).bfloat16().requires_grad_() for size in sizes]
+    ends = torch.tensor([4, 4, 16], dtype=torch.int32)
+    compute = {
+        "mm": lambda: a @ b,
+        "addmm": lambda: torch.addmm(bias, a, b),
+        "bmm": lambda: a.expand(3, -1, -1) @ stack,
+        "grouped_mm": lambda: F.grouped_mm(a, stack, offs=ends),
+    }[product]
+
+    def forward_and_backward() -> list:
+        y = compute()
+        return [y, *torch.autograd.grad(y.float().square().sum(), tensors, allow_unused=True)]
+
+    native = forward_and_backward()
+    with Recorder() as recorder, device.RoundedProducts():
+        rounded = forward_and_backward()
+    dtypes = {dtype for operation, dtype in recorder.seen if operation in device.PRODUCTS}
+    assert torch.float32 in dtypes and torch.bfloat16 not in dtypes
+    for expected, found in zip(native, rounded, strict=True):
+        if expected is not None:
+            assert found.dtype == torch.bfloat16
+            torch.testing.assert_close(found.float(), expected.float(), rtol=2**-7, atol=0.01)

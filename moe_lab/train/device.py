@@ -7,6 +7,8 @@ import sys
 import time
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from moe_lab.config import Config, ConfigError
 
@@ -46,6 +48,26 @@ def seconds_per_product(a: torch.Tensor, b: torch.Tensor) -> float:
         product[0, 0].item()  # waits for the device
         best = min(best, time.perf_counter() - start)
     return best / 5
+
+
+aten = torch.ops.aten
+PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten._grouped_mm}
+
+
+class RoundedProducts(TorchDispatchMode):
+    """Within this context the matrix products of bfloat16 tensors are computed in float32 and rounded.
+
+    A bfloat16 product has float32 sums and one rounding at its end anywhere; so only the order of the sums differs. For CPUs
+    that have to multiply bfloat16 in a plain loop (`muon.has_fast_bfloat16`).
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.overloadpacket not in PRODUCTS or args[0].dtype != torch.bfloat16:
+            return func(*args, **kwargs)
+        wide = lambda x: x.float() if x.dtype == torch.bfloat16 else x  # noqa: E731
+        args, kwargs = tree_map_only(torch.Tensor, wide, (args, kwargs))
+        return func(*args, **kwargs).bfloat16()
 
 
 def keep_freed_memory() -> bool:

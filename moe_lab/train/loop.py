@@ -24,10 +24,11 @@ from moe_lab.config import Config, to_dict, to_yaml
 from moe_lab.data import Batches, loss_floors, prepare
 from moe_lab.model import build_model
 from moe_lab.optim import build_optimizers, groups_of, lr_share
+from moe_lab.optim.muon import has_fast_bfloat16
 from moe_lab.train import checkpoint as ckpt
 from moe_lab.train.checkpoint import RunError
 from moe_lab.train.controls import CONTROLS, Controls
-from moe_lab.train.device import is_out_of_memory, keep_freed_memory, pick_compute, pick_device
+from moe_lab.train.device import RoundedProducts, is_out_of_memory, keep_freed_memory, pick_compute, pick_device
 from moe_lab.train.evaluate import evaluate
 from moe_lab.train.readings import Readings
 from moe_lab.train.record import FINDINGS, RECORD, append_jsonl, cut_jsonl, read_jsonl, read_record, write_atomically
@@ -200,9 +201,10 @@ class Trainer:
             ids = self.batches.next_batch()
             if self.device.type == "cuda":
                 ids = ids.pin_memory()
-            with self.autocast():
-                terms = self.model.losses(ids.to(self.device, non_blocking=True))
-            (sum(terms.values()) / n_micro).backward()
+            with self.products():
+                with self.autocast():
+                    terms = self.model.losses(ids.to(self.device, non_blocking=True))
+                (sum(terms.values()) / n_micro).backward()
             for name, term in terms.items():
                 means[name] = means.get(name, 0.0) + term.detach() / n_micro
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), training.max_grad_norm)
@@ -249,7 +251,8 @@ class Trainer:
         self.flush()
         seq_len, batch_size = self.config.model.max_seq_len, self.config.training.batch_size
         stopped = lambda: self.controls.stopped  # noqa: E731
-        result = evaluate(self.model, self.dataset.validation, seq_len, batch_size, self.autocast, stopped)
+        with self.products():
+            result = evaluate(self.model, self.dataset.validation, seq_len, batch_size, self.autocast, stopped)
         if result is not None:
             row = {"event": "eval", "step": self.step, "tokens": self.tokens(), **result}
             self.tell([row | {"seconds": round(self.seconds(), 3)}])
@@ -345,6 +348,10 @@ class Trainer:
     def autocast(self):
         enabled = self.config.precision.compute == "bfloat16"
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+    def products(self):
+        """The context for forward and backward: bfloat16 products by way of float32 where the device is slow at them."""
+        return contextlib.nullcontext() if has_fast_bfloat16(self.device) else RoundedProducts()
 
     def refuse_used_directory(self) -> None:
         if not self.resume and (self.run_dir / RECORD).exists():
