@@ -106,6 +106,22 @@ def test_a_convention_finding_names_a_number_that_is_in_range() -> None:
     assert judge([Group("muon", "muon", number, WIDE), CASE[1]], 1.5e9) == []
 
 
+def test_a_number_out_of_range_in_both_conventions_is_told_in_the_nearer_one_too() -> None:
+    adamw = Group("a", "adam", 3e-3)
+    for muon, told in (
+        (Group("muon", "muon", 1e-4, (400, 400)), True),  # as AdamW 2.5e-5; as match_rms_adamw 1e-4, nearer
+        (Group("muon", "muon", 0.1, (64, 64), "match_rms_adamw"), True),  # as AdamW 0.1; as original 0.06
+        (Group("muon", "muon", 1e-4, (400, 400), "match_rms_adamw"), False),  # as original farther still
+        (Group("muon", "muon", 1.0, (400, 400)), False),
+        (adamw._replace(lr=1e-5), False),
+    ):
+        (finding,) = judge([muon, adamw] if muon.kind == "muon" else [muon], 1e6)
+        assert finding.rule.startswith("lr_too") and ("Read as" in finding.message) == told
+    usual = c.usual_adamw_lr(1e6)
+    (finding,) = judge([Group("muon", "muon", 1e-4, (400, 400)), adamw], 1e6)
+    assert finding.message.endswith(f"Read as match_rms_adamw Muon's would be {1e-4 / usual:.2g} ×")
+
+
 def test_in_narrow_matrices_the_convention_is_not_blamed() -> None:
     for lr, convention in itertools.product((1e-5, 0.1), c.CONVENTIONS):
         found = judge([Group("muon", "muon", lr, (16, 16), convention), Group("a", "adam", 1e-3)], 1e6)

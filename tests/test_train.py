@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moe_lab import ConfigError, RunError, Trainer, build_model
 from moe_lab.config import from_dict, to_yaml
 from moe_lab.data import Batches
-from moe_lab.train import device, read_record
+from moe_lab.optim import muon
+from moe_lab.train import device, loop, read_record
 from moe_lab.train.checkpoint import load_checkpoint, step_path
 
 
@@ -324,6 +325,62 @@ def test_the_probe_measures_something(monkeypatch) -> None:
     assert 0 < device.seconds_per_product(a, a) < 10
 
 
+class Recorder(TorchDispatchMode):
+    """Remembers the dtypes that each operation was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen += [(func.overloadpacket, x.dtype) for x in args if isinstance(x, torch.Tensor)]
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("product", ["mm", "addmm", "bmm", "grouped_mm"])
+def test_rounded_products_are_bfloat16_products(product: str) -> None:
+    """Forward and backward, to the last bit of torch's own; and none of them is left to the bfloat16 kernels."""
+    draw = torch.Generator().manual_seed(0)
+    sizes = ((16, 64), (64, 24), (24,), (3, 64, 24))
+    tensors = a, b, bias, stack = [torch.randn(size, generator=draw).bfloat16().requires_grad_() for size in sizes]
+    ends = torch.tensor([4, 4, 16], dtype=torch.int32)
+    compute = {
+        "mm": lambda: a @ b,
+        "addmm": lambda: torch.addmm(bias, a, b),
+        "bmm": lambda: a.expand(3, -1, -1) @ stack,
+        "grouped_mm": lambda: F.grouped_mm(a, stack, offs=ends),
+    }[product]
+
+    def forward_and_backward() -> list:
+        y = compute()
+        return [y, *torch.autograd.grad(y.float().square().sum(), tensors, allow_unused=True)]
+
+    native = forward_and_backward()
+    with Recorder() as recorder, device.RoundedProducts():
+        rounded = forward_and_backward()
+    dtypes = {dtype for operation, dtype in recorder.seen if operation in device.PRODUCTS}
+    assert torch.float32 in dtypes and torch.bfloat16 not in dtypes
+    for expected, found in zip(native, rounded, strict=True):
+        if expected is not None:
+            assert found.dtype == torch.bfloat16
+            torch.testing.assert_close(found.float(), expected.float(), rtol=2**-7, atol=0.01)
+
+
+def test_slow_bfloat16_products_are_computed_in_float32(tmp_path: Path, monkeypatch) -> None:
+    """A run in bfloat16 throughout, on a device that is slow at it: forward, backward and evaluation; the losses stay."""
+    config = tiny(tmp_path, precision={"compute": "bfloat16", "parameters": "bfloat16"})
+    losses, dtypes = {}, {}
+    for fast in (True, False):
+        for module in (loop, muon):
+            monkeypatch.setattr(module, "has_fast_bfloat16", lambda device, fast=fast: fast)
+        with Recorder() as recorder:
+            trainer = train(config, tmp_path / str(fast))
+        losses[fast] = [row.get("loss", row.get("validation_loss")) for row in read_record(trainer.run_dir)]
+        dtypes[fast] = {dtype for operation, dtype in recorder.seen if operation in device.PRODUCTS}
+    assert torch.bfloat16 in dtypes[True] and torch.bfloat16 not in dtypes[False]
+    assert losses[False] == pytest.approx(losses[True], rel=2e-3)
+
+
 # ---- what can go wrong ----------------------------------------------------------------------------------------------
 
 
@@ -490,44 +547,3 @@ def test_ctrl_c_in_a_real_process_and_a_second_process_beside_it(tmp_path: Path)
     assert "Traceback" not in err
     resumed = train(config.with_(training={"steps": summary["steps"] + 1}), tmp_path / "run", resume=True)
     assert [row["step"] for row in steps_of(tmp_path / "run")] == list(range(1, resumed.step + 1))
-
-
-class Recorder(TorchDispatchMode):
-    """Remembers the dtypes that each operation was given."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen += [(func.overloadpacket, x.dtype) for x in args if isinstance(x, torch.Tensor)]
-        return func(*args, **kwargs or {})
-
-
-@pytest.mark.parametrize("product", ["mm", "addmm", "bmm", "grouped_mm"])
-def test_rounded_products_are_bfloat16_products(product: str) -> None:
-    """Forward and backward, to the last bit of torch's own; and none of them is left to the bfloat16 kernels."""
-    draw = torch.Generator().manual_seed(0)
-    sizes = ((16, 64), (64, 24), (24,), (3, 64, 24))
-    tensors = a, b, bias, stack = [torch.randn(size, generator=draw).bfloat16().requires_grad_() for size in sizes]
-    ends = torch.tensor([4, 4, 16], dtype=torch.int32)
-    compute = {
-        "mm": lambda: a @ b,
-        "addmm": lambda: torch.addmm(bias, a, b),
-        "bmm": lambda: a.expand(3, -1, -1) @ stack,
-        "grouped_mm": lambda: F.grouped_mm(a, stack, offs=ends),
-    }[product]
-
-    def forward_and_backward() -> list:
-        y = compute()
-        return [y, *torch.autograd.grad(y.float().square().sum(), tensors, allow_unused=True)]
-
-    native = forward_and_backward()
-    with Recorder() as recorder, device.RoundedProducts():
-        rounded = forward_and_backward()
-    dtypes = {dtype for operation, dtype in recorder.seen if operation in device.PRODUCTS}
-    assert torch.float32 in dtypes and torch.bfloat16 not in dtypes
-    for expected, found in zip(native, rounded, strict=True):
-        if expected is not None:
-            assert found.dtype == torch.bfloat16
-            torch.testing.assert_close(found.float(), expected.float(), rtol=2**-7, atol=0.01)

@@ -209,6 +209,27 @@ def test_a_prediction_then_a_measurement(tiny, tmp_path, capsys):
     assert "must precede" in capsys.readouterr().err
 
 
+def test_the_experts_pair_alone_gives_back_what_the_measurement_had(tiny, tmp_path, capsys):
+    """On a machine that has none of the runs: the same numbers again, and a provenance of their own."""
+    main(["predict", "--width", "192"])
+    assert main(["experts", "--width", "192"]) == 2
+    assert "no measurement to add to" in capsys.readouterr().err
+    main(["measure", "--width", "192"])
+    whole, path = load_true_width(192), tmp_path / "true_width" / "result_192.json"
+    stored = json.loads(path.read_text())
+    stored["measured"]["nats"]["moe"], stored["measured"]["displacement"]["moe"] = {}, {}
+    path.write_text(json.dumps(stored))
+    assert load_true_width(192).nats != whole.nats
+    for run in path.parent.glob("[!r]*.json"):
+        run.unlink()
+    assert main(["experts", "--width", "192"]) == 0
+    again = load_true_width(192)
+    assert again[:4] == whole[:4]
+    assert whole.provenance in again.provenance and "the experts' pair from" in again.provenance
+    shares = {f"{r['lr']:g}": r["measured"] for r in whole.shares if (r["block"], r["kind"]) == ("moe", "Muon")}
+    assert json.loads(path.read_text())["measured"]["experts"]["rho_again"] == pytest.approx(shares, rel=1e-4)
+
+
 def test_a_run_older_than_the_prediction_is_refused(tiny, tmp_path, capsys):
     one_block.compute(true_width.true_cells(192)[:1])
     main(["predict", "--width", "192"])

@@ -141,8 +141,20 @@ def judge(groups: Iterable[Group], n_parameters: float) -> list[Finding]:
     for rule, direction in (("lr_too_low", "low"), ("lr_too_high", "high")):
         out = [group for group in muon + adam if level(group.scale, ratios[group.kind]) == direction]
         if out:
-            findings.append(range_finding(rule, out, [ratios[group.kind] for group in out], n_parameters))
+            findings.append(
+                range_finding(rule, out, [ratios[group.kind] for group in out], n_parameters, hint(out, ratios, usual))
+            )
     return findings
+
+
+def hint(groups: list[Group], ratios: dict[str, float], usual: float) -> str:
+    """For a number of Muon's that is out of range in both conventions: how far in the other one, if that is nearer."""
+    muon = [group for group in groups if group.kind == "muon"]
+    if not muon:
+        return ""
+    other = other_convention(muon[0].convention)
+    ratio = geometric_mean(adamw_equivalent(g.lr, g.shape, other) for g in muon) / usual
+    return f". Read as {other} Muon's would be {ratio:.2g} ×" if distance(ratio) < distance(ratios["muon"]) else ""
 
 
 def other_convention(convention: str) -> str:
@@ -179,7 +191,7 @@ def convention_finding(muon: list[Group], ratio: float, other_ratio: float, n_pa
     )
 
 
-def range_finding(rule: str, groups: list[Group], ratios: list[float], n_parameters: float) -> Finding:
+def range_finding(rule: str, groups: list[Group], ratios: list[float], n_parameters: float, hint: str) -> Finding:
     low = rule == "lr_too_low"
     worst = min(ratios) if low else max(ratios)
     factor = f"{1 / worst:.2g} times below" if low else f"{worst:.2g} times above"
@@ -189,7 +201,8 @@ def range_finding(rule: str, groups: list[Group], ratios: list[float], n_paramet
         where=", ".join(group.name for group in groups),
         value=worst,
         limit=LOW if low else HIGH[groups[ratios.index(worst)].scale],
-        message=f"learning rate {', '.join(map(described, groups))} is up to {factor} the usual; {compared(n_parameters)}",
+        message=f"learning rate {', '.join(map(described, groups))} is up to {factor} the usual; {compared(n_parameters)}"
+        + hint,
         advice="raise it unless this is fine-tuning; three short runs a factor of 3 apart show where the loss falls fastest"
         if low
         else "lower it, or watch the first updates closely: the loss may blow up",

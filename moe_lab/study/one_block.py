@@ -99,8 +99,7 @@ def run_cell(cell: Cell, config: Config, path: Path | None = None, progress: boo
             row["next_token"] = [r["losses"]["next_token"] for r in read_record(folder) if "loss" in r]
             if step in MARKS or step == cell.steps:
                 tokens = dataset.validation[: VALIDATION_TOKENS + 1]
-                with trainer.products():
-                    loss = evaluate(trainer.model, tokens, config.model.max_seq_len, 16, trainer.autocast)
+                loss = evaluate(trainer.model, tokens, config.model.max_seq_len, 16, trainer.autocast)
                 row["validation"][str(step)] = loss["validation_loss"]
                 row["shadow"] |= {str(step): shadow.read()} if shadow else {}
             row["displacement"] = displacement.read() if displacement else {}

@@ -2,6 +2,7 @@
 
     python -m moe_lab.study.true_width predict     # widths 192, 384, 768 → the prediction, in notebooks/results
     python -m moe_lab.study.true_width measure     # width 1536; refuses to start without the prediction
+    python -m moe_lab.study.true_width experts     # of that, only what bf16 costs the block with experts; into the same file
 
 One block in a one-layer language model (dense, or 8 experts top-2), real text, real gradients, the report's cure as LRs
 (`designs.CURE`), constant after 20 updates of warm-up. The trajectory is float32; at each update and for several LRs, a
@@ -71,6 +72,12 @@ def true_cells(width: int) -> list[Cell]:
     dense, moe = (Cell(block=block, d_model=width, steps=MARKS[-1]) for block in BLOCKS)
     cells = [dense, replace(dense, parameters="bfloat16"), replace(dense, std="fan_in", steps=MARKS[0])]
     return [*cells, moe, replace(moe, parameters="bfloat16", steps=PAIR["moe"])]
+
+
+def experts_pair(width: int) -> list[Cell]:
+    """The block with experts, float32 and bf16, as far as the bf16 run goes."""
+    sound = Cell(block="moe", d_model=width, steps=PAIR["moe"])
+    return [sound, replace(sound, parameters="bfloat16")]
 
 
 def line_at(width: int, points: Sequence[tuple[int, float]]) -> float:
@@ -228,6 +235,24 @@ def write_measured(width: int) -> None:
     save(path, stored | {"measured": measured})
 
 
+def measure_experts(width: int) -> None:
+    """Run the pair with experts alone, as a machine does that has none of the other runs, and put what it shows into the
+    result, with a provenance of its own. Raises ConfigError if there is no measurement to add it to."""
+    path, cells = result_path(width), experts_pair(width)
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    if "measured" not in stored:
+        raise ConfigError(f"{path}: no measurement to add to; run: python -m moe_lab.study.true_width measure")
+    compute(cells)
+    sound, sick = map(cached, cells)
+    mark = str(MARKS[0])
+    check = {f"{lr:g}": by_kind(at_lr(sound["shadow"][mark], lr))["Muon"]["rho"] for lr in LRS}
+    measured = stored["measured"]
+    measured["nats"]["moe"] = nats(width, "moe", cells)
+    measured["displacement"]["moe"] = {"updates": sick["updates"], "kinds": by_kind(sick["displacement"])}
+    measured["experts"] = provenance(cells) | {"rho_again": check}
+    save(path, stored)
+
+
 def save(path: Path, result: dict[str, Any]) -> None:
     """As JSON with a line for each row of shares, numbers to 5 digits."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -270,13 +295,19 @@ def load_true_width(width: int = TRUE_WIDTH) -> TrueWidth:
         f"{measured['begun']} (commit {', '.join(measured['commit'])}); 1 seed, "
         f"{(prediction['wall_s'] + measured['wall_s']) / 60:.0f} minutes of one thread"
     )
+    if "experts" in measured:
+        pair = measured["experts"]
+        line += (
+            f"; the experts' pair from {pair['begun']} (commit {', '.join(pair['commit'])}), {pair['wall_s'] / 60:.0f} minutes "
+            "of one thread more"
+        )
     return TrueWidth(shares, costs, measured["displacement"], measured["widths"], line)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. 0: done; 2: wrong input; 130: Ctrl-C, finished runs are kept."""
     parser = argparse.ArgumentParser(prog="python -m moe_lab.study.true_width", description=__doc__.split("\n\n")[0])
-    parser.add_argument("phase", choices=("predict", "measure"))
+    parser.add_argument("phase", choices=("predict", "measure", "experts"))
     parser.add_argument("--width", type=int, default=TRUE_WIDTH, help="a multiple of 192; default: %(default)s")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -285,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(
                 f"--width={args.width} must be a multiple of 192: an eighth of it has 12 heads of even width"
             )
-        (predict if args.phase == "predict" else measure)(args.width)
+        {"predict": predict, "measure": measure, "experts": measure_experts}[args.phase](args.width)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

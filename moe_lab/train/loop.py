@@ -201,9 +201,9 @@ class Trainer:
             ids = self.batches.next_batch()
             if self.device.type == "cuda":
                 ids = ids.pin_memory()
+            with self.autocast():
+                terms = self.model.losses(ids.to(self.device, non_blocking=True))
             with self.products():
-                with self.autocast():
-                    terms = self.model.losses(ids.to(self.device, non_blocking=True))
                 (sum(terms.values()) / n_micro).backward()
             for name, term in terms.items():
                 means[name] = means.get(name, 0.0) + term.detach() / n_micro
@@ -251,8 +251,7 @@ class Trainer:
         self.flush()
         seq_len, batch_size = self.config.model.max_seq_len, self.config.training.batch_size
         stopped = lambda: self.controls.stopped  # noqa: E731
-        with self.products():
-            result = evaluate(self.model, self.dataset.validation, seq_len, batch_size, self.autocast, stopped)
+        result = evaluate(self.model, self.dataset.validation, seq_len, batch_size, self.autocast, stopped)
         if result is not None:
             row = {"event": "eval", "step": self.step, "tokens": self.tokens(), **result}
             self.tell([row | {"seconds": round(self.seconds(), 3)}])
@@ -345,13 +344,18 @@ class Trainer:
     def seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.started
 
+    @contextlib.contextmanager
     def autocast(self):
+        """The context of a forward pass."""
         enabled = self.config.precision.compute == "bfloat16"
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+        with self.products(), torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
+            yield
 
     def products(self):
-        """The context for forward and backward: bfloat16 products by way of float32 where the device is slow at them."""
-        return contextlib.nullcontext() if has_fast_bfloat16(self.device) else RoundedProducts()
+        """The context of a backward pass: bfloat16 products by way of float32 where the device is slow at them."""
+        parameters = self.model.parameters()
+        some = self.config.precision.compute == "bfloat16" or any(p.dtype == torch.bfloat16 for p in parameters)
+        return RoundedProducts() if some and not has_fast_bfloat16(self.device) else contextlib.nullcontext()
 
     def refuse_used_directory(self) -> None:
         if not self.resume and (self.run_dir / RECORD).exists():
