@@ -55,20 +55,10 @@ def predict_lost(weight: Tensor, step_rms: float, dtype: torch.dtype = torch.bfl
     return Prediction(is_lost(kept, update, dtype).float().mean().item(), realised_share(realised, update))
 
 
-def unchanged_share(now: Tensor, then: Tensor) -> float:
-    """Share of the elements that are bit-identical, 0 to 1."""
-    return (now == then).float().mean().item()
-
-
 def direction_bias(now: Tensor, then: Tensor) -> float:
     """(down - up) / (down + up) over the elements that moved: 1 when all fell, 0 when balanced. NaN when none moved."""
     down, up = (now < then).sum().item(), (now > then).sum().item()
     return (down - up) / (down + up) if down + up else math.nan
-
-
-def relative_movement(now: Tensor, then: Tensor) -> float:
-    """Root mean square displacement over the root mean square of `then`; infinite or NaN where `then` is all zero."""
-    return ((now.double() - then.double()).norm() / then.double().norm()).item()
 
 
 def adam_ratio_bounds(n_updates: int, betas: tuple[float, float] = (0.9, 0.95)) -> list[float]:

@@ -119,4 +119,5 @@ def draw_surface(axes: Axes, surface: Surface) -> None:
 
 
 def write(axes: Axes, text: str, x: float, y: float, colour: str) -> None:
-    axes.annotate(text, (x, y), (5, 4), textcoords="offset points", fontsize=7.5, color=colour)
+    paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.8}  # lines must not run through numbers
+    axes.annotate(text, (x, y), (6, 4), textcoords="offset points", fontsize=7.5, color=colour, bbox=paper, zorder=4)

@@ -29,8 +29,8 @@ SEEDS = (0, 1, 2)
 def study_config(d_model: int, steps: int = 200, compute: str = "bfloat16") -> Config:
     """The study model at a width that is a multiple of 96, with float32 parameters.
 
-    `compute` is bfloat16 as in the case. Two designs, sweep_192 and horizon_96, ask for float32: the machine that ran them
-    multiplies bf16 sixty times slower.
+    `compute` is bfloat16 as in the case. Two designs, sweep_192 and horizon_96, ask for float32: they were run where a bf16
+    product took sixty times as long, before there was `train.device.RoundedProducts`.
     """
     model = {
         "d_model": d_model,
