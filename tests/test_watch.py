@@ -9,7 +9,8 @@ from torch import nn
 from torch.optim import SGD, AdamW
 from toy import Toy, loss_of, said, toy, train
 
-from moe_lab.health import Watch
+from moe_lab.health import Watch, state
+from moe_lab.health import watch as watch_module
 from moe_lab.optim import Muon
 
 
@@ -241,3 +242,25 @@ def test_weights_loaded_before_the_first_update_are_where_it_counts_from() -> No
     train(watch, model, [optimizer], 12)
     assert all(r.unchanged == r.n_touched and r.moved_square == 0 for r in watch.readings)
     assert sum(r.n_touched for r in watch.readings)
+
+
+def test_a_long_training_is_watched_in_bounded_memory(monkeypatch) -> None:
+    """What is kept one by one is bounded; sums, peak and findings are those of the whole training."""
+    found = {}
+    for history in (20, 10**6):
+        for module in (state, watch_module):
+            monkeypatch.setattr(module, "HISTORY", history)
+        model = toy()
+        optimizer = AdamW(model.parameters(), lr=3e-3)
+        with Watch(model, optimizer, budget=300) as watch:
+            train(watch, model, [optimizer], 150)
+            optimizer.param_groups[0]["lr"] = 1e-3
+            train(watch, model, [optimizer], 150, start=150)
+            watch.check()
+        (group,) = watch.groups
+        assert (group.n, group.last, group.peak) == (300, 1e-3, 3e-3)
+        assert group.total == pytest.approx(150 * 3e-3 + 150 * 1e-3)
+        assert len(group.lrs) == min(history, 300)
+        assert len(watch.fetched_losses) <= 3 * history and (len(watch.fetched_losses) == 300) == (history > 300)
+        found[history] = [f.to_dict() for f in watch.findings]
+    assert found[20] == found[10**6] and [f["rule"] for f in found[20]].count("reach") == 1

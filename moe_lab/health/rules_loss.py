@@ -11,7 +11,7 @@ from .conventions import Group, judge
 from .findings import Finding
 from .measures import adam_reach, trend
 from .sampling import Tracked
-from .state import LR_STEADY, PRETRAINED, State, n_parameters, several, static
+from .state import HISTORY, LR_STEADY, PRETRAINED, State, n_parameters, once, several, static
 
 SIGMAS = 3.0  # standard errors of a difference of losses
 START_OFF = 0.2  # nats between the first loss and ln V + var/2
@@ -46,6 +46,7 @@ def learning_rates(state: State) -> Iterator[Finding]:
             yield replace(finding, step=state.step)
 
 
+@once
 def reach(state: State) -> Iterator[Finding]:
     """How far a weight can get within the budget, at the LRs seen so far and the last one from there on."""
     if state.budget is None or state.step < LR_STEADY:
@@ -130,10 +131,10 @@ def loss_trend(state: State) -> Iterator[Finding]:
             limit=START_OFF,
         )
         return
-    acted = max((sum(g.lrs) / g.peak for g in state.groups if g.peak), default=0.0)
-    late = all(g.lrs[-1] < LR_LATE * g.peak for g in state.groups if g.peak)
+    acted = max((g.total / g.peak for g in state.groups if g.peak), default=0.0)
+    late = all(g.last < LR_LATE * g.peak for g in state.groups if g.peak)
     if acted >= LR_ACTED and not late and change > -SIGMAS * noise:
-        slope = trend(losses)
+        slope = trend(losses[-HISTORY:])
         yield state.finding(
             "loss_not_falling",
             "warning",

@@ -112,7 +112,7 @@ def frozen_tensor(state: State) -> Iterator[Finding]:
 def expected_ulps(t: Tracked, r: Reading, group: GroupState) -> float:
     """How far an element should have travelled, in ULPs of a typical weight, by the sum of learning rates; 0: not known."""
     kind = intended.kind_of(group.optimizer)
-    total = sum(group.lrs)
+    total = group.total
     weight = math.sqrt(r.weight_square / r.n_elements)
     spacing = max(weight, torch.finfo(r.dtype).tiny) * torch.finfo(r.dtype).eps
     if kind == "adam":

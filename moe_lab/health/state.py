@@ -16,6 +16,9 @@ from .measures import Reading, expected_start
 from .sampling import Tracked
 
 PRETRAINED = 1.0  # nats below an untrained model's loss from which on a model has been trained before
+HISTORY = (
+    1000  # learning rates and losses that are kept one by one, so that a long training costs no more than a short one
+)
 LR_STEADY = 10  # updates without a rise before an LR is called the peak
 
 
@@ -24,7 +27,8 @@ class GroupState:
 
     def __init__(self, optimizer: Optimizer, number: int, name: str):
         self.optimizer, self.number, self.name = optimizer, number, name
-        self.lrs: list[float] = []
+        self.lrs: list[float] = []  # of the first HISTORY updates
+        self.n, self.total, self.last = 0, 0.0, 0.0  # of all of them
         self.waiting: list[float | Tensor] = []  # an LR may be a tensor on a device: not read before a check
         self.risen_at = 0
         self.peak = 0.0
@@ -41,15 +45,17 @@ class GroupState:
 
     def fetch(self) -> None:
         for lr in fetch(self.waiting):
-            self.lrs.append(lr)
+            self.n, self.total, self.last = self.n + 1, self.total + lr, lr
+            if self.n <= HISTORY:
+                self.lrs.append(lr)
             if lr > self.peak * (1 + 1e-6):
-                self.risen_at = len(self.lrs)
+                self.risen_at = self.n
             self.peak = max(self.peak, lr)
         self.waiting = []
 
     @property
     def is_steady(self) -> bool:
-        return len(self.lrs) - self.risen_at >= LR_STEADY
+        return self.n - self.risen_at >= LR_STEADY
 
 
 def fetch(numbers: Sequence[Tensor | float]) -> list[float]:
@@ -72,7 +78,7 @@ class State:
     groups: Sequence[GroupState]
     outside: Sequence[str]  # trainable parameters in no optimizer
     frozen_on_purpose: set[str]
-    losses: Sequence[float]
+    losses: Sequence[float]  # the first HISTORY and at least as many of the last
     forward: ForwardProbe
     budget: int | None
 
@@ -110,6 +116,12 @@ class State:
 
 def several(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def once(check):
+    """Marks a rule that has nothing to add once it has spoken."""
+    check.once = True
+    return check
 
 
 def static(check):

@@ -32,7 +32,7 @@ from .measures import Reading
 from .report import table
 from .rules import CHECKS
 from .sampling import Bank, Tracked, banks_of
-from .state import GroupState, State, fetch
+from .state import HISTORY, GroupState, State, fetch
 from .tracking import N_MATRICES, check_input, named_groups, open_log, track
 
 READ_EVERY = 5  # updates between looks at the gradients
@@ -106,6 +106,8 @@ class Watch:
             self.readings = [r for bank in self.banks for r in bank.readings(bank.read().tolist())]
         self.fetched_losses += fetch(self.losses)
         self.losses = []
+        if len(self.fetched_losses) > 3 * HISTORY:
+            del self.fetched_losses[HISTORY:-HISTORY]
         new = self.apply(self.state())
         if self.step - self.window_start >= WINDOW:
             self.restart_window()
@@ -262,7 +264,10 @@ class Watch:
             if at_start and not getattr(check, "static", False):
                 continue
             try:
-                new += self.say(list(check(state)))
+                found = list(check(state))
+                if found and getattr(check, "once", False):
+                    self.checks.remove(check)
+                new += self.say(found)
             except Exception as error:
                 self.checks.remove(check)
                 new += self.cannot("warning", check.__name__, f"the rule {check.__name__} failed and is off", error)
