@@ -258,6 +258,27 @@ MUTANTS = [
         "tests/test_train.py::test_auto_takes_bfloat16_where_it_pays",
     ),
     Mutant(
+        "slow bfloat16 products are not made in float32 in the backward pass",
+        "moe_lab/train/loop.py",
+        "            with self.products():\n                (sum",
+        "            with contextlib.nullcontext():\n                (sum",
+        "tests/test_train.py::test_slow_bfloat16_products_are_computed_in_float32",
+    ),
+    Mutant(
+        "a product that was computed in float32 is not rounded",
+        "moe_lab/train/device.py",
+        "return func(*args, **kwargs).bfloat16()",
+        "return func(*args, **kwargs)",
+        "tests/test_train.py::test_rounded_products_are_bfloat16_products[mm]",
+    ),
+    Mutant(
+        "a long training's learning rates are summed over the kept ones",
+        "moe_lab/health/state.py",
+        "self.n, self.total, self.last = self.n + 1, self.total + lr, lr",
+        "self.n, self.total, self.last = self.n + 1, sum(self.lrs), lr",
+        "tests/test_watch.py::test_a_long_training_is_watched_in_bounded_memory",
+    ),
+    Mutant(
         "a smoke run overwrites the committed verdicts",
         "moe_lab/study/verdicts.py",
         'if lab.profile == "lab":',
