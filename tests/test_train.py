@@ -308,6 +308,7 @@ def test_bfloat16_parameters_freeze_the_norms(tmp_path: Path) -> None:
 def test_auto_takes_bfloat16_where_it_pays(tmp_path: Path, monkeypatch, times_faster: float, taken: str) -> None:
     seconds = {torch.float32: 1.0, torch.bfloat16: 1 / times_faster}
     with monkeypatch.context() as probe:
+        probe.setattr(device, "has_fast_bfloat16", lambda device: True)
         probe.setattr(device, "seconds_per_product", lambda a, b: seconds[a.dtype])
         config = tiny(tmp_path, precision={"compute": "auto"}, training={"steps": 2})
         trainer = train(config, tmp_path / "run")
@@ -315,9 +316,16 @@ def test_auto_takes_bfloat16_where_it_pays(tmp_path: Path, monkeypatch, times_fa
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["precision"]["compute"]
     assert written == taken == load_checkpoint(step_path(tmp_path / "run", 2))["config"]["precision"]["compute"]
     # another probe would say the opposite: what the run began with stands
+    monkeypatch.setattr(device, "has_fast_bfloat16", lambda device: True)
     monkeypatch.setattr(device, "seconds_per_product", lambda a, b: 1.0 / seconds[a.dtype])
     resumed = Trainer(config.with_(training={"steps": 3}), tmp_path / "run", resume=True)
     assert resumed.config.precision.compute == taken
+
+
+def test_auto_does_not_time_what_is_known_to_be_slow(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(device, "has_fast_bfloat16", lambda device: False)
+    monkeypatch.setattr(device, "seconds_per_product", lambda a, b: pytest.fail("it was timed"))
+    assert device.pick_compute(tiny(tmp_path, precision={"compute": "auto"}), torch.device("cpu")) == "float32"
 
 
 def test_the_probe_measures_something(monkeypatch) -> None:

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from moe_lab.config import Config, ConfigError
+from moe_lab.optim.muon import has_fast_bfloat16
 
 WORTH_IT = 1.3  # bfloat16 is taken where it is at least this many times faster: rounding is a cost too
 
@@ -30,6 +31,8 @@ def pick_compute(config: Config, device: torch.device) -> str:
     """`float32` or `bfloat16`; where the config says auto, by timing the run's own widest matrix product."""
     if config.precision.compute != "auto":
         return config.precision.compute
+    if not has_fast_bfloat16(device):
+        return "float32"  # and the timing below would take ten seconds
     model = config.model
     rows = max(64, min(config.training.batch_size * model.max_seq_len, 4096))
     a = torch.ones(rows, model.d_model, device=device)
