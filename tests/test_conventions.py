@@ -119,7 +119,7 @@ def test_a_number_out_of_range_in_both_conventions_is_told_in_the_nearer_one_too
         assert finding.rule.startswith("lr_too") and ("Read as" in finding.message) == told
     usual = c.usual_adamw_lr(1e6)
     (finding,) = judge([Group("muon", "muon", 1e-4, (400, 400)), adamw], 1e6)
-    assert finding.message.endswith(f"Read as match_rms_adamw Muon's would be {1e-4 / usual:.2g} ×")
+    assert finding.message.endswith(f"Read as match_rms_adamw, Muon's would be {1e-4 / usual:.2g} × the usual")
 
 
 def test_in_narrow_matrices_the_convention_is_not_blamed() -> None:

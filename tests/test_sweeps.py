@@ -8,6 +8,8 @@ from PIL import Image
 
 from moe_lab.show.style import save
 from moe_lab.show.sweeps import Surface, lr_surface, lr_sweep
+from moe_lab.study.docs_table import HEALTH_PAGE, health_page
+from moe_lab.study.experiments import load_results
 
 SWEEP = {1e-3: [5.5, 5.6, 5.4], 1e-2: [4.71, 4.70, 4.72], 1e-1: [5.0, 5.1, 5.2]}
 FLOORS = {"bigram": 4.4, "unigram": 5.2}
@@ -58,3 +60,22 @@ def test_a_surface_shows_points_marks_and_intervals(tmp_path) -> None:
         assert (5e-3, 2e-2) in drawn
     assert "width 192: fitted optimum at Muon 0.01 (0.005 to 0.02) and AdamW 0.01 (0.004 to 0.03)" in description
     assert "failure 6.76 at 0.0003 and 9e-05" in description
+
+
+def test_the_health_page_is_that_of_the_committed_runs() -> None:
+    assert HEALTH_PAGE.read_text(encoding="utf-8") == health_page(), "run: make docs-table"
+
+
+def test_the_other_convention_gives_back_half_or_less_in_the_disputed_rows() -> None:
+    """The mean, as docs/health.md says; and no seed much more."""
+    found = load_results("disputed")
+    rows = [arm for arm in found.arms() if "repaired" not in arm]
+    assert len(rows) == 2
+    for name in rows:
+        assert len(found.seeds(name)) == 2
+        for seed in found.seeds(name):
+            sick = found.loss(name, seed)
+            gains = [sick - found.loss(f"{name}, {what} repaired", seed) for what in ("convention", "LR")]
+            assert 0 < gains[0] < 0.6 * gains[1]
+        means = [found.paired(name, f"{name}, {what} repaired").mean for what in ("convention", "LR")]
+        assert means[0] <= 0.5 * means[1]

@@ -154,7 +154,11 @@ def hint(groups: list[Group], ratios: dict[str, float], usual: float) -> str:
         return ""
     other = other_convention(muon[0].convention)
     ratio = geometric_mean(adamw_equivalent(g.lr, g.shape, other) for g in muon) / usual
-    return f". Read as {other} Muon's would be {ratio:.2g} ×" if distance(ratio) < distance(ratios["muon"]) else ""
+    return (
+        f". Read as {other}, Muon's would be {ratio:.2g} × the usual"
+        if distance(ratio) < distance(ratios["muon"])
+        else ""
+    )
 
 
 def other_convention(convention: str) -> str:

@@ -46,13 +46,15 @@ def health_page() -> str:
         "",
         "Two of these four are named for the learning rate and not for the convention, in every seed: 0.05 in `match_rms_adamw` at "
         "width 96, and 3e-4 in `original` at width 384. The rule speaks of a convention where the number would be usual in the other "
-        "one, and these numbers are not usual in either. Which fault is the larger was measured afterwards: 100 updates, three seeds, "
-        "the same start values and batches. Given back by either repair, in nats of validation loss, mean and standard deviation:",
+        "one, and these numbers are not usual in either. How much of the damage is the convention's was measured afterwards: 100 "
+        "updates, two seeds, the same start values and batches. What comes back of the validation loss, in nats, mean and standard "
+        "deviation:",
         "",
         *disputed_rows(),
         "",
-        "So what the watch names is the larger fault, and the rows were put badly. They were written before they were run, and "
-        "stand as misses. The message says what the number would be in the other convention.",
+        "Were the convention the whole fault, the other one would give back all of it. It gives back half or less: these rows have "
+        "two faults, and the watch names the one that is left in either convention. So they were put badly. They were written before "
+        "they were run, and stand as misses. The message says what the number would be in the other convention, too.",
     ]
     for half, counts in detection["summary"].items():
         lines += ["", f"**{half}**: {counts['right_cause']} of {counts['sick_runs']} sick runs named rightly; of "
@@ -72,7 +74,7 @@ def health_page() -> str:
 
 
 def disputed_rows() -> list[str]:
-    """A table of `designs.disputed`: what the other convention gives back of the loss, and what another LR does."""
+    """A table of `designs.disputed`: what the other convention gives back of the loss, and what a good LR does."""
     found = load_results("disputed")
     lines = ["| row | the other convention | in the same, the LR that the sweeps found best |", "| --- | --- | --- |"]
     for name in (arm for arm in found.arms() if "repaired" not in arm):
