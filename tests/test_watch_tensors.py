@@ -253,3 +253,13 @@ def test_the_report_fits_the_page(capsys, monkeypatch) -> None:
         assert max(map(len, table)) <= columns
         norm = next(line for line in table if "norm.weight" in line).split()
         assert norm[1:4] == ["1", "bf16/bf16", "lost"] and norm[-1] == "0%"
+
+
+def test_a_report_in_a_notebook_names_each_tensor_whole(capsys, monkeypatch) -> None:
+    """There is no terminal to fit: names of 38 letters, as a router's in moe_lab, are not cut to the same stump."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    names = [f"layers_0_ffn_router_{part}" for part in ("hidden_proj", "output_gate")]
+    model = nn.ModuleDict({name: nn.Linear(4, 4) for name in names})
+    Watch(model, AdamW(model.parameters())).report()
+    table = capsys.readouterr().out
+    assert all(f"{name}.weight " in table for name in names)

@@ -22,8 +22,9 @@ LEGEND = (
 
 
 def table(readings: Sequence[Reading], step: int, width: int | None = None) -> str:
-    """What the last reading says, in lines of at most `width` characters (the terminal's, 80 to 120); long names are cut."""
-    width = width or min(120, max(80, shutil.get_terminal_size().columns))
+    """What the last reading says, in lines of at most `width` characters (the terminal's, 80 to 120; 100 in a notebook or a
+    file); long names are cut."""
+    width = width or min(120, max(80, shutil.get_terminal_size((100, 24)).columns))
     kinds = kinds_of(readings)
     room = min(max([*map(len, kinds), 6]), width - sum(WIDTHS) - len(WIDTHS))
     rows = [("tensor", *COLUMNS), *((shortened(kind, room), *cells(mine)) for kind, mine in kinds.items())]
