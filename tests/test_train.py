@@ -22,7 +22,7 @@ from moe_lab import ConfigError, RunError, Trainer, build_model
 from moe_lab.config import from_dict, to_yaml
 from moe_lab.data import Batches
 from moe_lab.optim import muon
-from moe_lab.train import device, loop, read_record
+from moe_lab.train import device, read_record
 from moe_lab.train.checkpoint import load_checkpoint, step_path
 
 
@@ -379,7 +379,7 @@ def test_slow_bfloat16_products_are_computed_in_float32(tmp_path: Path, monkeypa
     config = tiny(tmp_path, precision={"compute": "bfloat16", "parameters": "bfloat16"})
     losses, dtypes = {}, {}
     for fast in (True, False):
-        for module in (loop, muon):
+        for module in (device, muon):
             monkeypatch.setattr(module, "has_fast_bfloat16", lambda device, fast=fast: fast)
         with Recorder() as recorder:
             trainer = train(config, tmp_path / str(fast))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
 import time
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -71,6 +73,12 @@ class RoundedProducts(TorchDispatchMode):
         wide = lambda x: x.float() if x.dtype == torch.bfloat16 else x  # noqa: E731
         args, kwargs = tree_map_only(torch.Tensor, wide, (args, kwargs))
         return func(*args, **kwargs).bfloat16()
+
+
+def bfloat16_products(model: nn.Module, compute: str, device: torch.device) -> contextlib.AbstractContextManager:
+    """`RoundedProducts` where a device that is slow at bfloat16 computes in it or holds the parameters in it."""
+    some = compute == "bfloat16" or any(p.dtype == torch.bfloat16 for p in model.parameters())
+    return RoundedProducts() if some and not has_fast_bfloat16(device) else contextlib.nullcontext()
 
 
 def keep_freed_memory() -> bool:

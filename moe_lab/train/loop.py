@@ -24,11 +24,10 @@ from moe_lab.config import Config, to_dict, to_yaml
 from moe_lab.data import Batches, loss_floors, prepare
 from moe_lab.model import build_model
 from moe_lab.optim import build_optimizers, groups_of, lr_share
-from moe_lab.optim.muon import has_fast_bfloat16
 from moe_lab.train import checkpoint as ckpt
 from moe_lab.train.checkpoint import RunError
 from moe_lab.train.controls import CONTROLS, Controls
-from moe_lab.train.device import RoundedProducts, is_out_of_memory, keep_freed_memory, pick_compute, pick_device
+from moe_lab.train.device import bfloat16_products, is_out_of_memory, keep_freed_memory, pick_compute, pick_device
 from moe_lab.train.evaluate import evaluate
 from moe_lab.train.readings import Readings
 from moe_lab.train.record import FINDINGS, RECORD, append_jsonl, cut_jsonl, read_jsonl, read_record, write_atomically
@@ -346,16 +345,13 @@ class Trainer:
 
     @contextlib.contextmanager
     def autocast(self):
-        """The context of a forward pass."""
+        """The context of a forward pass; a backward pass wants `products` alone."""
         enabled = self.config.precision.compute == "bfloat16"
         with self.products(), torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
             yield
 
     def products(self):
-        """The context of a backward pass: bfloat16 products by way of float32 where the device is slow at them."""
-        parameters = self.model.parameters()
-        some = self.config.precision.compute == "bfloat16" or any(p.dtype == torch.bfloat16 for p in parameters)
-        return RoundedProducts() if some and not has_fast_bfloat16(self.device) else contextlib.nullcontext()
+        return bfloat16_products(self.model, self.config.precision.compute, self.device)
 
     def refuse_used_directory(self) -> None:
         if not self.resume and (self.run_dir / RECORD).exists():
