@@ -42,33 +42,33 @@ lab: setup
 	$(BIN)/python -m jupyter lab notebooks
 
 notebooks: setup
-	$(BIN)/python -m moe_lab.study.sequence run $(PARAMS)
+	$(BIN)/python -m moe_lab.course.sequence run $(PARAMS)
 
 # The one way to committed outputs: executes every notebook in profile lab, in place, and writes down the minutes.
 outputs: setup
-	$(BIN)/python -m moe_lab.study.sequence refresh
+	$(BIN)/python -m moe_lab.course.sequence refresh
 	$(MAKE) docs-table
 
 docs-table: setup
-	$(BIN)/python -m moe_lab.study.docs_table
+	$(BIN)/python -m benchmarks.docs_table
 
 bench: setup
-	$(BIN)/python benchmarks/bench.py
+	$(BIN)/python -m benchmarks.bench
 
 seeds: setup
-	$(BIN)/python benchmarks/seeds.py
+	$(BIN)/python -m benchmarks.seeds
 
 # Does the watch name each sickness by step 100, and keep quiet about healthy runs?
 detection: setup
-	$(BIN)/python benchmarks/detection.py
+	$(BIN)/python -m benchmarks.detection
 
 # What the watch costs the default run; on an idle machine
 watch-cost: setup
-	$(BIN)/python benchmarks/watch_cost.py
+	$(BIN)/python -m benchmarks.watch_cost
 
 # The runs behind notebooks 03 and 04, hours of one core; finished ones are kept in .cache
 studies: setup
-	$(BIN)/python -m moe_lab.study.designs
+	$(BIN)/python -m moe_lab.failures.designs
 
 mutants: setup
 	$(BIN)/python tests/mutants.py

@@ -30,11 +30,11 @@ from tqdm import tqdm
 from moe_lab import build_model, load_config
 from moe_lab.config import Config
 from moe_lab.data import Batches, prepare
+from moe_lab.failures import bugs
+from moe_lab.failures.designs import at, study_config
 from moe_lab.health import SICKNESSES, Watch
 from moe_lab.optim import build_optimizers, groups_of, lr_share
 from moe_lab.optim.rounding import REMEDIES
-from moe_lab.study import bugs
-from moe_lab.study.designs import at, study_config
 from moe_lab.train.loop import commit
 
 ROOT = Path(__file__).resolve().parents[1]

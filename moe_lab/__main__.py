@@ -14,10 +14,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from moe_lab.config import ConfigError, load_config
+from moe_lab.health.after.inspection import inspect_checkpoint
+from moe_lab.health.before.preflight import preflight
+from moe_lab.health.during.watch import Watch
 from moe_lab.health.findings import SEVERITIES, Finding
-from moe_lab.health.inspection import inspect_checkpoint
-from moe_lab.health.preflight import preflight
-from moe_lab.health.watch import Watch
 from moe_lab.train import RunError, Trainer
 from moe_lab.train.device import is_out_of_memory
 from moe_lab.train.record import FINDINGS
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def notebook(args: argparse.Namespace) -> None:
-    from moe_lab.study import runner
+    from moe_lab.course import runner
 
     sys.exit(runner.main(args.arguments))
 

@@ -17,6 +17,8 @@ from typing import Any
 
 import yaml
 
+ROOT = Path(__file__).resolve().parents[1]  # of the checkout: paths never hang on the working directory
+
 
 class ConfigError(ValueError):
     """The user's input is wrong. One line: the field or file, the value, what to do."""

@@ -21,6 +21,7 @@ from mutants_table import MUTANTS, Mutant
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = (
     "moe_lab",
+    "benchmarks",
     "tests",
     "configs",
     "notebooks",

@@ -17,7 +17,8 @@ ALLOWED = {
     "train": TRAINING,
     "health": set(),
     "show": {"config", "train.record", "health"},
-    "study": {*TRAINING, "train", "health", "show"},
+    "failures": {*TRAINING, "train", "health"},
+    "course": {*TRAINING, "train", "health", "show", "failures"},
     "connect": {*TRAINING, "train", "health"},
 }
 DOORS = {"__init__", "__main__"}  # what a user enters by; these may import anything
@@ -96,14 +97,16 @@ def test_imports_follow_the_table(path: Path) -> None:
         ("show/x.py", "from moe_lab.train import Trainer"),
         ("show/x.py", "from moe_lab.train.loop import Trainer"),
         ("show/x.py", "from ..train.recorder import read"),
-        ("study/x.py", "from moe_lab.connect import hf"),
-        ("connect/x.py", "from moe_lab.study import bugs"),
+        ("course/x.py", "from moe_lab.connect import hf"),
+        ("failures/x.py", "from moe_lab.show import style"),
+        ("failures/x.py", "from moe_lab.course import case"),
+        ("connect/x.py", "from moe_lab.failures import bugs"),
         ("connect/x.py", "from moe_lab.show import dashboard"),
         ("health/x.py", "from moe_lab.config import Config"),
         ("health/x.py", "from .. import config"),
         ("health/x.py", "import numpy as np"),
         ("health/x.py", "from yaml import safe_load"),
-        ("health/preflight.py", "import yaml"),
+        ("health/before/preflight.py", "import yaml"),
         ("health/x.py", "def f():\n    import yaml"),
     ],
 )
@@ -114,9 +117,9 @@ def test_a_forbidden_import_is_seen(place: str, line: str) -> None:
 def test_what_the_table_allows_is_allowed() -> None:
     show = "from . import style\nfrom moe_lab.train.record import read_record\nfrom ..train import record\nfrom ..health import Watch\n"
     assert violations(PACKAGE / "show" / "x.py", show) == []
-    preflight = "import torch.nn\nimport json\nfrom .rules import Rule\ndef f():\n    import yaml\n"
-    assert violations(PACKAGE / "health" / "preflight.py", preflight) == []
-    assert violations(PACKAGE / "__main__.py", "from moe_lab.study import runner\n") == []
+    preflight = "import torch.nn\nimport json\nfrom ..rules import Rule\ndef f():\n    import yaml\n"
+    assert violations(PACKAGE / "health" / "before" / "preflight.py", preflight) == []
+    assert violations(PACKAGE / "__main__.py", "from moe_lab.course import runner\n") == []
 
 
 def shrugs(source: str) -> list[int]:

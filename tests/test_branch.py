@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 from moe_lab.health import Watch
-from moe_lab.health.branch import Branch, branch_findings, branch_probe, lr_branches, paired
+from moe_lab.health.during.branch import Branch, branch_findings, branch_probe, lr_branches, paired
 
 
 def problem(noise: float = 0.1):

@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 from moe_lab.config import ConfigError, load_config
-from moe_lab.study import case
-from moe_lab.study.notebook import ROOT
+from moe_lab.course import case
+from moe_lab.course.notebook import ROOT
 
 
 def test_every_claim_and_bug_has_its_sentence() -> None:
@@ -102,4 +102,4 @@ def test_the_file_is_installed_with_the_package() -> None:
     import tomllib
 
     setup = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-    assert case.CASE.name in setup["package-data"]["moe_lab.study"]
+    assert case.CASE.name in setup["package-data"]["moe_lab.course"]

@@ -2,8 +2,7 @@
 
 import helpers
 import pytest
-
-from moe_lab.study import exercises_00
+from checks import exercises_00
 
 
 @pytest.fixture

@@ -5,8 +5,7 @@ import re
 
 import helpers
 import pytest
-
-from moe_lab.study import exercises_01
+from checks import exercises_01
 
 RIGHT = {"A": "frequencies only", "B": "another number", "C": "random tokens", "D": "beats the tables"}
 

@@ -5,8 +5,7 @@ import math
 import helpers
 import pytest
 import torch
-
-from moe_lab.study import exercises_02
+from checks import exercises_02
 
 
 @pytest.fixture

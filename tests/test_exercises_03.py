@@ -6,9 +6,9 @@ import re
 import helpers
 import pytest
 import torch
+from checks import exercises_03
 
 from moe_lab.health.measures import is_lost, ulp
-from moe_lab.study import exercises_03
 
 RIGHT = {"A": "rounded away", "B": "no gradient", "C": "not in the optimizer", "D": "healthy"}
 

@@ -4,10 +4,10 @@ import math
 
 import helpers
 import pytest
+from checks import exercises_04
 
+from moe_lab.failures.surface import case_lrs, shapley
 from moe_lab.health.conventions import lr_original_from_match
-from moe_lab.study import exercises_04
-from moe_lab.study.surface import case_lrs, shapley
 
 
 @pytest.fixture

@@ -4,8 +4,7 @@ from types import SimpleNamespace
 
 import helpers
 import pytest
-
-from moe_lab.study import exercises_05
+from checks import exercises_05
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import pytest
 from tiny_run import tiny, train
 
 from moe_lab.config import ConfigError, to_dict
-from moe_lab.study import designs, experiments
-from moe_lab.study.experiments import Arm, Experiment, Results, collect, load_results, make_trainer, run_cell, spread
+from moe_lab.failures import designs, experiments
+from moe_lab.failures.experiments import Arm, Experiment, Results, collect, load_results, make_trainer, run_cell, spread
 
 
 @pytest.fixture
@@ -128,8 +128,8 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from tiny_run import tiny
-from moe_lab.study import experiments
-from moe_lab.study.experiments import Arm, Experiment, collect
+from moe_lab.failures import experiments
+from moe_lab.failures.experiments import Arm, Experiment, collect
 
 if __name__ == "__main__":
     experiments.CACHE = Path(sys.argv[1]) / "cache"

@@ -9,9 +9,9 @@ import torch
 from tiny_run import tiny, train
 
 from moe_lab import build_model
-from moe_lab.health.checkpoint_file import kind_of
+from moe_lab.health.after.checkpoint_file import kind_of
+from moe_lab.health.after.inspection import inspect_checkpoint
 from moe_lab.health.findings import Finding
-from moe_lab.health.inspection import inspect_checkpoint
 from moe_lab.optim.rounding import REMEDIES
 from moe_lab.train.checkpoint import save_atomically, step_path
 

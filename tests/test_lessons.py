@@ -4,7 +4,7 @@ import IPython.display
 import ipywidgets
 import pytest
 
-from moe_lab.study.lessons import Predictions, check_exercise
+from moe_lab.course.lessons import Predictions, check_exercise
 
 OPTIONS = ["falls", "rises", "stays"]
 

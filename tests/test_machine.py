@@ -5,7 +5,7 @@ from importlib import metadata
 
 from tiny_run import tiny
 
-from moe_lab.study import machine
+from moe_lab.course import machine
 from moe_lab.train import Trainer
 
 MEASURED = {

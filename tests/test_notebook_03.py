@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from moe_lab.study import bugs
+from moe_lab.failures import bugs
 
 PATH = Path(__file__).parents[1] / "notebooks" / "03_bf16_underflow.ipynb"
 

@@ -11,7 +11,7 @@ import nbformat
 import pytest
 
 from moe_lab.config import ConfigError
-from moe_lab.study import notebook, runner
+from moe_lab.course import notebook, runner
 
 TESTS = Path(__file__).parent
 PARAMETERS = """profile: str = "smoke"  # smoke, lab or gpu
@@ -186,7 +186,7 @@ def test_ctrl_c_stops_the_run_gracefully_and_the_notebook_after_its_cell(tmp_pat
     command = [
         sys.executable,
         "-c",
-        "import sys; from moe_lab.study import runner; sys.exit(runner.main(sys.argv[1:]))",
+        "import sys; from moe_lab.course import runner; sys.exit(runner.main(sys.argv[1:]))",
     ]
     process = subprocess.Popen([*command, str(path), f"run_dir={tmp_path / 'out'}"], stderr=subprocess.DEVNULL)
     for _ in range(600):

@@ -11,9 +11,9 @@ from tiny_run import CONFIGS
 
 from moe_lab import load_config
 from moe_lab.config import to_dict
-from moe_lab.health.comments import Said, statements
-from moe_lab.health.plan import Entry, Plan, sum_of_shares
-from moe_lab.health.preflight import SAMPLE, entries_of_mapping, preflight
+from moe_lab.health.before.comments import Said, statements
+from moe_lab.health.before.plan import Entry, Plan, sum_of_shares
+from moe_lab.health.before.preflight import SAMPLE, entries_of_mapping, preflight
 from moe_lab.model.count import count_parameters
 from moe_lab.optim import lr_share
 
@@ -304,7 +304,7 @@ def test_what_is_no_file_and_no_mapping(tmp_path: Path) -> None:
 def test_entries_keep_lines_and_comments(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("# top\na:\n  # above\n  b: [1, 2]  # beside\n  c:\nd: {e: 1.5} # last")
-    from moe_lab.health.preflight import read_entries
+    from moe_lab.health.before.preflight import read_entries
 
     entries = {entry.name: entry for entry in read_entries(path)}
     assert {name: entry.value for name, entry in entries.items()} == {"a.b": [1, 2], "a.c": None, "d.e": 1.5}

@@ -11,10 +11,10 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from moe_lab.study import bugs
+from moe_lab.failures import bugs
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
-# (notebook, the function of moe_lab.study.bugs that it calls)
+# (notebook, the function of moe_lab.failures.bugs that it calls)
 REENACTED = [("03_bf16_underflow", "cast_parameters"), ("04_wrong_learning_rate", "lr_of_another_optimizer")]
 
 

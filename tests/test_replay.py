@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from moe_lab.health import intended
+from moe_lab.health.during import intended
 from moe_lab.health.sampling import sample_index
 from moe_lab.optim import Muon
 

@@ -11,7 +11,7 @@ from torch.optim import SGD, AdamW
 
 from moe_lab import build_model
 from moe_lab.config import OptimizerConfig
-from moe_lab.health.intended import keeps_lost_bits
+from moe_lab.health.during.intended import keeps_lost_bits
 from moe_lab.optim import Muon, build_optimizers, groups_of
 from moe_lab.optim.rounding import MODES, REMEDIES, Rounded, stochastic_round
 

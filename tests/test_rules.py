@@ -7,7 +7,7 @@ from torch.optim import SGD, AdamW
 from toy import Toy, adamw, finding, said, toy, watched
 
 from moe_lab.health import RULES, Watch
-from moe_lab.health.rules_updates import direction_bias
+from moe_lab.health.during.rules_updates import direction_bias
 from moe_lab.optim import Muon
 
 

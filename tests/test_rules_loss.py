@@ -8,7 +8,8 @@ import torch
 from torch.optim import SGD, AdamW
 from toy import VOCAB, adamw, finding, loss_of, said, toy, train, watched
 
-from moe_lab.health import Watch, rules_loss
+from moe_lab.health import Watch
+from moe_lab.health.during import rules_loss
 
 
 def test_learning_rates_are_held_against_the_usual() -> None:

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from moe_lab.config import ConfigError
-from moe_lab.health.measures import adam_ratio_bounds, adam_reach
-from moe_lab.study import case
-from moe_lab.study.surface import (
+from moe_lab.course import case
+from moe_lab.failures.surface import (
     best_on_grid,
     bootstrap_optimum,
     box_minimum,
@@ -19,6 +18,7 @@ from moe_lab.study.surface import (
     fit_quadratic,
     shapley,
 )
+from moe_lab.health.measures import adam_ratio_bounds, adam_reach
 
 # 3 × 3 settings of log10 LR and four axial ones
 GRID = np.array([(a, b) for a in (-3.0, -2.0, -1.0) for b in (-4.0, -3.0, -2.0)])

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.docs_table import HEALTH_PAGE, health_page
+from moe_lab.failures.experiments import load_results
 from moe_lab.show.style import save
 from moe_lab.show.sweeps import Surface, lr_surface, lr_sweep
-from moe_lab.study.docs_table import HEALTH_PAGE, health_page
-from moe_lab.study.experiments import load_results
 
 SWEEP = {1e-3: [5.5, 5.6, 5.4], 1e-2: [4.71, 4.70, 4.72], 1e-1: [5.0, 5.1, 5.2]}
 FLOORS = {"bigram": 4.4, "unigram": 5.2}

@@ -13,13 +13,15 @@ from helpers import random_ids, seeded
 from tiny_run import write_text
 from torch import nn
 
+from benchmarks.true_width import one_block, true_width
+from benchmarks.true_width.one_block import Cell, start_values
+from benchmarks.true_width.shadow import Displacement, Shadow, kept, kind_of, share
+from benchmarks.true_width.true_width import line_at, main, matching_factor, result_path
 from moe_lab.config import ConfigError, OptimizerConfig
+from moe_lab.failures import results
+from moe_lab.failures.results import load_true_width
 from moe_lab.health.measures import predict_lost
 from moe_lab.optim import build_optimizers
-from moe_lab.study import one_block, true_width
-from moe_lab.study.one_block import Cell, start_values
-from moe_lab.study.shadow import Displacement, Shadow, kept, kind_of, share
-from moe_lab.study.true_width import line_at, load_true_width, main, matching_factor
 from moe_lab.train import Trainer
 
 
@@ -168,8 +170,9 @@ def tiny(tmp_path, monkeypatch):
     ran = []
     monkeypatch.setattr(Cell, "config", small)
     monkeypatch.setattr(one_block, "run_cell", lambda cell, *a: ran.append(cell) or run(cell, *a, progress=False))
-    for module in (one_block, true_width):
+    for module in (one_block, true_width, results):
         monkeypatch.setattr(module, "MARKS", (4, STEPS))
+    for module in (one_block, true_width):
         monkeypatch.setattr(module, "CACHE", tmp_path)
     monkeypatch.setattr(true_width, "PAIR", {"dense": STEPS, "moe": STEPS})
     monkeypatch.setattr(true_width, "WINDOW", 2)
@@ -182,11 +185,11 @@ def test_a_prediction_then_a_measurement(tiny, tmp_path, capsys):
     assert main(["predict", "--width", "192"]) == 0
     assert {c.d_model for c in tiny} == {24, 48, 96}
     with pytest.raises(ConfigError, match="no measurement yet"):
-        load_true_width(192)
+        load_true_width(result_path(192))
     n_before = len(tiny)
     assert main(["measure", "--width", "192"]) == 0
     assert {c.d_model for c in tiny[n_before:]} == {192}
-    found = load_true_width(192)
+    found = load_true_width(result_path(192))
     keys = {(row["block"], row["std"]) for row in found.shares}
     assert keys == {("dense", "0.02"), ("dense", "fan_in"), ("moe", "0.02")}
     muon = {
@@ -215,15 +218,15 @@ def test_the_experts_pair_alone_gives_back_what_the_measurement_had(tiny, tmp_pa
     assert main(["experts", "--width", "192"]) == 2
     assert "no measurement to add to" in capsys.readouterr().err
     main(["measure", "--width", "192"])
-    whole, path = load_true_width(192), tmp_path / "true_width" / "result_192.json"
+    whole, path = load_true_width(result_path(192)), tmp_path / "true_width" / "result_192.json"
     stored = json.loads(path.read_text())
     stored["measured"]["nats"]["moe"], stored["measured"]["displacement"]["moe"] = {}, {}
     path.write_text(json.dumps(stored))
-    assert load_true_width(192).nats != whole.nats
+    assert load_true_width(result_path(192)).nats != whole.nats
     for run in path.parent.glob("[!r]*.json"):
         run.unlink()
     assert main(["experts", "--width", "192"]) == 0
-    again = load_true_width(192)
+    again = load_true_width(result_path(192))
     assert again[:4] == whole[:4]
     assert whole.provenance in again.provenance and "the experts' pair from" in again.provenance
     shares = {f"{r['lr']:g}": r["measured"] for r in whole.shares if (r["block"], r["kind"]) == ("moe", "Muon")}
@@ -266,10 +269,10 @@ def test_an_unfinished_run_counts_with_what_it_has(tiny, monkeypatch):
     with monkeypatch.context() as context:
         context.setattr(Trainer, "update", update)
         assert main(["measure", "--width", "192"]) == 130
-    rows = load_true_width(192).shares
+    rows = load_true_width(result_path(192)).shares
     assert {(row["block"], row["std"], row["updates"]) for row in rows} == {("dense", "0.02", 4)}
     assert main(["measure", "--width", "192"]) == 0
-    assert {(row["block"], row["std"]) for row in load_true_width(192).shares} > {("dense", "0.02")}
+    assert {(row["block"], row["std"]) for row in load_true_width(result_path(192)).shares} > {("dense", "0.02")}
 
 
 def test_float32_in_bf16s_place_costs_no_nats(tiny, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moe_lab.config import ConfigError
-from moe_lab.study import case, notebook, verdicts
+from moe_lab.course import case, notebook, verdicts
 
 NOTEBOOK = "01_data_and_loss_floors"
 

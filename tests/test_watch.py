@@ -9,8 +9,9 @@ from torch import nn
 from torch.optim import SGD, AdamW
 from toy import Toy, loss_of, said, toy, train
 
-from moe_lab.health import Watch, state
-from moe_lab.health import watch as watch_module
+from moe_lab.health import Watch
+from moe_lab.health.during import state
+from moe_lab.health.during import watch as watch_module
 from moe_lab.optim import Muon
 
 

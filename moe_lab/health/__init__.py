@@ -1,10 +1,10 @@
 """Watch any PyTorch training and say what is wrong. Needs torch and the standard library, nothing else."""
 
-from .branch import branch_findings, branch_probe
+from .after.inspection import inspect_checkpoint
+from .before.preflight import preflight
+from .during.branch import branch_findings, branch_probe
+from .during.watch import Watch
 from .findings import RULES, SICKNESSES, Finding
-from .inspection import inspect_checkpoint
-from .preflight import preflight
-from .watch import Watch
 
 __all__ = [
     "RULES",

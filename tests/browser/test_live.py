@@ -12,7 +12,7 @@ from lab import COMMAND, opened_notebook, wait_for, write_notebook
 
 CELLS = """from moe_lab import Trainer
 from moe_lab.show.live import LiveRun
-from moe_lab.study import notebook
+from moe_lab.course import notebook
 from moe_lab.train.record import read_jsonl
 lab = notebook.begin(profile="smoke", overrides="training.steps=20000 training.log_interval=2", run_dir={run_dir!r})
 ---

@@ -1,0 +1,171 @@
+"""What bf16 weights keep of their updates, on sampled elements: foretold from a float32 run, or found in a bf16 run.
+
+`Shadow` computes, beside a float32 run and at several learning rates, what rounding would have kept of each update. It
+carries nothing over to the next one, so it says what one update keeps, at every point of one healthy trajectory.
+`Displacement` compares, in a bf16 run, the way that weights have gone with the sum of the steps they were meant to take.
+"""
+
+# Shapes: L learning rates, S sampled elements of a tensor.
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from moe_lab.health.during import intended as replay
+from moe_lab.health.measures import is_lost
+from moe_lab.optim.groups import group_of
+
+SAMPLE = 4096  # elements of a tensor; a smaller one is taken whole
+
+
+def kept(weight: Tensor, direction: Tensor, lrs: Tensor, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
+    """What a weight of `dtype` would realise of `lr · direction`: weight and direction (S,) float32, lrs (L,) → realised,
+    intended (L, S) float32 and lost (L, S) bool."""
+    start = weight.to(dtype).float()
+    intended = lrs[:, None] * direction
+    return (start + intended).to(dtype).float() - start, intended, is_lost(start, intended, dtype)
+
+
+def sample_of(p: Tensor) -> Tensor:
+    """Flat positions, int64, the same for every tensor of that size."""
+    n = p.numel()
+    return torch.randint(n, (SAMPLE,), generator=torch.Generator().manual_seed(0)) if n > SAMPLE else torch.arange(n)
+
+
+class Shadow:
+    """Attached to the optimizers of a float32 model: sums, per tensor and LR, of what bf16 would have realised (r) of each
+    update at that LR (u), on sampled elements. An element counts from its first gradient on, as an embedding's rows do.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], lrs: Sequence[float], dtype=torch.bfloat16):
+        self.lrs, self.dtype = torch.tensor(lrs, dtype=torch.float32), dtype
+        self.names = {p: name for name, p in model.named_parameters()}
+        self.index, self.touched, self.before, self.sums, self.counts = {}, {}, {}, {}, {}
+        for p, name in self.names.items():
+            self.index[name] = sample_of(p)
+            self.touched[name] = torch.zeros(len(self.index[name]), dtype=torch.bool)
+            self.sums[name] = torch.zeros(2, len(lrs), len(self.index[name]), dtype=torch.float64)  # Σ r·u, Σ u·u
+            self.counts[name] = torch.zeros(2, len(lrs), dtype=torch.float64)  # lost, all
+        for optimizer in optimizers:
+            optimizer.register_step_pre_hook(self.before_step)
+            optimizer.register_step_post_hook(self.after_step)
+
+    @torch.no_grad()
+    def before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+            name = self.names[p]
+            self.before[name] = p.take(self.index[name])
+            self.touched[name] |= p.grad.take(self.index[name]) != 0
+
+    @torch.no_grad()
+    def after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        for group in optimizer.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                name = self.names[p]
+                moved = p.take(self.index[name]) - self.before[name]
+                direction = moved / group["lr"] * self.touched[name]
+                r, u, lost = kept(self.before[name], direction, self.lrs, self.dtype)
+                self.sums[name] += torch.stack([r.double() * u.double(), u.double() ** 2])
+                self.counts[name] += torch.stack([lost.sum(1), (u != 0).sum(1)])
+
+    def read(self) -> dict[str, dict[str, list[float]]]:
+        """name → LR → Σ ru, Σ u², then over elements Σ (Σ ru)², Σ (Σ ru)(Σ u²), Σ (Σ u²)², lost, all; each estimated for
+        the whole tensor from its sample."""
+        table = {}
+        for p, name in self.names.items():
+            (ru, uu), (lost, n), scale = self.sums[name], self.counts[name], p.numel() / len(self.index[name])
+            rows = torch.stack([*(x.sum(1) * scale for x in (ru, uu)), *(x.sum(1) * scale**2 for x in (ru**2, ru * uu, uu**2)),
+                                lost * scale, n * scale], dim=1)  # fmt: skip
+            table[name] = {f"{lr:.6g}": row for lr, row in zip(self.lrs.tolist(), rows.tolist(), strict=True)}
+        return table
+
+
+class Displacement:
+    """Attached to the optimizers of a bf16 model, before its first update: per tensor, where sampled elements have gone and
+    where they were meant to go, each update replayed in float32 (`health.intended`).
+
+    A replay costs as much as the step. So of the matrices of Muon only the kinds in `matrices` are followed, and of a stack
+    only its first matrix. An element counts from its first gradient on.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], matrices: Sequence[str]):
+        self.names = {p: name for name, p in model.named_parameters()}
+        self.matrices = matrices
+        self.index, self.start, self.intended, self.touched = {}, {}, {}, {}
+        for optimizer in optimizers:
+            optimizer.register_step_pre_hook(self.before_step)
+
+    @torch.no_grad()
+    def before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        for group in optimizer.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                name = self.names[p]
+                if replay.kind_of(optimizer) == "muon" and kind_of(name) not in self.matrices:
+                    continue
+                one = first_of(p)
+                if name not in self.index:
+                    self.index[name] = sample_of(one)
+                    self.start[name] = one.take(self.index[name]).float()
+                    self.intended[name] = torch.zeros(len(self.index[name]), dtype=torch.float64)
+                    self.touched[name] = torch.zeros(len(self.index[name]), dtype=torch.bool)
+                state = {
+                    key: (first_of(value) if value.shape == p.shape else value).detach().float().clone()
+                    for key, value in optimizer.state.get(p, {}).items()
+                }
+                with torch.enable_grad():
+                    weight, grad = one.detach().float().clone(), first_of(p.grad).float().clone()
+                    moved = replay.run(optimizer, group, weight, grad, state)
+                self.intended[name] += moved.take(self.index[name])
+                self.touched[name] |= first_of(p.grad).take(self.index[name]) != 0
+
+    @torch.no_grad()
+    def read(self) -> dict[str, list[float]]:
+        """name → the seven sums of `Shadow.read`, of whole displacements; `lost` are elements that are where they began."""
+        table = {}
+        for p, name in ((p, name) for p, name in self.names.items() if name in self.index):
+            r = (first_of(p).take(self.index[name]).float() - self.start[name]).double()
+            u = self.intended[name] * self.touched[name]
+            columns = [r * u, u**2, (r * u) ** 2, r * u**3, u**4, (r == 0) & (u != 0), u != 0]
+            table[name] = [column.double().sum().item() for column in columns]
+        return table
+
+
+def first_of(p: Tensor) -> Tensor:
+    """The first matrix of a stack, as a stack; other tensors whole."""
+    return p[:1] if p.ndim == 3 else p
+
+
+def share(sums: Iterable[Sequence[float]]) -> dict[str, float]:
+    """From rows of `Shadow.read` or `Displacement.read`: realised share ρ = Σ ru / Σ u², its standard error over elements, lost share of the
+    updates (each 0 to 1; ρ may exceed 1 where rounding up prevails)."""
+    ru, uu, a, b, c, lost, n = (sum(column) for column in zip(*sums, strict=True))
+    if not uu:
+        return {"rho": math.nan, "error": math.nan, "lost": math.nan}
+    rho = ru / uu
+    return {"rho": rho, "error": math.sqrt(max(0.0, a - 2 * rho * b + rho**2 * c)) / uu, "lost": lost / n}
+
+
+def at_lr(table: dict[str, dict[str, list[float]]], lr: float, factors: dict[str, float] | None = None) -> dict:
+    """From `Shadow.read`, each tensor's sums at `lr`, times its own factor if `factors` are given."""
+    return {name: rows[f"{lr * (factors[name] if factors else 1):.6g}"] for name, rows in table.items()}
+
+
+def by_kind(sums: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Kind of tensor → `share`. `Muon` is all of Muon's matrices together."""
+    groups: dict[str, list] = {}
+    for name, row in sums.items():
+        groups.setdefault(kind_of(name), []).append(row)
+        if group_of(name) == "muon":
+            groups.setdefault("Muon", []).append(row)
+    return {kind: share(rows) for kind, rows in groups.items()}
+
+
+def kind_of(name: str) -> str:
+    """`layers.0.seq_layer.q_proj.weight` → q_proj; all norms are one kind."""
+    last = name.removesuffix(".weight").split(".")[-1]
+    return "norms" if last.endswith("norm") else "head" if name.startswith("lm_heads") else last

@@ -1,0 +1,197 @@
+"""What the first cells of every notebook call: check the parameters, say what will run, and keep claims honest.
+
+    lab = notebook.begin(profile=profile, seed=seed, device=device)
+    lab.provenance()
+    ...
+    notebook.claim("05.1", loss < trigram, "validation loss is below the trigram")
+
+papermill turns `-p flag false` into the text "false", YAML makes a text of 1e-3, and a misspelt name is injected with
+no more than a warning. All three are settled here, before anything runs.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import os
+import platform
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import torch
+
+from moe_lab.config import ROOT, Config, ConfigError, load_config, suggestion
+from moe_lab.train.device import pick_device
+from moe_lab.train.loop import commit
+from moe_lab.train.record import RECORD
+
+PROFILES = ("smoke", "lab", "gpu")
+# the parameters that every notebook may have; a value of None or '' means: not given
+KINDS = {"profile": str, "config": str, "overrides": list, "run_dir": str, "seed": int, "device": str, "resume": bool}
+WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "section.key=value texts"}
+
+
+@dataclass(frozen=True)
+class Lab:
+    """What `begin` resolved."""
+
+    config: Config
+    profile: str  # smoke, lab, gpu, or the name of the config file that was given
+    run_dir: Path
+    run_dir_given: bool
+    resume: bool
+    root: Path = ROOT
+
+    @property
+    def device(self) -> torch.device:
+        return pick_device(self.config.training.device)
+
+    def fresh_run_dir(self) -> Path:
+        """`run_dir`, or, when it was named automatically and holds a run, a new one: so a cell may be run again."""
+        directory, n = self.run_dir, 1
+        while not self.run_dir_given and (directory / RECORD).exists():
+            n += 1
+            directory = self.run_dir.with_name(f"{self.run_dir.name}_{n}")
+        return directory
+
+    def provenance(self) -> None:
+        """Print one line that says what made the outputs of this notebook."""
+        versions = f"Python {platform.python_version()} · torch {torch.__version__}"
+        seed = self.config.training.seed
+        print(
+            f"commit {commit() or 'unknown'} · {versions} · {self.device.type} · profile {self.profile} · seed {seed}"
+        )
+
+
+def begin(**parameters: Any) -> Lab:
+    """Validate a notebook's parameters, resolve its config, and print it. Raises ConfigError (one line).
+
+    Known: `profile` (it wins over MOE_LAB_PROFILE, which wins over lab), `config` (a YAML file in place of the
+    profile's; from the repository's root), `overrides` (a list, or one text: "training.steps=20 model.d_model=64"),
+    `run_dir` (default: a new dated directory under runs/, made by whoever writes there), `seed`, `device`, `resume`.
+    """
+    lab = resolve(**parameters)
+    model, training = lab.config.model, lab.config.training
+    print(
+        f"profile {lab.profile}: {lab.config.n_steps} steps of {lab.config.tokens_per_step:,} tokens, seed {training.seed}"
+    )
+    mixture = f", {len(model.moe_layers)} with {model.n_experts} experts" if model.moe_layers else ""
+    print(f"model: d_model {model.d_model}, {model.n_layers} layers{mixture}, vocabulary {model.vocab_size:,}")
+    if "run_dir" in parameters:
+        shown = lab.run_dir.relative_to(ROOT) if lab.run_dir.is_relative_to(ROOT) else lab.run_dir
+        print(f"run directory: {shown}{' (resume)' if lab.resume else ''}")
+    return lab
+
+
+def resolve(**parameters: Any) -> Lab:
+    """`begin` without printing."""
+    values: dict[str, Any] = {}
+    for name, value in parameters.items():
+        if name not in KINDS:
+            raise ConfigError(f"unknown parameter {name!r}{suggestion(name, KINDS)}")
+        if value is not None and value != "":
+            values[name] = cast(name, value, KINDS[name])
+    profile = values.get("profile") or os.environ.get("MOE_LAB_PROFILE") or "lab"
+    if profile not in PROFILES:
+        where = "profile" if "profile" in values else "MOE_LAB_PROFILE"
+        raise ConfigError(f"{where}={profile!r} is not one of {', '.join(PROFILES)}{suggestion(profile, PROFILES)}")
+    path = ROOT / values.get("config", f"configs/{profile}.yaml")
+    if "config" in values:
+        profile = path.stem
+    overrides = list(values.get("overrides", ()))
+    overrides += [f"training.{name}={values[name]}" for name in ("seed", "device") if name in values]
+    config = load_config(path, overrides)
+    source = config.data.source
+    if source != "stdlib" and not source.startswith("hf:"):
+        config = config.with_(data={"source": str(ROOT / Path(source).expanduser())})
+    files = config.data.data_files
+    if files and "://" not in files:
+        config = config.with_(data={"data_files": str(ROOT / files)})
+    if values.get("resume") and "run_dir" not in values:
+        raise ConfigError("resume=True needs run_dir: the directory of the run to go on with")
+    run_dir = ROOT / values["run_dir"] if "run_dir" in values else new_run_dir(profile)
+    return Lab(config, profile, run_dir, "run_dir" in values, values.get("resume", False))
+
+
+def new_run_dir(name: str) -> Path:
+    """A dated directory under runs/ that does not exist yet. It is not made here."""
+    stem = ROOT / "runs" / f"{datetime.now():%Y-%m-%d_%H%M%S}_{name}"
+    directory, n = stem, 1
+    while directory.exists():
+        n += 1
+        directory = stem.with_name(f"{stem.name}_{n}")
+    return directory
+
+
+def cast(name: str, value: Any, kind: type) -> Any:
+    """`value` as `kind` (bool, int, float, str or list), where it says the same: "false", "1e-3", "3". Else ConfigError."""
+    text = str(value).strip()
+    if kind is list:
+        if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+            return list(value)
+        if isinstance(value, str):  # split between settings, not within [1, 2]
+            return [item for item in re.split(r"[,\s]+(?=\w+\.\w+\s*=)", text) if item]
+    elif kind is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    elif kind is str and isinstance(value, (str, Path)):
+        return str(value)
+    elif kind in (int, float) and not isinstance(value, bool):
+        try:
+            number = int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
+        except ValueError:
+            number = math.nan
+        if math.isfinite(number) and (kind is float or number == int(number)):
+            return kind(number)
+    raise ConfigError(f"parameter {name}={value!r} must be {WORDS[kind]}")
+
+
+def claim(id: str, holds: Any, statement: str) -> None:
+    """Assert a claim and print its verdict: one line without raw numbers, so that it is the same in every run."""
+    if not bool(holds):
+        raise AssertionError(f"{id} does not hold: {statement}")
+    print(f"{id} holds: {statement}")
+
+
+def declared_parameters(path: str | Path) -> dict[str, tuple[type | None, Any]]:
+    """Name → (type, default) of the cell tagged `parameters`; the type is None where neither annotation nor default
+    tells it. Raises ConfigError if the notebook cannot be read."""
+    try:
+        cells = nbformat.read(path, as_version=4).cells
+    except (OSError, ValueError) as error:  # a file that is no notebook is a ValueError too
+        raise ConfigError(f"{path}: not a notebook that can be read: {str(error).splitlines()[0]}") from None
+    source = next((c.source for c in cells if "parameters" in c.metadata.get("tags", [])), "")
+    kinds = {kind.__name__: kind for kind in WORDS}
+    declared = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.AnnAssign):
+            target, noted = node.target, ast.unparse(node.annotation).split("|")[0].split("[")[0].strip()
+        elif isinstance(node, ast.Assign):
+            target, noted = node.targets[0], ""
+        else:
+            continue
+        default = ast.literal_eval(node.value) if node.value else None
+        declared[target.id] = (kinds.get(noted, type(default) if type(default) in WORDS else None), default)
+    return declared
+
+
+def validate_parameters(notebook_path: str | Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters for papermill: names known to the notebook, values of its types, and a config that holds together.
+
+    Raises ConfigError before a kernel starts. A parameter that is None is passed on as it is.
+    """
+    declared = declared_parameters(notebook_path)
+    values = {}
+    for name, value in parameters.items():
+        if name not in declared:
+            near = suggestion(name, declared) or (f"; it has {', '.join(declared)}" if declared else "; it has none")
+            raise ConfigError(f"{Path(notebook_path).name}: unknown parameter {name!r}{near}")
+        kind = KINDS.get(name) or declared[name][0]
+        values[name] = value if value in (None, "") or kind is None else cast(name, value, kind)
+    given = {name: default for name, (_, default) in declared.items()} | values
+    resolve(**{name: value for name, value in given.items() if name in KINDS})
+    return values

@@ -1,0 +1,145 @@
+"""What the notebooks found about each claim of the report, for a reader and, as JSON, for the ledger.
+
+    verdicts.check("C07", {"holds": ratio < 2, "does not hold": ratio >= 2}, "…", lab=lab, notebook="04_…", ratio=ratio)
+
+A printed line holds no number that was just measured, so that it is the same in every run; the numbers go to the file.
+Profile `lab` writes the file; other profiles only print, since their numbers are not the ones to keep.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+from moe_lab.config import ConfigError, differences, load_config, suggestion
+from moe_lab.course import case
+from moe_lab.course.notebook import ROOT, Lab
+from moe_lab.data.prepare import CACHE
+from moe_lab.train.loop import commit
+from moe_lab.train.record import write_atomically
+
+VERDICTS = ROOT / "notebooks" / "results" / "verdicts.json"
+OUTCOMES = ("holds", "holds only if", "does not hold", "open")
+
+
+def check(
+    id: str,
+    conditions: Mapping[str, Any],
+    sentence: str | Mapping[str, str],
+    *,
+    lab: Lab,
+    notebook: str,
+    corpus: str | None = None,
+    **numbers: Any,
+) -> str:
+    """The verdict whose condition is true, printed and kept as `verdict` does it; returns the outcome.
+
+    `conditions` maps outcomes to what was measured about them, `sentence` is one for all of them or one for each.
+    Raises AssertionError, naming the claim, unless exactly one condition is true.
+    """
+    for outcome in conditions:
+        known_outcome(id, outcome)
+    true = [outcome for outcome, condition in conditions.items() if bool(condition)]
+    if len(true) != 1:
+        found = f"all of {', '.join(true)} are" if true else f"none of {', '.join(conditions)} is"
+        raise AssertionError(f"{case.claim(id).id}: {found} what was measured; exactly one outcome must be")
+    if not isinstance(sentence, str):
+        missing = [outcome for outcome in conditions if outcome not in sentence]
+        if missing:
+            raise ConfigError(f"{id}: no sentence for the outcome {missing[0]!r}")
+        sentence = sentence[true[0]]
+    verdict(id, true[0], sentence, lab=lab, notebook=notebook, corpus=corpus, **numbers)
+    return true[0]
+
+
+def verdict(
+    id: str, outcome: str, sentence: str, *, lab: Lab, notebook: str, corpus: str | None = None, **numbers: Any
+) -> None:
+    """Print `C05 holds only if: sentence`; in profile lab, also put it in VERDICTS in place of the claim's older entry.
+
+    `notebook` is the file's name without .ipynb, `corpus` the hash of the text, `numbers` are finite numbers, truth
+    values, or lists and mappings of them; six digits of each are kept. Raises ConfigError for an unknown id, outcome or
+    notebook, an empty sentence or one of several lines, and for a number that is not finite.
+    """
+    about = case.claim(id).sentence
+    known_outcome(id, outcome)
+    if not sentence.strip() or "\n" in sentence:
+        raise ConfigError(f"{id}: the sentence must be one line of text, got {sentence!r}")
+    notebooks = [path.stem for path in (ROOT / "notebooks").glob("*.ipynb")]
+    if notebook not in notebooks:
+        raise ConfigError(f"{id}: {notebook!r} is no notebook{suggestion(notebook, notebooks)}")
+    kept = {name: plain(f"{id}: {name}", value) for name, value in numbers.items()}
+    print(f"{id} {outcome}: {sentence}")
+    if lab.profile == "lab":
+        origin = provenance(lab, notebook, corpus)
+        write(id, {"claim": about, "outcome": outcome, "sentence": sentence, "numbers": kept, "provenance": origin})
+
+
+def read_verdicts(path: Path | None = None) -> dict[str, dict[str, Any]]:
+    """Entries by claim id, in order: `claim`, `outcome`, `sentence`, `numbers`, `provenance`; empty before the first.
+
+    `path`: VERDICTS unless given. Raises ConfigError if the file is not one that `verdict` writes.
+    """
+    path = path or VERDICTS
+    if not path.exists():
+        return {}
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read: {str(error).splitlines()[0]}; restore it from git") from None
+    fields = {"claim", "outcome", "sentence", "numbers", "provenance"}
+    if not isinstance(entries, dict) or not all(isinstance(e, dict) and fields <= e.keys() for e in entries.values()):
+        raise ConfigError(f"{path}: not a file of verdicts; restore it from git")
+    return entries
+
+
+def write(id: str, entry: Mapping[str, Any]) -> None:
+    VERDICTS.parent.mkdir(parents=True, exist_ok=True)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with FileLock(CACHE / "verdicts.lock"):  # two notebooks at once would lose one of two entries
+        entries = read_verdicts() | {id: entry}
+        text = json.dumps(dict(sorted(entries.items())), indent=2, ensure_ascii=False, allow_nan=False)
+        write_atomically(VERDICTS, text + "\n")
+
+
+def provenance(lab: Lab, notebook: str, corpus: str | None) -> dict[str, Any]:
+    """What made the numbers. `settings` lists where the config is not the profile's file: overrides of a reader."""
+    profile = load_config(ROOT / "configs" / f"{lab.profile}.yaml")
+    known = {"corpus": corpus} if corpus is not None else {}
+    return {
+        "notebook": notebook,
+        "commit": commit(),
+        "profile": lab.profile,
+        "seed": lab.config.training.seed,
+        "torch": torch.__version__,
+        **known,
+        "settings": differences(profile, lab.config),
+    }
+
+
+def known_outcome(id: str, outcome: str) -> None:
+    if outcome not in OUTCOMES:
+        near = suggestion(str(outcome), OUTCOMES)
+        raise ConfigError(f"{id}: {outcome!r} is no outcome: {', '.join(OUTCOMES)}{near}")
+
+
+def plain(name: str, value: Any) -> Any:
+    """`value` in plain Python, six digits of a fraction. Raises ConfigError for what is not finite or no number."""
+    if hasattr(value, "tolist"):  # numpy and torch
+        value = value.tolist()
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, Real) and math.isfinite(value):
+        return int(value) if isinstance(value, Integral) else float(f"{float(value):.6g}")
+    if isinstance(value, Mapping):
+        return {str(key): plain(f"{name}.{key}", inner) for key, inner in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [plain(f"{name}[{i}]", inner) for i, inner in enumerate(value)]
+    raise ConfigError(f"{name}={value!r} must be a finite number, or a list or mapping of them")

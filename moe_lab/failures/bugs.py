@@ -1,0 +1,67 @@
+"""The named bugs, each a patch from outside on a healthy model or its optimizers. Nothing here is on by default.
+
+An id such as B01 is one of CASE's (`moe_lab.course.case.bug("B01")` says it in words); the others are common ones that the
+case did not have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+def cast_parameters(model: nn.Module) -> nn.Module:
+    """B01: `model.to(dtype=torch.bfloat16)` before training, and an optimizer on what that leaves."""
+    return model.to(dtype=torch.bfloat16)
+
+
+def lr_of_another_optimizer(max_lr: float) -> float:
+    """B02: the LR that suits Muon is replaced by the 3e-4 that is usual for AdamW, whatever was asked for."""
+    del max_lr
+    return 3e-4
+
+
+def forget_group(optimizers: list[Optimizer], name: str) -> list[Optimizer]:
+    """A parameter group that no optimizer got: the group called `name` is left out. Optimizers left empty are dropped.
+
+    Raises ValueError if there is no such group.
+    """
+    found = [group for o in optimizers for group in o.param_groups if group.get("name") == name]
+    if not found:
+        raise ValueError(f"no group is called {name!r}")
+    for optimizer in optimizers:
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group not in found]
+    return [optimizer for optimizer in optimizers if optimizer.param_groups]
+
+
+def detach_output(module: nn.Module) -> Any:
+    """A branch cut off from learning: what `module` returns is detached. Returns the hook's handle."""
+    return module.register_forward_hook(lambda module, args, output: detached(output))
+
+
+def detached(output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return output.detach()
+    return type(output)(*map(detached, output)) if hasattr(output, "_fields") else tuple(map(detached, output))
+
+
+def freeze(model: nn.Module, prefix: str) -> list[str]:
+    """A module frozen by accident: requires_grad is off for every parameter whose name starts with `prefix`.
+
+    Returns their names. Raises ValueError if there is none.
+    """
+    names = [name for name, p in model.named_parameters() if name.startswith(prefix)]
+    if not names:
+        raise ValueError(f"no parameter's name starts with {prefix!r}")
+    for name, p in model.named_parameters():
+        if name in names:
+            p.requires_grad_(False)
+    return names
+
+
+# What a test may put in a bug's place: a lesson whose failure no longer fails must be noticed.
+NO_OP: Callable[[Any], Any] = lambda given: given  # noqa: E731

@@ -1,0 +1,154 @@
+"""The branch probe: from one state, over one sequence of batches, a few updates under each of several settings.
+
+What differs afterwards was caused by the setting, since nothing else differs. It proves a suspicion (is this learning rate
+too low?) and is the general way to attribute a loss to a cause.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..findings import Finding
+
+N_UPDATES = 30
+FACTOR = 3.0
+GAIN = 0.05  # nats that a branch must gain over the settings as they are
+SIGMAS = 3.0  # standard errors of the paired differences that the gain must exceed
+
+
+class Branch(NamedTuple):
+    """What one setting did, against the settings as they are."""
+
+    name: str
+    loss: float  # mean over the evaluation batches after the updates
+    gain: float  # nats by which it is below the loss of the settings as they are, batch by batch
+    error: float  # standard error of the gain over the evaluation batches
+
+    @property
+    def is_proof(self) -> bool:
+        """Whether the gain is larger than `GAIN` and than three standard errors."""
+        return self.gain > GAIN and self.gain > SIGMAS * self.error
+
+
+def branch_probe(
+    model: nn.Module,
+    optimizer: Optimizer | Iterable[Optimizer],
+    loss_fn: Callable[[nn.Module, Any], Tensor],
+    batches: Sequence[Any],
+    branches: Mapping[str, Callable[[list[Optimizer]], None]] | None = None,
+    n_updates: int = N_UPDATES,
+    max_grad_norm: float | None = 1.0,
+) -> list[Branch]:
+    """Train `n_updates` from here under each setting, then evaluate each on the batches that are left over.
+
+    `loss_fn(model, batch)` gives a scalar in nats. The first `n_updates` of `batches` train, the rest (at least 5)
+    evaluate, in the model's current mode. `branches` maps a name to a change of the optimizers' options; by default each
+    parameter group's LR times 3, and all of them together (`lr_branches`). Ask it after warm-up: it holds LRs constant.
+    Model, optimizers and random state are put back, also after an error; a watch does not see the probe's updates. It takes
+    a copy of parameters and optimizer state. Raises ValueError for too few batches.
+    """
+    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    if len(batches) < n_updates + 5:
+        raise ValueError(f"batches has {len(batches)}; {n_updates} updates and at least 5 to evaluate on are needed")
+    branches = lr_branches(optimizers) if branches is None else branches
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    losses: dict[str, list[float]] = {}
+    with unobserved(optimizers), torch.random.fork_rng(devices=devices):
+        rng = torch.get_rng_state()
+        states = copy.deepcopy((model.state_dict(), [o.state_dict() for o in optimizers]))
+        try:
+            for name, change in {"": lambda optimizers: None, **branches}.items():
+                restore(model, optimizers, states)
+                torch.set_rng_state(rng)
+                change(optimizers)
+                for batch in batches[:n_updates]:
+                    loss_fn(model, batch).backward()
+                    if max_grad_norm:
+                        nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+                    for o in optimizers:
+                        o.step()
+                        o.zero_grad(set_to_none=True)
+                with torch.no_grad():
+                    evaluated = [loss_fn(model, batch).float() for batch in batches[n_updates:]]
+                losses[name] = torch.stack(evaluated).tolist()
+        finally:
+            restore(model, optimizers, states)
+    base = losses.pop("")
+    return [Branch(name, sum(mine) / len(mine), *paired(base, mine)) for name, mine in losses.items()]
+
+
+def lr_branches(
+    optimizers: Sequence[Optimizer], factor: float = FACTOR
+) -> dict[str, Callable[[list[Optimizer]], None]]:
+    """Each parameter group's LR times `factor`, and all together: `muon × 3`, `adamw × 3`, `all × 3`."""
+
+    def scale(chosen: set[int]) -> Callable[[list[Optimizer]], None]:
+        def change(optimizers: list[Optimizer]) -> None:
+            for index, group in enumerate(group for o in optimizers for group in o.param_groups):
+                if index in chosen:
+                    group["lr"] = group["lr"] * factor
+
+        return change
+
+    groups = [group for o in optimizers for group in o.param_groups]
+    named = {f"{group.get('name') or f'group {i}'} × {factor:g}": scale({i}) for i, group in enumerate(groups)}
+    return named | ({f"all × {factor:g}": scale(set(range(len(groups))))} if len(groups) > 1 else {})
+
+
+def branch_findings(branches: Sequence[Branch], step: int | None = None) -> list[Finding]:
+    """`lr_too_low`, an error, for the branch that gained most, if that is proof. For branches with raised LRs."""
+    proofs = sorted((b for b in branches if b.is_proof), key=lambda b: -b.gain)
+    return [
+        Finding(
+            rule="lr_too_low",
+            severity="error",
+            where=best.name,
+            step=step,
+            value=best.gain,
+            limit=GAIN,
+            message=f"from the same state on the same batches, {best.name} ends {best.gain:.2f} ± {best.error:.2f} nats lower",
+            advice="raise that learning rate, and probe again until a factor of 3 gains nothing",
+        )
+        for best in proofs[:1]
+    ]
+
+
+def paired(base: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
+    """Mean of `base - other` over batches, and its standard error. A branch that diverged gains minus infinity."""
+    gains = [a - b for a, b in zip(base, other, strict=True)]
+    if not all(map(math.isfinite, gains)):
+        return -math.inf, math.inf
+    mean = sum(gains) / len(gains)
+    return mean, math.sqrt(sum((g - mean) ** 2 for g in gains) / (len(gains) - 1) / len(gains))
+
+
+def restore(model: nn.Module, optimizers: Sequence[Optimizer], states: tuple) -> None:
+    model_state, optimizer_states = copy.deepcopy(
+        states
+    )  # loading may keep the very tensors, which training would change
+    model.load_state_dict(model_state)
+    for optimizer, state in zip(optimizers, optimizer_states, strict=True):
+        optimizer.load_state_dict(state)
+        optimizer.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def unobserved(optimizers: Sequence[Optimizer]) -> Iterator[None]:
+    """Without the optimizers' step hooks: whoever watches must not count these updates."""
+    kept = [(o, o._optimizer_step_pre_hooks, o._optimizer_step_post_hooks) for o in optimizers]
+    for o, *_ in kept:
+        o._optimizer_step_pre_hooks, o._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for o, before, after in kept:
+            o._optimizer_step_pre_hooks, o._optimizer_step_post_hooks = before, after

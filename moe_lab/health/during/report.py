@@ -1,0 +1,70 @@
+"""A watch's readings as a table of text, one line a kind of tensor."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import textwrap
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from ..measures import Reading, share_of
+from .state import kinds_of
+
+COLUMNS = ("n", "format", "grad", "norm", "moved", "still", "lately", "arrived")
+WIDTHS = (3, 9, 4, 7, 7, 5, 6, 7)
+LEGEND = (
+    "format: of parameters/optimizer state. grad: zero, none, or lost: it arrives and nothing moves. norm: the largest seen, "
+    "of a tensor. moved: displacement over weight, RMS. still, lately: share of elements with a gradient that are as they "
+    "were at the start, at the last reading. arrived: realised over intended displacement, where weights have 16 bits."
+)
+
+
+def table(readings: Sequence[Reading], step: int, width: int | None = None) -> str:
+    """What the last reading says, in lines of at most `width` characters (the terminal's, 80 to 120; 100 in a notebook or a
+    file); long names are cut."""
+    width = width or min(120, max(80, shutil.get_terminal_size((100, 24)).columns))
+    kinds = kinds_of(readings)
+    room = min(max([*map(len, kinds), 6]), width - sum(WIDTHS) - len(WIDTHS))
+    rows = [("tensor", *COLUMNS), *((shortened(kind, room), *cells(mine)) for kind, mine in kinds.items())]
+    lines = [
+        f"{name:{room}} " + " ".join(f"{c:>{w}}" for c, w in zip(cells, WIDTHS, strict=True)) for name, *cells in rows
+    ]
+    return "\n".join([f"after {step} updates", *lines, *textwrap.wrap(LEGEND, width)])
+
+
+def cells(mine: Sequence[Reading]) -> tuple[str, ...]:
+    """The columns for tensors of one kind."""
+    touched = sum(r.n_touched for r in mine)
+    weight = math.sqrt(sum(r.weight_square for r in mine) / sum(r.n_elements for r in mine))
+    moved = math.sqrt(sum(r.moved_square for r in mine) / touched) if touched else 0.0
+    share = share_of(mine)
+    return (
+        str(len(mine)),
+        f"{formats(r.dtype for r in mine)}/{formats(d for r in mine for d in r.state_dtypes)}",
+        gradient(mine),
+        f"{max(r.grad_norm for r in mine):.1e}",
+        f"{moved / (weight or 1.0):.1e}" if touched else "-",
+        f"{sum(r.unchanged for r in mine) / touched:.0%}" if touched else "-",
+        f"{sum(r.unchanged_lately for r in mine) / touched:.0%}" if touched else "-",
+        f"{share.rho:.0%}" if share else "-",
+    )
+
+
+def formats(dtypes: Iterable[torch.dtype]) -> str:
+    """`bf16`, or `fp32+bf16`; `-` for none."""
+    names = {str(d).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp"): None for d in dtypes}
+    return "+".join(names) or "-"
+
+
+def gradient(readings: Sequence[Reading]) -> str:
+    """The gradient of tensors of one kind, `some` where they differ."""
+    states = {r.gradient for r in readings}
+    return states.pop() if len(states) == 1 else "some"
+
+
+def shortened(name: str, room: int) -> str:
+    """The name with its middle left out, if it is longer than `room`."""
+    half = (room - 1) // 2
+    return name if len(name) <= room else f"{name[: room - 1 - half]}…{name[len(name) - half :]}"

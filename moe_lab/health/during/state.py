@@ -1,0 +1,141 @@
+"""What the rules of a watch see: one moment's readings, learning rates and losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..findings import Finding
+from ..measures import Reading, expected_start
+from ..sampling import Tracked
+from .forward import ForwardProbe
+
+PRETRAINED = 1.0  # nats below an untrained model's loss from which on a model has been trained before
+HISTORY = (
+    1000  # learning rates and losses that are kept one by one, so that a long training costs no more than a short one
+)
+LR_STEADY = 10  # updates without a rise before an LR is called the peak
+
+
+class GroupState:
+    """The learning rate of one group over time."""
+
+    def __init__(self, optimizer: Optimizer, number: int, name: str):
+        self.optimizer, self.number, self.name = optimizer, number, name
+        self.lrs: list[float] = []  # of the first HISTORY updates
+        self.n, self.total, self.last = 0, 0.0, 0.0  # of all of them
+        self.waiting: list[float | Tensor] = []  # an LR may be a tensor on a device: not read before a check
+        self.risen_at = 0
+        self.peak = 0.0
+
+    @property
+    def group(self) -> dict:
+        """The optimizer's own group: looked up, since load_state_dict puts others in their place."""
+        return self.optimizer.param_groups[self.number]
+
+    def saw(self) -> None:
+        lr = self.group.get("lr")
+        if lr is not None:
+            self.waiting.append(lr.detach().clone() if isinstance(lr, Tensor) else float(lr))
+
+    def fetch(self) -> None:
+        for lr in fetch(self.waiting):
+            self.n, self.total, self.last = self.n + 1, self.total + lr, lr
+            if self.n <= HISTORY:
+                self.lrs.append(lr)
+            if lr > self.peak * (1 + 1e-6):
+                self.risen_at = self.n
+            self.peak = max(self.peak, lr)
+        self.waiting = []
+
+    @property
+    def is_steady(self) -> bool:
+        return self.n - self.risen_at >= LR_STEADY
+
+
+def fetch(numbers: Sequence[Tensor | float]) -> list[float]:
+    """Losses or learning rates as floats; those on a device come over in one transfer."""
+    if any(isinstance(number, Tensor) for number in numbers):
+        device = next(number.device for number in numbers if isinstance(number, Tensor))
+        return torch.stack([torch.as_tensor(number, device=device).float().mean() for number in numbers]).tolist()
+    return list(numbers)
+
+
+@dataclass(frozen=True)
+class State:
+    """What the rules see at one moment."""
+
+    step: int  # updates done
+    window: int  # updates in the window of intended against realised displacement
+    model: nn.Module
+    readings: Sequence[Reading]
+    tracked: Sequence[Tracked]
+    groups: Sequence[GroupState]
+    outside: Sequence[str]  # trainable parameters in no optimizer
+    frozen_on_purpose: set[str]
+    losses: Sequence[float]  # the first HISTORY and at least as many of the last
+    forward: ForwardProbe
+    budget: int | None
+
+    def finding(
+        self, rule: str, severity: str, where: str, message: str, advice: str, value: Any = None, limit: Any = None
+    ):
+        return Finding(
+            rule=rule,
+            severity=severity,
+            where=where,
+            step=self.step,
+            value=value,
+            limit=limit,
+            message=message,
+            advice=advice,
+        )
+
+    @property
+    def expected_start(self) -> float | None:
+        """Expected first loss of a language model whose head and embedding were found."""
+        if self.forward.vocab_size is None or self.forward.logit_variance is None:
+            return None
+        return expected_start(self.forward.vocab_size, self.forward.logit_variance.item())
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the model looks newly initialised: its norms were constant when the watch began, or, without norms,
+        its first loss was not far below an untrained model's."""
+        owners = {f"{name}.weight" for name, module in self.model.named_modules() if "Norm" in type(module).__name__}
+        norms = [r.constant for r in self.readings if r.name in owners]
+        if norms:
+            return sum(norms) > len(norms) / 2
+        return not (self.losses and self.expected_start and self.losses[0] < self.expected_start - PRETRAINED)
+
+
+def several(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def once(check):
+    """Marks a rule that has nothing to add once it has spoken."""
+    check.once = True
+    return check
+
+
+def static(check):
+    """Marks a rule that needs no update: it is applied when the watch begins, too."""
+    check.static = True
+    return check
+
+
+def n_parameters(state: State) -> int:
+    return sum(p.numel() for p in state.model.parameters())
+
+
+def kinds_of(readings: Sequence[Reading]) -> dict[str, list[Reading]]:
+    kinds: dict[str, list[Reading]] = {}
+    for r in readings:
+        kinds.setdefault(r.kind, []).append(r)
+    return kinds

@@ -1,0 +1,130 @@
+"""Which tensors a watch follows, under which names, and what it refuses to watch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..sampling import Tracked, plain
+from . import intended
+
+# 16-bit matrices whose whole step is replayed (Muon): a sample, since a step costs as much as the real one
+N_MATRICES = 4
+
+
+def check_input(model: nn.Module, optimizers: list[Any], expect_frozen: Sequence[str]) -> list[str]:
+    """Names of the model's parameters. Raises ValueError for what cannot be watched."""
+    for optimizer in optimizers:
+        if not isinstance(optimizer, Optimizer):
+            raise ValueError(
+                f"optimizer={type(optimizer).__name__} is not a torch.optim.Optimizer; pass one, or a list of them"
+            )
+        if not any(group["params"] for group in optimizer.param_groups):
+            raise ValueError(
+                f"optimizer {type(optimizer).__name__} has no parameters; pass the one that trains the model"
+            )
+    if not optimizers:
+        raise ValueError("optimizer=[] is empty; pass the optimizer that trains the model")
+    if isinstance(expect_frozen, str):
+        raise ValueError(f"expect_frozen={expect_frozen!r} must be a list of names, such as [{expect_frozen!r}]")
+    names = [name for name, _ in model.named_parameters()]
+    if not names:
+        raise ValueError(f"model={type(model).__name__} has no parameters")
+    for name, p in model.named_parameters():
+        if p.device.type == "meta":
+            raise ValueError(
+                f"{name} is on the meta device and holds no values; materialise the model before watching it"
+            )
+    for prefix in expect_frozen:
+        if not any(name.startswith(prefix) for name in names):
+            raise ValueError(
+                f"expect_frozen: no parameter's name starts with {prefix!r}; the first one is {names[0]!r}"
+            )
+    return names
+
+
+def open_log(path: str | Path) -> Path:
+    """The path of a file that can be appended to, its folder made if need be. Raises ValueError if it cannot."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise ValueError(f"log={str(path)!r} cannot be written: {error.strerror}") from error
+    return path
+
+
+def named_groups(optimizers: list[Optimizer]) -> list[tuple[Optimizer, int, str]]:
+    """Every group: its optimizer, its number there, and a name to show: its own, or the class and the number."""
+    return [
+        (o, number, group.get("name") or f"{type(o).__name__.lower()}[{number}]")
+        for o in optimizers
+        for number, group in enumerate(o.param_groups)
+    ]
+
+
+def storage(p: Tensor) -> tuple:
+    """What tied weights share, whatever objects they are."""
+    values = plain(p)
+    return values.untyped_storage().data_ptr(), values.storage_offset(), tuple(values.shape), values.stride()
+
+
+def is_master(p: Tensor, of: Tensor) -> bool:
+    """Whether `p` is a wider copy of a 16-bit parameter; an update or two may lie between them."""
+    if of.dtype.itemsize >= 4 or p.dtype.itemsize < 4 or p.shape != of.shape or p.device != of.device:
+        return False
+    return torch.allclose(plain(p).float(), plain(of).float(), rtol=0.05, atol=5e-3)
+
+
+def track(model: nn.Module, optimizers: list[Optimizer]) -> tuple[list[Tracked], list[str]]:
+    """Every tensor that trains or should, and the names of trainable parameters that no optimizer has.
+
+    Tied weights are one tensor, under the first of their names. A tensor of an optimizer that is not the model's, but agrees
+    with a 16-bit one that no optimizer holds, is taken for its master copy: it is watched under that name.
+    """
+    owners = {}
+    for optimizer, number, group_name in named_groups(optimizers):
+        for p in optimizer.param_groups[number]["params"]:
+            owners.setdefault(storage(p), (p, optimizer, number, group_name))
+    named: dict[tuple, tuple[str, Tensor]] = {}
+    for name, p in model.named_parameters():
+        if plain(p).numel():
+            named.setdefault(storage(p), (name, p))
+    foreign = [key for key in owners if key not in named]
+    tracked, outside = [], []
+    for key, (name, p) in named.items():
+        if key in owners:
+            tracked.append(Tracked(name, *owners[key]))
+            continue
+        master = next((key for key in foreign if is_master(owners[key][0], p)), None)
+        if master is not None:
+            foreign.remove(master)
+            tracked.append(Tracked(name, *owners[master]))
+            tracked[-1].is_outside_model = True
+        elif p.requires_grad:
+            outside.append(name)
+            tracked.append(Tracked(name, p, None, 0, ""))
+    if len(outside) == len(tracked):
+        raise ValueError(
+            "no parameter of the model is in the optimizer; build the optimizer from this model's parameters"
+        )
+    ranks: dict[str, set[int]] = {}
+    for t in tracked:
+        ranks.setdefault(t.kind, set()).add(t.param.ndim)
+    for t in tracked:  # an nn.Sequential calls its norms and its matrices alike
+        t.kind += f" ({t.param.ndim}-d)" if len(ranks[t.kind]) > 1 else ""
+    return tracked, outside
+
+
+def choose_replayed(tracked: list[Tracked], n_matrices: int) -> list[Tracked]:
+    """The 16-bit tensors whose intended steps are replayed: all that go element by element, a few that need a matrix."""
+    narrow = [t for t in tracked if t.optimizer is not None and t.is_narrow]
+    elements = [t for t in narrow if intended.kind_of(t.optimizer) in ("adam", "elementwise")]
+    matrices = [t for t in narrow if intended.kind_of(t.optimizer) == "muon"]
+    stride = max(1, -(-len(matrices) // n_matrices))
+    return elements + matrices[stride // 2 :: stride]

@@ -1,0 +1,82 @@
+"""Checks of notebook 04's exercises. Solutions: notebooks/solutions/04.md."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from moe_lab.course.lessons import check_exercise
+
+
+def close(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=1e-6)
+
+
+def check_to_original(answer: Callable | None) -> bool:
+    """`answer(lr, rows, columns)` → the number in `original` of the step that `lr` names in `match_rms_adamw`."""
+    tests = [
+        (
+            lambda f: not close(f(1e-3, 1536, 1536), 1e-3),
+            "the same number names two different steps, unless the matrix has a fan-in of 25",
+        ),
+        (
+            lambda f: not close(f(1e-3, 1536, 1536), 1e-3 / (0.2 * math.sqrt(1536))),
+            "you convert the other way round: in a wide matrix the number in `original` is the larger one",
+        ),
+        (
+            lambda f: close(f(1e-3, 1536, 1536), 1e-3 * 0.2 * math.sqrt(1536)),
+            "for 1536 × 1536 the factor is 0.2 · sqrt(1536), about 7.8",
+        ),
+        (
+            lambda f: close(f(1e-3, 4096, 1536), 1e-3 * 0.2 * math.sqrt(1536)),
+            "a tall matrix (4096 rows, 1536 columns) has the factor of its columns, the fan-in: `original` has sqrt(rows / "
+            "columns) in it already",
+        ),
+        (
+            lambda f: close(f(1e-3, 1536, 4096), 1e-3 * 0.2 * math.sqrt(4096)),
+            "a wide matrix (1536 rows, 4096 columns) has a fan-in of 4096",
+        ),
+        (lambda f: close(f(2e-3, 100, 100), 4e-3), "it is proportional to lr"),
+    ]
+    return check_exercise(answer, tests)
+
+
+def check_updates_until(answer: Callable | None) -> bool:
+    """`answer(deviation, peak, warmup)` → the fewest updates of the case's schedule whose LRs sum to at least `deviation`."""
+    tests = [
+        (
+            lambda f: f(0.00008, 9e-5, 100) == 1,
+            "the case's first update runs at the full learning rate (B18): one update at 9e-5 is enough for 0.00008",
+        ),
+        (lambda f: f(0.0046, 9e-5, 100) != 52, "you divide by the peak; during the warm-up updates are smaller"),
+        (lambda f: f(0.004, 9e-5, 100) not in (376, 377), "count updates, not micro-batches"),
+        (
+            lambda f: f(0.004, 9e-5, 100) == 94,
+            "0.004 is 44.4 peaks of 9e-5: 1 for the first update, then 0.01 + 0.02 + …; the 94th update passes it",
+        ),
+        (lambda f: f(0.05, 3e-4, 100) == 217, "after the warm-up every update adds one peak"),
+    ]
+    return check_exercise(answer, tests)
+
+
+def check_shares(answer: Callable | None) -> bool:
+    """`answer(none, muon, adamw, both)`: the losses with no fix, with one, with both → (Muon's share, AdamW's) in nats."""
+
+    def told(f: Callable) -> tuple[float, float]:
+        muon, adamw = f(6.8, 6.7, 6.2, 6.0)
+        return round(muon, 9), round(adamw, 9)
+
+    tests = [
+        (lambda f: sum(told(f)) > 0, "a fix that lowers the loss earned something: its share is positive"),
+        (
+            lambda f: told(f) != (0.1, 0.6),
+            "each fix alone gives 0.1 and 0.6, together they gave 0.8: your shares leave 0.1 to nobody",
+        ),
+        (
+            lambda f: told(f) not in ((0.1, 0.7), (0.2, 0.6)),
+            "this is one order of fixing; take the mean over both orders",
+        ),
+        (lambda f: math.isclose(sum(told(f)), 0.8), "the shares must sum to what both together gave, 0.8"),
+        (lambda f: told(f) == (0.15, 0.65), "Muon's fix is worth 0.1 if it comes first and 0.2 if it comes last"),
+    ]
+    return check_exercise(answer, tests)
