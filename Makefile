@@ -5,6 +5,8 @@
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 PARAMS ?=
+# Two tests at a time, each with one thread: more threads make small tensors slower.
+TWO := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .PHONY: help setup run test lab notebooks outputs docs-table bench seeds detection watch-cost studies mutants browser format
 
@@ -26,8 +28,8 @@ run: setup
 test: setup browser
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest tests
-	MOE_LAB_PROFILE=smoke MOE_LAB_INTERACTIVE=0 $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 notebooks
+	$(TWO) tests
+	MOE_LAB_PROFILE=smoke MOE_LAB_INTERACTIVE=0 $(TWO) --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout=300 notebooks
 
 # The live dashboard is tested with real clicks. Any Chromium will do; else Debian's package or Playwright's build.
 browser: setup
