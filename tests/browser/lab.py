@@ -92,7 +92,7 @@ def answers(url: str) -> bool:
         return False
 
 
-def wait_for(condition: Callable[[], bool], message: str, timeout_s: float = 15) -> None:
+def wait_for(condition: Callable[[], bool], message: str, timeout_s: float = 45) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, message
