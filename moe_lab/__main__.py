@@ -19,7 +19,7 @@ from moe_lab.health.before.preflight import preflight
 from moe_lab.health.during.watch import Watch
 from moe_lab.health.findings import SEVERITIES, Finding
 from moe_lab.train import RunError, Trainer
-from moe_lab.train.device import is_out_of_memory
+from moe_lab.train.command import exit_code
 from moe_lab.train.record import FINDINGS
 
 
@@ -89,6 +89,10 @@ def counts(findings: Sequence[Finding]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    return exit_code(command, argv)
+
+
+def command(argv: list[str] | None) -> int | None:
     parser = OneLineParser(prog="python -m moe_lab", description="Train and look into training runs.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser)
     one = commands.add_parser("run", help="train one config")
@@ -108,21 +112,12 @@ def main(argv: list[str] | None = None) -> int:
     many = commands.add_parser("notebook", help="execute a notebook headlessly", add_help=False)
     many.add_argument("arguments", nargs=argparse.REMAINDER)
     many.set_defaults(call=notebook)
-    try:
-        args, rest = parser.parse_known_args(argv)  # argparse leaves over what follows an option
-        if rest and (args.call is not run or any(word.startswith("-") for word in rest)):
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        if rest:
-            args.overrides += rest
-        return args.call(args) or 0
-    except (ConfigError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        print("error: out of memory before the first step: lower model.d_model or model.n_layers", file=sys.stderr)
-        return 2
+    args, rest = parser.parse_known_args(argv)  # argparse leaves over what follows an option
+    if rest and (args.call is not run or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
+    return args.call(args)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ Shapes: n points, R resamples, S seeds, L learning rates. Losses are nats per to
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import permutations
 from typing import NamedTuple
 
 import numpy as np
@@ -29,26 +29,26 @@ class Quadratic:
     n: int  # points kept
     n_dropped: int  # points whose loss was infinite
     residual_sd: float  # n - 6 degrees of freedom; NaN for n = 6
-    r2: float  # share of the losses' variance that the fit explains; NaN if they do not vary
 
     def predict(self, x: ArrayLike) -> NDArray:
         """Losses (n,) at points (n, 2)."""
         return terms(np.asarray(x, dtype=float)) @ self.coefficients
 
     @property
-    def stationary(self) -> tuple[float, float] | None:
-        """Where the gradient is 0; None where it is so nowhere or along a line. It may lie outside of the box."""
-        return stationary_point(self.coefficients)
+    def stationary(self) -> tuple[float, float]:
+        """Where the gradient is 0, in the box or outside of it; not finite where it is so nowhere or along a line."""
+        return tuple(stationary_points(self.coefficients[None])[0].tolist())
 
     @property
     def is_minimum(self) -> bool:
         """Whether the surface curves upwards in every direction."""
-        return curves_up(self.coefficients)
+        *_, aa, ab, bb = self.coefficients
+        return bool(aa > 0 and 4 * aa * bb > ab * ab)
 
     @property
     def is_inside(self) -> bool:
         """Whether the stationary point lies strictly inside the box."""
-        return self.stationary is not None and inside(self.stationary, self.box)
+        return bool(inside(np.array(self.stationary), self.box))
 
 
 class Interval(NamedTuple):
@@ -72,9 +72,7 @@ class Optimum(NamedTuple):
 class GridBest:
     """The best learning rate of a grid by the mean over seeds, and what a parabola through it and its neighbours says."""
 
-    index: int
     at_edge: bool  # the optimum is not bracketed: widen the grid
-    index_by_seed: tuple[int, ...]
     lr: float  # on the grid
     loss: float  # mean over seeds
     optimum_lr: float | None  # of the parabola; None at an edge or beside a run that diverged
@@ -87,22 +85,18 @@ def fit_quadratic(x: ArrayLike, y: ArrayLike) -> Quadratic:
     Points with an infinite loss are dropped and counted. Raises ConfigError for NaN, for unequal lengths, and if the
     points that are left cannot determine six coefficients.
     """
-    points, losses, n_dropped = finite_points(x, y)
-    design = terms(points)
+    points, losses = finite_points(x, y)
     # centred: log10 of LRs lie far from 0, where their powers look alike
-    if np.linalg.matrix_rank(terms(points - points.mean(axis=0))) < TERMS:
+    if len(points) < TERMS or np.linalg.matrix_rank(terms(points - points.mean(axis=0))) < TERMS:
         raise ConfigError(f"{len(points)} points with finite losses do not determine a quadratic; add settings")
-    coefficients = np.linalg.lstsq(design, losses, rcond=None)[0]
-    residuals = losses - design @ coefficients
-    freedom, total = len(losses) - TERMS, ((losses - losses.mean()) ** 2).sum()
-    a, b = points.T
+    coefficients = np.linalg.lstsq(terms(points), losses, rcond=None)[0]
+    square, freedom = ((losses - terms(points) @ coefficients) ** 2).sum(), len(losses) - TERMS
     return Quadratic(
         coefficients=coefficients,
-        box=((a.min().item(), a.max().item()), (b.min().item(), b.max().item())),
+        box=tuple((axis.min().item(), axis.max().item()) for axis in points.T),
         n=len(losses),
-        n_dropped=n_dropped,
-        residual_sd=math.sqrt((residuals**2).sum() / freedom) if freedom else math.nan,
-        r2=1 - (residuals**2).sum().item() / total.item() if total else math.nan,
+        n_dropped=len(np.asarray(y)) - len(losses),
+        residual_sd=math.sqrt(square / freedom) if freedom else math.nan,
     )
 
 
@@ -118,17 +112,15 @@ def bootstrap_optimum(x: ArrayLike, y: ArrayLike, n_resamples: int = 2000, seed:
     fit = fit_quadratic(x, y)
     if fit.n <= TERMS:
         raise ConfigError(f"{fit.n} points with finite losses leave no residual to resample; 7 or more are needed")
-    points, losses, _ = finite_points(x, y)
+    points, losses = finite_points(x, y)
     fitted = fit.predict(points)
     residuals = (losses - fitted) * math.sqrt(fit.n / (fit.n - TERMS))
     draws = np.random.default_rng(seed).choice(residuals, (n_resamples, fit.n))  # (R, n)
     coefficients = np.linalg.lstsq(terms(points), (fitted + draws).T, rcond=None)[0].T  # (R, 6)
-    optima = np.array([box_minimum(row, fit.box) for row in coefficients])  # (R, 3)
-    a, b, loss = box_minimum(fit.coefficients, fit.box)
-    low, high = np.quantile(optima, (0.025, 0.975), axis=0).tolist()
-    a_interval, b_interval, loss_interval = (Interval(*ends) for ends in zip(low, high, strict=True))
-    share_at_edge = sum(not inside(row[:2], fit.box) for row in optima) / n_resamples
-    return Optimum(a, b, loss, a_interval, b_interval, loss_interval, share_at_edge)
+    optima = least_in_box(coefficients, fit.box)  # (R, 3)
+    intervals = (Interval(*ends) for ends in np.quantile(optima, (0.025, 0.975), axis=0).T.tolist())
+    least = least_in_box(fit.coefficients[None], fit.box)[0].tolist()
+    return Optimum(*least, *intervals, share_at_edge=(~inside(optima[:, :2], fit.box)).mean().item())
 
 
 def best_on_grid(lrs: ArrayLike, losses_by_seed: ArrayLike) -> GridBest:
@@ -145,16 +137,14 @@ def best_on_grid(lrs: ArrayLike, losses_by_seed: ArrayLike) -> GridBest:
     if np.isinf(mean).all():
         raise ConfigError("at each learning rate a run diverged; add lower ones")
     i = int(mean.argmin())
-    at_edge = i in (0, len(grid) - 1)
-    vertex = None if at_edge else parabola_vertex(np.log(grid[i - 1 : i + 2]), mean[i - 1 : i + 2])
+    at_edge, near = i in (0, len(grid) - 1), slice(i - 1, i + 2)
+    optimum_lr = optimum_loss = None
+    if not at_edge and np.isfinite(mean[near]).all() and np.ptp(mean[near]):
+        parabola = np.poly1d(np.polyfit(np.log(grid[near]), mean[near], 2))
+        lowest = (-parabola[1] / (2 * parabola[2])).item()
+        optimum_lr, optimum_loss = math.exp(lowest), parabola(lowest).item()
     return GridBest(
-        index=i,
-        at_edge=at_edge,
-        index_by_seed=tuple(losses.argmin(axis=1).tolist()),
-        lr=grid[i].item(),
-        loss=mean[i].item(),
-        optimum_lr=math.exp(vertex[0]) if vertex else None,
-        optimum_loss=vertex[1] if vertex else None,
+        at_edge=at_edge, lr=grid[i].item(), loss=mean[i].item(), optimum_lr=optimum_lr, optimum_loss=optimum_loss
     )
 
 
@@ -165,20 +155,14 @@ def shapley(values: Mapping[frozenset[str], float], factors: Collection[str]) ->
     Raises ConfigError that names a subset which is missing or not finite.
     Source: Shapley 1953, A Value for n-Person Games, sec. 3.
     """
-    names = sorted(set(factors))
-    for size in range(len(names) + 1):
-        for subset in map(frozenset, combinations(names, size)):
+    shares, orders = dict.fromkeys(factors, 0.0), list(permutations(factors))
+    for order in orders:
+        chain = [frozenset(order[:n]) for n in range(len(order) + 1)]
+        for subset in chain:
             if not math.isfinite(values.get(subset, math.nan)):
                 raise ConfigError(f"no finite value for the coalition {{{', '.join(sorted(subset))}}}")
-    shares = {}
-    for name in factors:
-        others = [other for other in names if other != name]
-        shares[name] = sum(
-            (values[frozenset(subset) | {name}] - values[frozenset(subset)])
-            / (len(names) * math.comb(len(others), len(subset)))
-            for size in range(len(names))
-            for subset in combinations(others, size)
-        )
+        for name, before, after in zip(order, chain, chain[1:], strict=False):
+            shares[name] += (values[after] - values[before]) / len(orders)
     return shares
 
 
@@ -201,12 +185,12 @@ def case_lrs(n_updates: int, peak: float, warmup: int = 100, first_at_full: bool
 
 
 def terms(points: NDArray) -> NDArray:
-    """(n, 2) → (n, 6)."""
-    a, b = points.T
-    return np.stack([np.ones_like(a), a, b, a * a, a * b, b * b], axis=1)
+    """(…, 2) → (…, 6)."""
+    a, b = points[..., 0], points[..., 1]
+    return np.stack([np.ones_like(a), a, b, a * a, a * b, b * b], axis=-1)
 
 
-def finite_points(x: ArrayLike, y: ArrayLike) -> tuple[NDArray, NDArray, int]:
+def finite_points(x: ArrayLike, y: ArrayLike) -> tuple[NDArray, NDArray]:
     points, losses = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     if losses.ndim != 1 or points.shape != (len(losses), 2):
         raise ConfigError(
@@ -214,52 +198,37 @@ def finite_points(x: ArrayLike, y: ArrayLike) -> tuple[NDArray, NDArray, int]:
         )
     if not np.isfinite(points).all() or np.isnan(losses).any():
         raise ConfigError("a coordinate is not finite or a loss is NaN; a run that diverged has the loss infinity")
-    kept = np.isfinite(losses)
-    if not kept.any():
+    if np.isinf(losses).all():
         raise ConfigError("every loss is infinite; add lower learning rates")
-    return points[kept], losses[kept], int((~kept).sum())
+    return points[np.isfinite(losses)], losses[np.isfinite(losses)]
 
 
-def curves_up(coefficients: NDArray) -> bool:
-    _, _, _, aa, ab, bb = coefficients
-    return bool(aa > 0 and 4 * aa * bb > ab * ab)
+def inside(points: NDArray, box: Box) -> NDArray:
+    """(…, 2) → (…,) bool."""
+    low, high = np.array(box).T
+    return ((low < points) & (points < high)).all(axis=-1)
 
 
-def stationary_point(coefficients: NDArray) -> tuple[float, float] | None:
-    _, a, b, aa, ab, bb = coefficients
-    determinant = 4 * aa * bb - ab * ab
-    if determinant == 0:
-        return None
-    return float((ab * b - 2 * bb * a) / determinant), float((ab * a - 2 * aa * b) / determinant)
+def stationary_points(coefficients: NDArray) -> NDArray:
+    """(R, 6) → (R, 2)."""
+    _, a, b, aa, ab, bb = coefficients.T
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.stack([ab * b - 2 * bb * a, ab * a - 2 * aa * b], axis=1) / (4 * aa * bb - ab * ab)[:, None]
 
 
-def inside(point: Sequence[float], box: Box) -> bool:
-    return all(low < value < high for value, (low, high) in zip(point, box, strict=True))
-
-
-def box_minimum(coefficients: NDArray, box: Box) -> tuple[float, float, float]:
-    """(a, b, value) of the least value within the box: inside where the surface has its minimum there, else on an edge."""
-    found = stationary_point(coefficients)
-    if found is not None and curves_up(coefficients) and inside(found, box):
-        candidates = [found]
-    else:
-        _, a1, b1, aa, ab, bb = coefficients
-        candidates = [(a, b) for a in box[0] for b in box[1]]
-        candidates += [(a, np.clip(-(b1 + ab * a) / (2 * bb), *box[1])) for a in box[0] if bb > 0]
-        candidates += [(np.clip(-(a1 + ab * b) / (2 * aa), *box[0]), b) for b in box[1] if aa > 0]
-    values = terms(np.array(candidates)) @ coefficients
-    best = int(values.argmin())
-    return float(candidates[best][0]), float(candidates[best][1]), float(values[best])
-
-
-def parabola_vertex(x: NDArray, y: NDArray) -> tuple[float, float] | None:
-    """(x, y) of the lowest point of the parabola through three points; None if one is infinite or it has none."""
-    if not np.isfinite(y).all():
-        return None
-    left, right = np.diff(y) / np.diff(x)  # slopes
-    curvature = (right - left) / (x[2] - x[0])
-    if curvature <= 0:
-        return None
-    vertex = (x[0] + x[1]) / 2 - left / (2 * curvature)
-    at_vertex = y[0] + (vertex - x[0]) * (left + curvature * (vertex - x[1]))
-    return float(vertex), float(at_vertex)
+def least_in_box(coefficients: NDArray, box: Box) -> NDArray:
+    """(R, 6) → (R, 3): a, b and the least value in the box. It lies where the surface or one of the four edges is level, or
+    in a corner; every candidate counts, since none within the box can be too low."""
+    _, a1, b1, aa, ab, bb = coefficients.T
+    candidates = [stationary_points(coefficients)]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for end in (0, 1):
+            a, b = (np.full(len(coefficients), axis[end]) for axis in box)
+            candidates += [
+                np.stack(pair, axis=1) for pair in ((a, -(b1 + ab * a) / (2 * bb)), (-(a1 + ab * b) / (2 * aa), b))
+            ]
+    candidates += [np.broadcast_to((a, b), (len(coefficients), 2)) for a in box[0] for b in box[1]]
+    points = np.clip(np.nan_to_num(np.stack(candidates, axis=1)), *np.array(box).T)  # (R, 9, 2)
+    values = np.einsum("rct,rt->rc", terms(points), coefficients)
+    best = np.arange(len(points)), values.argmin(axis=1)
+    return np.concatenate([points[best], values[best][:, None]], axis=1)
