@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..torch_private import uncompiled
+
 
 class Hook:
     """A module hook that stays behind when its module is copied or saved: there it becomes a function that does nothing."""
@@ -102,9 +104,10 @@ class ForwardProbe:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside of what runs it on several devices, whose forward pass waits for the other processes, or compiled."""
-    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
-    return model
+    inner = (
+        model.module if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else uncompiled(model)
+    )
+    return model if inner is model else unwrapped(inner)
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..sampling import Bank, Tracked, plain
+from ..torch_private import norms
 from . import intended
 from .tracking import choose_replayed
 
@@ -40,14 +41,14 @@ class Gradients:
                 bank.touch(here)
                 # the norm of a float16 gradient may be beyond float16
                 grads = [plain(t.param.grad) for t in here]
-                norms = torch.stack(torch._foreach_norm(grads, 2, torch.float32 if narrow else None))
-                self.waiting.append((here, norms if scale is None else norms / scale.to(norms.device), skipped))
+                sizes = norms(grads, torch.float32 if narrow else None)
+                self.waiting.append((here, sizes if scale is None else sizes / scale.to(sizes.device), skipped))
 
     def fetch(self) -> None:
-        for tensors, norms, skipped in self.waiting:
+        for tensors, sizes, skipped in self.waiting:
             if skipped is not None and skipped.item():
                 continue
-            for t, norm in zip(tensors, norms.tolist(), strict=True):
+            for t, norm in zip(tensors, sizes.tolist(), strict=True):
                 t.finite &= math.isfinite(norm)
                 t.grad_norm = max(t.grad_norm, norm if math.isfinite(norm) else 0.0)
                 t.with_gradient += norm != 0

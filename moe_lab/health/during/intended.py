@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..sampling import plain
+from ..torch_private import unhooked_step
 
 # Each element's step depends on that element alone: sampled elements can be replayed by themselves. By class name, so that
 # other libraries' versions of the same optimizer (optimi, torchao) count too.
@@ -97,7 +98,5 @@ def run(optimizer: Optimizer, group: dict, weight: Tensor, grad: Tensor, state: 
     shadow.__dict__.pop("step", None)  # a scheduler's wrapper would step the real optimizer
     shadow.param_groups = [{"params": [weight], **options}]
     shadow.state = defaultdict(dict, {weight: state} if state else {})
-    step = type(optimizer).step
-    # past torch's wrapper, which would call hooks that users registered for all optimizers
-    (step.__wrapped__ if getattr(step, "hooked", False) else step)(shadow)
+    unhooked_step(type(optimizer))(shadow)
     return weight.detach() - before

@@ -15,7 +15,6 @@ changes no number of the training, and an error of its own ends the watch, with 
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from torch.optim import Optimizer
 from ..findings import Finding
 from ..measures import Reading
 from ..sampling import Bank, Tracked, banks_of
+from ..torch_private import is_nested_step
 from .forward import ForwardProbe
 from .gradients import Gradients, Replays
 from .report import table
@@ -37,7 +37,6 @@ from .tracking import N_MATRICES, check_input, named_groups, open_log, track
 
 READ_EVERY = 5  # updates between looks at the gradients
 CHECK_EVERY = 10  # updates between checks of the rules: the only transfers from the device
-WRAPPER = Optimizer.profile_hook_step(lambda optimizer: None).__code__  # what torch puts around every step
 WINDOW = 200  # updates over which intended and realised displacement are compared, at most
 
 
@@ -175,7 +174,7 @@ class Watch:
         return self.say([self.state().finding("not_measured", severity, where, told, advice)])
 
     def before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        if is_nested(optimizer):
+        if is_nested_step(optimizer):
             return
         key = id(optimizer)
         with self.safely():
@@ -191,7 +190,7 @@ class Watch:
                 self.replays.add(optimizer, lambda error: self.cannot_replay(optimizer, error))
 
     def after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        if is_nested(optimizer):
+        if is_nested_step(optimizer):
             return
         with self.safely():
             if has_closure(args, kwargs):  # the gradients were made inside the step
@@ -296,16 +295,3 @@ class Watch:
 def has_closure(args: tuple, kwargs: dict) -> bool:
     """Whether `step` was given a function that makes the gradients; the first of `args` is the optimizer."""
     return any(callable(a) for a in (*args[1:], *kwargs.values()))
-
-
-def is_nested(optimizer: Optimizer) -> bool:
-    """Whether a hook was called from a base's step that a subclass's step calls: torch wraps both, and hooks run twice.
-
-    Asked of the call stack, since a count would be wrong after a step that ended in an exception.
-    """
-    frame, n = sys._getframe(1), 0
-    while frame is not None and n < 2:
-        if frame.f_code is WRAPPER and frame.f_locals["args"][0] is optimizer:
-            n += 1
-        frame = frame.f_back
-    return n > 1

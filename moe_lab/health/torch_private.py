@@ -1,0 +1,55 @@
+"""Every private interface of torch that the checks lean on: `make health-wheel` runs them under the oldest and newest torch."""
+
+from __future__ import annotations
+
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+STEP_WRAPPER = Optimizer.profile_hook_step(lambda optimizer: None).__code__  # what torch puts around every step
+
+
+def is_nested_step(optimizer: Optimizer) -> bool:
+    """Whether a hook was called from a base's step that a subclass's step calls: torch wraps both, and hooks run twice.
+
+    Asked of the call stack, since a count would be wrong after a step that ended in an exception.
+    """
+    frame, n = sys._getframe(1), 0
+    while frame is not None and n < 2:
+        if frame.f_code is STEP_WRAPPER and frame.f_locals["args"][0] is optimizer:
+            n += 1
+        frame = frame.f_back
+    return n > 1
+
+
+def unhooked_step(kind: type[Optimizer]) -> Callable:
+    """The class's `step` without torch's wrapper, which would call hooks that users registered for all optimizers."""
+    return kind.step.__wrapped__ if getattr(kind.step, "hooked", False) else kind.step
+
+
+@contextmanager
+def without_step_hooks(optimizers: Sequence[Optimizer]) -> Iterator[None]:
+    """Steps in here call none of the hooks that were registered on these optimizers."""
+    kept = [(o, o._optimizer_step_pre_hooks, o._optimizer_step_post_hooks) for o in optimizers]
+    for o, *_ in kept:
+        o._optimizer_step_pre_hooks, o._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for o, before, after in kept:
+            o._optimizer_step_pre_hooks, o._optimizer_step_post_hooks = before, after
+
+
+def norms(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    """The 2-norm of each tensor of one device, (M,), taken in `dtype`, in a few operations for all of them."""
+    return torch.stack(torch._foreach_norm(list(tensors), 2, dtype))
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that torch.compile was given; any other module is returned as it is."""
+    return getattr(model, "_orig_mod", model)
