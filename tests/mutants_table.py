@@ -307,6 +307,27 @@ MUTANTS = [
         "tests/test_surface.py::test_with_little_noise_the_interval_of_the_loss_is_that_of_least_squares",
     ),
     Mutant(
+        "branches differ in what a GPU's dropout draws",
+        "moe_lab/health/random_state.py",
+        "            generators(device).set_rng_state(state, *which(device))",
+        "            pass",
+        "tests/test_branch.py::test_branches_draw_the_same_numbers_on_every_device",
+    ),
+    Mutant(
+        "the branch probe drops gradients that stood there",
+        "moe_lab/health/during/branch.py",
+        "                p.grad = gradient",
+        "                p.grad = None",
+        "tests/test_branch.py::test_gradients_that_stood_there_are_put_back",
+    ),
+    Mutant(
+        "the branch probe lets foreign gradients add up",
+        "moe_lab/health/during/branch.py",
+        "for owner in (model, *optimizers):",
+        "for owner in optimizers:",
+        "tests/test_branch.py::test_gradients_that_no_optimizer_clears_do_not_add_up",
+    ),
+    Mutant(
         "a Muon LR is read as if it were AdamW's",
         "moe_lab/health/conventions.py",
         "return muon_element_step(lr, shape, convention) / ADAMW_RMS",

@@ -2,14 +2,15 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, AdamW
 
-from moe_lab.health import Watch
-from moe_lab.health.during.branch import Branch, branch_findings, branch_probe, lr_branches, paired
+from moe_lab.health import Watch, random_state
+from moe_lab.health.during.branch import Branch, branch_findings, branch_probe, leave_alone, lr_branches, paired
 
 
 def problem(noise: float = 0.1):
@@ -68,13 +69,12 @@ def test_everything_is_put_back() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1))
     optimizer = AdamW(model.parameters(), lr=1e-2)
     batches = [torch.randn(16, 4) for _ in range(12)]
-    loss_fn = lambda model, batch: model(batch).square().mean()  # noqa: E731
-    loss_fn(model, batches[0]).backward()
+    squares(model, batches[0]).backward()
     optimizer.step()
     watch = Watch(model, optimizer)
     before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     rng = torch.get_rng_state()
-    branch_probe(model, optimizer, loss_fn, batches, n_updates=5)
+    branch_probe(model, optimizer, squares, batches, n_updates=5)
     after = model.state_dict(), optimizer.state_dict()
     assert all(torch.equal(a, b) for a, b in zip(before[0].values(), after[0].values(), strict=True))
     for i, state in before[1]["state"].items():
@@ -88,8 +88,97 @@ def test_everything_is_put_back() -> None:
 
 def test_equal_settings_gain_exactly_nothing() -> None:
     model, optimizer, loss_fn, batches = problem()
-    (branch,) = branch_probe(model, optimizer, loss_fn, batches, {"same": lambda optimizers: None})
+    (branch,) = branch_probe(model, optimizer, loss_fn, batches, {"same": leave_alone})
     assert branch.gain == 0.0 and not branch.is_proof
+
+
+def dropping(device: torch.device | str = "cpu") -> tuple[nn.Module, AdamW, list]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1)).to(device)
+    return model, AdamW(model.parameters(), lr=1e-2), [torch.randn(16, 4, device=device) for _ in range(8)]
+
+
+def squares(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    return model(batch).square().mean()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_branches_drop_the_same_units(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    model, optimizer, batches = dropping(device)
+    (branch,) = branch_probe(model, optimizer, squares, batches, {"same": leave_alone}, n_updates=3)
+    assert branch.gain == 0.0 and branch.error == 0.0
+
+
+class FakeGenerator:
+    """A device's default generator: torch.cuda's functions take the device, torch.mps's nothing."""
+
+    def __init__(self, takes_device: bool):
+        self.drawn, self.takes_device = 100, takes_device
+
+    def get_rng_state(self, *device: torch.device) -> torch.Tensor:
+        assert len(device) == self.takes_device
+        return torch.tensor(self.drawn)
+
+    def set_rng_state(self, state: torch.Tensor, *device: torch.device) -> None:
+        assert len(device) == self.takes_device
+        self.drawn = int(state)
+
+
+def test_branches_draw_the_same_numbers_on_every_device(monkeypatch) -> None:
+    """Of a model on two CUDA devices or on an Apple GPU: the CPU's generator alone says nothing of theirs."""
+    fakes = {"cuda": FakeGenerator(True), "mps": FakeGenerator(False)}
+    devices = [torch.device("cuda:1"), torch.device("mps")]
+    monkeypatch.setattr(random_state, "random_devices", lambda model: devices)
+    monkeypatch.setattr(random_state, "generators", lambda device: fakes[device.type])
+
+    def noisy(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        for fake in fakes.values():
+            fake.drawn += 1
+        return squares(model, batch + 0.01 * sum(fake.drawn for fake in fakes.values()))
+
+    model, optimizer, batches = dropping()
+    (branch,) = branch_probe(model, optimizer, noisy, batches, {"same": leave_alone}, n_updates=3)
+    assert branch.gain == 0.0
+    assert [fake.drawn for fake in fakes.values()] == [100, 100]
+
+
+def test_the_devices_of_a_model_are_those_of_parameters_and_buffers() -> None:
+    def tensor(name: str) -> SimpleNamespace:
+        return SimpleNamespace(device=torch.device(name))
+
+    model = SimpleNamespace(
+        parameters=lambda: [tensor("cuda:1"), tensor("cpu"), tensor("cuda:0"), tensor("cuda:1")],
+        buffers=lambda: [tensor("mps"), tensor("meta")],
+    )
+    assert list(map(str, random_state.random_devices(model))) == ["cuda:0", "cuda:1", "mps"]
+
+
+def test_gradients_that_stood_there_are_put_back() -> None:
+    """In the middle of an accumulation; also of a parameter that no optimizer has."""
+    model, _, batches = dropping()
+    optimizer = AdamW(model[0].parameters(), lr=1e-2)
+    squares(model, batches[0]).backward()
+    model[2].bias.grad = None
+    stood = [p.grad for p in model.parameters()]
+    values = copy.deepcopy(stood)
+    branch_probe(model, optimizer, squares, batches, n_updates=3)
+    for p, gradient, value in zip(model.parameters(), stood, values, strict=True):
+        assert p.grad is gradient
+        assert gradient is None or torch.equal(gradient, value)
+
+
+def test_gradients_that_no_optimizer_clears_do_not_add_up() -> None:
+    model, _, batches = dropping()
+    seen = []
+
+    def loss_fn(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        seen.append(model[2].weight.grad)
+        return squares(model, batch)
+
+    branch_probe(model, AdamW(model[0].parameters(), lr=1e-2), loss_fn, batches, {}, n_updates=3)
+    assert seen[:3] == [None, None, None]
 
 
 def test_an_error_inside_still_puts_the_model_back() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -18,6 +17,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..findings import Finding
+from ..random_state import RandomState
+from ..torch_private import without_step_hooks
 
 N_UPDATES = 30
 FACTOR = 3.0
@@ -53,35 +54,30 @@ def branch_probe(
     `loss_fn(model, batch)` gives a scalar in nats. The first `n_updates` of `batches` train, the rest (at least 5)
     evaluate, in the model's current mode. `branches` maps a name to a change of the optimizers' options; by default each
     parameter group's LR times 3, and all of them together (`lr_branches`). Ask it after warm-up: it holds LRs constant.
-    Model, optimizers and random state are put back, also after an error; a watch does not see the probe's updates. It takes
-    a copy of parameters and optimizer state. Raises ValueError for too few batches.
+    Every branch draws the same random numbers from torch's generators (dropout), on each device of the model. Model,
+    gradients, optimizers and random state are put back, also after an error. Step hooks of the optimizers, a watch's and
+    others', are not called. It takes a copy of parameters and optimizer state. Raises ValueError for too few batches.
     """
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
     if len(batches) < n_updates + 5:
         raise ValueError(f"batches has {len(batches)}; {n_updates} updates and at least 5 to evaluate on are needed")
-    branches = lr_branches(optimizers) if branches is None else branches
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    settings = {"": leave_alone, **(lr_branches(optimizers) if branches is None else branches)}
     losses: dict[str, list[float]] = {}
-    with unobserved(optimizers), torch.random.fork_rng(devices=devices):
-        rng = torch.get_rng_state()
-        states = copy.deepcopy((model.state_dict(), [o.state_dict() for o in optimizers]))
-        try:
-            for name, change in {"": lambda optimizers: None, **branches}.items():
-                restore(model, optimizers, states)
-                torch.set_rng_state(rng)
-                change(optimizers)
-                for batch in batches[:n_updates]:
-                    loss_fn(model, batch).backward()
-                    if max_grad_norm:
-                        nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-                    for o in optimizers:
-                        o.step()
-                        o.zero_grad(set_to_none=True)
-                with torch.no_grad():
-                    evaluated = [loss_fn(model, batch).float() for batch in batches[n_updates:]]
-                losses[name] = torch.stack(evaluated).tolist()
-        finally:
-            restore(model, optimizers, states)
+    with kept(model, optimizers) as start_over:
+        for name, change in settings.items():
+            start_over()
+            change(optimizers)
+            for batch in batches[:n_updates]:
+                for owner in (model, *optimizers):  # also what no optimizer holds: clipping would see it add up
+                    owner.zero_grad(set_to_none=True)
+                loss_fn(model, batch).backward()
+                if max_grad_norm:
+                    nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+                for o in optimizers:
+                    o.step()
+            with torch.no_grad():
+                evaluated = [loss_fn(model, batch).float() for batch in batches[n_updates:]]
+            losses[name] = torch.stack(evaluated).tolist()
     base = losses.pop("")
     return [Branch(name, sum(mine) / len(mine), *paired(base, mine)) for name, mine in losses.items()]
 
@@ -131,24 +127,30 @@ def paired(base: Sequence[float], other: Sequence[float]) -> tuple[float, float]
     return mean, math.sqrt(sum((g - mean) ** 2 for g in gains) / (len(gains) - 1) / len(gains))
 
 
-def restore(model: nn.Module, optimizers: Sequence[Optimizer], states: tuple) -> None:
-    model_state, optimizer_states = copy.deepcopy(
-        states
-    )  # loading may keep the very tensors, which training would change
-    model.load_state_dict(model_state)
-    for optimizer, state in zip(optimizers, optimizer_states, strict=True):
-        optimizer.load_state_dict(state)
-        optimizer.zero_grad(set_to_none=True)
+def leave_alone(optimizers: list[Optimizer]) -> None:
+    """The branch that the others are held against."""
 
 
 @contextmanager
-def unobserved(optimizers: Sequence[Optimizer]) -> Iterator[None]:
-    """Without the optimizers' step hooks: whoever watches must not count these updates."""
-    kept = [(o, o._optimizer_step_pre_hooks, o._optimizer_step_post_hooks) for o in optimizers]
-    for o, *_ in kept:
-        o._optimizer_step_pre_hooks, o._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
-    try:
-        yield
-    finally:
-        for o, before, after in kept:
-            o._optimizer_step_pre_hooks, o._optimizer_step_post_hooks = before, after
+def kept(model: nn.Module, optimizers: Sequence[Optimizer]) -> Iterator[Callable[[], None]]:
+    """Gives a function that puts model, optimizers and random state back to how they are now; the end does so as well."""
+    params = [*model.parameters(), *(p for o in optimizers for group in o.param_groups for p in group["params"])]
+    gradients = [(p, p.grad) for p in params]
+    random_state = RandomState(model)
+    states = copy.deepcopy((model.state_dict(), [o.state_dict() for o in optimizers]))
+
+    def start_over() -> None:
+        # loading may keep the very tensors, which training would change
+        model_state, optimizer_states = copy.deepcopy(states)
+        model.load_state_dict(model_state)
+        for optimizer, state in zip(optimizers, optimizer_states, strict=True):
+            optimizer.load_state_dict(state)
+        random_state.put_back()
+
+    with without_step_hooks(optimizers):
+        try:
+            yield start_over
+        finally:
+            start_over()
+            for p, gradient in gradients:
+                p.grad = gradient

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..random_state import RandomState
 from ..torch_private import uncompiled
 
 
@@ -73,7 +74,7 @@ class ForwardProbe:
             return None
         args, kwargs = self.inputs
         modes = [(module, module.training) for module in self.model.modules()]
-        devices = [param.device] if param.device.type == "cuda" else []
+        random_state = RandomState(self.model)
 
         def outputs(p: Tensor) -> list[Tensor]:
             copies = {key: buffer.clone() for key, buffer in self.model.named_buffers()}
@@ -81,11 +82,12 @@ class ForwardProbe:
 
         try:
             self.model.eval()
-            with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            with torch.no_grad():
                 before, after = outputs(param), outputs(param + 0.1 + param.abs())
         except Exception:  # the model's own code, called in a way it may not be made for: then it cannot be told
             return None
         finally:
+            random_state.put_back()
             for module, mode in modes:
                 module.training = mode
         return len(before) != len(after) or any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
