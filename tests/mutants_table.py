@@ -371,7 +371,7 @@ MUTANTS = [
     ),
     Mutant(
         "a late joiner is replayed as if it had been there from the start",
-        "moe_lab/health/during/gradients.py",
+        "moe_lab/health/during/intended.py",
         "key = (id(bank), t.group_number, t.age, bool(optimizer.state.get(t.param)))",
         "key = (id(bank), t.group_number, bool(optimizer.state.get(t.param)))",
         "tests/test_watch_tensors.py::test_a_scalar_and_a_late_joiner_are_replayed_with_their_own_counts",

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..sampling import plain
+from ..sampling import Bank, Tracked, plain
 from ..torch_private import unhooked_step
 
 # Each element's step depends on that element alone: sampled elements can be replayed by themselves. By class name, so that
@@ -100,3 +100,56 @@ def run(optimizer: Optimizer, group: dict, weight: Tensor, grad: Tensor, state: 
     shadow.state = defaultdict(dict, {weight: state} if state else {})
     unhooked_step(type(optimizer))(shadow)
     return weight.detach() - before
+
+
+def choose_replayed(tracked: list[Tracked], n_matrices: int) -> list[Tracked]:
+    """The 16-bit tensors whose intended steps are replayed: all that go element by element, a few that need a matrix."""
+    narrow = [t for t in tracked if t.optimizer is not None and t.is_narrow]
+    elements = [t for t in narrow if kind_of(t.optimizer) in ("adam", "elementwise")]
+    matrices = [t for t in narrow if kind_of(t.optimizer) == "muon"]
+    stride = max(1, -(-len(matrices) // n_matrices))
+    return elements + matrices[stride // 2 :: stride]
+
+
+class Replays:
+    """The intended steps of 16-bit tensors, added up in their banks."""
+
+    def __init__(self, n_matrices: int) -> None:
+        self.n_matrices = n_matrices
+        self.of: dict[int, list[tuple[Bank, Tracked]]] = {}  # by the optimizer's id
+        self.failed: set[int] = set()  # optimizers that could not be replayed
+
+    def choose(self, tracked: Sequence[Tracked], banks: Sequence[Bank]) -> None:
+        bank_of = {id(t): bank for bank in banks for t in bank.tensors}
+        self.of = {}
+        for t in choose_replayed(tracked, self.n_matrices):
+            if id(t.optimizer) not in self.failed:
+                self.of.setdefault(id(t.optimizer), []).append((bank_of[id(t)], t))
+
+    def add(self, optimizer: Optimizer, tell: Callable[[Exception], None]) -> None:
+        """Add the step that is about to be taken. If it cannot be replayed, it is given up, and `tell` is called."""
+        try:
+            self.replay(optimizer)
+        except Exception as error:  # it goes by a known name, and needs more than one tensor and its state
+            self.failed.add(id(optimizer))
+            for _, t in self.of.pop(id(optimizer)):
+                t.intended_known = False
+            tell(error)
+
+    def replay(self, optimizer: Optimizer) -> None:
+        batches: dict[tuple, list[tuple[Bank, Tracked]]] = {}
+        for bank, t in self.of.get(id(optimizer), ()):
+            if t.param.grad is None or t.param.grad.is_sparse:
+                continue
+            if t.param.ndim == 0 or kind_of(optimizer) == "muon":
+                bank.intend(t, t.sample(replay_whole(optimizer, t.group, t.param)))
+            else:  # one replay for a group's tensors of the same age
+                key = (id(bank), t.group_number, t.age, bool(optimizer.state.get(t.param)))
+                batches.setdefault(key, []).append((bank, t))
+            t.age += 1
+        for batch in batches.values():
+            tensors = [t for _, t in batch]
+            params, indices = [t.param for t in tensors], [t.index for t in tensors]
+            moved = replay_elements(optimizer, tensors[0].group, params, indices)
+            for (bank, t), part in zip(batch, moved.split([len(i) for i in indices]), strict=True):
+                bank.intend(t, part)

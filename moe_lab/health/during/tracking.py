@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..sampling import Tracked, plain
-from . import intended
 
 # 16-bit matrices whose whole step is replayed (Muon): a sample, since a step costs as much as the real one
 N_MATRICES = 4
@@ -119,12 +118,3 @@ def track(model: nn.Module, optimizers: list[Optimizer]) -> tuple[list[Tracked],
     for t in tracked:  # an nn.Sequential calls its norms and its matrices alike
         t.kind += f" ({t.param.ndim}-d)" if len(ranks[t.kind]) > 1 else ""
     return tracked, outside
-
-
-def choose_replayed(tracked: list[Tracked], n_matrices: int) -> list[Tracked]:
-    """The 16-bit tensors whose intended steps are replayed: all that go element by element, a few that need a matrix."""
-    narrow = [t for t in tracked if t.optimizer is not None and t.is_narrow]
-    elements = [t for t in narrow if intended.kind_of(t.optimizer) in ("adam", "elementwise")]
-    matrices = [t for t in narrow if intended.kind_of(t.optimizer) == "muon"]
-    stride = max(1, -(-len(matrices) // n_matrices))
-    return elements + matrices[stride // 2 :: stride]

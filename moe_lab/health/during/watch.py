@@ -29,7 +29,8 @@ from ..measures import Reading
 from ..sampling import Bank, Tracked, banks_of
 from ..torch_private import is_nested_step
 from .forward import ForwardProbe
-from .gradients import Gradients, Replays
+from .gradients import Gradients
+from .intended import Replays
 from .report import table
 from .rules import CHECKS
 from .state import HISTORY, GroupState, State, fetch
