@@ -72,16 +72,16 @@ def jupyter_lab(folder: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def opened_notebook(notebook: Path, height: int) -> Iterator[tuple[Page, str, list[str]]]:
-    """A notebook open in a browser, its cells running: the page, the server's address, and the page's errors so far."""
-    with sync_playwright() as playwright, jupyter_lab(notebook.parent) as address:
+def opened_notebook(notebook: str, address: str, height: int) -> Iterator[tuple[Page, list[str]]]:
+    """A notebook of the server's folder open in a browser, its cells running: the page, and its errors so far."""
+    with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_chromium(playwright), args=ARGS, headless=True)
         page = browser.new_page(viewport={"width": 1200, "height": height})
         crashes: list[str] = []
         page.on("pageerror", lambda error: crashes.append(str(error)))
-        open_notebook(page, address, notebook.name)
+        open_notebook(page, address, notebook)
         run_all(page)
-        yield page, address, crashes
+        yield page, crashes
         browser.close()
 
 
