@@ -225,9 +225,16 @@ MUTANTS = [
     Mutant(
         "intervals count micro-batches (B07)",
         "moe_lab/train/loop.py",
-        "if self.step % self.config.training.log_interval == 0 or",
-        "if self.step * self.config.training.gradient_accumulation_steps % self.config.training.log_interval == 0 or",
+        "if self.step % self.config.training.log_interval == 0:",
+        "if self.step * self.config.training.gradient_accumulation_steps % self.config.training.log_interval == 0:",
         "tests/test_train.py::test_intervals_count_updates",
+    ),
+    Mutant(
+        "a training that is driven by hand loses its last rows",
+        "moe_lab/train/loop.py",
+        "        finally:\n            self.flush()\n",
+        "        finally:\n            pass\n",
+        "tests/test_train.py::test_the_record_reaches_as_far_as_the_steps",
     ),
     Mutant(
         "evaluation runs in training mode",

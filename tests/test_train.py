@@ -130,6 +130,60 @@ def test_intervals_count_updates(tmp_path: Path, monkeypatch) -> None:
     assert names == ["step_000010.pt", "step_000020.pt"]
 
 
+# ---- by hand --------------------------------------------------------------------------------------------------------
+
+
+def test_steps_make_the_updates_of_fit(run: Trainer, tmp_path: Path) -> None:
+    """In two calls, with an evaluation-like pause between; the reports hold what the record holds."""
+    trainer = Trainer(run.config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    reports = list(trainer.steps(until=2))
+    assert (trainer.step, [report.step for report in reports]) == (2, [1, 2])
+    trainer.model.eval()  # a caller may look at the model between two calls
+    reports += trainer.steps()
+    rows, of_fit = (without_times(steps_of(folder)) for folder in (tmp_path / "run", run.run_dir))
+    assert rows == of_fit and evaluations_of(tmp_path / "run") == []
+    assert all(p.equal(parameters(trainer)[name]) for name, p in parameters(run).items())
+    for report, row in zip(reports, rows, strict=True):
+        assert (report.step, report.tokens, report.lr) == (row["step"], row["tokens"], row["lr"])
+        assert {name: term.item() for name, term in report.losses.items()} == pytest.approx(row["losses"])
+        assert report.grad_norm.item() == pytest.approx(row["grad_norm"])
+    assert list(trainer.steps()) == []
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"config.yaml", "tokenizer.json", "record.jsonl", "checkpoints"}
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_the_record_reaches_as_far_as_the_steps(tmp_path: Path) -> None:
+    """Written each `log_interval` updates, at `until`, when the loop is left early, and when something is raised in it."""
+    trainer = Trainer(tiny(tmp_path, training={"log_interval": 3}), tmp_path / "run")
+    seen = [(report.step, len(steps_of(tmp_path / "run"))) for report in trainer.steps(until=4)]
+    assert seen == [(1, 0), (2, 0), (3, 3), (4, 3)] and len(steps_of(tmp_path / "run")) == 4
+    for report in trainer.steps():
+        assert report.step == 5
+        break
+    assert len(steps_of(tmp_path / "run")) == 5
+    with pytest.raises(ZeroDivisionError):
+        for report in trainer.steps():
+            report.step // 0
+    assert trainer.step == len(steps_of(tmp_path / "run")) == 6
+    whole = train(trainer.config, tmp_path / "whole")  # nothing was lost or done twice
+    assert without_times(steps_of(tmp_path / "run")) == without_times(steps_of(whole.run_dir))
+
+
+def test_steps_obey_the_controls(tmp_path: Path) -> None:
+    trainer = Trainer(tiny(tmp_path), tmp_path / "run")
+    for report in trainer.steps():
+        if report.step == 2:
+            trainer.controls.set_lr_scale(0.5)
+        if report.step == 3:
+            assert report.lr["muon"] == pytest.approx(0.02 * 0.5)
+            trainer.stop()
+    assert trainer.step == 3
+    with pytest.raises(ValueError, match=r"^until=7 is beyond the run's 6 steps; raise training.steps$"):
+        next(trainer.steps(until=7))
+
+
 # ---- what is written ------------------------------------------------------------------------------------------------
 
 

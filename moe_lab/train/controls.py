@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from moe_lab.train.record import read_jsonl
@@ -76,3 +80,28 @@ class Controls:
             if self.paused:
                 self.lock.wait(seconds)
             return self.paused
+
+
+@contextlib.contextmanager
+def signals_ask_to_stop(controls: Controls) -> Iterator[None]:
+    """Ctrl-C and SIGTERM ask for a stop, once: an interrupted optimizer.step() would leave half the tensors moved."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread receives signals; whoever waits for this one passes them on
+        return
+    previous = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+
+    def put_back() -> None:
+        for name, handler in previous.items():
+            signal.signal(name, handler)
+
+    def ask(number, frame):
+        print("stopping after this update and saving; press Ctrl-C again to quit at once", file=sys.stderr)
+        controls.stop()
+        put_back()
+
+    for name in previous:
+        signal.signal(name, ask)
+    try:
+        yield
+    finally:
+        put_back()

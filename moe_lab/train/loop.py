@@ -1,19 +1,15 @@
-"""The trainer: one step is one optimizer update. Read `fit` first."""
+"""The trainer: one step is one optimizer update. Read `steps` first."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import signal
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
@@ -26,12 +22,24 @@ from moe_lab.model import build_model
 from moe_lab.optim import build_optimizers, groups_of, lr_share
 from moe_lab.train import checkpoint as ckpt
 from moe_lab.train.checkpoint import RunError
-from moe_lab.train.controls import CONTROLS, Controls
+from moe_lab.train.controls import CONTROLS, Controls, signals_ask_to_stop
 from moe_lab.train.device import bfloat16_products, is_out_of_memory, keep_freed_memory, pick_compute, pick_device
 from moe_lab.train.evaluate import evaluate
 from moe_lab.train.readings import Readings
-from moe_lab.train.record import FINDINGS, RECORD, append_jsonl, cut_jsonl, read_jsonl, read_record, write_atomically
+from moe_lab.train.record import RECORD, append_jsonl, cut_jsonl, read_jsonl, read_record, write_atomically
 from moe_lab.train.resume import merge
+from moe_lab.train.summary import commit as commit  # the place where benchmarks look for it
+from moe_lab.train.summary import write_summary
+
+
+class Report(NamedTuple):
+    """One update; the tensors are scalars on the run's device, and nothing was fetched for it."""
+
+    step: int  # this update's number, from 1
+    tokens: int  # trained on so far, with this update's
+    lr: dict[str, float]  # of each group, in this update
+    losses: dict[str, Tensor]  # the weighted terms, measured before the update; their sum is the loss
+    grad_norm: Tensor  # before clipping
 
 
 class Trainer:
@@ -87,6 +95,7 @@ class Trainer:
         self.listeners = list(listeners)
         self.controls = Controls()
         self.step = 0
+        self.begun = False  # whether the run's directory holds what a run begins with
         self.seconds_before = 0.0  # wall time of the run before this process
 
     # ---- what a caller uses ------------------------------------------------------------------------------------------
@@ -113,10 +122,39 @@ class Trainer:
             self.refuse_used_directory()  # again: another process may have come and gone
             if self.stored and ckpt.latest_checkpoint(self.run_dir)[1]["step"] != self.stored["step"]:
                 raise RunError(f"{self.run_dir}: another process has gone on with this run meanwhile; start again")
-            with self.interrupts_ask_to_stop():
+            with signals_ask_to_stop(self.controls):
                 return self.run()
         finally:
             lock.release()
+
+    def steps(self, until: int | None = None) -> Iterator[Report]:
+        """The same run, an update at a time: the one way to drive a training by hand.
+
+            for report in trainer.steps(until=20):
+                print(report.step, report.grad_norm.item())
+
+        Begins the run if it has not begun: the directory with config.yaml, tokenizer.json and an empty record, or the
+        checkpoint's state. Then makes updates, and yields each one's Report, until `until` of them are done (counted
+        from the run's first; default and limit: `n_steps`) or a stop is asked for. A later call goes on where this one
+        ended. What is asked of `controls` is done before each update. The record is written every `log_interval` steps
+        and when the generator ends, is closed, or fails. It neither evaluates nor saves by itself, does not lock the
+        directory and writes no summary: `fit` does, and makes the same updates. Between two updates the caller may do
+        what he likes; an exception there leaves a whole run, and so does not going on.
+        Raises ValueError for `until` beyond `n_steps`, RunError as `fit` does.
+        """
+        last = self.n_steps if until is None else until
+        if last > self.n_steps:
+            raise ValueError(f"until={last} is beyond the run's {self.n_steps} steps; raise training.steps")
+        self.start()
+        self.model.train()
+        try:
+            while self.step < last and not self.obey_controls():
+                report = self.update()
+                if self.step % self.config.training.log_interval == 0:
+                    self.flush()
+                yield report
+        finally:
+            self.flush()
 
     def stop(self) -> None:
         """Ask, from any thread, for the end: the update in progress is finished and saved."""
@@ -128,15 +166,12 @@ class Trainer:
         self.start()
         status = "failed"
         try:
-            self.model.train()
             self.evaluate_if_due()
-            while self.step < self.n_steps and not self.obey_controls():
-                self.update()
-                if self.step % self.config.training.log_interval == 0 or self.step == self.n_steps:
-                    self.flush()
-                self.evaluate_if_due()
-                if self.step % self.config.training.save_interval == 0 or self.step == self.n_steps:
-                    self.save(ckpt.step_path(self.run_dir, self.step))
+            with contextlib.closing(self.steps()) as steps:
+                for _ in steps:
+                    self.evaluate_if_due()
+                    if self.step % self.config.training.save_interval == 0 or self.step == self.n_steps:
+                        self.save(ckpt.step_path(self.run_dir, self.step))
             finished = self.step == self.n_steps and self.step in self.evaluated
             if not finished:
                 self.save(self.run_dir / ckpt.FOLDER / ckpt.INTERRUPTED)
@@ -150,11 +185,15 @@ class Trainer:
             raise
         finally:
             self.readings.loads.close()
-            summary = self.write_summary(status)
+            self.begun = False
+            summary = write_summary(self, status)
         return summary
 
     def start(self) -> None:
-        """Write what a run begins with, or restore what it was stopped with."""
+        """Write what a run begins with, or restore what it was stopped with. Does nothing when the run has begun."""
+        if self.begun:
+            return
+        self.run_dir.mkdir(parents=True, exist_ok=True)
         (self.run_dir / ckpt.FOLDER).mkdir(exist_ok=True)
         for unfinished in (self.run_dir / ckpt.FOLDER).glob("*.part"):
             unfinished.unlink()  # a save that a kill cut short
@@ -185,8 +224,9 @@ class Trainer:
         write_atomically(self.run_dir / "config.yaml", to_yaml(self.config))
         write_atomically(self.run_dir / "tokenizer.json", self.dataset.tokenizer.to_str())
         (self.run_dir / RECORD).touch()
+        self.begun = True
 
-    def update(self) -> None:
+    def update(self) -> Report:
         """One step: the mean gradient of the micro-batches, clipped, and one move of every optimizer."""
         training = self.config.training
         self.step += 1
@@ -211,8 +251,9 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         lr = {group["name"]: group["lr"] for group in groups_of(self.optimizers)}
-        row = {"step": self.step, "tokens": self.tokens(), "lr": lr, "seconds": round(self.seconds(), 3)}
-        self.readings.add(row, means, grad_norm, deviation)
+        report = Report(self.step, self.tokens(), lr, means, grad_norm)
+        self.readings.add(report, deviation, round(self.seconds(), 3))
+        return report
 
     def flush(self) -> None:
         """Fetch the waiting readings, append them to the record and tell the listeners.
@@ -305,36 +346,6 @@ class Trainer:
         self.initial_sample = state["initial_sample"]
         ckpt.restore_rng(state["rng_state"], self.device)
 
-    def write_summary(self, status: str) -> dict[str, Any]:
-        rows = read_record(self.run_dir)
-        losses = [row["loss"] for row in rows if "loss" in row][-self.config.training.log_interval :]
-        validation = next((row["validation_loss"] for row in reversed(rows) if row.get("event") == "eval"), None)
-        wall = self.seconds()
-        n_targets = len(self.dataset.validation) - 1
-        bits = validation and validation * n_targets / self.dataset.validation_bytes / math.log(2)
-        summary = {
-            "status": status,
-            "train_loss": sum(losses) / len(losses) if losses else None,
-            "validation_loss": validation,
-            "trigram_loss": self.floors["trigram"],
-            "bits_per_byte": bits,
-            "steps": self.step,
-            "tokens": self.tokens(),
-            "wall_s": round(wall, 1),
-            "tokens_per_s": round(self.tokens() / wall, 1) if wall else 0.0,
-            "seed": self.config.training.seed,
-            "commit": commit(),
-            "corpus": self.dataset.corpus_hash,
-            "findings": self.findings(),
-        }
-        write_atomically(self.run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
-        return summary
-
-    def findings(self) -> list[dict] | None:
-        """What a watch wrote beside the record; None if nothing watched."""
-        path = self.run_dir / FINDINGS
-        return read_jsonl(path) if path.exists() else None
-
     # ---- small parts -------------------------------------------------------------------------------------------------
 
     def tokens(self) -> int:
@@ -366,35 +377,3 @@ class Trainer:
             f"training.gradient_accumulation_steps to keep the step), model.max_seq_len ({model.max_seq_len}) or "
             f"model.d_model ({model.d_model}), or set training.activation_checkpointing"
         )
-
-    @contextlib.contextmanager
-    def interrupts_ask_to_stop(self):
-        """Ctrl-C and SIGTERM ask for a stop, once: an interrupted optimizer.step() would leave half the tensors moved."""
-        if threading.current_thread() is not threading.main_thread():
-            yield  # only the main thread receives signals; whoever waits for this one passes them on
-            return
-        previous = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
-
-        def ask(number, frame):
-            print("stopping after this update and saving; press Ctrl-C again to quit at once", file=sys.stderr)
-            self.stop()
-            for name, handler in previous.items():
-                signal.signal(name, handler)
-
-        for name in previous:
-            signal.signal(name, ask)
-        try:
-            yield
-        finally:
-            for name, handler in previous.items():
-                signal.signal(name, handler)
-
-
-def commit() -> str | None:
-    """The repository's short commit hash, with a plus sign where files differ from it; None without git."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from moe_lab.model.moe import Routing
+
+if TYPE_CHECKING:
+    from moe_lab.train.loop import Report
 
 
 class ExpertLoads:
@@ -44,10 +49,12 @@ class Readings:
         """Largest |w - 1| over the RMSNorm weights, a scalar on the device."""
         return torch.stack([(p.detach().float() - 1).abs().max() for p in self.norms]).max()
 
-    def add(self, row: dict, terms: dict[str, Tensor], grad_norm: Tensor, deviation: Tensor) -> None:
-        """Keep a step's plain values and its device values: loss terms, gradient norm, deviation, loads."""
+    def add(self, report: Report, deviation: Tensor, seconds: float) -> None:
+        """Keep a step's plain values and, on the device: loss terms, gradient norm, deviation, loads."""
         loads = self.loads.take()
+        terms, grad_norm = report.losses, report.grad_norm
         scalars = torch.stack([*(term.float() for term in terms.values()), grad_norm.float(), deviation])
+        row = {"step": report.step, "tokens": report.tokens, "lr": report.lr, "seconds": seconds}
         self.waiting.append((row, list(terms), [len(load) for load in loads], torch.cat([scalars, *loads])))
 
     def fetch(self) -> list[dict]:
