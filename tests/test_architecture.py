@@ -11,6 +11,7 @@ PACKAGE = ROOT / "moe_lab"
 TRAINING = {"config", "data", "model", "optim"}
 ALLOWED = {
     "config": set(),
+    "schema": set(),
     "data": {"config"},
     "model": {"config"},
     "optim": {"config"},

@@ -10,12 +10,15 @@ import yaml
 from tiny_run import CONFIGS
 
 from moe_lab import load_config
-from moe_lab.config import to_dict
-from moe_lab.health.before.comments import Said, statements
+from moe_lab.__main__ import preflight_of
+from moe_lab.config import Config, to_dict
+from moe_lab.health.before.comments import Statement, statements
 from moe_lab.health.before.plan import Entry, Plan, sum_of_shares
 from moe_lab.health.before.preflight import SAMPLE, entries_of_mapping, preflight
+from moe_lab.health.conventions import usual_adamw_lr
 from moe_lab.model.count import count_parameters
 from moe_lab.optim import lr_share
+from moe_lab.schema import HEALTH_SCHEMA
 
 CASE = CONFIGS / "training_1.5b_as_reported.yaml"
 ALL = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
@@ -56,17 +59,75 @@ def test_without_lines_the_key_is_named() -> None:
     ]
 
 
+def estimate(config: Config) -> float:
+    return Plan(list(entries_of_mapping(to_dict(config)))).n_parameters()
+
+
+# of the lab's mechanisms the general transformer has experts; without the others the counts agree
+PLAIN = ["model.mod_enabled=false", "model.mamba_enabled=false", "model.mamba_layers=[]", "model.moe_router_hidden=0"]
+PLAIN += ["model.n_pred_tokens=1", "model.aux_loss_weights=[1.0]"]
+
+
 @pytest.mark.parametrize("name", ALL)
-def test_the_parameter_count_is_nearly_that_of_the_model(name: str) -> None:
+@pytest.mark.parametrize("experts", [True, False])
+def test_the_parameter_count_is_nearly_that_of_the_model(name: str, experts: bool) -> None:
+    config = load_config(CONFIGS / f"{name}.yaml", PLAIN + ([] if experts else ["model.moe_layers=[]"]))
+    assert estimate(config) == pytest.approx(count_parameters(config.model).total, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_from_the_sizes_alone_the_usual_learning_rate_is_nearly_right(name: str) -> None:
+    """MoD, Mamba and more heads are not in the formula; the usual LR goes with the count to the power -0.3."""
     config = load_config(CONFIGS / f"{name}.yaml")
-    estimate = Plan(list(entries_of_mapping(to_dict(config)))).n_parameters()
-    assert estimate == pytest.approx(count_parameters(config.model).total, rel=0.01)
+    exact = usual_adamw_lr(count_parameters(config.model).total)
+    assert usual_adamw_lr(estimate(config)) == pytest.approx(exact, rel=0.15)
 
 
-def test_the_count_of_a_routing_mamba_and_of_linear_routers() -> None:
-    config = load_config(CONFIGS / "lab.yaml", ["model.moe_layers=[1,2]", "model.moe_router_hidden=0"])
-    estimate = Plan(list(entries_of_mapping(to_dict(config)))).n_parameters()
-    assert estimate == pytest.approx(count_parameters(config.model).total, rel=0.01)
+def test_experts_are_in_every_layer_unless_a_list_says_where() -> None:
+    """Mixtral-like: transformers' own names."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes |= {"intermediate_size": 16, "vocab_size": 10, "num_local_experts": 3, "tie_word_embeddings": True}
+    attention, feed_forward = 8 * 8 + 2 * 8 * 4 + 8 * 8, 3 * 8 * 16
+
+    def count(config: dict) -> float:
+        return Plan(list(entries_of_mapping(config))).n_parameters()
+
+    assert count(sizes) == 4 * (attention + 3 * feed_forward) + 80
+    assert count(sizes | {"moe_layers": [1]}) == 4 * attention + 6 * feed_forward + 80
+    assert count(sizes | {"tie_word_embeddings": False}) == count(sizes) + 80
+
+
+def test_the_size_that_is_handed_in_counts() -> None:
+    config = {"d_model": 64, "n_layers": 2, "learning_rate": 1e-9, "optimizer": "adamw"}
+    (finding,) = preflight(config, n_parameters=1.3e9)
+    assert "a transformer of 1.3e+09 parameters usually starts at about 0.0002" in finding.message
+    assert preflight({"learning_rate": 1e-9, "optimizer": "adamw"}, n_parameters=1.3e9)[0].severity == "warning"
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_command_hands_in_what_the_lab_knows(name: str) -> None:
+    alone, told = preflight(CONFIGS / f"{name}.yaml"), preflight_of(str(CONFIGS / f"{name}.yaml"))
+    assert [(f.rule, f.severity, f.where) for f in told] == [(f.rule, f.severity, f.where) for f in alone]
+    exact = f"a transformer of {count_parameters(load_config(CONFIGS / f'{name}.yaml').model).total:.2g} parameters"
+    assert all(exact in f.message for f in told if f.rule == "muon_convention")
+
+
+def test_a_schema_names_a_projects_own_keys() -> None:
+    config = {"width": 768, "depth": 12, "vocab": 50257, "peak_lr": 6e-6, "optimizer": "adamw"}
+    assert rules(preflight(config)) == [] and rules(preflight(config), "info") == ["lr_too_low"]  # not judged
+    names = {"d_model": ["width"], "n_layers": ["depth"], "vocab_size": ["vocab"]}
+    assert rules(preflight(config, schema={"aliases": names})) == ["lr_too_low"]
+    assert rules(preflight(config, schema={"dead_keys": {"depth": "layers"}})) == ["unread_key"]
+    with pytest.raises(ValueError, match=r"^schema has names; it takes aliases, sections, dead_keys$"):
+        preflight(config, schema={"names": names})
+
+
+def test_the_labs_schema_is_of_the_labs_keys() -> None:
+    values = to_dict(load_config(CONFIGS / "lab.yaml"))
+    assert set(HEALTH_SCHEMA["sections"]) == set(values)
+    instead = {name for text in HEALTH_SCHEMA["dead_keys"].values() for name in text.split(" and ")}
+    known = {f"{section}.{key}" for section, keys in values.items() for key in keys}
+    assert instead <= known and not known & set(HEALTH_SCHEMA["dead_keys"])
 
 
 # ---- bf16 parameters -------------------------------------------------------------------------------------------------
@@ -75,7 +136,10 @@ def test_the_count_of_a_routing_mamba_and_of_linear_routers() -> None:
 def test_the_predicted_share_of_lost_updates_is_the_closed_form() -> None:
     """Σ over binades of P(weight there) · P(update under half its spacing), both normal."""
     step, std = 3e-4 / math.sqrt(1536), 0.02
-    below = lambda x, deviation: math.erf(x / deviation / math.sqrt(2))  # noqa: E731
+
+    def below(x: float, deviation: float) -> float:
+        return math.erf(x / deviation / math.sqrt(2))
+
     share = sum((below(2.0 ** (e + 1), std) - below(2.0**e, std)) * below(2.0 ** (e - 8), step) for e in range(-40, 0))
     message = next(f.message for f in preflight(CASE) if f.rule == "bf16_parameters")
     predicted = int(re.search(r"lose (\d+)% of their updates", message).group(1)) / 100
@@ -122,13 +186,13 @@ def test_where_parameters_are_16_bits(config: dict, expected: str | None) -> Non
 @pytest.mark.parametrize(
     ("comment", "expected"),
     [
-        ("Lower for AdamW (use 0.001 for Muon)", [Said("muon", 1e-3, 1e-3), Said("adam")]),
-        ("AdamW: 3e-4, Muon: 0.02", [Said("adam", 3e-4, 3e-4), Said("muon", 0.02, 0.02)]),
-        ("3e-4 with AdamW; 0.02 with Muon", [Said("adam", 3e-4, 3e-4), Said("muon", 0.02, 0.02)]),
-        ("for Muon use 0.02", [Said("muon", 0.02, 0.02)]),
-        ("higher for Muon", [Said("muon")]),
-        ("Muon wants 0.001 to 0.003", [Said("muon", 1e-3, 3e-3)]),
-        ("1e-3 – 3e-3 for Muon", [Said("muon", 1e-3, 3e-3)]),
+        ("Lower for AdamW (use 0.001 for Muon)", [Statement("muon", 1e-3, 1e-3), Statement("adam")]),
+        ("AdamW: 3e-4, Muon: 0.02", [Statement("adam", 3e-4, 3e-4), Statement("muon", 0.02, 0.02)]),
+        ("3e-4 with AdamW; 0.02 with Muon", [Statement("adam", 3e-4, 3e-4), Statement("muon", 0.02, 0.02)]),
+        ("for Muon use 0.02", [Statement("muon", 0.02, 0.02)]),
+        ("higher for Muon", [Statement("muon")]),
+        ("Muon wants 0.001 to 0.003", [Statement("muon", 1e-3, 3e-3)]),
+        ("1e-3 – 3e-3 for Muon", [Statement("muon", 1e-3, 3e-3)]),
         ("Muon takes 3–10 × the LR of AdamW", []),
         ("10x higher than for AdamW", []),
         ("not for AdamW", []),
@@ -251,11 +315,14 @@ def test_dead_keys_of_the_case(tmp_path: Path) -> None:
     values["training"]["weight_decay"] = 0.1
     values["optimizer"]["newton_iters"] = 5
     values["model"]["moe"] = {"capacity_factor": 1.25}
-    found = [f for f in preflight(values) if f.rule == "unread_key"]
+    found = [f for f in preflight(values, schema=HEALTH_SCHEMA) if f.rule == "unread_key"]
     assert [f.where for f in found] == ["model.moe.capacity_factor", "training.weight_decay", "optimizer.newton_iters"]
     assert {f.severity for f in found} == {"warning"} and "optimizer.ns_steps" in found[2].advice
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(values))
+    assert [f.where.rpartition(":")[0] for f in preflight_of(str(path)) if f.rule == "unread_key"] == [str(path)] * 3
     values["extra"] = {"another": "project"}  # which may well read those keys
-    assert rules(preflight(values)) == []
+    assert rules(preflight(values, schema=HEALTH_SCHEMA)) == []
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
@@ -291,9 +358,7 @@ def test_what_is_no_file_and_no_mapping(tmp_path: Path) -> None:
         preflight(tmp_path / "none.yaml")
     with pytest.raises(ValueError, match=r": cannot be read as UTF-8 text: "):
         preflight(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"^preflight takes a YAML file or a mapping, got Config; try to_dict\(config\)$"
-    ):
+    with pytest.raises(ValueError, match=r"^preflight takes a YAML file or a mapping, got Config; try a dict of it$"):
         preflight(load_config(CASE))
     loop: dict = {}
     loop["a"] = loop

@@ -38,6 +38,13 @@ class Finding:
         return asdict(self)
 
 
+def found(
+    rule: str, severity: str, where: str, message: str, advice: str, value: Any = None, limit: Any = None
+) -> Finding:
+    """A Finding without a run: of a file, a config or a checkpoint."""
+    return Finding(rule=rule, severity=severity, where=where, value=value, limit=limit, message=message, advice=advice)
+
+
 # rule id → (the highest severity it can reach, what it says). Every finding carries one of these ids.
 RULES: dict[str, tuple[str, str]] = {
     "lost_updates": ("error", "the optimizer's updates are rounded away: realised displacement is below the intended"),

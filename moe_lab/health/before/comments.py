@@ -6,7 +6,7 @@ import math
 import re
 from typing import NamedTuple
 
-from ..findings import Finding
+from ..findings import Finding, found
 from .plan import FAMILIES, Entry, family
 
 NUMBER = r"(?<![\w.])(\d+(?:\.\d*)?(?:e[+-]?\d+)?)(?![\w.]*\w)"
@@ -23,7 +23,7 @@ FOR_NAME = re.compile(rf"\bfor\s+(?:the\s+)?{NAME}", re.I)
 NEGATED = re.compile(r"(?:\b(?:not|never|no|than|unlike|was|were|instead of|too \w+)|n't)\W+(?:\w+\W+){0,2}$", re.I)
 
 
-class Said(NamedTuple):
+class Statement(NamedTuple):
     """What a comment says about a value: from `low` to `high` for an optimizer; no numbers where it gives none."""
 
     family: str
@@ -37,9 +37,9 @@ class Said(NamedTuple):
         return near or self.low <= value <= self.high
 
 
-def statements(comment: str) -> list[Said]:
+def statements(comment: str) -> list[Statement]:
     """Every "X for NAME", "NAME: X" and "for NAME" of a comment, where NAME is an optimizer and nothing negates it."""
-    said: list[Said] = []
+    stated: list[Statement] = []
     taken: list[tuple[int, int]] = []
     for pattern, order in ((VALUE_FOR_NAME, (2, 0, 1)), (NAME_VALUE, (0, 1, 2)), (FOR_NAME, None)):
         for match in pattern.finditer(comment):
@@ -49,13 +49,13 @@ def statements(comment: str) -> list[Said]:
             if NEGATED.search(comment[: match.start()]):
                 continue
             if order is None:
-                said.append(Said(family(match.group(1))))
+                stated.append(Statement(family(match.group(1))))
                 continue
             name, first, second = (match.groups()[index] for index in order)
             ends = sorted(float(number) for number in (first, second or first))
             if ends[1] <= 1:  # a larger number is a count
-                said.append(Said(family(name), *ends))
-    return said
+                stated.append(Statement(family(name), *ends))
+    return stated
 
 
 def contradiction(entry: Entry, value: float, optimizer: str | None, where: str) -> Finding | None:
@@ -64,37 +64,24 @@ def contradiction(entry: Entry, value: float, optimizer: str | None, where: str)
     Another number for this optimizer; or no word about it, and the value is said to be for another one (only told where
     Muon is one of the two, whose LRs are numbers of another scale). A comment that agrees anywhere ends the matter.
     """
-    said = [statement for comment in entry.comments for statement in statements(comment.text)]
-    mine = [statement for statement in said if statement.family == optimizer]
+    stated = [statement for comment in entry.comments for statement in statements(comment.text)]
+    mine = [statement for statement in stated if statement.family == optimizer]
     if optimizer is None or any(statement.low is None or statement.allows(value) for statement in mine):
         return None
     quoted = f"the comment at {entry.name}: {value:g} says otherwise: `{quotation(entry)}`"
     if mine:
-        wanted = mine[0]
-        span = f"{wanted.low:g}" if wanted.low == wanted.high else f"{wanted.low:g} to {wanted.high:g}"
-        return Finding(
-            rule="lr_too_low" if value < wanted.low else "lr_too_high",
-            severity="warning",
-            where=where,
-            value=value,
-            limit=span,
-            message=f"{quoted}; the optimizer is {optimizer}, for which it gives {span}",
-            advice=f"set {entry.name} to {span}, or correct the comment",
-        )
-    others = [statement for statement in said if statement.low is None or statement.allows(value)]
-    named = any(
-        family(word) == optimizer for comment in entry.comments for word in re.findall(NAME, comment.text, re.I)
-    )
-    if others and not named and "muon" in (optimizer, others[0].family):
-        return Finding(
-            rule="muon_convention",
-            severity="warning",
-            where=where,
-            value=value,
-            message=f"{quoted}; it means the value for {others[0].family}, and the optimizer is {optimizer}",
-            advice=f"give {optimizer} a learning rate of its own, or correct the comment",
-        )
-    return None
+        low, high = mine[0].low, mine[0].high
+        span = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+        message = f"{quoted}; the optimizer is {optimizer}, for which it gives {span}"
+        advice = f"set {entry.name} to {span}, or correct the comment"
+        return found("lr_too_low" if value < low else "lr_too_high", "warning", where, message, advice, value, span)
+    others = [statement.family for statement in stated if statement.low is None or statement.allows(value)]
+    named = [family(word) for comment in entry.comments for word in re.findall(NAME, comment.text, re.I)]
+    if not others or optimizer in named or "muon" not in (optimizer, others[0]):
+        return None
+    message = f"{quoted}; it means the value for {others[0]}, and the optimizer is {optimizer}"
+    advice = f"give {optimizer} a learning rate of its own, or correct the comment"
+    return found("muon_convention", "warning", where, message, advice, value)
 
 
 def quotation(entry: Entry) -> str:

@@ -1,15 +1,15 @@
-"""What a config plans, read off its keys: sizes, optimizers, learning rates, the schedule. Ours, and others by their names."""
+"""What a config plans, read off its keys, by whichever name a project calls them: sizes, optimizers, LRs, the schedule."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..conventions import CONVENTIONS, Group
 
-# our key → what other projects call it; the first one that a config holds counts
+# key → what other projects call it; the first one that a config holds counts
 ALIASES: dict[str, tuple[str, ...]] = {
     "d_model": ("hidden_size", "n_embd", "dim", "model_dim", "embed_dim"),
     "n_layers": ("num_hidden_layers", "n_layer", "num_layers"),
@@ -17,6 +17,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "n_kv_heads": ("num_key_value_heads", "n_kv_head", "num_kv_heads"),
     "d_ff": ("intermediate_size", "ffn_dim", "ffn_hidden_size"),
     "d_ff_expert": ("moe_intermediate_size",),
+    "n_experts": ("num_local_experts", "num_experts", "n_routed_experts"),
     "vocab_size": ("padded_vocab_size", "n_vocab"),
     "max_seq_len": ("block_size", "seq_len", "sequence_length", "max_length", "context_length"),
     "init_std": ("initializer_range",),
@@ -30,6 +31,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
 }
 FAMILIES = ("muon", "adam", "sgd", "lion", "adafactor", "sophia", "shampoo", "soap", "lamb", "rmsprop", "adagrad")
 PEAK_LR = re.compile(r"(?!(?:\w+_)?(?:min|final|end|init|warmup|adjust|decay)_)(?:\w+_)?(?:lr|learning_rate)")
+RATIO = re.compile(r"(?:adamw?|embed\w*)_lr_(?:ratio|scale|multiplier)")  # an LR of Adam's, as a share of Muon's
 UNLIKE_MATRICES = re.compile(r"embed|head|scalar|bias|vector")  # their own LR, a hundred times another's, can be right
 NOT_FROM_SCRATCH = re.compile(r"pretrained|finetune|fine_tune|from_checkpoint|init_from|load_from|lora|peft|adapter")
 OFF = (None, False, "", 0, "none", "scratch")
@@ -73,15 +75,24 @@ def family(name: str) -> str | None:
 class Plan:
     """A config's entries and the questions that the rules ask. Answers are None where the keys do not tell."""
 
-    def __init__(self, entries: Sequence[Entry]):
-        self.entries = list(entries)
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        origin: str | None = None,
+        aliases: Mapping[str, Sequence[str]] = ALIASES,
+    ):
+        self.entries, self.origin, self.aliases = list(entries), origin, aliases
         self.by_key: dict[str, Entry] = {}
         for entry in self.entries:
             self.by_key.setdefault(entry.path[-1], entry)
 
+    def where(self, entry: Entry) -> str:
+        """`file:line`, or the key's name where there is no file."""
+        return f"{self.origin}:{entry.line}" if entry.line else entry.name
+
     def find(self, key: str) -> Entry | None:
         """The first entry of that key, at any depth, or of one of its aliases."""
-        return next((self.by_key[name] for name in (key, *ALIASES.get(key, ())) if name in self.by_key), None)
+        return next((self.by_key[name] for name in (key, *self.aliases.get(key, ())) if name in self.by_key), None)
 
     def number(self, key: str, default: float | None = None) -> float | None:
         """A number of at least 0, else the default."""
@@ -89,16 +100,8 @@ class Plan:
         number = as_number(entry.value) if entry else None
         return default if number is None or number < 0 else number
 
-    def listed(self, key: str) -> set:
-        entry = self.find(key)
-        return set(entry.value) if entry and isinstance(entry.value, list) else set()
-
-    def is_ours(self) -> bool:
-        """Whether the config has no other sections than those of this package."""
-        sections = {"model", "training", "optimizer", "precision", "data"}
-        return bool(self.entries) and all(len(e.path) > 1 and e.path[0] in sections for e in self.entries)
-
     def from_scratch(self) -> bool:
+        """Whether no key names weights to start from."""
         return not any(NOT_FROM_SCRATCH.search(e.name.lower()) and e.value not in OFF for e in self.entries)
 
     # ---- sizes -------------------------------------------------------------------------------------------------------
@@ -106,47 +109,25 @@ class Plan:
     def n_parameters(self) -> float | None:
         """About how many parameters a transformer of these sizes has; None unless width and depth are given.
 
-        Norms and biases are left out. A feed-forward layer counts as SwiGLU; where its width is missing, as 8 d_model².
+        Norms, biases and routers are left out. A feed-forward layer counts as SwiGLU; where its width is missing, as
+        8 d_model². With experts every layer has them, unless a list `moe_layers` says which.
         """
         width, depth, heads = self.number("d_model"), self.number("n_layers"), self.number("n_heads")
         if not width or not depth:
             return None
         kv_share = self.number("n_kv_heads", heads) / heads if heads else 1.0
-        per_head = self.number("head_dim") or (width / heads if heads else width)
-        inner = per_head * (heads or 1.0)
+        inner = (self.number("head_dim") or width / heads) * heads if heads else width
         attention = 2 * width * inner * (1 + kv_share)
-        d_ff = self.number("d_ff") or 8 / 3 * width
-        moe, mamba = self.listed("moe_layers"), self.listed("mamba_layers") if self.is_on("mamba_enabled") else set()
-        n_moe, n_experts = len(moe - mamba), self.number("n_experts", 0.0)
-        if "moe_layers" not in self.by_key:
-            others = [self.number(key) for key in ("num_local_experts", "num_experts", "n_routed_experts")]
-            n_experts = next((count for count in others if count), 0.0)
-            n_moe = depth if n_experts else 0
-        expert = 3 * width * (self.number("d_ff_expert") or d_ff)
-        n_mamba = len(mamba - moe) + len(mamba & moe) * n_experts  # of a layer that is both, every expert is a Mamba
-        routers = (len(moe) or n_moe) * self.router_size(width, "moe_router_hidden", n_experts)
-        if self.is_on("mod_enabled"):
-            routers += (
-                4 * depth * self.router_size(width, "mod_router_hidden", 1)
-            )  # router and predictor, two sublayers
-        layers = (depth - len(mamba)) * attention + n_mamba * self.mamba_size(width)
-        layers += (depth - n_moe) * 3 * width * d_ff + n_moe * n_experts * expert + routers
-        tied = self.is_on("tie_word_embeddings")
-        tables = 1 + (0 if tied else self.number("n_pred_tokens", 1.0))
+        feed_forward = 3 * width * (self.number("d_ff") or 8 / 3 * width)
+        n_experts, moe_layers = self.number("n_experts", 0.0), self.find("moe_layers")
+        listed = moe_layers and isinstance(moe_layers.value, list)
+        n_moe = (len(moe_layers.value) if listed else depth) if n_experts else 0
+        d_ff_expert = self.number("d_ff_expert")
+        experts = n_experts * (3 * width * d_ff_expert if d_ff_expert else feed_forward)
+        tied = self.find("tie_word_embeddings")
+        tables = 1 if tied and tied.value is True else 2
+        layers = depth * attention + (depth - n_moe) * feed_forward + n_moe * experts
         return layers + tables * self.number("vocab_size", 0.0) * width
-
-    def router_size(self, width: float, hidden_key: str, outputs: float) -> float:
-        hidden = self.number(hidden_key, 0.0)
-        return hidden * (width + outputs) if hidden else width * outputs
-
-    def mamba_size(self, width: float) -> float:
-        inner = self.number("mamba_expand", 2.0) * width
-        state, rank = self.number("ssm_state_dim", 16.0), self.number("mamba_dt_rank") or math.ceil(width / 16)
-        return inner * (3 * width + 2 * rank + 3 * state + self.number("mamba_d_conv", 4.0) + 3)
-
-    def is_on(self, key: str) -> bool:
-        entry = self.find(key)
-        return bool(entry and entry.value is True)
 
     # ---- optimizers --------------------------------------------------------------------------------------------------
 
@@ -154,14 +135,12 @@ class Plan:
         """The family of the config's optimizer: muon where Muon is one of several; None if the config does not say."""
         for entry in self.entries:
             *parents, key = entry.path
-            named = key in ("optimizer", "optim", "optimizer_type", "optimizer_name")
-            if named or (
-                parents and parents[-1] in ("optimizer", "optim") and key in ("type", "name", "_target_", "class")
-            ):
+            inside = parents and parents[-1] in ("optimizer", "optim") and key in ("type", "name", "_target_", "class")
+            if inside or key in ("optimizer", "optim", "optimizer_type", "optimizer_name"):
                 return family(str(entry.value))
         return "adam" if any(key in self.by_key for key in ("betas", "beta1", "beta2", "adam_beta1")) else None
 
-    def learning_rates(self) -> list[tuple[Entry, float, str | None]]:
+    def peak_rates(self) -> list[tuple[Entry, float, str | None]]:
         """Each peak LR: its entry, its value > 0, and the family that it is for (by the key's own name, then the config's)."""
         found = []
         for entry in self.entries:
@@ -180,17 +159,16 @@ class Plan:
         """The learning rates to judge, each with the entry that sets it."""
         width = int(self.number("d_model") or 1)
         groups = []
-        for entry, lr, name in self.learning_rates():
+        for entry, lr, name in self.peak_rates():
             kind = name if name in ("muon", "adam") else "other"
             if UNLIKE_MATRICES.search(entry.path[-1].lower()):
                 kind = "other"
             groups.append((Group(entry.path[-1], kind, lr, (width, width), self.convention()), entry))
-            if kind == "muon" and entry.path[-1] == "max_lr":
-                for key in ("adamw_lr_ratio", "embedding_lr_ratio"):
-                    ratio = self.number(key)
-                    if ratio:
-                        beside = Group(f"{entry.path[-1]} · {key}", "adam", ratio * lr)
-                        groups.append((beside, self.find(key)))
+            ratios = [e for e in self.entries if RATIO.fullmatch(e.path[-1])] if kind == "muon" else []
+            for beside in ratios:
+                ratio = as_number(beside.value)
+                if ratio is not None and ratio > 0:
+                    groups.append((Group(f"{entry.path[-1]} · {beside.path[-1]}", "adam", ratio * lr), beside))
         return groups
 
     # ---- the schedule ------------------------------------------------------------------------------------------------
@@ -200,13 +178,13 @@ class Plan:
         steps = self.number("steps")
         if steps:
             return int(steps)
-        tokens, length = self.number("total_tokens"), self.number("max_seq_len")
-        batch, accumulation = self.number("batch_size"), self.number("gradient_accumulation_steps", 1.0)
-        return (
-            math.ceil(tokens / (length * batch * accumulation))
-            if tokens and length and batch and accumulation
-            else None
-        )
+        tokens, at_once = self.number("total_tokens"), self.tokens_per_update()
+        return math.ceil(tokens / at_once) if tokens and at_once else None
+
+    def tokens_per_update(self) -> float | None:
+        """Of one process."""
+        batch, length = self.number("batch_size"), self.number("max_seq_len")
+        return batch * length * self.number("gradient_accumulation_steps", 1.0) if batch and length else None
 
 
 def sum_of_shares(until: int, n_updates: int, warmup: int, min_ratio: float) -> float:
