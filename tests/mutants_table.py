@@ -399,9 +399,16 @@ MUTANTS = [
     ),
     Mutant(
         "embedding rows without a token count as frozen",
-        "moe_lab/health/sampling.py",
+        "moe_lab/health/during/bank.py",
         "        on = self.touched\n",
         "        on = torch.ones_like(self.touched)\n",
         "tests/test_rules.py::test_rows_whose_tokens_never_occur_are_not_frozen",
+    ),
+    Mutant(
+        "a sample's columns follow its rows",
+        "moe_lab/health/sampling.py",
+        "return row * columns + (order * GOLDEN % 1 * columns).long()",
+        "return (order * GOLDEN % 1 * n_elements).long()",
+        "tests/test_sampling.py::test_a_sample_sees_the_rows_and_columns_that_there_are[rows of a Fibonacci number]",
     ),
 ]

@@ -1,6 +1,7 @@
 """Measures against closed forms, exhaustive search and naive loops."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from helpers import seeded
 from torch import Tensor
 
 from moe_lab.health import conventions, measures
-from moe_lab.health.sampling import Tracked, banks_of, sample_index
+from moe_lab.health.during.bank import Tracked, banks_of
 
 ALL_BF16 = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)
 FINITE_BF16 = ALL_BF16[ALL_BF16.isfinite()]
@@ -25,6 +26,27 @@ def test_ulp_is_the_distance_to_the_next_number(dtype) -> None:
     x = x.to(dtype)
     following = torch.nextafter(x.abs(), torch.tensor(math.inf, dtype=dtype))
     assert torch.equal(measures.ulp(x, dtype).double(), following.double() - x.abs().double())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_ulp_is_frexps_for_every_power_of_two_and_below_the_smallest_normal_number(dtype) -> None:
+    info = torch.finfo(dtype)
+    smallest, largest = (math.frexp(limit)[1] for limit in (info.smallest_normal, info.max))
+    powers = torch.exp2(torch.arange(smallest - 1, largest, dtype=torch.float64))
+    x = torch.cat(
+        [
+            powers,
+            powers * (2 - info.eps),
+            powers * 1.37,
+            -powers,
+            torch.tensor([0.0, info.tiny / 2, info.max], dtype=torch.float64),
+        ]
+    )
+    x = x.to(dtype)
+    wide = x.double() if dtype == torch.float64 else x.float()
+    exponent = torch.frexp(wide.abs().clamp(min=info.tiny)).exponent - 1
+    assert torch.equal(measures.ulp(x, dtype), info.eps * torch.exp2(exponent.to(wide.dtype)))
+    assert measures.ulp(x, dtype).isfinite().all() and measures.ulp(x, dtype).dtype == wide.dtype
 
 
 def test_from_1_updates_are_lost_up_to_2_to_the_minus_8_and_down_to_2_to_the_minus_9() -> None:
@@ -106,13 +128,6 @@ def test_trend_is_the_least_squares_line() -> None:
     assert math.isnan(measures.trend([1.0, 2.0]).slope)
 
 
-def test_a_sample_covers_small_tensors_whole_and_no_column_alone() -> None:
-    assert sample_index(512, torch.device("cpu")).tolist() == list(range(512))
-    index = sample_index(256 * 4096, torch.device("cpu"))
-    assert len(index.unique()) == 256
-    assert len((index % 256).unique()) > 128 and len((index // 256).unique()) > 128
-
-
 def bank_of_two():
     """A bank with a bf16 vector and a matrix, of which some elements moved, some had a gradient, and with intents."""
     params = [torch.ones(40).bfloat16(), seeded(torch.randn, 30, 50).bfloat16()]
@@ -134,7 +149,7 @@ def bank_of_two():
 
 def test_a_reading_is_what_a_loop_over_elements_finds() -> None:
     bank, tracked, params, starts, intents, touched = bank_of_two()
-    readings = bank.readings(bank.read().tolist())
+    readings = bank.read()
     assert [r.kind for r in readings] == ["a.*.weight", "b.weight"]
     assert [r.constant for r in readings] == [True, False]
     for t, p, start, intent, on, r in zip(tracked, params, starts, intents, touched, readings, strict=True):
@@ -153,14 +168,14 @@ def test_a_reading_is_what_a_loop_over_elements_finds() -> None:
         assert r.intended_square == pytest.approx(sum(u * u for _, u in moved))
         ulps = [u / (np.spacing(np.float32(abs(then))) * 2**16) for _, then, u in rows]
         assert r.ulps_square == pytest.approx(sum(float(x) ** 2 for x in ulps), rel=1e-5)
-    again = bank.readings(bank.read().tolist())
+    again = bank.read()
     assert [r.unchanged_lately for r in again] == [r.n_touched for r in again]
     assert [r.unchanged for r in again] == [r.unchanged for r in readings]
 
 
 def test_the_share_and_its_error_are_those_of_resampled_elements() -> None:
     bank, tracked, params, starts, intents, touched = bank_of_two()
-    matrix = bank.readings(bank.read().tolist())[1]
+    matrix = bank.read()[1]
     index = tracked[1].index[touched[1].flatten()[tracked[1].index]]
     r = (params[1].float() - starts[1]).flatten()[index]
     u = intents[1].flatten()[index]
@@ -170,14 +185,14 @@ def test_the_share_and_its_error_are_those_of_resampled_elements() -> None:
     drawn = torch.randint(len(u), (2000, len(u)), generator=generator)
     resampled = (r[drawn] * u[drawn]).sum(1) / (u[drawn] ** 2).sum(1)
     assert share.error == pytest.approx(resampled.std().item(), rel=0.1)
-    assert measures.share_of([matrix._replace(intended_square=None)]) is None
+    assert measures.share_of([replace(matrix, intended_square=None)]) is None
 
 
 def test_the_states_of_a_gradient_are_told_apart() -> None:
     bank, *_ = bank_of_two()
-    r = bank.readings(bank.read().tolist())[0]._replace(n_touched=9, unchanged=4)
+    r = replace(bank.read()[0], n_touched=9, unchanged=4)
     assert r.gradient == "-"
-    assert r._replace(no_gradient=3).gradient == "none"
-    assert r._replace(no_gradient=3, zero_gradient=1).gradient == "zero"
-    assert r._replace(with_gradient=1, zero_gradient=1).gradient == "yes"
-    assert r._replace(with_gradient=1, unchanged=9).gradient == "lost"
+    assert replace(r, no_gradient=3).gradient == "none"
+    assert replace(r, no_gradient=3, zero_gradient=1).gradient == "zero"
+    assert replace(r, with_gradient=1, zero_gradient=1).gradient == "yes"
+    assert replace(r, with_gradient=1, unchanged=9).gradient == "lost"

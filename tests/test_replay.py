@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from moe_lab.health.during import intended
-from moe_lab.health.sampling import sample_index
+from moe_lab.health.sampling import sample_positions
 from moe_lab.optim import Muon
 
 ELEMENTWISE = {
@@ -66,7 +66,7 @@ def twin_of(optimizer, params: list[Tensor]) -> tuple[torch.optim.Optimizer, lis
 def test_replayed_elements_are_a_float32_twins_step(name, dtype) -> None:
     kind, options = ELEMENTWISE[name]
     params = parameters([(7,), (40, 30), (3, 4, 5)], dtype)
-    indices = [sample_index(p.numel(), p.device) for p in params]
+    indices = [sample_positions(p.shape) for p in params]
     optimizer = kind(params, **options)
     assert intended.kind_of(optimizer) in ("adam", "elementwise")
     for step in range(4):

@@ -7,7 +7,7 @@ from torch.optim import SGD, AdamW
 from toy import said, toy, train, watched
 
 from moe_lab.health import Watch
-from moe_lab.health.sampling import Bank
+from moe_lab.health.during.bank import Bank
 
 
 class Exotic(SGD):

@@ -1,18 +1,35 @@
-"""Watch any PyTorch training and say what is wrong. Needs torch and the standard library, nothing else."""
+"""Watch any PyTorch training and say what is wrong. Needs torch and the standard library, nothing else.
 
-from .after.inspection import inspect_checkpoint
-from .before.preflight import preflight
-from .during.branch import branch_findings, branch_probe
-from .during.watch import Watch
-from .findings import RULES, SICKNESSES, Finding
+before/          what a config says, before a second of compute
+during/          the Watch: rules on a training's own steps; the branch probe
+after/           what a checkpoint says
+conventions.py   what a learning rate means, and which are usual
+findings.py      what every check returns, and the table of rules
+measures.py      pure functions: rounding, reach, trend, realised over intended
+random_state.py  torch's generators, kept and put back
+sampling.py      which elements are looked at, and how tensors are named
+torch_private.py every private interface of torch that is leaned on
+"""
 
-__all__ = [
-    "RULES",
-    "SICKNESSES",
-    "Finding",
-    "Watch",
-    "branch_findings",
-    "branch_probe",
-    "inspect_checkpoint",
-    "preflight",
-]
+from importlib import import_module
+
+HOMES = {
+    "RULES": "findings",
+    "SICKNESSES": "findings",
+    "Finding": "findings",
+    "Watch": "during.watch",
+    "branch_findings": "during.branch",
+    "branch_probe": "during.branch",
+    "inspect_checkpoint": "after.inspection",
+    "preflight": "before.preflight",
+    "start_sample": "sampling",
+}
+__all__ = list(HOMES)
+
+
+def __getattr__(name: str):
+    """Each public name is imported when it is first asked for."""
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = getattr(import_module(f".{HOMES[name]}", __name__), name)
+    return globals()[name]

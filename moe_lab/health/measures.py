@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -17,8 +18,10 @@ def ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
     upwards and 1 - 2^-8 downwards, so that an update is lost up to 2^-8 and down to 2^-9.
     """
     x = x.double() if torch.finfo(dtype).bits == 64 else x.float()
-    _, exponent = torch.frexp(x.abs().clamp(min=torch.finfo(dtype).tiny))  # |x| = m · 2^exponent, m in [0.5, 1)
-    return torch.finfo(dtype).eps * torch.exp2((exponent - 1).to(x.dtype))
+    bits, exponent = (torch.int64, 0x7FF << 52) if x.dtype == torch.float64 else (torch.int32, 0xFF << 23)
+    # the exponent's bits alone are the power of two below |x|; `frexp` has no kernel for Apple's GPUs
+    power = (x.abs().clamp(min=torch.finfo(dtype).tiny).view(bits) & exponent).view(x.dtype)
+    return torch.finfo(dtype).eps * power
 
 
 def is_lost(weight: Tensor, update: Tensor, dtype: torch.dtype) -> Tensor:
@@ -32,7 +35,9 @@ def is_lost(weight: Tensor, update: Tensor, dtype: torch.dtype) -> Tensor:
 
 def realised_share(realised: Tensor, intended: Tensor) -> float:
     """ρ = ⟨realised, intended⟩ / ⟨intended, intended⟩: 1 when every update arrived, 0 when none did. NaN for no intent."""
-    realised, intended = realised.double().flatten(), intended.double().flatten()
+    realised, intended = (
+        t.detach().flatten().cpu().double() for t in (realised, intended)
+    )  # no float64 on Apple's GPUs
     square = (intended @ intended).item()
     return (realised @ intended).item() / square if square else math.nan
 
@@ -115,9 +120,31 @@ def trend(losses: Sequence[float]) -> Trend:
     return Trend(slope, math.sqrt((residual @ residual).item() / (n - 2) / (x @ x).item()))
 
 
-class Reading(NamedTuple):
-    """What a watch knows of one tensor at one moment, from its sampled elements. Sums are over touched elements: those
-    whose gradient has been non-zero at least once (an embedding's row counts from its first gradient on)."""
+@dataclass(frozen=True, kw_only=True)
+class Sums:
+    """What is added up over a tensor's sampled elements. Touched ones alone, unless it says all: those whose gradient has been
+    non-zero at least once (an embedding's row counts from its first gradient on). r: realised, u: intended displacement."""
+
+    n_touched: float
+    unchanged: float  # bit-identical since the watch began
+    unchanged_lately: float  # … since the last reading
+    up: float
+    down: float
+    meant_down: float  # of those that moved, those whose intended displacement is downwards
+    moved_square: float  # Σ (now - start)²
+    weight_square: float  # Σ start², all
+    realised_intended: float | None  # Σ r u of the window; None where the intended update is not known
+    intended_square: float | None  # Σ u²
+    moments_rruu: float  # Σ r²u², with the next two for the standard error of ρ
+    moments_ruuu: float
+    moments_uuuu: float
+    ulps_square: float  # Σ (u / ulp)²
+    n_varied: float  # that differ from the tensor's first when the watch began, all
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading(Sums):
+    """What a watch knows of one tensor at one moment, from its sampled elements."""
 
     name: str
     kind: str  # the name with its numbers replaced by *: layers.*.seq_norm.weight
@@ -126,23 +153,15 @@ class Reading(NamedTuple):
     state_dtypes: tuple[torch.dtype, ...]  # of what the optimizer keeps for each element; empty before its first step
     shape: tuple[int, ...]
     n_elements: int  # sampled
-    n_touched: int
-    unchanged: int  # touched elements bit-identical since the watch began
-    unchanged_lately: int  # … since the last reading
-    up: int
-    down: int
-    meant_down: int  # of the elements that moved, those whose intended displacement is downwards
-    moved_square: float  # Σ (now - start)²
-    weight_square: float  # Σ start² over all sampled elements
-    realised_intended: float | None  # Σ r u of the window; None where the intended update is not known
-    intended_square: float | None  # Σ u²
-    moments: tuple[float, float, float]  # Σ r²u², Σ r u³, Σ u⁴, for the standard error of ρ
-    ulps_square: float  # Σ (u / ulp)²
     grad_norm: float  # the largest seen, whole tensor
     with_gradient: int  # gradient readings that were not zero
     zero_gradient: int
     no_gradient: int
-    constant: bool  # all sampled elements were one value when the watch began, as in a fresh norm
+
+    @property
+    def constant(self) -> bool:
+        """Whether all sampled elements were one value when the watch began, as in a fresh norm."""
+        return self.n_varied == 0
 
     @property
     def gradient(self) -> str:
@@ -158,14 +177,18 @@ class Share(NamedTuple):
     intended_ulps: float  # root mean square of the window's intended displacement, in ULPs of the weight
 
 
+def ratio_of_sums(ru: float, uu: float, rruu: float, ruuu: float, uuuu: float) -> tuple[float, float]:
+    """ρ = Σ ru / Σ u² with its standard error over elements, from sums over them."""
+    rho = ru / uu
+    return rho, math.sqrt(max(0.0, rruu - 2 * rho * ruuu + rho**2 * uuuu)) / uu
+
+
 def share_of(readings: Sequence[Reading]) -> Share | None:
     """ρ over several tensors with its standard error; None where the intended updates are not known or zero."""
     known = [r for r in readings if r.intended_square]
     if not known:
         return None
-    square = sum(r.intended_square for r in known)
-    rho = sum(r.realised_intended for r in known) / square
-    rr, ru, uu = (sum(r.moments[i] for r in known) for i in range(3))
-    error = math.sqrt(max(0.0, rr - 2 * rho * ru + rho**2 * uu)) / square
-    n = sum(r.n_touched for r in known)
-    return Share(rho, error, math.sqrt(sum(r.ulps_square for r in known) / max(n, 1)))
+    columns = ("realised_intended", "intended_square", "moments_rruu", "moments_ruuu", "moments_uuuu")
+    n, ulps = (sum(getattr(r, column) for r in known) for column in ("n_touched", "ulps_square"))
+    ratio = ratio_of_sums(*(sum(getattr(r, column) for r in known) for column in columns))
+    return Share(*ratio, math.sqrt(ulps / max(n, 1)))

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..sampling import Bank, Tracked, plain
+from ..sampling import plain
 from ..torch_private import norms
+from .bank import Bank, Tracked
 
 
 class Gradients:

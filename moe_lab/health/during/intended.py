@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..sampling import Bank, Tracked, plain
+from ..sampling import elements, plain
 from ..torch_private import unhooked_step
+from .bank import Bank, Tracked
 
 # Each element's step depends on that element alone: sampled elements can be replayed by themselves. By class name, so that
 # other libraries' versions of the same optimizer (optimi, torchao) count too.
@@ -57,7 +58,7 @@ def replay_elements(optimizer: Optimizer, group: dict, params: Sequence[Tensor],
     """
 
     def pick(tensors: Sequence[Tensor]) -> Tensor:
-        return torch.cat([plain(t).take(i).float() for t, i in zip(tensors, indices, strict=True)])
+        return torch.cat([elements(plain(t), i).float() for t, i in zip(tensors, indices, strict=True)])
 
     weight, grad = pick(params), pick([p.grad for p in params])
     states = [optimizer.state.get(p, {}) for p in params]

@@ -8,8 +8,8 @@ from dataclasses import replace
 from ..conventions import Group, judge
 from ..findings import Finding
 from ..measures import adam_reach
-from ..sampling import Tracked
 from . import intended
+from .bank import Tracked
 from .state import LR_STEADY, State, n_parameters, once
 
 UNBOUNDED = ("NAdam", "RAdam")  # their steps are not Adam's m̂/sqrt(v̂)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..findings import Finding
-from ..sampling import Tracked
+from .bank import Tracked
 from .state import State, n_parameters, several, static
 
 WAIT = 15  # updates before a missing gradient is judged: zero-initialised and adapter matrices start with exact zeros

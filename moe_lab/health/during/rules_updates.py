@@ -9,8 +9,8 @@ import torch
 
 from ..findings import Finding
 from ..measures import Reading, share_of
-from ..sampling import Tracked
 from . import intended
+from .bank import Tracked
 from .state import GroupState, State, kinds_of, several
 
 LOST_ERROR, LOST_WARNING = 0.5, 0.95  # ρ, realised over intended displacement

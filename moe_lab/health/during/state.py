@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from ..findings import Finding
 from ..measures import Reading, expected_start
-from ..sampling import Tracked
+from .bank import Tracked
 from .forward import ForwardProbe
 
 PRETRAINED = 1.0  # nats below an untrained model's loss from which on a model has been trained before

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..sampling import Tracked, plain
+from ..sampling import plain
+from .bank import Tracked
 
 # 16-bit matrices whose whole step is replayed (Muon): a sample, since a step costs as much as the real one
 N_MATRICES = 4

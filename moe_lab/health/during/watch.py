@@ -26,8 +26,8 @@ from torch.optim import Optimizer
 
 from ..findings import Finding
 from ..measures import Reading
-from ..sampling import Bank, Tracked, banks_of
 from ..torch_private import is_nested_step
+from .bank import Bank, Tracked, banks_of
 from .forward import ForwardProbe
 from .gradients import Gradients
 from .intended import Replays
@@ -103,7 +103,7 @@ class Watch:
         self.gradients.fetch()
         if self.step > self.read_at or not self.readings:
             self.read_at = self.step
-            self.readings = [r for bank in self.banks for r in bank.readings(bank.read().tolist())]
+            self.readings = [r for bank in self.banks for r in bank.read()]
         self.fetched_losses += fetch(self.losses)
         self.losses = []
         if len(self.fetched_losses) > 3 * HISTORY:
