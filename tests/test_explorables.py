@@ -90,6 +90,6 @@ def test_sliders_redraw_the_same_figure(monkeypatch) -> None:
 def test_bars_and_dots_are_told_with_their_numbers() -> None:
     figure, text = arrived_bars({"norms": 0.0, "matrices": 0.84, "heads": 0.99})
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["norms", "matrices", "heads"]
-    assert "Under a half: norms. From there to 95 %: matrices." in text
+    assert "Under 50 %: norms. From there to 95 %: matrices." in text
     figure, text = cost_dots({"failure": {"bf16": (0.21, 0.01), "masters": (0.0, math.nan)}}, "float32", linear_to=0.1)
     assert figure.axes[0].get_xscale() == "symlog" and "bf16 +0.210 ± 0.010" in text

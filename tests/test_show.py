@@ -29,6 +29,10 @@ def shell():
     InteractiveShell.clear_instance()
 
 
+def wait(run: LiveRun) -> dict:
+    return asyncio.run(run.finished())
+
+
 @pytest.mark.parametrize("rows", [[], [eval_row(0)], [step_row(1)], MANY], ids=["none", "eval", "one", "many"])
 @pytest.mark.parametrize("floors", [None, FLOORS], ids=["no floors", "floors"])
 def test_the_figure_draws_whatever_there_is(rows, floors, tmp_path) -> None:
@@ -127,9 +131,9 @@ def test_interactive_is_decided_by_our_variable_then_the_front_ends(monkeypatch)
 
 def test_both_modes_give_the_same_rows_and_train_off_the_main_thread(shell) -> None:
     interactive = LiveRun(FakeTrainer(), every_s=0.01, controls=True).start()
-    summary = interactive.wait()
+    summary = wait(interactive)
     headless = LiveRun(FakeTrainer(), controls=False).start()
-    assert asyncio.run(headless.finished()) == summary == {"status": "finished", "steps": 20}
+    assert wait(headless) == summary == {"status": "finished", "steps": 20}
     assert interactive.rows == headless.rows
     assert len(headless.rows) == 22
     assert all(run.trainer.thread is not threading.main_thread() for run in (interactive, headless))
@@ -146,7 +150,7 @@ def test_buttons_and_slider_reach_the_trainers_controls(shell) -> None:
     slider.value = 2.0
     checkpoint.click()
     stop.click()
-    assert run.wait()["status"] == "interrupted"
+    assert wait(run)["status"] == "interrupted"
     assert (controls.lr_scales, controls.saves) == ([2.0], 1)
 
 
@@ -155,7 +159,7 @@ def test_a_figure_that_cannot_be_drawn_does_not_stop_the_training(shell, monkeyp
     monkeypatch.setattr(live, "training_figure", lambda *_, **__: 1 / 0)
     run = LiveRun(FakeTrainer(n_steps=50), every_s=0.01, controls=True).start()
     with pytest.raises(ZeroDivisionError):
-        run.wait()
+        wait(run)
     assert run.summary == {"status": "finished", "steps": 50}
 
 
@@ -163,12 +167,12 @@ def test_starting_again_stops_the_run_before() -> None:
     first = LiveRun(FakeTrainer(n_steps=10**6), controls=False).start()
     second = LiveRun(FakeTrainer(), controls=False).start()
     assert first.summary["status"] == "interrupted"
-    assert second.wait()["status"] == "finished"
+    assert wait(second)["status"] == "finished"
     assert live._active is second
 
 
 def test_headless_progress_is_told_by_the_waiting_cell(capsys) -> None:
-    LiveRun(FakeTrainer(n_steps=50, step_s=0.02), controls=False).start().wait()
+    wait(LiveRun(FakeTrainer(n_steps=50, step_s=0.02), controls=False).start())
     told = [line for line in capsys.readouterr().err.splitlines() if "%" in line]
     assert 3 <= len(told) <= 10
     assert re.search(r"^ *\d+ %  running · step \d+/50 · loss \d\.\d+ · 6,000 tokens/s", told[0])
@@ -177,7 +181,7 @@ def test_headless_progress_is_told_by_the_waiting_cell(capsys) -> None:
 def test_an_error_in_the_worker_is_raised_by_the_waiting_cell() -> None:
     run = LiveRun(FakeTrainer(fails_at=5), controls=False).start()
     with pytest.raises(FloatingPointError, match="loss is nan in step 5"):
-        run.wait()
+        wait(run)
 
 
 def test_a_cancelled_wait_stops_the_run_gracefully() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from matplotlib.axes import Axes
@@ -36,14 +36,10 @@ def add_in_bf16(weight: float, update: float) -> Sum:
     kept = torch.tensor(weight, dtype=torch.float64).bfloat16()
     target = kept.double() + update
     result = target.float().bfloat16()
-    below, above = neighbour(kept, -1), neighbour(kept, 1)
-    low, high = (kept.double().item() + below) / 2, (kept.double().item() + above) / 2
-    return Sum(kept.item(), target.item(), result.item(), bool(result == kept), low, high)
-
-
-def neighbour(x: torch.Tensor, step: int) -> float:
-    """The `step`-th next bf16 number above (or below, if negative) a positive one: their bits are consecutive integers."""
-    return (x.view(torch.int16) + step).view(torch.bfloat16).item()
+    # the bits of positive numbers are consecutive integers
+    neighbours = (kept.view(torch.int16) + torch.tensor([-1, 1], dtype=torch.int16)).view(torch.bfloat16)
+    ends = ((kept.double() + neighbours.double()) / 2).tolist()
+    return Sum(kept.item(), target.item(), result.item(), bool(result == kept), *ends)
 
 
 def number_line(positions: Sequence[tuple[float, float]] = POSITIONS) -> tuple[Figure, str]:
@@ -53,9 +49,8 @@ def number_line(positions: Sequence[tuple[float, float]] = POSITIONS) -> tuple[F
     figure = new_figure(10, height)
     lines = []
     for row, (weight, update) in enumerate(positions):
-        bottom = (height - 1.15 * (row + 1) + 0.3) / height
-        axes = new_axes(figure, (0.04, bottom, 0.92, 0.45 / height), "", "", "")
-        lines.append(draw_line(axes, add_in_bf16(weight, update), update))
+        box = (0.04, 1 - (1.15 * (row + 1) - 0.3) / height, 0.92, 0.45 / height)
+        lines.append(draw_line(new_axes(figure, box, "", "", ""), add_in_bf16(weight, update), update))
     return figure, "\n".join(lines)
 
 
@@ -73,23 +68,21 @@ def draw_line(axes: Axes, s: Sum, update: float) -> str:
     if len(numbers) <= MOST_TICKS:
         axes.plot(numbers, [0] * len(numbers), linestyle="", marker="|", markersize=11, color=INK)
     else:
-        axes.text(
-            1, 0.8, f"{len(numbers):,} numbers in view", transform=axes.transAxes, ha="right", fontsize=8, color=GREY
-        )
+        words = f"{len(numbers):,} numbers in view"
+        axes.text(1, 0.8, words, transform=axes.transAxes, ha="right", fontsize=8, color=GREY)
     labelled = apart(numbers, s.weight, reach / 4)
     axes.set_xticks(labelled, [f"{number:.5g}" for number in labelled])
     axes.axvspan(s.low, s.high, ymin=0.2, ymax=0.56, color=PALE, linewidth=0)
     axes.plot(s.weight, 0, marker="o", color=BLUE, markersize=8)
     colour = VERMILION if s.lost else GREEN
-    axes.annotate(
-        "", (s.target, 0.42), (s.weight, 0.42), arrowprops={"arrowstyle": "->", "color": colour, "linewidth": 1.6}
-    )
+    arrow = {"arrowstyle": "->", "color": colour, "linewidth": 1.6}
+    axes.annotate("", (s.target, 0.42), (s.weight, 0.42), arrowprops=arrow)
     axes.plot([s.target] * 2, [0, 0.42], color=colour, linewidth=1.2, linestyle=":")
     axes.plot(s.result, 0, marker="x" if s.lost else "s", color=colour, markersize=9, markeredgewidth=2.2, zorder=4)
     verdict = "lost" if s.lost else f"lands on {s.result:.6g}"
-    told = f"{s.weight:.6g} {'+' if update >= 0 else '−'} {abs(update):.3g} = {s.target:.7g} in exact arithmetic: {verdict}"
-    axes.set_title(f"{'✕' if s.lost else '■'} {told}", loc="left", fontsize=9.5, color=colour, fontweight="bold")
-    return f"{told} (sums from {s.low:.6g} to {s.high:.6g} round to {s.weight:.6g})."
+    sentence = f"{s.weight:.6g} {'+' if update >= 0 else '−'} {abs(update):.3g} = {s.target:.7g} in exact arithmetic: {verdict}"
+    axes.set_title(f"{'✕' if s.lost else '■'} {sentence}", loc="left", fontsize=9.5, color=colour, fontweight="bold")
+    return f"{sentence} (sums from {s.low:.6g} to {s.high:.6g} round to {s.weight:.6g})."
 
 
 def bf16_between(low: float, high: float) -> list[float]:
@@ -102,13 +95,11 @@ def bf16_between(low: float, high: float) -> list[float]:
 def apart(numbers: Sequence[float], centre: float, distance: float) -> list[float]:
     """Those of ascending `numbers` that are at least `distance` from each other, found outwards from `centre`."""
     kept = [centre]
-    for number in numbers:
-        if number > centre and number - kept[-1] >= distance:
-            kept.append(number)
-    kept.reverse()
-    for number in reversed(numbers):
-        if number < centre and kept[-1] - number >= distance:
-            kept.append(number)
+    for way in (1, -1):
+        for number in numbers[::way]:
+            if way * (number - kept[-1]) >= distance:
+                kept.append(number)
+        kept.reverse()
     return kept
 
 
@@ -123,9 +114,8 @@ def explore_number_line() -> None:
     import ipywidgets
     from IPython.display import display
 
-    wide = ipywidgets.Layout(width="32em")
     style = {"description_width": "5em"}
-    options = {"layout": wide, "style": style, "readout_format": ".3g"}
+    options = {"layout": {"width": "32em"}, "style": style, "readout_format": ".3g"}
     weight = ipywidgets.FloatLogSlider(1.0, base=2, min=-10, max=3, step=0.125, description="weight", **options)
     update = ipywidgets.FloatLogSlider(3e-4, base=10, min=-5.5, max=-1, step=0.02, description="update", **options)
     way = ipywidgets.ToggleButtons(options=[("down", -1), ("up", 1)], description="direction", style=style)
@@ -135,9 +125,5 @@ def explore_number_line() -> None:
 
     display(ipywidgets.VBox([weight, update, way]))
     handle = display(picture(), raw=True, display_id=True)
-
-    def redraw(_: Any) -> None:
-        handle.update(picture(), raw=True)
-
     for widget in (weight, update, way):
-        widget.observe(redraw, names="value")
+        widget.observe(lambda _: handle.update(picture(), raw=True), names="value")

@@ -30,9 +30,9 @@ _active: LiveRun | None = None  # a kernel trains one model at a time; see LiveR
 
 def is_interactive() -> bool:
     """Whether a person watches: MOE_LAB_INTERACTIVE if set, else a front end's session variable."""
-    told = os.environ.get("MOE_LAB_INTERACTIVE")
-    if told is not None:
-        return told.strip().lower() not in ("", "0", "false", "no")
+    asked = os.environ.get("MOE_LAB_INTERACTIVE")
+    if asked is not None:
+        return asked.strip().lower() not in ("", "0", "false", "no")
     return any(os.environ.get(name) for name in ("JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG"))
 
 
@@ -78,8 +78,8 @@ def release_thread_pool() -> None:
 class LiveRun:
     """Runs `trainer.fit()` in a thread, shows it, and hands its summary to the cell that waits.
 
-    `floors` are lines for the loss panel (nats per token by name; None: the trainer's), `every_s` is the least time between two redraws in
-    seconds, and `controls` is whether buttons are shown (None: if `is_interactive()`).
+    `floors` are lines for the loss panel (nats per token by name; None: the trainer's), `every_s` is the least time
+    between two redraws in seconds, and `controls` is whether buttons are shown (None: if `is_interactive()`).
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class LiveRun:
         self._done = threading.Event()
         self._threads: list[threading.Thread] = []
         self._drawn = -1  # rows in the latest picture
-        self._tenth = 0  # tenths of the run told about, headless
+        self._tenth = 0  # tenths of the run printed, headless
 
     def start(self) -> LiveRun:
         """Show the controls and the figure here and begin to train. A run that is still going is stopped first, so
@@ -109,15 +109,13 @@ class LiveRun:
         if _active is not None:
             _active.stop_and_join()
         _active = self
-        self._box = self._handle = None
         if self.controls:
             self._box = self._widgets()
             self._handle = display(self._box, display_id=True)
         self._picture = display({"text/plain": "(the figure comes with the first readings)"}, raw=True, display_id=True)
         self.trainer.listeners.append(self._listen)
-        self._threads = [threading.Thread(target=self._train, name="train", daemon=True)]
-        if self.controls:
-            self._threads.append(threading.Thread(target=self._draw, name="draw", daemon=True))
+        targets = (self._train, self._draw) if self.controls else (self._train,)
+        self._threads = [threading.Thread(target=target, daemon=True) for target in targets]
         release_thread_pool()
         for thread in self._threads:
             thread.start()
@@ -135,17 +133,8 @@ class LiveRun:
         try:
             while not self._done.is_set():
                 await asyncio.sleep(0.05)
-                self._tell()
+                self._print_progress()
         except (asyncio.CancelledError, KeyboardInterrupt):
-            self.trainer.stop()
-        return self._end()
-
-    def wait(self) -> dict[str, Any]:
-        """The same without `await`, for scripts. In a notebook the buttons act only after the cell, Interrupt at once."""
-        try:
-            while not self._done.wait(0.1):
-                self._tell()
-        except KeyboardInterrupt:
             self.trainer.stop()
         return self._end()
 
@@ -154,10 +143,9 @@ class LiveRun:
         state = "paused" if self.trainer.controls.paused else "running"
         if self._done.is_set():
             state = "failed" if self.error else self.summary["status"]
-        steps = [row for row in self.rows if "losses" in row]
-        if not steps:
+        row = self._last_step()
+        if row is None:
             return f"{state} · step 0/{self.trainer.n_steps}"
-        row = steps[-1]
         loss = row["losses"]["next_token"] / self.scales["next_token_weight"]
         text = f"{state} · step {row['step']}/{self.trainer.n_steps} · loss {loss:.3f}"
         speed = row.get("tokens_per_s")
@@ -167,6 +155,9 @@ class LiveRun:
         if self.trainer.controls.lr_scale != 1:
             text += f" · LR × {self.trainer.controls.lr_scale:.3g}"
         return text
+
+    def _last_step(self) -> dict[str, Any] | None:
+        return next((row for row in reversed(self.rows) if "losses" in row), None)
 
     # ---- in the worker thread and the drawing thread: no print, no pyplot ----
 
@@ -190,12 +181,12 @@ class LiveRun:
         while not self._done.wait(self.every_s):
             self._status.value = self.status()
             if len(self.rows) > self._drawn:
-                self._show()
+                self._redraw()
         self._close()
 
     # ---- output ----
 
-    def _show(self) -> None:
+    def _redraw(self) -> None:
         if self._picture is None:  # a plain script: there is nowhere to show it
             return
         rows = list(self.rows)
@@ -206,8 +197,8 @@ class LiveRun:
 
     def _close(self) -> None:
         """The last picture, and text in place of the controls: a saved notebook would show them as errors."""
-        self._show()
-        if self._handle is not None:
+        self._redraw()
+        if self.controls and self._handle is not None:
             self._handle.update({"text/plain": self.status()}, raw=True)
             self._box.close()
 
@@ -219,9 +210,9 @@ class LiveRun:
             raise self.error
         return self.summary
 
-    def _tell(self) -> None:
-        step = next((row["step"] for row in reversed(self.rows) if "losses" in row), 0)
-        tenth = 10 * step // max(self.trainer.n_steps, 1)
+    def _print_progress(self) -> None:
+        row = self._last_step()
+        tenth = 10 * row["step"] // max(self.trainer.n_steps, 1) if row else 0
         if not self.controls and tenth > self._tenth:
             self._tenth = tenth
             print(f"{10 * tenth:3d} %  {self.status()}", file=sys.stderr, flush=True)
@@ -231,32 +222,22 @@ class LiveRun:
 
         controls = self.trainer.controls
 
-        def button(text: str, tooltip: str, act: Any, style: str = "") -> widgets.Button:
-            made = widgets.Button(description=text, tooltip=tooltip, button_style=style, layout={"width": "110px"})
-            made.on_click(act)
-            return made
-
-        def pause(made: widgets.Button) -> None:
+        def pause(button: widgets.Button) -> None:
             controls.resume() if controls.paused else controls.pause()
-            made.description = "Resume" if controls.paused else "Pause"
+            button.description = "Resume" if controls.paused else "Pause"
 
-        slider = widgets.FloatLogSlider(
-            value=1.0,
-            base=2,
-            min=-4,
-            max=2,
-            step=0.5,
-            description="LR ×",
-            readout_format=".2f",
-            continuous_update=False,
-        )
+        row = []
+        for text, tooltip, act in (
+            ("Pause", "Pause after this step, or resume", pause),
+            ("Stop", "Stop after this step and save", lambda _: self.trainer.stop()),
+            ("Checkpoint", "Save a checkpoint after this step", lambda _: controls.save()),
+        ):
+            style = "danger" if text == "Stop" else ""
+            row.append(widgets.Button(description=text, tooltip=tooltip, button_style=style, layout={"width": "110px"}))
+            row[-1].on_click(act)
+        options = {"description": "LR ×", "readout_format": ".2f", "continuous_update": False}
+        slider = widgets.FloatLogSlider(1.0, base=2, min=-4, max=2, step=0.5, **options)
         slider.observe(lambda change: controls.set_lr_scale(change["new"]), names="value")
         keep_live(slider)
-        row = [
-            button("Pause", "Pause after this step, or resume", pause),
-            button("Stop", "Stop after this step and save", lambda _: self.trainer.stop(), "danger"),
-            button("Checkpoint", "Save a checkpoint after this step", lambda _: controls.save()),
-            slider,
-        ]
         self._status = widgets.Label(self.status())
-        return widgets.VBox([widgets.HBox(row), self._status])
+        return widgets.VBox([widgets.HBox([*row, slider]), self._status])

@@ -13,27 +13,18 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moe_lab.show.style import BLUE, GREY, INK, PALE, SERIES, VERMILION, label_right, new_axes, new_figure
+from moe_lab.show.style import BLUE, GREY, INK, VERMILION, label_right, new_axes, new_figure
 
 Rows = Sequence[Mapping[str, Any]]
+Curve = tuple[np.ndarray, np.ndarray]  # steps, values
 FLOOR_STYLES = {"uniform": ":", "unigram": (0, (1, 3)), "bigram": "-.", "trigram": "--"}
 
 
-def column(rows: Rows, name: str, term: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+def column(rows: Rows, name: str, term: str | None = None) -> Curve:
     """Steps and values of one field (or of one loss term) in the rows that have it; None counts as not a number."""
     pairs = [(row["step"], row[name] if term is None else row[name].get(term)) for row in rows if name in row]
     steps = np.array([step for step, _ in pairs], dtype=float)
     return steps, np.array([math.nan if value is None else value for _, value in pairs], dtype=float)
-
-
-def unweighted(rows: Rows, weight: float) -> list[dict[str, Any]]:
-    """The same rows with the next token's loss in nats per token, its weight taken out."""
-
-    def losses(row: Mapping[str, Any]) -> dict[str, Any]:
-        term = row["losses"].get("next_token")
-        return row["losses"] | {"next_token": None if term is None else term / weight}
-
-    return [{**row, "losses": losses(row)} if "losses" in row else dict(row) for row in rows]
 
 
 def last_tick(steps: np.ndarray, n_steps: int) -> float:
@@ -44,7 +35,7 @@ def last_tick(steps: np.ndarray, n_steps: int) -> float:
     return end
 
 
-def thin(x: np.ndarray, y: np.ndarray, limit: int = 1000) -> tuple[np.ndarray, np.ndarray]:
+def thin(x: np.ndarray, y: np.ndarray, limit: int = 1000) -> Curve:
     """At most `limit` points of a curve: the least and the greatest of each stretch, so that no spike is lost."""
     if len(x) <= limit:
         return x, y
@@ -93,31 +84,35 @@ def training_figure(
     A record holds weighted terms, so with several heads the next token's is divided by `next_token_weight`: only then
     may it stand beside the validation loss and the floors. `scales` gives both from a config.
     """
-    rows = unweighted(rows, next_token_weight)
+    steps, losses = column(rows, "losses", "next_token")
+    training, floors = (steps, losses / next_token_weight), floors or {}
+    evaluations = column(rows, "validation_loss")
     figure = new_figure()
-    draw_loss(
-        new_axes(figure, (0.065, 0.57, 0.335, 0.37), "Loss", "step", "nats per token"), rows, floors or {}, n_steps
-    )
+    axes = new_axes(figure, (0.065, 0.57, 0.335, 0.37), "Loss", "step", "nats per token")
+    draw_loss(axes, training, evaluations, floors, n_steps)
     norms = new_axes(figure, (0.62, 0.57, 0.35, 0.37), "Norm weights: largest |w − 1|", "step", "no unit, log scale")
     draw_positive(norms, *column(rows, "norm_deviation"), n_steps, "exactly 0: no norm weight has moved")
     grad = new_axes(figure, (0.065, 0.09, 0.335, 0.34), "Gradient norm, before clipping", "step", "no unit, log scale")
     draw_positive(grad, *column(rows, "grad_norm"), n_steps, "exactly 0: nothing learns", max_grad_norm)
     draw_load(figure, rows)
-    return figure, describe(rows, floors, n_steps)
+    return figure, describe(rows, training, evaluations, floors, n_steps)
 
 
-def draw_loss(axes: Axes, rows: Rows, floors: Mapping[str, float], n_steps: int) -> None:
-    steps, losses = column(rows, "losses", "next_token")
-    at, validation = column(rows, "validation_loss")
+def set_steps(axes: Axes, steps: np.ndarray, n_steps: int) -> None:
     axes.set_xlim(0, last_tick(steps, n_steps))
     axes.locator_params(axis="x", nbins=5, integer=True)
+
+
+def draw_loss(axes: Axes, training: Curve, evaluations: Curve, floors: Mapping[str, float], n_steps: int) -> None:
+    (steps, losses), (evaluated_at, validation) = training, evaluations
+    set_steps(axes, steps, n_steps)
     labels = [(loss, f"{name} {loss:.2f}", GREY) for name, loss in floors.items()]
     for name, loss in floors.items():
         axes.axhline(loss, color=GREY, linestyle=FLOOR_STYLES.get(name, ":"), linewidth=1)
     axes.plot(*thin(steps, losses), color=BLUE, linewidth=0.7, alpha=0.4, marker="o" if len(steps) == 1 else None)
     means = smooth(losses)
     axes.plot(*thin(steps, means), color=BLUE, linewidth=1.8)
-    axes.plot(*thin(at, validation), color=VERMILION, linestyle="--", linewidth=1, marker="o", markersize=4)
+    axes.plot(*thin(evaluated_at, validation), color=VERMILION, linestyle="--", linewidth=1, marker="o", markersize=4)
     shown = np.concatenate([losses, validation, list(floors.values())])
     shown = shown[np.isfinite(shown)]
     if len(shown):
@@ -133,8 +128,7 @@ def draw_positive(
     axes: Axes, steps: np.ndarray, values: np.ndarray, n_steps: int, zero: str, clip: float | None = None
 ) -> None:
     """A curve on a log scale. Zeros have no place there: they are left out, and a curve of zeros says so in words."""
-    axes.set_xlim(0, last_tick(steps, n_steps))
-    axes.locator_params(axis="x", nbins=5, integer=True)
+    set_steps(axes, steps, n_steps)
     positive = np.isfinite(values) & (values > 0)
     if not positive.any():
         axes.set_yticks([])
@@ -151,15 +145,8 @@ def draw_positive(
     axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in between else "")
     if clip:
         axes.axhline(clip, color=VERMILION, linestyle="--", linewidth=1.2)
-        axes.annotate(
-            f"clip at {clip:g}",
-            (1, clip),
-            (5, -3),
-            ("axes fraction", "data"),
-            "offset points",
-            color=VERMILION,
-            fontsize=8.5,
-        )
+        place = (1, clip), (5, -3), ("axes fraction", "data"), "offset points"
+        axes.annotate(f"clip at {clip:g}", *place, color=VERMILION, fontsize=8.5)
 
 
 def draw_load(figure: Figure, rows: Rows) -> None:
@@ -184,24 +171,18 @@ def draw_load(figure: Figure, rows: Rows) -> None:
             axes.text(expert, layer, f"{value:.1f}", ha="center", va="center", fontsize=8, color=colour)
 
 
-def describe(rows: Rows, floors: Mapping[str, float] | None, n_steps: int) -> str:
+def describe(rows: Rows, training: Curve, evaluations: Curve, floors: Mapping[str, float], n_steps: int) -> str:
     """Two lines of text that say what `training_figure` shows at its last step."""
-    steps, losses = column(rows, "losses", "next_token")
+    (steps, losses), (evaluated_at, validation) = training, evaluations
     if not len(steps):
         return f"No update yet; {n_steps} steps are planned.\nThe figure fills as the run goes on."
     first = f"Step {steps[-1]:.0f} of {n_steps}: training loss {losses[-1]:.3f} nats per token"
-    at, validation = column(rows, "validation_loss")
-    if len(at):
-        first += f", validation loss {validation[-1]:.3f} at step {at[-1]:.0f}"
-        if floors and "trigram" in floors:
-            distance = validation[-1] - floors["trigram"]
-            side = "below" if distance < 0 else "above"
-            first += f", {abs(distance):.3f} {side} the trigram table ({floors['trigram']:.3f})"
-    parts = []
-    for name, text in (("norm_deviation", "norm weights moved by up to"), ("grad_norm", "gradient norm")):
-        values = column(rows, name)[1]
-        if len(values):
-            parts.append(f"{text} {values[-1]:.2g}")
+    if len(evaluated_at):
+        first += f", validation loss {validation[-1]:.3f} at step {evaluated_at[-1]:.0f}"
+        if "trigram" in floors:
+            first += f", {beside(validation[-1], floors['trigram'])} the trigram table ({floors['trigram']:.3f})"
+    texts = {"norm_deviation": "norm weights moved by up to", "grad_norm": "gradient norm"}
+    parts = [f"{text} {column(rows, name)[1][-1]:.2g}" for name, text in texts.items() if len(column(rows, name)[1])]
     load = relative_load(rows)
     if load.size:
         layer, expert = np.unravel_index(load.argmax(), load.shape)
@@ -210,34 +191,38 @@ def describe(rows: Rows, floors: Mapping[str, float] | None, n_steps: int) -> st
     return f"{first}.\n{second[:1].upper()}{second[1:]}."
 
 
+def dot_chart(rows: Sequence[tuple[float, str, tuple[str, str]]], title: str, unit: str) -> Figure:
+    """A line and a dot a row, from the top down: its value, its name, its colour and marker."""
+    height = 1.0 + 0.3 * max(len(rows), 1)
+    figure = new_figure(10, height)
+    axes = new_axes(figure, (0.26, 0.57 / height, 0.65, 1 - 0.92 / height), title, unit, "")
+    axes.grid(False)
+    for place, (value, _, (colour, marker)) in enumerate(rows):
+        axes.plot([0, value], [place, place], color=colour, linewidth=2, alpha=0.4)
+        axes.plot(value, place, marker=marker, color=colour, markersize=8)
+        axes.annotate(
+            f"{value:.2f}", (value, place), (9, 0), textcoords="offset points", va="center", fontsize=9, color=INK
+        )
+    axes.set_yticks(range(len(rows)), [name for _, name, _ in rows], fontsize=9, color=INK)
+    axes.set_ylim(max(len(rows), 1) - 0.5, -0.5)
+    axes.set_xlim(0, 1.1 * max([1.0, *(value for value, *_ in rows)]))
+    return figure
+
+
 def loss_bars(floors: Mapping[str, float], models: Mapping[str, float]) -> tuple[Figure, str]:
     """Losses of tables of counts and of models on one scale, in nats per token; the best is at the bottom."""
-    entries = [(loss, name, False) for name, loss in floors.items()] + [(loss, n, True) for n, loss in models.items()]
-    entries.sort(key=lambda entry: -entry[0])
-    figure = new_figure(10, 1.1 + 0.32 * max(len(entries), 1))
-    bottom = 0.6 / figure.get_figheight()
+    rows = [(loss, name, (GREY, "s")) for name, loss in floors.items()]
+    rows = sorted(rows + [(loss, name, (BLUE, "o")) for name, loss in models.items()], key=lambda row: -row[0])
     title = "Loss on the validation split, lower is better (■ table of counts, ● model)"
-    axes = new_axes(
-        figure, (0.24, bottom, 0.68, 1 - bottom - 0.35 / figure.get_figheight()), title, "nats per token", ""
-    )
-    axes.grid(False)
-    for row, (loss, _, is_model) in enumerate(entries):
-        colour, _, marker = SERIES[0] if is_model else (GREY, "", "s")
-        axes.plot([0, loss], [row, row], color=PALE if not is_model else colour, linewidth=2, alpha=0.6)
-        axes.plot(loss, row, marker=marker, color=colour, markersize=8)
-        axes.annotate(
-            f"{loss:.2f}", (loss, row), (9, 0), textcoords="offset points", va="center", color=INK, fontsize=9
-        )
-    axes.set_yticks(range(len(entries)), [name for _, name, _ in entries], fontsize=9, color=INK)
-    axes.set_ylim(max(len(entries), 1) - 0.5, -0.5)
-    axes.set_xlim(0, 1.1 * max([loss for loss, _, _ in entries], default=1))
-    first = (
-        "Loss in nats per token, highest first: " + ", ".join(f"{name} {loss:.3f}" for loss, name, _ in entries) + "."
-    )
+    figure = dot_chart(rows, title, "nats per token")
+    first = "Loss in nats per token, highest first: " + ", ".join(f"{name} {loss:.3f}" for loss, name, _ in rows) + "."
     second = "No model yet."
     if models and floors:
         best, floor = min(models, key=models.get), min(floors, key=floors.get)
-        distance = models[best] - floors[floor]
-        side = "below" if distance < 0 else "above"
-        second = f"The best model, {best}, is {abs(distance):.3f} {side} the lowest floor, {floor}."
+        distance = beside(models[best], floors[floor])
+        second = f"The best model, {best}, is {distance} the lowest floor, {floor}."
     return figure, f"{first}\n{second}"
+
+
+def beside(loss: float, floor: float) -> str:
+    return f"{abs(loss - floor):.3f} {'below' if loss < floor else 'above'}"

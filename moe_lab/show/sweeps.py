@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -25,9 +25,7 @@ class Surface(NamedTuple):
     predict: Callable[[np.ndarray], np.ndarray]  # fitted loss (n,) at points (n, 2) of log10 LRs
     optimum: tuple[float, float]  # LRs of the fit's least loss
     intervals: tuple[tuple[float, float], tuple[float, float]]  # of the optimum's LRs, Muon's then AdamW's
-    marks: Mapping[
-        str, tuple[float, float, float]
-    ]  # named runs: their two LRs and loss; they may lie outside of the fit
+    marks: Mapping[str, tuple[float, float, float]]  # named runs: two LRs and loss; they may lie outside of the fit
 
 
 def lr_sweep(
@@ -84,40 +82,36 @@ def lr_surface(panels: Mapping[str, Surface]) -> tuple[Figure, str]:
         draw_surface(axes, surface)
         marks = [f"{name} {loss:.2f} at {a:g} and {b:g}" for name, (a, b, loss) in surface.marks.items()]
         (low_a, high_a), (low_b, high_b) = surface.intervals
-        optimum = (
-            f"{title}: fitted optimum at Muon {surface.optimum[0]:.2g} ({low_a:.2g} to {high_a:.2g}) and AdamW "
-            f"{surface.optimum[1]:.2g} ({low_b:.2g} to {high_b:.2g})"
-        )
-        lines.append("; ".join([optimum, *marks]))
+        optimum = f"Muon {surface.optimum[0]:.2g} ({low_a:.2g} to {high_a:.2g})"
+        optimum += f" and AdamW {surface.optimum[1]:.2g} ({low_b:.2g} to {high_b:.2g})"
+        lines.append("; ".join([f"{title}: fitted optimum at {optimum}", *marks]))
     return figure, "Validation loss in nats per token over both learning rates.\n" + ". ".join(lines) + "."
 
 
 def draw_surface(axes: Axes, surface: Surface) -> None:
-    tested = np.log10(np.array(list(surface.points)))  # (n, 2)
-    a, b = (np.linspace(low, high, 60) for low, high in zip(tested.min(axis=0), tested.max(axis=0), strict=True))
+    tested = np.log10(list(surface.points))  # (n, 2)
+    a, b = np.linspace(tested.min(axis=0), tested.max(axis=0), 60).T
     grid = np.stack(np.meshgrid(a, b), axis=-1)  # (60, 60, 2)
     fitted = surface.predict(grid.reshape(-1, 2)).reshape(60, 60)
     low = math.floor(fitted.min() * 10) / 10
     levels = [low + step for step in (0.1, 0.2, 0.4, 0.8, 1.2, 1.6)]
     lines = axes.contour(10**a, 10**b, fitted, levels=levels, colors=GREY, linewidths=0.8)
     axes.clabel(lines, fmt="%.1f", fontsize=7)
-    for (muon, adamw), loss in surface.points.items():
-        axes.plot(muon, adamw, marker="o", color=BLUE, markersize=4)
-        write(axes, f"{loss:.2f}", muon, adamw, BLUE)
-    for name, (muon, adamw, loss) in surface.marks.items():
-        axes.plot(muon, adamw, marker="s", color=VERMILION, markersize=6)
-        write(axes, f"{name} {loss:.2f}", muon, adamw, VERMILION)
+    for point, loss in surface.points.items():
+        draw_point(axes, point, f"{loss:.2f}", color=BLUE, marker="o", markersize=4)
+    for name, (*point, loss) in surface.marks.items():
+        draw_point(axes, point, f"{name} {loss:.2f}", color=VERMILION, marker="s", markersize=6)
     (low_a, high_a), (low_b, high_b) = surface.intervals
-    at_a, at_b = surface.optimum
-    axes.plot([low_a, high_a], [at_b, at_b], color=INK, linewidth=1.2)
-    axes.plot([at_a, at_a], [low_b, high_b], color=INK, linewidth=1.2)
-    axes.plot(at_a, at_b, marker="X", color=INK, markersize=8)
-    x = [muon for muon, *_ in (*surface.points, *surface.marks.values())]
-    y = [pair[1] for pair in (*surface.points, *surface.marks.values())]
+    best_a, best_b = surface.optimum
+    axes.plot([low_a, high_a], [best_b, best_b], color=INK, linewidth=1.2)
+    axes.plot([best_a, best_a], [low_b, high_b], color=INK, linewidth=1.2)
+    axes.plot(best_a, best_b, marker="X", color=INK, markersize=8)
+    x, y = zip(*surface.points, *(mark[:2] for mark in surface.marks.values()), strict=True)
     axes.set_xlim(min(x) / 1.6, max(x) * 4)  # room for the numbers right of the points
     axes.set_ylim(min(y) / 1.6, max(y) * 1.8)
 
 
-def write(axes: Axes, text: str, x: float, y: float, colour: str) -> None:
+def draw_point(axes: Axes, point: Sequence[float], text: str, color: str, **style: Any) -> None:
+    axes.plot(*point, color=color, **style)
     paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.8}  # lines must not run through numbers
-    axes.annotate(text, (x, y), (6, 4), textcoords="offset points", fontsize=7.5, color=colour, bbox=paper, zorder=4)
+    axes.annotate(text, point, (6, 4), textcoords="offset points", fontsize=7.5, color=color, bbox=paper, zorder=4)

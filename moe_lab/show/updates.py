@@ -6,37 +6,28 @@ from collections.abc import Mapping
 
 from matplotlib.figure import Figure
 
-from moe_lab.show.style import GREY, INK, PALE, SERIES, VERMILION, new_axes, new_figure
-
-FEW, MOST = 0.5, 0.95  # a health.Watch's limits: an error below the first, a warning below the second
+from moe_lab.health.during.rules_updates import LOST_ERROR, LOST_WARNING
+from moe_lab.show.plots import dot_chart
+from moe_lab.show.style import BLUE, GREY, INK, PALE, SERIES, VERMILION, new_axes, new_figure
 
 
 def arrived_bars(shares: Mapping[str, float]) -> tuple[Figure, str]:
-    """Realised over intended displacement by kind of tensor: 1 is all of it. The least is at the top."""
-    entries = sorted(shares.items(), key=lambda entry: entry[1])
-    figure = new_figure(10, 1.0 + 0.27 * max(len(entries), 1))
-    height = figure.get_figheight()
-    title = "Share of the intended displacement that arrived (✕ under a half, ▲ under 95 %, ● the rest)"
-    box = (0.27, 0.55 / height, 0.63, 1 - 0.9 / height)
-    axes = new_axes(figure, box, title, "realised / intended, no unit", "")
-    axes.grid(False)
-    for row, (_, share) in enumerate(entries):
-        colour, marker = (VERMILION, "X") if share < FEW else (INK, "^") if share < MOST else (SERIES[0][0], "o")
-        axes.plot([0, share], [row, row], color=colour, linewidth=2, alpha=0.5)
-        axes.plot(share, row, marker=marker, color=colour, markersize=7)
-        axes.annotate(
-            f"{share:.2f}", (share, row), (8, 0), textcoords="offset points", va="center", fontsize=8.5, color=INK
-        )
-    for limit in (FEW, MOST):
-        axes.axvline(limit, color=PALE, linewidth=1, linestyle="--", zorder=0)
-    axes.set_yticks(range(len(entries)), [name for name, _ in entries], fontsize=9, color=INK)
-    axes.set_ylim(max(len(entries), 1) - 0.5, -0.5)
-    axes.set_xlim(0, 1.1 * max([1.0, *shares.values()]))
-    few = [name for name, share in entries if share < FEW]
-    some = [name for name, share in entries if FEW <= share < MOST]
-    first = "Share of the intended displacement that arrived: " + ", ".join(f"{n} {s:.2f}" for n, s in entries) + "."
-    second = f"Under a half: {', '.join(few) or 'none'}. From there to 95 %: {', '.join(some) or 'none'}."
-    return figure, f"{first}\n{second}"
+    """Realised over intended displacement by kind of tensor: 1 is all of it. The least is at the top. Signs and lines stand
+    at the limits of a `health.Watch`."""
+    entries = sorted((share, name) for name, share in shares.items())
+    signs = {
+        name: (VERMILION, "X") if s < LOST_ERROR else (INK, "^") if s < LOST_WARNING else (BLUE, "o")
+        for s, name in entries
+    }
+    few, most = f"{100 * LOST_ERROR:g} %", f"{100 * LOST_WARNING:g} %"
+    title = f"Share of the intended displacement that arrived (✕ under {few}, ▲ under {most}, ● the rest)"
+    figure = dot_chart([(share, name, signs[name]) for share, name in entries], title, "realised / intended, no unit")
+    for limit in (LOST_ERROR, LOST_WARNING):
+        figure.axes[0].axvline(limit, color=PALE, linewidth=1, linestyle="--", zorder=0)
+    lost = ", ".join(name for share, name in entries if share < LOST_ERROR) or "none"
+    some = ", ".join(name for share, name in entries if LOST_ERROR <= share < LOST_WARNING) or "none"
+    first = "Share of the intended displacement that arrived: " + ", ".join(f"{n} {s:.2f}" for s, n in entries) + "."
+    return figure, f"{first}\nUnder {few}: {lost}. From there to {most}: {some}."
 
 
 def cost_dots(
