@@ -44,11 +44,11 @@ lab: setup
 	$(BIN)/python -m jupyter lab notebooks
 
 notebooks: setup
-	$(BIN)/python -m moe_lab.course.sequence run $(PARAMS)
+	$(BIN)/python -m moe_lab notebook all $(PARAMS)
 
 # The one way to committed outputs: executes every notebook in profile lab, in place, and writes down the minutes.
 outputs: setup
-	$(BIN)/python -m moe_lab.course.sequence refresh
+	$(BIN)/python -m benchmarks.outputs
 	$(MAKE) docs-table
 
 docs-table: setup
@@ -70,7 +70,7 @@ watch-cost: setup
 
 # The runs behind notebooks 03 and 04, hours of one core; finished ones are kept in .cache
 studies: setup
-	$(BIN)/python -m moe_lab.failures.designs
+	$(BIN)/python -m benchmarks.studies
 
 mutants: setup
 	$(BIN)/python tests/mutants.py

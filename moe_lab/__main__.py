@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
 def notebook(args: argparse.Namespace) -> None:
     from moe_lab.course import runner
 
-    sys.exit(runner.main(args.arguments))
+    runner.notebook_command(args.arguments)
 
 
 def preflight_of(path: str) -> list[Finding]:

@@ -3,23 +3,23 @@
 import pytest
 import yaml
 
-from moe_lab.config import ConfigError, load_config
+from moe_lab.config import ROOT, ConfigError, load_config
 from moe_lab.course import case
-from moe_lab.course.notebook import ROOT
 
 
 def test_every_claim_and_bug_has_its_sentence() -> None:
-    assert case.claim_ids() == [f"C{n:02d}" for n in range(1, 22)]
-    assert case.bug_ids() == [f"B{n:02d}" for n in range(1, 23)]
-    texts = [case.claim(id).sentence for id in case.claim_ids()]
-    for id in case.bug_ids():
+    claims, bugs = list(case.case()["claims"]), list(case.case()["bugs"])
+    assert claims == [f"C{n:02d}" for n in range(1, 22)]
+    assert bugs == [f"B{n:02d}" for n in range(1, 23)]
+    texts = [case.claim(id).sentence for id in claims]
+    for id in bugs:
         bug = case.bug(id)
         texts += [bug.sentence, bug.symptom]
         assert bug.id == id
     assert all(type(text) is str and text == text.strip() and len(text) > 15 and "\n" not in text for text in texts)
     assert len(set(texts)) == len(texts)
     assert "0.004 at step 411" in case.claim("C05").sentence
-    assert [id for id in case.bug_ids() if case.bug(id).ran] == ["B03", "B04", "B05", "B06", "B08", "B17", "B18"]
+    assert [id for id in bugs if case.bug(id).ran] == ["B03", "B04", "B05", "B06", "B08", "B17", "B18"]
 
 
 @pytest.mark.parametrize(
@@ -30,8 +30,8 @@ def test_every_claim_and_bug_has_its_sentence() -> None:
         (case.claim, "C22", "'C22' is no claim of the case; did you mean C21?"),
         (case.claim, "B01", "'B01' is no claim of the case; did you mean C01?"),
         (case.bug, "B23", "'B23' is no bug of the case; did you mean B22?"),
-        (case.run, "frist", "'frist' is no run of the case; did you mean first?"),
-        (case.run, "third", "'third' is no run of the case; known are first, second"),
+        (case.observed_run, "frist", "'frist' is no run of the case; did you mean first?"),
+        (case.observed_run, "third", "'third' is no run of the case; known are first, second"),
         (case.facts, "sibling", "'sibling' is no group of facts of the case; did you mean sibling_3b?"),
         (case.facts, "zzz", "known are training_1.5b, sibling_3b, training, optimizer, report"),
         (case.claim, 5, "5 is no claim of the case; did you mean C05?"),
@@ -45,7 +45,7 @@ def test_an_unknown_id_is_one_line_with_the_nearest(call, id, message) -> None:
 
 
 def test_the_observed_runs_add_up() -> None:
-    first, second = case.run("first"), case.run("second")
+    first, second = case.observed_run("first"), case.observed_run("second")
     sibling, training = case.facts("sibling_3b"), case.facts("training")
     assert first.steps * training["batch_size"] * sibling["seq_len"] == first.tokens == 1_544_192
     for run in (first, second):
@@ -56,7 +56,7 @@ def test_the_observed_runs_add_up() -> None:
 
 
 def test_the_siblings_tensors_add_up() -> None:
-    sibling = case.facts(case.run("first").checkpoint_of)
+    sibling = case.facts(case.observed_run("first").checkpoint_of)
     assert sibling["n_muon"] + sibling["n_adamw"] == sibling["n_tensors"]
     assert sibling["n_norms"] == 2 * sibling["n_layers"] + 1  # two in a layer and the last one
     assert round(100 * sibling["n_norms"] / sibling["n_tensors"]) == 6  # "6 % of the tensors, 0.003 % of the elements"

@@ -12,16 +12,26 @@ import pytest
 from tiny_run import tiny, train
 
 from moe_lab.config import ConfigError, to_dict
-from moe_lab.failures import designs, experiments
-from moe_lab.failures.experiments import Arm, Experiment, Results, collect, load_results, make_trainer, run_cell, spread
+from moe_lab.failures import designs, experiments, results
+from moe_lab.failures.experiments import Arm, Experiment, collect, make_trainer, rows_so_far, run_cell, run_cells
+from moe_lab.failures.results import Results, load_results, spread
+from moe_lab.train import Trainer, read_record
 
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
     """Cache and committed results in a temporary place."""
     monkeypatch.setattr(experiments, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(experiments, "RESULTS", tmp_path / "results")
+    for module in (experiments, results):
+        monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
     return tmp_path
+
+
+def row_of(experiment: Experiment, folder: Path) -> dict:
+    """The row of its only cell, computed here."""
+    (cell,) = experiment.cells().values()
+    assert run_cell(cell, folder / "row.json") == cell.key
+    return json.loads((folder / "row.json").read_text())
 
 
 def small(folder, **changes) -> Experiment:
@@ -47,38 +57,58 @@ def test_every_arm_meets_every_seed_and_rows_say_where_they_come_from(elsewhere)
 
 
 def test_a_cell_is_the_trainers_own_run(elsewhere) -> None:
-    (cell,) = small(elsewhere, seeds=(1,), arms={"a": Arm(config=tiny(elsewhere))}, evaluate_at=(6,)).cells()
-    mine = run_cell(cell["what"])
+    mine = row_of(small(elsewhere, seeds=(1,), arms={"a": Arm(config=tiny(elsewhere))}, evaluate_at=(6,)), elsewhere)
     config = tiny(elsewhere, training={"seed": 1, "steps": 6})
     trainer = train(config, elsewhere / "run")
-    rows = [row for row in experiments.read_record(elsewhere / "run") if row.get("event") == "eval"]
+    rows = [row for row in read_record(elsewhere / "run") if row.get("event") == "eval"]
     assert math.isclose(mine["validation"]["6"], rows[-1]["validation_loss"], rel_tol=1e-6)
     assert mine["tokens"] == trainer.tokens()
 
 
 def test_finished_cells_are_not_run_again(elsewhere, monkeypatch) -> None:
     design = small(elsewhere, seeds=(0,))
-    first = collect(design, workers=1, progress=False)
-    (elsewhere / "cache" / "experiments").joinpath("unrelated.json").write_text("{}")
-    monkeypatch.setattr(experiments, "run_cell", None)  # a pool would fail to send it
-    assert collect(design, workers=1, progress=False).rows == first.rows
+    first = collect(design, workers=0, progress=False)
+    (elsewhere / "cache" / "runs").joinpath("unrelated.json").write_text("{}")
+    monkeypatch.setattr(experiments, "run_cell", None)
+    assert collect(design, workers=0, progress=False).rows == first.rows
 
 
-def test_an_interrupted_table_keeps_what_is_finished(elsewhere) -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_interrupted_table_keeps_what_is_finished(elsewhere, workers) -> None:
     bad = {"bad": Arm(config=tiny(elsewhere), remedy="no such remedy")}
     good = small(elsewhere, seeds=(0,))
     with pytest.raises(KeyError, match="no such remedy"):
-        collect(small(elsewhere, seeds=(0,), arms=good.arms | bad), workers=1, progress=False)
-    assert len(list((elsewhere / "cache" / "experiments").glob("*.json"))) == 2
+        collect(small(elsewhere, seeds=(0,), arms=good.arms | bad), workers=workers, progress=False)
+    assert len(list((elsewhere / "cache" / "runs").glob("*.json"))) == 2
+
+
+def test_a_cell_that_was_interrupted_has_what_it_measured_so_far(elsewhere, monkeypatch) -> None:
+    design, update = small(elsewhere, seeds=(0,)), Trainer.update
+    cells = list(design.cells().values())
+
+    def interrupted(trainer: Trainer) -> object:
+        if trainer.step == 3:
+            raise KeyboardInterrupt
+        return update(trainer)
+
+    assert rows_so_far(cells) == []
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(Trainer, "update", interrupted)
+        list(run_cells(cells, workers=0, progress=False))
+    (row,) = rows_so_far(cells)
+    assert row["updates"] == 2 and row["validation"]["2"] > 0 and row["validation"]["4"] is None
+    rows = dict(run_cells(cells, workers=0, progress=False))
+    assert [rows[cell.key] for cell in cells] == rows_so_far(cells)
+    assert not list((elsewhere / "cache" / "runs").glob("*.part"))
 
 
 def test_committed_results_are_used_only_for_exactly_their_settings(elsewhere, monkeypatch) -> None:
     design = small(elsewhere, seeds=(0,))
-    computed = collect(design, workers=1, progress=False)
+    computed = collect(design, workers=0, progress=False)
     computed.save(elsewhere / "results" / "small.json")
     assert load_results("small").rows == computed.rows
     asked = []
-    monkeypatch.setattr(experiments, "compute", lambda missing, *rest: asked.extend(missing) or pytest.fail("computed"))
+    monkeypatch.setattr(experiments, "run_cells", lambda cells, *rest: asked.extend(cells) or pytest.fail("computed"))
     assert collect(design, progress=False).rows == computed.rows
     other = small(elsewhere, seeds=(0,), evaluate_at=(2, 5))
     with pytest.raises(pytest.fail.Exception):
@@ -90,8 +120,13 @@ def test_committed_results_are_used_only_for_exactly_their_settings(elsewhere, m
     assert len(asked) == 2
 
 
+def key_of(experiment: Experiment) -> str:
+    """Of its first cell."""
+    return next(iter(experiment.cells().values())).key
+
+
 def test_a_key_follows_everything_that_a_cell_is_computed_from(elsewhere) -> None:
-    base = small(elsewhere).cells()[0]["key"]
+    base = key_of(small(elsewhere))
     arm = Arm(config=tiny(elsewhere, training={"max_lr": 0.01}))
     variants = [
         small(elsewhere, seeds=(5,)),
@@ -99,16 +134,15 @@ def test_a_key_follows_everything_that_a_cell_is_computed_from(elsewhere) -> Non
         small(elsewhere, arms={"lr 0.01": Arm(config=arm.config, remedy="masters")}),
         small(elsewhere, arms={"lr 0.01": Arm(config=arm.config.with_(model={"dropout": 0.2}))}),
     ]
-    keys = {base, *(variant.cells()[0]["key"] for variant in variants)}
+    keys = {base, *map(key_of, variants)}
     assert len(keys) == 5
     renamed = small(elsewhere, name="other", arms={"another name": arm})
-    assert renamed.cells()[0]["key"] == base  # a name computes nothing
+    assert key_of(renamed) == base  # a name computes nothing
 
 
 def test_a_run_that_diverges_is_a_result(elsewhere) -> None:
     wild = tiny(elsewhere, training={"max_lr": 1e30})
-    (cell,) = small(elsewhere, seeds=(0,), arms={"wild": Arm(config=wild)}).cells()
-    row = run_cell(cell["what"])
+    row = row_of(small(elsewhere, seeds=(0,), arms={"wild": Arm(config=wild)}), elsewhere)
     assert row["validation"]["4"] is None
     results = Results("x", [{**row, "arm": "wild", "seed": 0}])
     assert results.loss("wild", 0) == math.inf
@@ -134,7 +168,7 @@ from moe_lab.failures.experiments import Arm, Experiment, collect
 if __name__ == "__main__":
     experiments.CACHE = Path(sys.argv[1]) / "cache"
     arms = {"long": Arm(config=tiny(Path(sys.argv[1])))}
-    collect(Experiment(name="long", arms=arms, seeds=(0,), evaluate_at=(10**6,)), workers=1, progress=False)
+    collect(Experiment(name="long", arms=arms, seeds=(0,), evaluate_at=(1, 10**6)), workers=1, progress=False)
 """
 
 
@@ -142,17 +176,22 @@ def test_workers_do_not_outlive_a_parent_that_was_killed(tmp_path) -> None:
     script = tmp_path / "child.py"
     script.write_text(CHILD)
     parent = psutil.Popen([sys.executable, str(script), str(tmp_path), str(Path(__file__).parent)])
-    worker = None
     for _ in range(600):
-        busy = [c for c in parent.children() if c.cpu_times().user > 3 and "spawn_main" in " ".join(c.cmdline())]
-        if busy:
-            worker = busy[0]
+        if list(tmp_path.glob("cache/runs/*.part")):  # it has begun to train
             break
         time.sleep(0.1)
-    assert worker is not None and parent.poll() is None
+    (worker,) = [child for child in parent.children() if "spawn_main" in " ".join(child.cmdline())]
+    assert parent.poll() is None
     parent.kill()
     psutil.wait_procs([worker], timeout=20)
     assert not worker.is_running()
+
+
+@pytest.mark.parametrize("design", designs.all_designs(), ids=lambda design: design.name)
+def test_the_committed_rows_are_those_of_the_designs(design) -> None:
+    """By their keys, or notebook 03 would compute them anew."""
+    rows = {(row["arm"], row["seed"]): row["key"] for row in load_results(design.name).rows}
+    assert rows == {place: cell.key for place, cell in design.cells().items()}
 
 
 def test_results_that_do_not_exist_say_so(elsewhere) -> None:

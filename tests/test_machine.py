@@ -31,9 +31,10 @@ def test_speed_counts_tokens_of_whole_steps_without_the_first(tmp_path, monkeypa
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     update = Trainer.update
 
-    def timed(trainer: Trainer) -> None:
-        update(trainer)
+    def timed(trainer: Trainer) -> object:
+        report = update(trainer)
         now[0] += 100 if trainer.step == 1 else 2  # the first one warms up
+        return report
 
     monkeypatch.setattr(Trainer, "update", timed)
     config = tiny(tmp_path)

@@ -35,7 +35,7 @@ def test_the_bug_freezes_the_norms(capsys) -> None:
 
 
 def test_a_bug_that_no_longer_fails_turns_the_notebook_red(monkeypatch) -> None:
-    monkeypatch.setattr(bugs, "cast_parameters", bugs.NO_OP)
+    monkeypatch.setattr(bugs, "cast_parameters", bugs.no_op)
     with pytest.raises(
         AssertionError, match=r"03.1 does not hold: with bf16 parameters every norm weight is exactly 1"
     ):

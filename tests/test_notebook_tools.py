@@ -10,8 +10,11 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from benchmarks import outputs
+from moe_lab.__main__ import main
 from moe_lab.config import ConfigError
 from moe_lab.course import notebook, runner
+from moe_lab.train import RunError
 
 TESTS = Path(__file__).parent
 PARAMETERS = """profile: str = "smoke"  # smoke, lab or gpu
@@ -146,7 +149,7 @@ def test_wrong_parameters_stop_before_a_kernel_starts(tmp_path, parameters, mess
     with pytest.raises(ConfigError, match=re.escape(message)):
         notebook.validate_parameters(path, parameters)
     arguments = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
-    assert runner.main([str(path), *arguments]) == 2
+    assert main(["notebook", str(path), *arguments]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -165,7 +168,7 @@ def test_headless_leaves_one_picture_and_no_widget(tmp_path) -> None:
 
 def test_a_failing_worker_fails_the_cell_with_its_own_words(tmp_path, capsys) -> None:
     path = write(tmp_path / "n.ipynb", IMPORTS, START.format("fails_at=5"), "await run.finished()", "print('never')")
-    assert runner.main([str(path), f"run_dir={tmp_path / 'out'}"]) == 1
+    assert main(["notebook", str(path), f"run_dir={tmp_path / 'out'}"]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == "error: n.ipynb, cell [5]: FloatingPointError: loss is nan in step 5"
     cells = nbformat.read(tmp_path / "out" / "n.ipynb", as_version=4).cells
@@ -183,12 +186,8 @@ def test_ctrl_c_stops_the_run_gracefully_and_the_notebook_after_its_cell(tmp_pat
     mark = tmp_path / "started"
     wait = f"open({str(mark)!r}, 'w'); summary = await run.finished(); print(summary['status'])"
     path = write(tmp_path / "n.ipynb", IMPORTS, START.format("n_steps=10**6"), wait, "print('never')")
-    command = [
-        sys.executable,
-        "-c",
-        "import sys; from moe_lab.course import runner; sys.exit(runner.main(sys.argv[1:]))",
-    ]
-    process = subprocess.Popen([*command, str(path), f"run_dir={tmp_path / 'out'}"], stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "moe_lab", "notebook", str(path), f"run_dir={tmp_path / 'out'}"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     for _ in range(600):
         if mark.exists() or process.poll() is not None:
             break
@@ -206,7 +205,7 @@ def test_refresh_writes_clean_outputs_in_place_and_nothing_when_a_cell_fails(tmp
     path = write(
         tmp_path / "n.ipynb", "import os, sys\nprint('x', file=sys.stderr)\nos.environ['MOE_LAB_PROFILE']", widget
     )
-    runner.refresh([path])
+    outputs.write_outputs(outputs.executed(path, "lab"), path)
     done = nbformat.read(path, as_version=4)
     assert [cell.execution_count for cell in done.cells] == [1, 2, 3]
     assert [output.data["text/plain"] for output in done.cells[1].outputs] == ["'lab'"]
@@ -214,6 +213,6 @@ def test_refresh_writes_clean_outputs_in_place_and_nothing_when_a_cell_fails(tmp
     assert all("papermill" not in cell.metadata for cell in done.cells)
     assert "widget-view" not in path.read_text()
     before = write(path, "1 / 0").read_text()
-    with pytest.raises(runner.PapermillExecutionError):
-        runner.refresh([path])
+    with pytest.raises(RunError, match="n.ipynb, cell .2.: ZeroDivisionError: division by zero"):
+        outputs.write_outputs(outputs.executed(path, "lab"), path)
     assert path.read_text() == before

@@ -270,7 +270,7 @@ def test_no_gradients_carry_a_weight_beyond_the_ceiling() -> None:
 
 
 def test_the_reports_norm_deviation_is_75_to_85_percent_of_what_any_run_shows() -> None:
-    second = case.run("second")
+    second = case.observed_run("second")
     lrs = case_lrs(second.updates, second.adamw_lr, case.facts("training")["warmup_steps"])
     assert lrs.sum() == pytest.approx(52.5 * 9e-5, rel=1e-12)
     assert second.norm_deviation / adam_reach(lrs) == pytest.approx(0.75, abs=0.005)

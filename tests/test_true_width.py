@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import struct
 
 import numpy as np
 import pytest
 import torch
-from helpers import random_ids, seeded
+from helpers import seeded
 from tiny_run import write_text
 from torch import nn
 
 from benchmarks.true_width import one_block, true_width
-from benchmarks.true_width.one_block import Cell, start_values
-from benchmarks.true_width.shadow import Displacement, Shadow, kept, kind_of, share
-from benchmarks.true_width.true_width import line_at, main, matching_factor, result_path
-from moe_lab.config import ConfigError, OptimizerConfig
-from moe_lab.failures import results
+from benchmarks.true_width.one_block import OneBlock, rows_of, start_values
+from benchmarks.true_width.shadow import Shadow, displacement, kept, part_of, share
+from benchmarks.true_width.true_width import command, line_at, matching_factor, result_path
+from moe_lab.config import ConfigError
+from moe_lab.failures import experiments
 from moe_lab.failures.results import load_true_width
+from moe_lab.health import Watch
 from moe_lab.health.measures import predict_lost
-from moe_lab.optim import build_optimizers
 from moe_lab.train import Trainer
+from moe_lab.train.command import exit_code
 
 
 def bf16(x: float) -> float:
@@ -110,7 +112,10 @@ def test_float32_in_bf16s_place_keeps_everything():
 def test_shares_of_several_tensors_add_up_with_their_standard_error():
     generator = np.random.default_rng(0)
     ru, uu = generator.normal(size=50), generator.random(50)
-    row = lambda a, b: [a.sum(), b.sum(), (a**2).sum(), (a * b).sum(), (b**2).sum(), 3, 10]  # noqa: E731
+
+    def row(a, b) -> list[float]:
+        return [a.sum(), b.sum(), (a**2).sum(), (a * b).sum(), (b**2).sum(), 3, 10]
+
     whole = share([row(ru, uu)])
     parts = share([row(ru[:20], uu[:20]), row(ru[20:], uu[20:])])
     assert parts["rho"] == pytest.approx(whole["rho"]) and parts["error"] == pytest.approx(whole["error"])
@@ -120,9 +125,10 @@ def test_shares_of_several_tensors_add_up_with_their_standard_error():
 
 
 def test_a_line_is_read_off_at_the_width():
-    points = [(192, 0.9), (384, 0.75), (768, 0.7)]
-    slope, offset = np.polyfit(np.log2([w for w, _ in points]), [v for _, v in points], 1)
-    assert line_at(1536, points) == pytest.approx(slope * math.log2(1536) + offset)
+    # one octave apart: the slope is half of last minus first, and 1536 lies two octaves past the middle
+    assert line_at(1536, [(192, 0.9), (384, 0.75), (768, 0.7)]) == pytest.approx(
+        (0.9 + 0.75 + 0.7) / 3 + 2 * (0.7 - 0.9) / 2
+    )
 
 
 @pytest.mark.parametrize("std", ["0.02", "fan_in"])
@@ -143,10 +149,10 @@ def test_matching_lrs_give_the_share_of_the_true_width(std: str):
 
 
 def test_start_values_have_the_stated_deviation():
-    config = Cell(block="moe", d_model=192).config().model
+    config = OneBlock(block="moe", d_model=192).config().model
     plain, scaled = start_values(config, "0.02"), start_values(config, "fan_in")
     for (name, p), (_, q) in zip(plain.named_parameters(), scaled.named_parameters(), strict=True):
-        wanted = q.shape[-1] ** -0.5 if kind_of(name) not in ("embedding", "norms") else None
+        wanted = q.shape[-1] ** -0.5 if part_of(name) not in ("embedding", "norms") else None
         if wanted is None:
             assert torch.equal(p, q)
         else:
@@ -159,36 +165,68 @@ def test_start_values_have_the_stated_deviation():
 STEPS = 6
 
 
-@pytest.fixture
-def tiny(tmp_path, monkeypatch):
-    """Both phases, short: width 192 from 24, 48 and 96, on a text of made-up words. Returns the cells that were run."""
-    write_text(tmp_path)
-    original, run = Cell.config, one_block.run_cell
+def main(*argv: str) -> int:
+    return exit_code(command, argv)
+
+
+@pytest.fixture(scope="module")
+def predicted(tmp_path_factory):
+    """A folder with the runs that predict width 192, made once, and the prediction."""
+    folder = tmp_path_factory.mktemp("predicted")
+    with pytest.MonkeyPatch.context() as context:
+        make_small(context, folder, write_text(folder))
+        assert main("predict", "--width", "192") == 0
+    return folder
+
+
+def make_small(monkeypatch, folder, text) -> list[OneBlock]:
+    """Both phases, short: width 192 from 24, 48 and 96, on a text of made-up words. Returns the runs that were made."""
+    original, probe = OneBlock.config, one_block.rounding
     model = {"vocab_size": 300, "max_seq_len": 16, "moe_router_hidden": 8}
-    data = {"source": str(tmp_path / "text.txt"), "max_bytes": None}
-    small = lambda cell: original(cell).with_(data=data, model=model, training={"batch_size": 2})  # noqa: E731
-    ran = []
-    monkeypatch.setattr(Cell, "config", small)
-    monkeypatch.setattr(one_block, "run_cell", lambda cell, *a: ran.append(cell) or run(cell, *a, progress=False))
-    for module in (one_block, true_width, results):
-        monkeypatch.setattr(module, "MARKS", (4, STEPS))
+    data = {"source": str(text), "max_bytes": None}
+    made = []
+
+    def small(run: OneBlock):
+        return original(run).with_(data=data, model=model, training={"batch_size": 2})
+
+    def noted(trainer, run):
+        made.append(OneBlock(**run))
+        yield from probe(trainer, run)
+
+    monkeypatch.setattr(OneBlock, "config", small)
+    monkeypatch.setattr(one_block, "rounding", noted)
     for module in (one_block, true_width):
-        monkeypatch.setattr(module, "CACHE", tmp_path)
+        monkeypatch.setattr(module, "MARKS", (4, STEPS))
+    for module in (experiments, true_width):
+        monkeypatch.setattr(module, "CACHE", folder)
     monkeypatch.setattr(true_width, "PAIR", {"dense": STEPS, "moe": STEPS})
     monkeypatch.setattr(true_width, "WINDOW", 2)
-    return ran
+    return made
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch, predicted):
+    """Both phases, before the first run."""
+    return make_small(monkeypatch, tmp_path, predicted / "text.txt")
+
+
+@pytest.fixture
+def after_prediction(tiny, tmp_path, predicted):
+    """Both phases, after the first."""
+    shutil.copytree(predicted, tmp_path, dirs_exist_ok=True)
+    return tiny
 
 
 def test_a_prediction_then_a_measurement(tiny, tmp_path, capsys):
-    assert main(["measure", "--width", "192"]) == 2
+    assert main("measure", "--width", "192") == 2
     assert "no prediction yet" in capsys.readouterr().err
-    assert main(["predict", "--width", "192"]) == 0
-    assert {c.d_model for c in tiny} == {24, 48, 96}
+    assert main("predict", "--width", "192") == 0
+    assert {run.d_model for run in tiny} == {24, 48, 96}
     with pytest.raises(ConfigError, match="no measurement yet"):
         load_true_width(result_path(192))
     n_before = len(tiny)
-    assert main(["measure", "--width", "192"]) == 0
-    assert {c.d_model for c in tiny[n_before:]} == {192}
+    assert main("measure", "--width", "192") == 0
+    assert {run.d_model for run in tiny[n_before:]} == {192}
     found = load_true_width(result_path(192))
     keys = {(row["block"], row["std"]) for row in found.shares}
     assert keys == {("dense", "0.02"), ("dense", "fan_in"), ("moe", "0.02")}
@@ -208,24 +246,22 @@ def test_a_prediction_then_a_measurement(tiny, tmp_path, capsys):
     )  # Muon's step is lr / sqrt(fan_in)
     stored = json.loads((tmp_path / "true_width" / "result_192.json").read_text())
     assert stored["prediction"]["written"] <= stored["measured"]["begun"]
-    assert main(["predict", "--width", "192"]) == 2
+    assert main("predict", "--width", "192") == 2
     assert "must precede" in capsys.readouterr().err
 
 
-def test_the_experts_pair_alone_gives_back_what_the_measurement_had(tiny, tmp_path, capsys):
+def test_the_experts_pair_alone_gives_back_what_the_measurement_had(after_prediction, tmp_path, capsys):
     """On a machine that has none of the runs: the same numbers again, and a provenance of their own."""
-    main(["predict", "--width", "192"])
-    assert main(["experts", "--width", "192"]) == 2
+    assert main("experts", "--width", "192") == 2
     assert "no measurement to add to" in capsys.readouterr().err
-    main(["measure", "--width", "192"])
+    main("measure", "--width", "192")
     whole, path = load_true_width(result_path(192)), tmp_path / "true_width" / "result_192.json"
     stored = json.loads(path.read_text())
     stored["measured"]["nats"]["moe"], stored["measured"]["displacement"]["moe"] = {}, {}
     path.write_text(json.dumps(stored))
     assert load_true_width(result_path(192)).nats != whole.nats
-    for run in path.parent.glob("[!r]*.json"):
-        run.unlink()
-    assert main(["experts", "--width", "192"]) == 0
+    shutil.rmtree(tmp_path / "runs")
+    assert main("experts", "--width", "192") == 0
     again = load_true_width(result_path(192))
     assert again[:4] == whole[:4]
     assert whole.provenance in again.provenance and "the experts' pair from" in again.provenance
@@ -233,63 +269,63 @@ def test_the_experts_pair_alone_gives_back_what_the_measurement_had(tiny, tmp_pa
     assert json.loads(path.read_text())["measured"]["experts"]["rho_again"] == pytest.approx(shares, rel=1e-4)
 
 
-def test_a_run_older_than_the_prediction_is_refused(tiny, tmp_path, capsys):
-    one_block.compute(true_width.true_cells(192)[:1])
-    main(["predict", "--width", "192"])
+def test_a_run_older_than_the_prediction_is_refused(after_prediction, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(true_width, "true_runs", lambda width: true_width.experts_pair(width)[:1])
     path = tmp_path / "true_width" / "result_192.json"
     path.write_text(path.read_text().replace('"written": "20', '"written": "21'))
-    assert main(["measure", "--width", "192"]) == 2
+    assert main("measure", "--width", "192") == 2
     assert "younger than a run" in capsys.readouterr().err
 
 
 def test_ctrl_c_leaves_what_is_finished(tiny, monkeypatch):
-    inner, calls = one_block.run_cell, []
+    inner, calls = experiments.run_cell, []
 
-    def interrupted(cell, *args):
+    def interrupted(cell, path):
         calls.append(cell)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return inner(cell, *args)
+        return inner(cell, path)
 
-    monkeypatch.setattr(one_block, "run_cell", interrupted)
-    assert main(["predict", "--width", "192"]) == 130
-    assert main(["predict", "--width", "192"]) == 0
-    assert len(calls) == len(true_width.narrow_cells(192)) + 1
+    runs = true_width.narrow_runs(192)[:4]
+    monkeypatch.setattr(experiments, "run_cell", interrupted)
+    monkeypatch.setattr(true_width, "narrow_runs", lambda width: runs)
+    assert main("predict", "--width", "192") == 130
+    assert len(rows_of(runs)) == 2
+    assert len(list(one_block.run_all(runs))) == len(runs)
+    assert len(calls) == len(runs) + 1
 
 
-def test_an_unfinished_run_counts_with_what_it_has(tiny, monkeypatch):
-    main(["predict", "--width", "192"])
+def test_an_unfinished_run_counts_with_what_it_has(after_prediction, monkeypatch):
     whole = Trainer.update
 
     def update(trainer):
         if trainer.step == 5:
             raise KeyboardInterrupt
-        whole(trainer)
+        return whole(trainer)
 
     with monkeypatch.context() as context:
         context.setattr(Trainer, "update", update)
-        assert main(["measure", "--width", "192"]) == 130
+        assert main("measure", "--width", "192") == 130
     rows = load_true_width(result_path(192)).shares
     assert {(row["block"], row["std"], row["updates"]) for row in rows} == {("dense", "0.02", 4)}
-    assert main(["measure", "--width", "192"]) == 0
+    assert main("measure", "--width", "192") == 0
     assert {(row["block"], row["std"]) for row in load_true_width(result_path(192)).shares} > {("dense", "0.02")}
 
 
 def test_float32_in_bf16s_place_costs_no_nats(tiny, monkeypatch):
-    small = Cell.config
-    cells = [Cell(block="dense", d_model=48, steps=STEPS, parameters=p) for p in ("float32", "bfloat16")]
-    one_block.compute(cells)
-    sick = true_width.nats(48, "dense", cells)
-    monkeypatch.setattr(Cell, "config", lambda cell: small(cell).with_(precision={"parameters": "float32"}))
-    monkeypatch.setattr(one_block, "FORMAT", -1)  # other runs than those above
-    one_block.compute(cells)
-    sound = true_width.nats(48, "dense", cells)
+    small = OneBlock.config
+    runs = [OneBlock(block="dense", d_model=48, steps=STEPS, parameters=p) for p in ("float32", "bfloat16")]
+    list(one_block.run_all(runs))
+    sick = true_width.nats(48, "dense", rows_of(runs))
+    monkeypatch.setattr(OneBlock, "config", lambda run: small(run).with_(precision={"parameters": "float32"}))
+    list(one_block.run_all(runs))
+    sound = true_width.nats(48, "dense", rows_of(runs))
     assert [sound[mark][loss] for mark in sound for loss in ("training", "validation")] == [0.0] * 4
     assert any(sick[mark][loss] != 0 for mark in sick for loss in ("training", "validation"))
 
 
 def test_a_wrong_width_is_a_line(capsys):
-    assert main(["predict", "--width", "100"]) == 2
+    assert main("predict", "--width", "100") == 2
     assert capsys.readouterr().err == (
         "error: --width=100 must be a multiple of 192: an eighth of it has 12 heads of even width\n"
     )
@@ -302,41 +338,24 @@ def test_displacement_equals_a_naive_sum_of_intended_steps():
     """SGD: the step that was meant is -lr · (gradient + decay · weight), of what bf16 holds. Decay alone does not count."""
     model = seeded(lambda: nn.ModuleDict({"embedding": nn.Embedding(6, 4), "norm": nn.RMSNorm(4)})).bfloat16()
     optimizer = torch.optim.SGD(model.parameters(), lr=2e-3, weight_decay=0.1)
-    displacement = Displacement(model, [optimizer], ())
+    watch = Watch(model, optimizer)
     start = {name: p.detach().float().clone() for name, p in model.named_parameters()}
     meant = {name: torch.zeros_like(p) for name, p in start.items()}
     touched = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in start.items()}
-    for ids in ([0, 1, 2], [1, 2, 3], [0, 3, 3]):
+    for ids in ([0, 1, 2, 3], [1, 2, 3, 0], [0, 3, 3, 2]):
         optimizer.zero_grad()
         model["norm"](model["embedding"](torch.tensor(ids))).float().exp().sum().backward()
         for name, p in model.named_parameters():
             meant[name] -= 2e-3 * (p.grad.float() + 0.1 * p.detach().float())
             touched[name] |= p.grad != 0
         optimizer.step()
+    table = displacement(watch)
     for name, p in model.named_parameters():
         gone, u = (p.detach().float() - start[name]).double(), (meant[name] * touched[name]).double()
-        found = share([displacement.read()[name]])
+        found = share([table[name]])
         assert found["rho"] == pytest.approx(((gone * u).sum() / (u * u).sum()).item(), rel=1e-3)
         assert found["lost"] == pytest.approx(((gone == 0) & (u != 0)).sum().item() / (u != 0).sum().item())
-    assert displacement.read()["embedding.weight"][6] == 4 * 4  # rows 4 and 5 never had a gradient
-
-
-def test_float32_weights_go_where_they_were_meant_to():
-    """Every kind of tensor of both optimizers, and of a stack the first expert."""
-    config = Cell(block="moe", d_model=24).config().model
-    model = start_values(config, "0.02")
-    optimizers = build_optimizers(model, OptimizerConfig(), 1e-3)
-    displacement = Displacement(model, optimizers, ("q_proj", "down_proj"))
-    for seed in range(3):
-        sum(model.losses(random_ids(2, 9, seed=seed)).values()).backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    table = {kind_of(name): share([sums]) for name, sums in displacement.read().items()}
-    assert set(table) == {"embedding", "norms", "q_proj", "down_proj", "hidden_proj", "gate", "head"}
-    for kind, found in table.items():
-        assert found["rho"] == pytest.approx(1, abs=1e-3), kind
-        assert found["lost"] == 0, kind
+    assert table["embedding.weight"][6] == 4 * 4  # rows 4 and 5 never had a gradient
 
 
 def test_the_committed_result_was_predicted_first():

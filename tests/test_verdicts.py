@@ -3,6 +3,7 @@
 import json
 import math
 import multiprocessing
+import platform
 import re
 
 import numpy as np
@@ -29,7 +30,9 @@ def lab():
 def test_a_verdict_is_one_line_and_one_entry(path, lab, capsys) -> None:
     sentence = "most of it is what any run could show by then"
     numbers = {"share": np.float32(1 / 3), "n": np.int64(102), "bracket": (0.1, 2), "by_seed": {1: torch.tensor(0.5)}}
-    verdicts.verdict("C05", "holds only if", sentence, lab=lab, notebook=NOTEBOOK, corpus="abc", sure=True, **numbers)
+    verdicts.check(
+        "C05", {"holds only if": True}, sentence, lab=lab, notebook=NOTEBOOK, corpus="abc", sure=True, **numbers
+    )
     assert capsys.readouterr().out == f"C05 holds only if: {sentence}\n"
     (id, entry), *others = verdicts.read_verdicts().items()
     assert (id, others) == ("C05", [])
@@ -43,7 +46,9 @@ def test_a_verdict_is_one_line_and_one_entry(path, lab, capsys) -> None:
         "notebook": NOTEBOOK,
         "profile": "lab",
         "seed": 3,
+        "python": platform.python_version(),
         "torch": torch.__version__,
+        "machine": platform.machine(),
         "corpus": "abc",
         "settings": ["training.seed: 0 → 3"],
     }
@@ -51,7 +56,7 @@ def test_a_verdict_is_one_line_and_one_entry(path, lab, capsys) -> None:
 
 def test_a_second_verdict_replaces_the_first_and_ids_are_sorted(path, lab) -> None:
     for id, outcome, n in (("C07", "open", 1), ("C02", "holds", 2), ("C07", "does not hold", 3)):
-        verdicts.verdict(id, outcome, "a sentence", lab=lab, notebook=NOTEBOOK, n=n)
+        verdicts.check(id, {outcome: True}, "a sentence", lab=lab, notebook=NOTEBOOK, n=n)
     stored = json.loads(path.read_text(encoding="utf-8"))
     assert list(stored) == ["C02", "C07"]
     assert (stored["C07"]["outcome"], stored["C07"]["numbers"]) == ("does not hold", {"n": 3})
@@ -61,10 +66,10 @@ def test_a_second_verdict_replaces_the_first_and_ids_are_sorted(path, lab) -> No
 
 @pytest.mark.parametrize("profile", ["smoke", "gpu"])
 def test_other_profiles_print_and_write_nothing(path, lab, profile, capsys) -> None:
-    verdicts.verdict("C02", "holds", "as measured", lab=lab, notebook=NOTEBOOK, n=1)
+    verdicts.check("C02", {"holds": True}, "as measured", lab=lab, notebook=NOTEBOOK, n=1)
     before = path.read_bytes()
     other = notebook.resolve(profile=profile)
-    verdicts.verdict("C02", "does not hold", "tiny numbers", lab=other, notebook=NOTEBOOK, n=2)
+    verdicts.check("C02", {"does not hold": True}, "tiny numbers", lab=other, notebook=NOTEBOOK, n=2)
     assert capsys.readouterr().out.splitlines()[-1] == "C02 does not hold: tiny numbers"
     assert path.read_bytes() == before
 
@@ -90,9 +95,9 @@ def test_other_profiles_print_and_write_nothing(path, lab, profile, capsys) -> N
 )
 def test_a_wrong_verdict_is_refused_in_one_line_and_leaves_no_trace(path, lab, changes, message, capsys) -> None:
     given = {"id": "C05", "outcome": "holds", "sentence": "a sentence", "lab": lab, "notebook": NOTEBOOK} | changes
-    positional = [given.pop(name) for name in ("id", "outcome", "sentence")]
+    id, outcome, sentence = (given.pop(name) for name in ("id", "outcome", "sentence"))
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:
-        verdicts.verdict(*positional, **given)
+        verdicts.check(id, {outcome: True}, sentence, **given)
     assert "\n" not in str(caught.value)
     assert capsys.readouterr().out == ""
     assert not path.exists()
@@ -131,7 +136,7 @@ def test_check_knows_outcomes_and_wants_a_sentence_for_each(path, lab) -> None:
         verdicts.check("C3", {"holds": False}, "a sentence", lab=lab, notebook=NOTEBOOK)
 
 
-def test_a_file_that_verdict_did_not_write_is_refused_and_kept(path, lab) -> None:
+def test_a_file_of_something_else_is_refused_and_kept(path, lab) -> None:
     assert verdicts.read_verdicts() == {}
     path.parent.mkdir()
     for text, message in (
@@ -141,14 +146,14 @@ def test_a_file_that_verdict_did_not_write_is_refused_and_kept(path, lab) -> Non
     ):
         path.write_text(text)
         with pytest.raises(ConfigError, match=message):
-            verdicts.verdict("C02", "holds", "a sentence", lab=lab, notebook=NOTEBOOK)
+            verdicts.check("C02", {"holds": True}, "a sentence", lab=lab, notebook=NOTEBOOK)
         assert path.read_text() == text
 
 
 def write_ten(path, first: int) -> None:
     verdicts.VERDICTS = path
     for n in range(first, first + 10):
-        verdicts.write(f"C{n:02d}", {**dict.fromkeys(("claim", "outcome", "sentence", "numbers", "provenance"), "")})
+        verdicts.store(f"C{n:02d}", {**dict.fromkeys(verdicts.FIELDS, "")})
 
 
 def test_two_notebooks_at_once_lose_nothing(path) -> None:

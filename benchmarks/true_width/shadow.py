@@ -2,7 +2,7 @@
 
 `Shadow` computes, beside a float32 run and at several learning rates, what rounding would have kept of each update. It
 carries nothing over to the next one, so it says what one update keeps, at every point of one healthy trajectory.
-`Displacement` compares, in a bf16 run, the way that weights have gone with the sum of the steps they were meant to take.
+`displacement` compares, in a bf16 run, the way that weights have gone with the sum of the steps they were meant to take.
 """
 
 # Shapes: L learning rates, S sampled elements of a tensor.
@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from moe_lab.health.during import intended as replay
-from moe_lab.health.measures import is_lost
+from moe_lab.health import Watch
+from moe_lab.health.measures import is_lost, share_of
 from moe_lab.optim.groups import group_of
 
 SAMPLE = 4096  # elements of a tensor; a smaller one is taken whole
@@ -85,69 +86,40 @@ class Shadow:
         return table
 
 
-class Displacement:
-    """Attached to the optimizers of a bf16 model, before its first update: per tensor, where sampled elements have gone and
-    where they were meant to go, each update replayed in float32 (`health.intended`).
+class Sums(NamedTuple):
+    """Over sampled elements, estimated for a whole tensor; named as in health's readings, so that its shares are these."""
 
-    A replay costs as much as the step. So of the matrices of Muon only the kinds in `matrices` are followed, and of a stack
-    only its first matrix. An element counts from its first gradient on.
-    """
+    realised_intended: float  # Σ ru
+    intended_square: float  # Σ u²
+    rruu: float
+    ruuu: float
+    uuuu: float
+    lost: float
+    n_touched: float
+    ulps_square: float = 0.0
 
-    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], matrices: Sequence[str]):
-        self.names = {p: name for name, p in model.named_parameters()}
-        self.matrices = matrices
-        self.index, self.start, self.intended, self.touched = {}, {}, {}, {}
-        for optimizer in optimizers:
-            optimizer.register_step_pre_hook(self.before_step)
-
-    @torch.no_grad()
-    def before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        for group in optimizer.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                name = self.names[p]
-                if replay.kind_of(optimizer) == "muon" and kind_of(name) not in self.matrices:
-                    continue
-                one = first_of(p)
-                if name not in self.index:
-                    self.index[name] = sample_of(one)
-                    self.start[name] = one.take(self.index[name]).float()
-                    self.intended[name] = torch.zeros(len(self.index[name]), dtype=torch.float64)
-                    self.touched[name] = torch.zeros(len(self.index[name]), dtype=torch.bool)
-                state = {
-                    key: (first_of(value) if value.shape == p.shape else value).detach().float().clone()
-                    for key, value in optimizer.state.get(p, {}).items()
-                }
-                with torch.enable_grad():
-                    weight, grad = one.detach().float().clone(), first_of(p.grad).float().clone()
-                    moved = replay.run(optimizer, group, weight, grad, state)
-                self.intended[name] += moved.take(self.index[name])
-                self.touched[name] |= first_of(p.grad).take(self.index[name]) != 0
-
-    @torch.no_grad()
-    def read(self) -> dict[str, list[float]]:
-        """name → the seven sums of `Shadow.read`, of whole displacements; `lost` are elements that are where they began."""
-        table = {}
-        for p, name in ((p, name) for p, name in self.names.items() if name in self.index):
-            r = (first_of(p).take(self.index[name]).float() - self.start[name]).double()
-            u = self.intended[name] * self.touched[name]
-            columns = [r * u, u**2, (r * u) ** 2, r * u**3, u**4, (r == 0) & (u != 0), u != 0]
-            table[name] = [column.double().sum().item() for column in columns]
-        return table
+    @property
+    def moments(self) -> tuple[float, float, float]:
+        return self.rruu, self.ruuu, self.uuuu
 
 
-def first_of(p: Tensor) -> Tensor:
-    """The first matrix of a stack, as a stack; other tensors whole."""
-    return p[:1] if p.ndim == 3 else p
+def displacement(watch: Watch) -> dict[str, list[float]]:
+    """name → the seven sums of `Shadow.read` in a bf16 run: of whole displacements since the watch began, against the sum of
+    the steps that were meant, each replayed in float32. `lost` are elements that are where they began."""
+    watch.check()
+    known = [r for r in watch.readings if r.intended_square is not None]
+    return {r.name: [r.realised_intended, r.intended_square, *r.moments, r.unchanged, r.n_touched] for r in known}
 
 
-def share(sums: Iterable[Sequence[float]]) -> dict[str, float]:
-    """From rows of `Shadow.read` or `Displacement.read`: realised share ρ = Σ ru / Σ u², its standard error over elements, lost share of the
-    updates (each 0 to 1; ρ may exceed 1 where rounding up prevails)."""
-    ru, uu, a, b, c, lost, n = (sum(column) for column in zip(*sums, strict=True))
-    if not uu:
+def share(rows: Iterable[Sequence[float]]) -> dict[str, float]:
+    """From rows of `Shadow.read` or `displacement`: realised share ρ = Σ ru / Σ u², its standard error over elements, lost
+    share of the updates (each 0 to 1; ρ may exceed 1 where rounding up prevails)."""
+    sums = [Sums(*row) for row in rows]
+    found = share_of(sums)
+    if found is None:
         return {"rho": math.nan, "error": math.nan, "lost": math.nan}
-    rho = ru / uu
-    return {"rho": rho, "error": math.sqrt(max(0.0, a - 2 * rho * b + rho**2 * c)) / uu, "lost": lost / n}
+    lost = sum(s.lost for s in sums) / sum(s.n_touched for s in sums)
+    return {"rho": found.rho, "error": found.error, "lost": lost}
 
 
 def at_lr(table: dict[str, dict[str, list[float]]], lr: float, factors: dict[str, float] | None = None) -> dict:
@@ -155,17 +127,17 @@ def at_lr(table: dict[str, dict[str, list[float]]], lr: float, factors: dict[str
     return {name: rows[f"{lr * (factors[name] if factors else 1):.6g}"] for name, rows in table.items()}
 
 
-def by_kind(sums: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Kind of tensor → `share`. `Muon` is all of Muon's matrices together."""
-    groups: dict[str, list] = {}
+def by_part(sums: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Part of a block → `share`. `Muon` is all of Muon's matrices together."""
+    parts: dict[str, list] = {}
     for name, row in sums.items():
-        groups.setdefault(kind_of(name), []).append(row)
+        parts.setdefault(part_of(name), []).append(row)
         if group_of(name) == "muon":
-            groups.setdefault("Muon", []).append(row)
-    return {kind: share(rows) for kind, rows in groups.items()}
+            parts.setdefault("Muon", []).append(row)
+    return {part: share(rows) for part, rows in parts.items()}
 
 
-def kind_of(name: str) -> str:
-    """`layers.0.seq_layer.q_proj.weight` → q_proj; all norms are one kind."""
+def part_of(name: str) -> str:
+    """`layers.0.seq_layer.q_proj.weight` → q_proj; all norms are one part."""
     last = name.removesuffix(".weight").split(".")[-1]
     return "norms" if last.endswith("norm") else "head" if name.startswith("lm_heads") else last

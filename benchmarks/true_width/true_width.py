@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,18 +24,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.true_width.one_block import LRS, Cell, cached, compute, has_fan_in, start_values
-from benchmarks.true_width.shadow import at_lr, by_kind, kind_of
+from benchmarks.true_width.one_block import LRS, MARKS, OneBlock, has_fan_in, rows_of, run_all, start_values
+from benchmarks.true_width.shadow import at_lr, by_part, part_of
 from moe_lab.config import ConfigError
 from moe_lab.data.prepare import CACHE
-from moe_lab.failures.experiments import RESULTS
-from moe_lab.failures.results import MARKS
+from moe_lab.failures.results import RESULTS, origins
 from moe_lab.health.measures import predict_lost
 from moe_lab.optim.groups import group_of
+from moe_lab.train.command import exit_code
 from moe_lab.train.record import write_atomically
+
+Rows = Sequence[dict[str, Any]]
 
 TRUE_WIDTH = 1536
 BLOCKS = {"dense": ("0.02", "fan_in"), "moe": ("0.02",)}  # the init stds of each
@@ -51,84 +53,85 @@ def matching_factor(name: str, p: Tensor, std: str, ratio: float) -> float:
     """The factor on an LR in a model `ratio` times narrower with which an update is as large against its weight as at the
     true width. Muon moves an element by about lr / sqrt(fan_in), AdamW by about lr; std "fan_in" shrinks weights alike."""
     step = ratio**-0.5 if group_of(name) == "muon" else 1.0
-    weight = ratio**0.5 if std == "fan_in" and has_fan_in(name, p) and kind_of(name) != "gate" else 1.0
+    weight = ratio**0.5 if std == "fan_in" and has_fan_in(name, p) and part_of(name) != "gate" else 1.0
     return step * weight
 
 
-def narrow_cells(width: int) -> list[Cell]:
+def narrow_runs(width: int) -> list[OneBlock]:
     """The runs that predict `width`: an eighth, a fourth and half of it. Pairs with bf16 wherever they are cheap."""
-    cells = []
+    runs = []
     for block, stds in BLOCKS.items():
         for ratio in (8, 4, 2):
             lrs = tuple(sorted({float(f"{lr * f:.6g}") for lr in LRS for f in (1, ratio**0.5, ratio**-0.5)}))
-            cell = Cell(block=block, d_model=width // ratio, steps=MARKS[0], lrs=lrs)
-            pair = replace(cell, steps=PAIR[block])
-            cells += [cell] if (block, ratio) == ("moe", 2) else [pair, replace(pair, parameters="bfloat16")]
-            cells += [replace(cell, std="fan_in")] if "fan_in" in stds else []
-    return cells
+            run = OneBlock(block=block, d_model=width // ratio, steps=MARKS[0], lrs=lrs)
+            pair = replace(run, steps=PAIR[block])
+            runs += [run] if (block, ratio) == ("moe", 2) else [pair, replace(pair, parameters="bfloat16")]
+            runs += [replace(run, std="fan_in")] if "fan_in" in stds else []
+    return runs
 
 
-def true_cells(width: int) -> list[Cell]:
+def true_runs(width: int) -> list[OneBlock]:
     """The runs at `width`, most wanted first."""
-    dense, moe = (Cell(block=block, d_model=width, steps=MARKS[-1]) for block in BLOCKS)
-    cells = [dense, replace(dense, parameters="bfloat16"), replace(dense, std="fan_in", steps=MARKS[0])]
-    return [*cells, moe, replace(moe, parameters="bfloat16", steps=PAIR["moe"])]
+    dense, moe = (OneBlock(block=block, d_model=width, steps=MARKS[-1]) for block in BLOCKS)
+    runs = [dense, replace(dense, parameters="bfloat16"), replace(dense, std="fan_in", steps=MARKS[0])]
+    return [*runs, moe, replace(moe, parameters="bfloat16", steps=PAIR["moe"])]
 
 
-def experts_pair(width: int) -> list[Cell]:
+def experts_pair(width: int) -> list[OneBlock]:
     """The block with experts, float32 and bf16, as far as the bf16 run goes."""
-    sound = Cell(block="moe", d_model=width, steps=PAIR["moe"])
+    sound = OneBlock(block="moe", d_model=width, steps=PAIR["moe"])
     return [sound, replace(sound, parameters="bfloat16")]
+
+
+def those(rows: Rows, **wanted: Any) -> list[dict[str, Any]]:
+    """The rows of such runs."""
+    return [row for row in rows if all(row["run"][key] == value for key, value in wanted.items())]
 
 
 def line_at(width: int, points: Sequence[tuple[int, float]]) -> float:
     """Least squares in log2(width), read off at `width`."""
-    x, y = torch.tensor([(math.log2(w), value) for w, value in points], dtype=torch.float64).T
-    x = x - math.log2(width)
-    slope = ((x - x.mean()) @ (y - y.mean()) / ((x - x.mean()) @ (x - x.mean()))).item()
-    return y.mean().item() - slope * x.mean().item()
+    x, y = np.array(points, dtype=float).T
+    return np.polyfit(np.log2(x / width), y, 1)[1].item()
 
 
 def fresh_share(model: nn.Module, lr: float) -> dict[str, float]:
-    """ρ of each kind of Muon's matrices without any training: `predict_lost` on start values, elements of lr / sqrt(fan_in)."""
-    matrices = {kind_of(n): p.flatten()[:1_000_000] for n, p in model.named_parameters() if group_of(n) == "muon"}
-    fan_in = {kind_of(n): p.shape[-1] for n, p in model.named_parameters()}
-    return {kind: predict_lost(p, lr * fan_in[kind] ** -0.5).realised for kind, p in matrices.items()}
+    """ρ of each of Muon's matrices without any training: `predict_lost` on start values, elements of lr / sqrt(fan_in)."""
+    matrices = {part_of(name): p for name, p in model.named_parameters() if group_of(name) == "muon"}
+    return {
+        part: predict_lost(p.flatten()[:1_000_000], lr * p.shape[-1] ** -0.5).realised for part, p in matrices.items()
+    }
 
 
-def predicted_shares(width: int, block: str, std: str) -> list[dict[str, Any]]:
+def predicted_shares(width: int, block: str, std: str, rows: Rows) -> list[dict[str, Any]]:
     """A row for each kind and LR, over the first MARKS[0] updates. `rho` is the prediction: at each narrow width, ρ at the
     LR that `matching_factor` gives, and a line through the three; `low` and `high` are their extremes. For comparison
     `same_lr` (a line through ρ at the same LR) and `fresh` (no run at all)."""
-    rows = [cached(c) for c in narrow_cells(width) if (c.block, c.std, c.parameters) == (block, std, "float32")]
-    mark, table = str(MARKS[0]), []
-    model = start_values(Cell(block=block, d_model=width).config().model, std)
+    table = []
+    model = start_values(OneBlock(block=block, d_model=width).config().model, std)
     for lr in LRS:
         matched, same = {}, {}
-        for row in rows:
-            d = row["cell"]["d_model"]
+        for row in those(rows, block=block, std=std, parameters="float32"):
+            d, shadow = row["run"]["d_model"], row["shadow"][str(MARKS[0])]
             factors = {n: matching_factor(n, p, std, width / d) for n, p in model.named_parameters()}
-            for kind, values in by_kind(at_lr(row["shadow"][mark], lr, factors)).items():
-                matched.setdefault(kind, []).append((d, values["rho"]))
-            for kind, values in by_kind(at_lr(row["shadow"][mark], lr)).items():
-                same.setdefault(kind, []).append((d, values["rho"]))
+            for points, found in ((matched, at_lr(shadow, lr, factors)), (same, at_lr(shadow, lr))):
+                for part, values in by_part(found).items():
+                    points.setdefault(part, []).append((d, values["rho"]))
         fresh = fresh_share(model, lr)
-        for kind, points in matched.items():
+        for part, points in matched.items():
             rho, ends = line_at(width, points), [value for _, value in points]
-            row = {"block": block, "std": std, "kind": kind, "lr": lr, "rho": rho, "low": min(rho, *ends)}
-            row |= {"high": max(rho, *ends), "same_lr": line_at(width, same[kind]), "fresh": fresh.get(kind)}
+            row = {"block": block, "std": std, "kind": part, "lr": lr, "rho": rho, "low": min(rho, *ends)}
+            row |= {"high": max(rho, *ends), "same_lr": line_at(width, same[part]), "fresh": fresh.get(part)}
             table.append(row)
     return table
 
 
-def nats(width: int, block: str, cells: Sequence[Cell]) -> dict[str, dict[str, float]]:
+def nats(width: int, block: str, rows: Rows) -> dict[str, dict[str, float]]:
     """mark → what bf16 weights cost, in nats per token: `training` over the last WINDOW updates, `validation` at the mark.
-    From the pair among `cells` at this width."""
-    pair = [cached(c) for c in cells if (c.block, c.std, c.d_model) == (block, "0.02", width)]
-    runs = {row["cell"]["parameters"]: row for row in pair if row}
-    if len(runs) < 2:
+    From the pair at this width."""
+    pair = {row["run"]["parameters"]: row for row in those(rows, block=block, std="0.02", d_model=width)}
+    if len(pair) < 2:
         return {}
-    sick, sound = runs["bfloat16"], runs["float32"]
+    sick, sound = pair["bfloat16"], pair["float32"]
     table = {}
     for mark in (m for m in sick["validation"] if m in sound["validation"]):
         means = [sum(row["next_token"][int(mark) - WINDOW : int(mark)]) / WINDOW for row in (sick, sound)]
@@ -144,27 +147,34 @@ def result_path(width: int) -> Path:
     return RESULTS / "true_width.json" if width == TRUE_WIDTH else CACHE / "true_width" / f"result_{width}.json"
 
 
-def provenance(cells: Sequence[Cell]) -> dict[str, Any]:
-    rows = [row for row in map(cached, cells) if row]
-    kinds = {key: sorted({str(row[key]) for row in rows}) for key in ("commit", "corpus", "torch", "machine")}
-    runs = [
-        [c["block"], c["d_model"], c["std"], c["parameters"], row["updates"]] for row in rows for c in [row["cell"]]
-    ]
+def stored_result(width: int) -> dict[str, Any]:
+    """The result so far; empty before the prediction."""
+    path = result_path(width)
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def provenance(rows: Rows) -> dict[str, Any]:
+    keys = ("block", "d_model", "std", "parameters")
+    runs = [[*(row["run"][key] for key in keys), row["updates"]] for row in rows]
     times = {"begun": min(row["started"] for row in rows), "written": datetime.now(UTC).isoformat(timespec="seconds")}
-    return times | kinds | {"wall_s": round(sum(row["wall_s"] for row in rows)), "seeds": 1, "runs": runs}
+    return times | origins(rows) | {"wall_s": round(sum(row["wall_s"] for row in rows)), "seeds": 1, "runs": runs}
 
 
 def predict(width: int) -> None:
     """Run the narrow models and write the prediction. Raises ConfigError where the measurement is already there."""
-    path, cells = result_path(width), narrow_cells(width)
-    if path.exists() and "measured" in json.loads(path.read_text()):
-        raise ConfigError(f"{path}: holds a measurement already, which a prediction must precede; move it away first")
-    compute(cells)
-    shares = [row for block, stds in BLOCKS.items() for std in stds for row in predicted_shares(width, block, std)]
+    if "measured" in stored_result(width):
+        held = "holds a measurement already, which a prediction must precede; move it away first"
+        raise ConfigError(f"{result_path(width)}: {held}")
+    for _ in run_all(narrow_runs(width)):
+        pass
+    rows = rows_of(narrow_runs(width))
+    shares = [
+        row for block, stds in BLOCKS.items() for std in stds for row in predicted_shares(width, block, std, rows)
+    ]
     costs, narrow = {}, {}
     for block in BLOCKS:
-        by_width = {d: table for d in sorted({c.d_model for c in cells}) if (table := nats(d, block, cells))}
-        narrow[block] = by_width
+        widths = sorted({row["run"]["d_model"] for row in rows})
+        by_width = narrow[block] = {d: table for d in widths if (table := nats(d, block, rows))}
         costs[block] = {
             mark: {
                 loss: line_at(width, [(d, table[mark][loss]) for d, table in by_width.items()])
@@ -173,7 +183,7 @@ def predict(width: int) -> None:
             for mark in map(str, MARKS)
             if int(mark) <= PAIR[block]
         }
-    save(path, {"width": width, "prediction": provenance(cells) | {"nats": costs, "narrow": narrow, "shares": shares}})
+    save(width, {"width": width, "prediction": provenance(rows) | {"nats": costs, "narrow": narrow, "shares": shares}})
 
 
 def measure(width: int) -> None:
@@ -181,67 +191,69 @@ def measure(width: int) -> None:
 
     Raises ConfigError if there is no prediction, or if a run is older than it.
     """
-    if not result_path(width).exists():
+    if not stored_result(width):
         command = "python -m benchmarks.true_width.true_width predict"
         raise ConfigError(f"{result_path(width)}: no prediction yet; write it first: {command}")
     try:
-        compute(true_cells(width), after=lambda: write_measured(width))
+        for _ in run_all(true_runs(width)):
+            write_measured(width)
     finally:
         write_measured(width)
 
 
 def write_measured(width: int) -> None:
     """Put what the runs at `width` have shown so far into the result; an unfinished run counts with the updates it has."""
-    path, cells = result_path(width), true_cells(width)
-    stored, rows = json.loads(path.read_text()), [row for row in map(cached, cells) if row]
+    stored, rows = stored_result(width), rows_of(true_runs(width))
     if not rows:
         return
-    facts, made = provenance(cells), stored["prediction"]["written"]
+    facts, made = provenance(rows), stored["prediction"]["written"]
     if facts["begun"] < made:
-        raise ConfigError(f"{path}: the prediction ({made}) is younger than a run ({facts['begun']}); delete that run")
-    shares, displacement = [], {}
+        ages = f"the prediction ({made}) is younger than a run ({facts['begun']})"
+        raise ConfigError(f"{result_path(width)}: {ages}; delete that run")
+    shares, displacements = [], {}
     for row in rows:
-        cell, marks = row["cell"], sorted(row["shadow"], key=int)
+        run, marks = row["run"], sorted(row["shadow"], key=int)
         if row["displacement"]:
-            displacement[cell["block"]] = {"updates": row["updates"], "kinds": by_kind(row["displacement"])}
+            displacements[run["block"]] = {"updates": row["updates"], "kinds": by_part(row["displacement"])}
         for mark in dict.fromkeys([*marks[:1], *marks[-1:]]):
             for lr in LRS:
-                for kind, values in by_kind(at_lr(row["shadow"][mark], lr)).items():
-                    key = {"block": cell["block"], "std": cell["std"], "kind": kind, "lr": lr, "updates": int(mark)}
+                for part, values in by_part(at_lr(row["shadow"][mark], lr)).items():
+                    key = {"block": run["block"], "std": run["std"], "kind": part, "lr": lr, "updates": int(mark)}
                     shares.append(key | values)
     widths = [
-        {"block": c["block"], "std": c["std"], "d_model": c["d_model"], "lr": lr}
-        | by_kind(at_lr(row["shadow"][str(MARKS[0])], lr))["Muon"]
-        for row in [*map(cached, narrow_cells(width)), *rows]
-        if row and str(MARKS[0]) in row["shadow"]
-        for c in [row["cell"]]
+        {key: row["run"][key] for key in ("block", "std", "d_model")}
+        | {"lr": lr}
+        | by_part(at_lr(row["shadow"][str(MARKS[0])], lr))["Muon"]
+        for row in [*rows_of(narrow_runs(width)), *rows]
+        if str(MARKS[0]) in row["shadow"]
         for lr in LRS
     ]
-    costs = {block: nats(width, block, cells) for block in BLOCKS}
-    measured = facts | {"nats": costs, "displacement": displacement, "widths": widths, "shares": shares}
-    save(path, stored | {"measured": measured})
+    costs = {block: nats(width, block, rows) for block in BLOCKS}
+    measured = facts | {"nats": costs, "displacement": displacements, "widths": widths, "shares": shares}
+    save(width, stored | {"measured": measured})
 
 
 def measure_experts(width: int) -> None:
     """Run the pair with experts alone, as a machine does that has none of the other runs, and put what it shows into the
     result, with a provenance of its own. Raises ConfigError if there is no measurement to add it to."""
-    path, cells = result_path(width), experts_pair(width)
-    stored = json.loads(path.read_text()) if path.exists() else {}
+    stored = stored_result(width)
     if "measured" not in stored:
-        raise ConfigError(f"{path}: no measurement to add to; run: python -m benchmarks.true_width.true_width measure")
-    compute(cells)
-    sound, sick = map(cached, cells)
-    mark = str(MARKS[0])
-    check = {f"{lr:g}": by_kind(at_lr(sound["shadow"][mark], lr))["Muon"]["rho"] for lr in LRS}
+        command = "python -m benchmarks.true_width.true_width measure"
+        raise ConfigError(f"{result_path(width)}: no measurement to add to; run: {command}")
+    for _ in run_all(experts_pair(width)):
+        pass
+    rows = sound, sick = rows_of(experts_pair(width))
+    check = {f"{lr:g}": by_part(at_lr(sound["shadow"][str(MARKS[0])], lr))["Muon"]["rho"] for lr in LRS}
     measured = stored["measured"]
-    measured["nats"]["moe"] = nats(width, "moe", cells)
-    measured["displacement"]["moe"] = {"updates": sick["updates"], "kinds": by_kind(sick["displacement"])}
-    measured["experts"] = provenance(cells) | {"rho_again": check}
-    save(path, stored)
+    measured["nats"]["moe"] = nats(width, "moe", rows)
+    measured["displacement"]["moe"] = {"updates": sick["updates"], "kinds": by_part(sick["displacement"])}
+    measured["experts"] = provenance(rows) | {"rho_again": check}
+    save(width, stored)
 
 
-def save(path: Path, result: dict[str, Any]) -> None:
+def save(width: int, result: dict[str, Any]) -> None:
     """As JSON with a line for each row of shares, numbers to 5 digits."""
+    path = result_path(width)
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = json.loads(json.dumps(result), parse_float=lambda text: float(f"{float(text):.5g}"))
     parts = [f'"experiment": "true_width", "width": {plain["width"]}']
@@ -253,29 +265,21 @@ def save(path: Path, result: dict[str, Any]) -> None:
     write_atomically(path, "{" + ",\n".join(parts) + "}\n")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. 0: done; 2: wrong input; 130: Ctrl-C, finished runs are kept."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.true_width.true_width", description=__doc__.split("\n\n")[0]
+def command(argv: Sequence[str] | None = None) -> None:
+    """Raises ConfigError for wrong input. Ctrl-C: finished runs are kept, the same command goes on."""
+    name, phases = (
+        "python -m benchmarks.true_width.true_width",
+        {"predict": predict, "measure": measure, "experts": measure_experts},
     )
-    parser.add_argument("phase", choices=("predict", "measure", "experts"))
+    parser = argparse.ArgumentParser(prog=name, description=__doc__.split("\n\n")[0])
+    parser.add_argument("phase", choices=phases)
     parser.add_argument("--width", type=int, default=TRUE_WIDTH, help="a multiple of 192; default: %(default)s")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    try:
-        if args.width <= 0 or args.width % 192:
-            raise ConfigError(
-                f"--width={args.width} must be a multiple of 192: an eighth of it has 12 heads of even width"
-            )
-        {"predict": predict, "measure": measure, "experts": measure_experts}[args.phase](args.width)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; finished runs are kept, the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    if args.width <= 0 or args.width % 192:
+        raise ConfigError(f"--width={args.width} must be a multiple of 192: an eighth of it has 12 heads of even width")
+    phases[args.phase](args.width)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(command, sys.argv[1:]))

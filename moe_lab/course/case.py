@@ -1,6 +1,6 @@
 """The case: what the report claims, what it missed and what it observed, from case.yaml beside this file.
 
-case.claim("C05").sentence, case.bug("B18").symptom, case.run("second").adamw_lr
+case.claim("C05").sentence, case.bug("B18").symptom, case.observed_run("second").adamw_lr
 case.facts("training_1.5b")["d_model"]
 """
 
@@ -12,23 +12,21 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from moe_lab.config import ConfigError, read_yaml, suggestion
 
 CASE = Path(__file__).with_name("case.yaml")
 
 
-@dataclass(frozen=True)
-class Claim:
+class Claim(NamedTuple):
     """A sentence of the report, in its own numbers."""
 
     id: str
     sentence: str
 
 
-@dataclass(frozen=True)
-class Bug:
+class Bug(NamedTuple):
     """A bug that the report missed (or, B01 and B02, found)."""
 
     id: str
@@ -63,7 +61,7 @@ def bug(id: str) -> Bug:
     return Bug(id, found["bug"], found["symptom"], found.get("ran", False))
 
 
-def run(name: str) -> Run:
+def observed_run(name: str) -> Run:
     """Run `first` (bf16 parameters) or `second` (LR too low). Raises ConfigError for another name."""
     return Run(name=name, **entry("runs", name))
 
@@ -72,14 +70,6 @@ def facts(group: str) -> Mapping[str, Any]:
     """Figures by name, read-only: of the model `training_1.5b`, of its larger `sibling_3b`, of `training` and
     `optimizer`, and the numbers in the `report`'s claims. Raises ConfigError for another group."""
     return MappingProxyType(entry("facts", group))
-
-
-def claim_ids() -> list[str]:
-    return list(case()["claims"])
-
-
-def bug_ids() -> list[str]:
-    return list(case()["bugs"])
 
 
 @cache
@@ -91,7 +81,7 @@ def entry(section: str, id: str) -> Any:
     known = case()[section]
     if id in known:
         return known[id]
-    kind = {"claims": "claim", "bugs": "bug", "runs": "run", "facts": "group of facts"}[section]
+    what = {"claims": "claim", "bugs": "bug", "runs": "run", "facts": "group of facts"}[section]
     short = re.fullmatch(r"([a-z]?)(\d+)", str(id).strip().lower())  # c5 and 5 mean C05
-    near = suggestion(f"{(short[1] or kind[0]).upper()}{int(short[2]):02d}" if short else str(id), known)
-    raise ConfigError(f"{id!r} is no {kind} of the case{near or '; known are ' + ', '.join(known)}")
+    near = suggestion(f"{(short[1] or what[0]).upper()}{int(short[2]):02d}" if short else str(id), known)
+    raise ConfigError(f"{id!r} is no {what} of the case{near or '; known are ' + ', '.join(known)}")

@@ -23,9 +23,8 @@ class Predictions:
         self.answers.pop(key, None)  # asked again: not scored before it is revealed again
         if not is_interactive():
             self.guesses[key] = options[0]
-            print(
-                question, *(f"  ({letter}) {option}" for letter, option in zip("abcd", options, strict=False)), sep="\n"
-            )
+            lines = [f"  ({letter}) {option}" for letter, option in zip("abcd", options, strict=False)]
+            print(question, *lines, sep="\n")
             return
         import ipywidgets
         from IPython.display import display

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from importlib import metadata
+from itertools import pairwise
 from typing import Any
 
 from packaging.requirements import Requirement
@@ -40,16 +41,11 @@ def tokens_per_second(config: Config, n_steps: int = 5) -> float:
     Evaluations and checkpoints are not in it. Files go to a temporary directory; the corpus is prepared if need be.
     """
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(config, folder)
-        trainer.start()  # what fit() does first; then the updates by hand
-        trainer.model.train()
-        seconds = []
-        for _ in range(n_steps + 1):
-            began = time.perf_counter()
-            trainer.update()
-            trainer.flush()  # fetches the readings, and so waits for the device
-            seconds.append(time.perf_counter() - began)
-    return config.tokens_per_step / statistics.median(seconds[1:])
+        moments = []
+        for report in Trainer(config.with_(training={"steps": n_steps + 1}), folder).steps():
+            report.grad_norm.item()  # waits for the device
+            moments.append(time.perf_counter())
+    return config.tokens_per_step / statistics.median(after - before for before, after in pairwise(moments))
 
 
 def estimated_minutes(measured: Mapping[str, Any], profile: str, speed: float) -> dict[str, float | None]:

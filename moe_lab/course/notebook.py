@@ -12,11 +12,11 @@ no more than a warning. All three are settled here, before anything runs.
 from __future__ import annotations
 
 import ast
+import itertools
 import math
 import os
-import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -26,8 +26,8 @@ import nbformat
 import torch
 
 from moe_lab.config import ROOT, Config, ConfigError, load_config, suggestion
+from moe_lab.failures.results import provenance
 from moe_lab.train.device import pick_device
-from moe_lab.train.loop import commit
 from moe_lab.train.record import RECORD
 
 PROFILES = ("smoke", "lab", "gpu")
@@ -53,19 +53,15 @@ class Lab:
 
     def fresh_run_dir(self) -> Path:
         """`run_dir`, or, when it was named automatically and holds a run, a new one: so a cell may be run again."""
-        directory, n = self.run_dir, 1
-        while not self.run_dir_given and (directory / RECORD).exists():
-            n += 1
-            directory = self.run_dir.with_name(f"{self.run_dir.name}_{n}")
-        return directory
+        if self.run_dir_given:
+            return self.run_dir
+        return first_free(self.run_dir, lambda directory: (directory / RECORD).exists())
 
     def provenance(self) -> None:
         """Print one line that says what made the outputs of this notebook."""
-        versions = f"Python {platform.python_version()} · torch {torch.__version__}"
-        seed = self.config.training.seed
-        print(
-            f"commit {commit() or 'unknown'} · {versions} · {self.device.type} · profile {self.profile} · seed {seed}"
-        )
+        made = provenance()
+        versions = f"commit {made['commit'] or 'unknown'} · Python {made['python']} · torch {made['torch']}"
+        print(f"{versions} · {self.device.type} · profile {self.profile} · seed {self.config.training.seed}")
 
 
 def begin(**parameters: Any) -> Lab:
@@ -76,11 +72,10 @@ def begin(**parameters: Any) -> Lab:
     `run_dir` (default: a new dated directory under runs/, made by whoever writes there), `seed`, `device`, `resume`.
     """
     lab = resolve(**parameters)
-    model, training = lab.config.model, lab.config.training
-    print(
-        f"profile {lab.profile}: {lab.config.n_steps} steps of {lab.config.tokens_per_step:,} tokens, seed {training.seed}"
-    )
+    config, model = lab.config, lab.config.model
     mixture = f", {len(model.moe_layers)} with {model.n_experts} experts" if model.moe_layers else ""
+    tokens = f"{config.n_steps} steps of {config.tokens_per_step:,} tokens"
+    print(f"profile {lab.profile}: {tokens}, seed {config.training.seed}")
     print(f"model: d_model {model.d_model}, {model.n_layers} layers{mixture}, vocabulary {model.vocab_size:,}")
     if "run_dir" in parameters:
         shown = lab.run_dir.relative_to(ROOT) if lab.run_dir.is_relative_to(ROOT) else lab.run_dir
@@ -120,12 +115,13 @@ def resolve(**parameters: Any) -> Lab:
 
 def new_run_dir(name: str) -> Path:
     """A dated directory under runs/ that does not exist yet. It is not made here."""
-    stem = ROOT / "runs" / f"{datetime.now():%Y-%m-%d_%H%M%S}_{name}"
-    directory, n = stem, 1
-    while directory.exists():
-        n += 1
-        directory = stem.with_name(f"{stem.name}_{n}")
-    return directory
+    return first_free(ROOT / "runs" / f"{datetime.now():%Y-%m-%d_%H%M%S}_{name}", Path.exists)
+
+
+def first_free(directory: Path, taken: Callable[[Path], bool]) -> Path:
+    """The first of NAME, NAME_2, NAME_3 … that is not taken."""
+    later = (directory.with_name(f"{directory.name}_{n}") for n in itertools.count(2))
+    return next(path for path in itertools.chain([directory], later) if not taken(path))
 
 
 def cast(name: str, value: Any, kind: type) -> Any:

@@ -15,18 +15,18 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock
 
-from moe_lab.config import ConfigError, differences, load_config, suggestion
+from moe_lab.config import ROOT, ConfigError, differences, load_config, suggestion
 from moe_lab.course import case
-from moe_lab.course.notebook import ROOT, Lab
+from moe_lab.course.notebook import Lab
 from moe_lab.data.prepare import CACHE
-from moe_lab.train.loop import commit
+from moe_lab.failures.results import provenance
 from moe_lab.train.record import write_atomically
 
 VERDICTS = ROOT / "notebooks" / "results" / "verdicts.json"
 OUTCOMES = ("holds", "holds only if", "does not hold", "open")
+FIELDS = ("claim", "outcome", "sentence", "numbers", "provenance")  # of an entry
 
 
 def check(
@@ -39,53 +39,46 @@ def check(
     corpus: str | None = None,
     **numbers: Any,
 ) -> str:
-    """The verdict whose condition is true, printed and kept as `verdict` does it; returns the outcome.
+    """Print the verdict whose condition is true, `C05 holds only if: sentence`, and return its outcome; in profile lab, also
+    put it in VERDICTS in place of the claim's older entry.
 
-    `conditions` maps outcomes to what was measured about them, `sentence` is one for all of them or one for each.
-    Raises AssertionError, naming the claim, unless exactly one condition is true.
-    """
-    for outcome in conditions:
-        known_outcome(id, outcome)
-    true = [outcome for outcome, condition in conditions.items() if bool(condition)]
-    if len(true) != 1:
-        found = f"all of {', '.join(true)} are" if true else f"none of {', '.join(conditions)} is"
-        raise AssertionError(f"{case.claim(id).id}: {found} what was measured; exactly one outcome must be")
-    if not isinstance(sentence, str):
-        missing = [outcome for outcome in conditions if outcome not in sentence]
-        if missing:
-            raise ConfigError(f"{id}: no sentence for the outcome {missing[0]!r}")
-        sentence = sentence[true[0]]
-    verdict(id, true[0], sentence, lab=lab, notebook=notebook, corpus=corpus, **numbers)
-    return true[0]
-
-
-def verdict(
-    id: str, outcome: str, sentence: str, *, lab: Lab, notebook: str, corpus: str | None = None, **numbers: Any
-) -> None:
-    """Print `C05 holds only if: sentence`; in profile lab, also put it in VERDICTS in place of the claim's older entry.
-
-    `notebook` is the file's name without .ipynb, `corpus` the hash of the text, `numbers` are finite numbers, truth
-    values, or lists and mappings of them; six digits of each are kept. Raises ConfigError for an unknown id, outcome or
-    notebook, an empty sentence or one of several lines, and for a number that is not finite.
+    `conditions` maps outcomes to what was measured about them, `sentence` is one for all of them or one for each,
+    `notebook` is the file's name without .ipynb, `corpus` the hash of the text, `numbers` are finite numbers, truth values,
+    or lists and mappings of them; six digits of each are kept. Raises AssertionError, naming the claim, unless exactly one
+    condition is true, and ConfigError for an unknown id, outcome or notebook, for an outcome without a sentence, for a
+    sentence that is empty or of several lines, and for a number that is not finite.
     """
     about = case.claim(id).sentence
-    known_outcome(id, outcome)
-    if not sentence.strip() or "\n" in sentence:
-        raise ConfigError(f"{id}: the sentence must be one line of text, got {sentence!r}")
+    for outcome in conditions:
+        if outcome not in OUTCOMES:
+            near = suggestion(str(outcome), OUTCOMES)
+            raise ConfigError(f"{id}: {outcome!r} is no outcome: {', '.join(OUTCOMES)}{near}")
+    sentences = dict.fromkeys(conditions, sentence) if isinstance(sentence, str) else sentence
+    for outcome in conditions:
+        text = sentences.get(outcome)
+        if text is None:
+            raise ConfigError(f"{id}: no sentence for the outcome {outcome!r}")
+        if not text.strip() or "\n" in text:
+            raise ConfigError(f"{id}: the sentence must be one line of text, got {text!r}")
     notebooks = [path.stem for path in (ROOT / "notebooks").glob("*.ipynb")]
     if notebook not in notebooks:
         raise ConfigError(f"{id}: {notebook!r} is no notebook{suggestion(notebook, notebooks)}")
     kept = {name: plain(f"{id}: {name}", value) for name, value in numbers.items()}
-    print(f"{id} {outcome}: {sentence}")
+    true = [outcome for outcome, condition in conditions.items() if bool(condition)]
+    if len(true) != 1:
+        found = f"all of {', '.join(true)} are" if true else f"none of {', '.join(conditions)} is"
+        raise AssertionError(f"{id}: {found} what was measured; exactly one outcome must be")
+    print(f"{id} {true[0]}: {sentences[true[0]]}")
     if lab.profile == "lab":
-        origin = provenance(lab, notebook, corpus)
-        write(id, {"claim": about, "outcome": outcome, "sentence": sentence, "numbers": kept, "provenance": origin})
+        origin = origin_of(lab, notebook, corpus)
+        store(id, dict(zip(FIELDS, (about, true[0], sentences[true[0]], kept, origin), strict=True)))
+    return true[0]
 
 
 def read_verdicts(path: Path | None = None) -> dict[str, dict[str, Any]]:
-    """Entries by claim id, in order: `claim`, `outcome`, `sentence`, `numbers`, `provenance`; empty before the first.
+    """Entries by claim id, in order, each with the FIELDS; empty before the first.
 
-    `path`: VERDICTS unless given. Raises ConfigError if the file is not one that `verdict` writes.
+    `path`: VERDICTS unless given. Raises ConfigError if the file is not one that `check` writes.
     """
     path = path or VERDICTS
     if not path.exists():
@@ -94,13 +87,12 @@ def read_verdicts(path: Path | None = None) -> dict[str, dict[str, Any]]:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read: {str(error).splitlines()[0]}; restore it from git") from None
-    fields = {"claim", "outcome", "sentence", "numbers", "provenance"}
-    if not isinstance(entries, dict) or not all(isinstance(e, dict) and fields <= e.keys() for e in entries.values()):
+    if not isinstance(entries, dict) or not all(isinstance(e, dict) and {*FIELDS} <= {*e} for e in entries.values()):
         raise ConfigError(f"{path}: not a file of verdicts; restore it from git")
     return entries
 
 
-def write(id: str, entry: Mapping[str, Any]) -> None:
+def store(id: str, entry: Mapping[str, Any]) -> None:
     VERDICTS.parent.mkdir(parents=True, exist_ok=True)
     CACHE.mkdir(parents=True, exist_ok=True)
     with FileLock(CACHE / "verdicts.lock"):  # two notebooks at once would lose one of two entries
@@ -109,25 +101,12 @@ def write(id: str, entry: Mapping[str, Any]) -> None:
         write_atomically(VERDICTS, text + "\n")
 
 
-def provenance(lab: Lab, notebook: str, corpus: str | None) -> dict[str, Any]:
+def origin_of(lab: Lab, notebook: str, corpus: str | None) -> dict[str, Any]:
     """What made the numbers. `settings` lists where the config is not the profile's file: overrides of a reader."""
-    profile = load_config(ROOT / "configs" / f"{lab.profile}.yaml")
+    settings = differences(load_config(ROOT / "configs" / f"{lab.profile}.yaml"), lab.config)
     known = {"corpus": corpus} if corpus is not None else {}
-    return {
-        "notebook": notebook,
-        "commit": commit(),
-        "profile": lab.profile,
-        "seed": lab.config.training.seed,
-        "torch": torch.__version__,
-        **known,
-        "settings": differences(profile, lab.config),
-    }
-
-
-def known_outcome(id: str, outcome: str) -> None:
-    if outcome not in OUTCOMES:
-        near = suggestion(str(outcome), OUTCOMES)
-        raise ConfigError(f"{id}: {outcome!r} is no outcome: {', '.join(OUTCOMES)}{near}")
+    made = {"notebook": notebook, "profile": lab.profile, "seed": lab.config.training.seed}
+    return made | provenance() | known | {"settings": settings}
 
 
 def plain(name: str, value: Any) -> Any:

@@ -6,7 +6,6 @@ case did not have.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,5 +62,6 @@ def freeze(model: nn.Module, prefix: str) -> list[str]:
     return names
 
 
-# What a test may put in a bug's place: a lesson whose failure no longer fails must be noticed.
-NO_OP: Callable[[Any], Any] = lambda given: given  # noqa: E731
+def no_op(given: Any) -> Any:
+    """What a test puts in a bug's place: a lesson whose failure no longer fails must be noticed."""
+    return given

@@ -7,11 +7,10 @@ rate is constant after 20 updates of warm-up, so that a run of 3200 updates hold
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from moe_lab.config import ROOT, Config, load_config
-from moe_lab.failures.experiments import RESULTS, Arm, Experiment, collect
+from moe_lab.failures.experiments import Arm, Experiment
 from moe_lab.optim.rounding import REMEDIES
 
 # (Muon's LR, AdamW's LR beside it), Muon in the convention `original`, as the case has it
@@ -31,23 +30,16 @@ def study_config(d_model: int, steps: int = 200, compute: str = "bfloat16") -> C
     `compute` is bfloat16 as in the case. Two designs, sweep_192 and horizon_96, ask for float32: they were run where a bf16
     product took sixty times as long, before there was `train.device.RoundedProducts`.
     """
-    model = {
-        "d_model": d_model,
-        "n_heads": d_model // 32,
-        "n_kv_heads": d_model // 96,
-        "d_ff": 8 * d_model // 3,
-        "max_seq_len": 128,
-        "moe_layers": (),
-        "mod_enabled": False,
-        "mamba_enabled": False,
-        "mamba_layers": (),
-    }
+    model = {"d_model": d_model, "n_heads": d_model // 32, "n_kv_heads": d_model // 96, "d_ff": 8 * d_model // 3}
+    model |= {"max_seq_len": 128, "moe_layers": (), "mod_enabled": False, "mamba_enabled": False, "mamba_layers": ()}
     training = {"steps": steps, "batch_size": 8, "warmup_steps": 20, "min_lr_ratio": 1.0, "device": "cpu"}
     config = load_config(ROOT / "configs" / "lab.yaml")
     return config.with_(model=model, training=training, precision={"compute": compute})
 
 
-def at(config: Config, muon: float, adamw: float, convention: str = "original", parameters: str = "float32") -> Config:
+def with_lrs(
+    config: Config, muon: float, adamw: float, convention: str = "original", parameters: str = "float32"
+) -> Config:
     """`config` with Muon's and AdamW's LR set apart from each other; AdamW's holds for embeddings and heads too."""
     return config.with_(
         training={"max_lr": muon},
@@ -66,7 +58,7 @@ def sweep(d_model: int, seeds: Sequence[int] = SEEDS, compute: str = "bfloat16")
     arms = {}
     for lr in SWEEP_LRS:
         for convention in ("original", "match_rms_adamw"):
-            arms[f"{convention} {lr:g}"] = Arm(config=at(config, lr, SWEEP_ADAMW, convention))
+            arms[f"{convention} {lr:g}"] = Arm(config=with_lrs(config, lr, SWEEP_ADAMW, convention))
         arms[f"adamw {lr:g}"] = Arm(config=adamw_alone(config, lr))
     return Experiment(name=f"sweep_{d_model}", arms=arms, seeds=seeds, evaluate_at=(200,))
 
@@ -75,7 +67,7 @@ def surface(name: str, config: Config, seeds: Sequence[int] = (0,), evaluate_at:
     """Muon's LR × AdamW's LR around TUNED: 3 × 3 in steps of 4, and axial points at 16 (a central composite design)."""
     offsets = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)] + [(-2, 0), (2, 0), (0, -2), (0, 2)]
     lrs = [(TUNED[0] * 4**i, TUNED[1] * 4**j) for i, j in offsets]
-    arms = {f"{muon:g} {adamw:g}": Arm(config=at(config, muon, adamw)) for muon, adamw in lrs}
+    arms = {f"{muon:g} {adamw:g}": Arm(config=with_lrs(config, muon, adamw)) for muon, adamw in lrs}
     return Experiment(name=name, arms=arms, seeds=seeds, evaluate_at=evaluate_at)
 
 
@@ -91,24 +83,23 @@ def attribution(d_model: int, seeds: Sequence[int] = SEEDS) -> Experiment:
     config = study_config(d_model)
     arms = {}
     for name, (muon, adamw) in POINTS.items():
-        arms[f"{name}, float32"] = Arm(config=at(config, muon, adamw))
-        arms[f"{name}, bf16"] = Arm(config=at(config, muon, adamw, parameters="bfloat16"))
-        arms[f"{name}, masters"] = Arm(config=at(config, muon, adamw, parameters="bfloat16"), remedy="masters")
+        arms[f"{name}, float32"] = Arm(config=with_lrs(config, muon, adamw))
+        arms[f"{name}, bf16"] = Arm(config=with_lrs(config, muon, adamw, parameters="bfloat16"))
+        arms[f"{name}, masters"] = Arm(config=with_lrs(config, muon, adamw, parameters="bfloat16"), remedy="masters")
     for name in ("cure", "tuned"):
         mixed = {"Muon": (POINTS[name][0], FAILURE[1]), "AdamW": (FAILURE[0], POINTS[name][1])}
         for which, (muon, adamw) in mixed.items():
             for parameters, label in (("float32", "float32"), ("bfloat16", "bf16")):
-                arms[f"failure with {which} of {name}, {label}"] = Arm(
-                    config=at(config, muon, adamw, "original", parameters)
-                )
+                mixture = with_lrs(config, muon, adamw, parameters=parameters)
+                arms[f"failure with {which} of {name}, {label}"] = Arm(config=mixture)
     return Experiment(name=f"attribution_{d_model}", arms=arms, seeds=seeds, evaluate_at=(200,))
 
 
 def remedies(d_model: int, seeds: Sequence[int] = SEEDS) -> Experiment:
     """Each remedy for bf16 parameters at the report's cure, beside float32 and plain bf16."""
     config = study_config(d_model)
-    kept = at(config, *CURE, parameters="bfloat16")
-    arms = {"float32": Arm(config=at(config, *CURE)), "bf16": Arm(config=kept)}
+    kept = with_lrs(config, *CURE, parameters="bfloat16")
+    arms = {"float32": Arm(config=with_lrs(config, *CURE)), "bf16": Arm(config=kept)}
     arms |= {remedy: Arm(config=kept, remedy=remedy) for remedy in REMEDIES}
     return Experiment(name=f"remedies_{d_model}", arms=arms, seeds=seeds, evaluate_at=(200,))
 
@@ -118,52 +109,21 @@ def reproduction(seeds: Sequence[int] = SEEDS) -> Experiment:
     config = load_config(ROOT / "configs" / "lab.yaml")
     training = {"warmup_steps": 20, "min_lr_ratio": 1.0, "device": "cpu"}
     config = config.with_(training=training, precision={"compute": "bfloat16"})
-    arms = {name: Arm(config=at(config, *lrs)) for name, lrs in POINTS.items()}
-    arms["failure, bf16"] = Arm(config=at(config, *FAILURE, parameters="bfloat16"))
+    arms = {name: Arm(config=with_lrs(config, *lrs)) for name, lrs in POINTS.items()}
+    arms["failure, bf16"] = Arm(config=with_lrs(config, *FAILURE, parameters="bfloat16"))
     return Experiment(name="reproduction", arms=arms, seeds=seeds, evaluate_at=(200,))
 
 
 def healthy_188(seeds: Sequence[int] = (0,)) -> Experiment:
     """What a healthy run shows after the first run's 188 updates at its 8,192 tokens each, beside the failure."""
     config = study_config(192).with_(training={"gradient_accumulation_steps": 8})
-    arms = {name: Arm(config=at(config, *POINTS[name])) for name in ("tuned", "cure", "failure")}
+    arms = {name: Arm(config=with_lrs(config, *POINTS[name])) for name in ("tuned", "cure", "failure")}
     return Experiment(name="healthy_188", arms=arms, seeds=seeds, evaluate_at=(188,))
 
 
-def disputed(seeds: Sequence[int] = SEEDS[:2]) -> Experiment:
-    """Two rows of benchmarks/detection.py were written as mixed-up conventions and are named for their learning rate. How much
-    does the other convention give back of what, in the same, the LR does that the sweeps found best? Arms:
-    `match_rms_adamw 0.05, 96`, `…, convention repaired`, `…, LR repaired`, and the same of `original 0.0003, 384`."""
-    arms = {}
-    for d_model, compute, lr, convention, other, best in (
-        (96, "bfloat16", 0.05, "match_rms_adamw", "original", 3e-3),
-        (384, "float32", 3e-4, "original", "match_rms_adamw", 1e-2),
-    ):
-        config = study_config(d_model, steps=100, compute=compute)
-        name, adamw = f"{convention} {lr:g}, {d_model}", 3e-3  # AdamW's LR is that of the rows
-        arms[name] = Arm(config=at(config, lr, adamw, convention))
-        arms[f"{name}, convention repaired"] = Arm(config=at(config, lr, adamw, other))
-        arms[f"{name}, LR repaired"] = Arm(config=at(config, best, adamw, convention))
-    return Experiment(name="disputed", arms=arms, seeds=seeds, evaluate_at=(100,))
-
-
 def all_designs() -> list[Experiment]:
-    """Every design with committed results, cheapest first."""
+    """Every design of the notebooks, cheapest first; all have committed results."""
     designs = [surface(f"surface_{width}", study_config(width)) for width in (96, 192)]
     designs += [sweep(96), attribution(96), remedies(96), reproduction()]
     designs += [sweep(192, compute="float32"), attribution(192)]
-    designs += [healthy_188(), horizon_96(), disputed()]
-    return designs
-
-
-def main() -> None:
-    """Compute every design and write its results for committing: `python -m moe_lab.failures.designs [NAME …]`."""
-    for design in all_designs():
-        if design.name in sys.argv[1:] or len(sys.argv) == 1:
-            results = collect(design, redo=True)
-            results.save(RESULTS / f"{design.name}.json")
-            print(results.provenance(), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    return [*designs, healthy_188(), horizon_96()]

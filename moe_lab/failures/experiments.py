@@ -1,9 +1,11 @@
-"""Factorial runs: a table of arms × seeds → a table of results with their spread.
+"""The run engine: a table of settings → a row of measurements each, kept by content.
 
-Every cell is a real training run of the package's Trainer in a process of its own with one thread, so that a result does
-not depend on how many cells run at once. All arms of one seed share start values and data order (both follow from
-`training.seed`), so differences between arms are taken within a seed. A finished cell is kept in `.cache/experiments`
-under a name made from what it was computed from; after an interruption, only the missing cells are run.
+A cell is a real training by the package's Trainer, usually in a process of its own with one thread, so that a result does
+not depend on how many cells run at once. What is measured, and after which updates, is the cell's probe. A finished row
+is kept in `.cache/runs` under a name made from what it was computed from; after an interruption, only missing cells run.
+
+All arms of one seed share start values and data order (both follow from `training.seed`), so differences between arms are
+taken within a seed.
 """
 
 from __future__ import annotations
@@ -13,36 +15,54 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from moe_lab.config import ROOT, Config, ConfigError, from_dict, to_dict
+from moe_lab.config import Config, to_dict
 from moe_lab.data.corpus import read_corpus
 from moe_lab.data.prepare import CACHE
+from moe_lab.failures.results import RESULTS, Results, load_results, provenance
 from moe_lab.optim.rounding import REMEDIES
 from moe_lab.train import RunError, Trainer, read_record
 from moe_lab.train.evaluate import evaluate
-from moe_lab.train.loop import commit
 from moe_lab.train.record import write_atomically
 
-RESULTS = ROOT / "notebooks" / "results"
 FORMAT = 1  # raise it whenever the same cell would give other numbers
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One run. `probe(trainer, **options)` is a generator function of a module, since it is sent to another process: it
+    drives the trainer by `trainer.steps(until)` and yields what it has measured so far; what it yields last is the row.
+    `options` are plain values. `remedy` is a key of `optim.rounding.REMEDIES`, for bf16 parameters."""
+
+    config: Config
+    probe: Callable[..., Iterator[dict[str, Any]]]
+    options: Mapping[str, Any]
+    remedy: str | None = None
+
+    @property
+    def key(self) -> str:
+        """A hash of what the row is computed from."""
+        what = {"config": to_dict(self.config), "remedy": self.remedy, **self.options}
+        return hashlib.sha256(json.dumps([FORMAT, what], sort_keys=True).encode()).hexdigest()[:24]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One setting of a factorial run. `remedy` is a key of `optim.rounding.REMEDIES`, for bf16 parameters."""
+    """One setting of a factorial run."""
 
     config: Config
     remedy: str | None = None
@@ -57,183 +77,105 @@ class Experiment:
     seeds: Sequence[int]
     evaluate_at: Sequence[int]
 
-    def cells(self) -> list[dict[str, Any]]:
-        """What each cell is computed from, as plain values, and under `key` a hash of it."""
-        rows = []
-        for seed in self.seeds:
-            for name, arm in self.arms.items():
-                config = arm.config.with_(training={"seed": seed, "steps": max(self.evaluate_at)})
-                what = {"config": to_dict(config), "remedy": arm.remedy, "evaluate_at": sorted(self.evaluate_at)}
-                key = hashlib.sha256(json.dumps([FORMAT, what], sort_keys=True).encode()).hexdigest()[:24]
-                rows.append({"arm": name, "seed": seed, "key": key, "what": what})
-        return rows
-
-
-class Spread(NamedTuple):
-    """Mean and standard deviation over seeds; `sd` is NaN for a single one."""
-
-    mean: float
-    sd: float
-    n: int
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3f}" if self.n == 1 else f"{self.mean:.3f} ± {self.sd:.3f}"
-
-
-def spread(values: Iterable[float]) -> Spread:
-    values = list(values)
-    sd = statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
-    return Spread(sum(values) / len(values), sd, len(values))
-
-
-class Results:
-    """Rows of an experiment: one finished cell each, with what it measured and where it comes from."""
-
-    def __init__(self, name: str, rows: Sequence[dict[str, Any]]):
-        self.name, self.rows = name, list(rows)
-
-    def loss(self, arm: str, seed: int, step: int | None = None) -> float:
-        """Validation loss of one cell, nats per token; infinite if the run diverged. `step`: the last one by default."""
-        row = next(row for row in self.rows if row["arm"] == arm and row["seed"] == seed)
-        value = row["validation"].get(str(step or row["steps"]))
-        return math.inf if value is None else value
-
-    def losses(self, arm: str, step: int | None = None) -> Spread:
-        return spread(self.loss(arm, seed, step) for seed in self.seeds(arm))
-
-    def paired(self, arm: str, other: str, step: int | None = None) -> Spread:
-        """Loss of `arm` minus that of `other`, seed by seed: what both share cancels."""
-        seeds = [seed for seed in self.seeds(arm) if seed in self.seeds(other)]
-        return spread(self.loss(arm, seed, step) - self.loss(other, seed, step) for seed in seeds)
-
-    def seeds(self, arm: str) -> list[int]:
-        return [row["seed"] for row in self.rows if row["arm"] == arm]
-
-    def arms(self) -> list[str]:
-        return list(dict.fromkeys(row["arm"] for row in self.rows))
-
-    def provenance(self) -> str:
-        """One line: how many runs, which commits, corpus, torch, seconds of one core."""
-        kinds = {key: sorted({str(row[key]) for row in self.rows}) for key in ("commit", "corpus", "torch", "machine")}
-        seconds = sum(row["wall_s"] for row in self.rows)
-        corpora = ", ".join(corpus[:12] for corpus in kinds["corpus"])
-        return (
-            f"{self.name}: {len(self.rows)} runs, commit {', '.join(kinds['commit'])}, corpus {corpora}, "
-            f"torch {', '.join(kinds['torch'])}, {', '.join(kinds['machine'])}, {seconds / 60:.0f} minutes of one core"
-        )
-
-    def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = ",\n".join(json.dumps(row) for row in self.rows)
-        write_atomically(path, f'{{"experiment": {json.dumps(self.name)}, "rows": [\n{lines}\n]}}\n')
-
-
-def load_results(name: str) -> Results:
-    """Committed results. Raises ConfigError if there are none under that name."""
-    path = RESULTS / f"{name}.json"
-    if not path.exists():
-        raise ConfigError(f"{path}: no committed results of that name; run the experiment with redo=True")
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    return Results(stored["experiment"], stored["rows"])
+    def cells(self) -> dict[tuple[str, int], Cell]:
+        """The cell of each arm and seed."""
+        steps = sorted(self.evaluate_at)
+        return {
+            (name, seed): Cell(
+                config=arm.config.with_(training={"seed": seed, "steps": steps[-1]}),
+                probe=losses_at,
+                options={"evaluate_at": steps},
+                remedy=arm.remedy,
+            )
+            for seed in self.seeds
+            for name, arm in self.arms.items()
+        }
 
 
 def collect(experiment: Experiment, redo: bool = False, workers: int | None = None, progress: bool = True) -> Results:
-    """Results of every cell: the committed ones where they are of exactly these settings, else freshly computed.
+    """Results of every cell: the committed ones where they are of exactly these settings, else computed by `run_cells`.
 
-    `redo` computes all of them, unless this machine's cache has them. The first Ctrl-C raises KeyboardInterrupt after
-    the running cells are stopped; finished ones stay in the cache.
+    `redo` computes all of them, unless this machine's cache has them.
     """
-    cells = experiment.cells()
-    stored = {}
+    cells, rows = experiment.cells(), {}
     if not redo and (RESULTS / f"{experiment.name}.json").exists():
-        stored = {row["key"]: row for row in load_results(experiment.name).rows}
-    missing = [cell for cell in cells if cell["key"] not in stored]
-    computed = compute(missing, workers, progress, experiment.name) if missing else {}
-    return Results(
-        experiment.name,
-        [{**(stored | computed)[c["key"]], "arm": c["arm"], "seed": c["seed"], "key": c["key"]} for c in cells],
-    )
+        rows = {row["key"]: row for row in load_results(experiment.name).rows}
+    missing = [cell for cell in cells.values() if cell.key not in rows]
+    rows |= run_cells(missing, workers, progress, experiment.name) if missing else {}
+    table = [{**rows[cell.key], "arm": arm, "seed": seed, "key": cell.key} for (arm, seed), cell in cells.items()]
+    return Results(experiment.name, table)
 
 
-def compute(cells: list[dict], workers: int | None, progress: bool, name: str) -> dict[str, dict]:
-    """Run the cells that the cache does not hold; key → row."""
-    unique = {cell["key"]: cell for cell in cells}
-    corpora = {json.dumps(cell["what"]["config"]["data"]): cell["what"]["config"] for cell in cells}
-    hashes = {data: read_corpus(from_dict(config).data, progress).hash for data, config in corpora.items()}
-    paths = {
-        key: CACHE / "experiments" / f"{key}_{hashes[json.dumps(cell['what']['config']['data'])][:12]}.json"
-        for key, cell in unique.items()
-    }
-    todo = [key for key in unique if not paths[key].exists()]
-    with tqdm(total=len(unique), initial=len(unique) - len(todo), unit="run", desc=name, disable=not progress) as bar:
-        n_workers = min(workers or os.cpu_count() or 1, max(1, len(todo)))
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(n_workers, context, initializer=start_worker)
+# ---- the engine ------------------------------------------------------------------------------------------------------
+
+
+def run_cells(
+    cells: Sequence[Cell], workers: int | None = None, progress: bool = True, name: str = "runs"
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(key, row) of each cell: those of the cache first, then the others as they are finished, `workers` at a time (None:
+    as many as there are cores), each in a process of its own; 0: here, one after another.
+
+    An error in a cell, or Ctrl-C, ends the running ones and is raised; what is finished stays in the cache.
+    """
+    paths = paths_of(cells)
+    jobs = {cell.key: (cell, paths[cell.key]) for cell in cells if not paths[cell.key].exists()}
+    there = [key for key in paths if key not in jobs]
+    with tqdm(total=len(paths), initial=len(there), unit="run", desc=name, disable=not progress) as bar:
+        yield from ((key, json.loads(paths[key].read_text())) for key in there)
+        for key in in_processes(jobs, workers) if workers != 0 else (run_cell(*job) for job in jobs.values()):
+            bar.update()
+            yield key, json.loads(paths[key].read_text())
+
+
+def rows_so_far(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Rows of the cells that are finished or have begun; what is not finished has what was measured so far."""
+    files = [(path, path.with_suffix(".part")) for path in paths_of(cells).values()]
+    return [json.loads(next(filter(Path.exists, pair)).read_text()) for pair in files if any(map(Path.exists, pair))]
+
+
+def paths_of(cells: Sequence[Cell]) -> dict[str, Path]:
+    """Where the cache holds each cell's row, by key. The text belongs to what it is computed from, too."""
+    hashes = {data: read_corpus(data, progress=False).hash for data in {cell.config.data for cell in cells}}
+    return {cell.key: CACHE / "runs" / f"{cell.key}_{hashes[cell.config.data][:12]}.json" for cell in cells}
+
+
+def in_processes(jobs: Mapping[str, tuple[Cell, Path]], workers: int | None) -> Iterator[str]:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    n_workers = min(workers or os.cpu_count() or 1, max(1, len(jobs)))
+    with theirs, ours, ProcessPoolExecutor(n_workers, context, start_worker, (theirs,)) as pool:
         try:
-            futures = {pool.submit(run_cell, unique[key]["what"]): key for key in todo}
-            for future in as_completed(futures):
-                path = paths[futures[future]]
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(path, json.dumps(future.result()))
-                bar.update()
+            yield from (
+                future.result() for future in as_completed([pool.submit(run_cell, *job) for job in jobs.values()])
+            )
         except BaseException:
-            for process in list(pool._processes.values()):
-                process.terminate()
+            ours.close()
             raise
-        finally:
-            pool.shutdown(cancel_futures=True)
-    return {key: json.loads(path.read_text()) for key, path in paths.items()}
 
 
-def start_worker() -> None:
-    """One thread; and no life after the parent's, which may be killed without a word."""
+def start_worker(parent: Connection) -> None:
+    """One thread; and no life after the parent closes its end, as it also does when it is killed without a word."""
     torch.set_num_threads(1)
 
     def follow_parent() -> None:
-        multiprocessing.parent_process().join()
+        wait([parent])
         os._exit(1)
 
     threading.Thread(target=follow_parent, daemon=True).start()
 
 
-def run_cell(what: dict[str, Any]) -> dict[str, Any]:
-    """Train one cell and measure it. A run that diverges is a result too: its later losses are null."""
-    config = from_dict(what["config"])
-    start = time.perf_counter()
+def run_cell(cell: Cell, path: Path) -> str:
+    """Train one cell and measure it; returns its key. The row so far is in `path` with .part, the whole one in `path`."""
+    start, began = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(config, what["remedy"], folder)
-        trainer.start()
-        trainer.model.train()
-        validation: dict[str, float | None] = {}
-        diverged = None
-        try:
-            for step in what["evaluate_at"]:
-                while trainer.step < step:
-                    trainer.update()
-                trainer.flush()
-                validation[str(step)] = validate(trainer)
-        except RunError:
-            diverged = trainer.step
-        validation |= {str(step): None for step in what["evaluate_at"] if str(step) not in validation}
-        rows = [row for row in read_record(folder) if "loss" in row]
-        weights = config.model.aux_loss_weights
-        next_token = [row["losses"]["next_token"] * sum(weights) / weights[0] for row in rows]
-        return {
-            "steps": config.n_steps,
-            "tokens": trainer.tokens(),
-            "validation": validation,
-            "diverged_at": diverged,
-            "training": {str(rows[i]["step"]): finite(round(next_token[i], 5)) for i in range(0, len(rows), 10)},
-            "norm_deviation": finite(trainer.readings.norm_deviation().item()),
-            "median_grad_norm": finite(statistics.median(row["grad_norm"] for row in rows)),
-            "parameters": sum(p.numel() for p in trainer.model.parameters()),
-            "wall_s": round(time.perf_counter() - start, 1),
-            "commit": commit(),
-            "corpus": trainer.dataset.corpus_hash,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "machine": platform.machine(),
-        }
+        trainer = make_trainer(cell.config, cell.remedy, folder)
+        made = provenance() | {"corpus": trainer.dataset.corpus_hash, "started": began}
+        for measured in cell.probe(trainer, **cell.options):
+            wall = {"wall_s": round(time.perf_counter() - start, 1), "updates": trainer.step}
+            write_atomically(path.with_suffix(".part"), json.dumps(measured | made | wall))
+    os.replace(path.with_suffix(".part"), path)
+    return cell.key
 
 
 def make_trainer(config: Config, remedy: str | None, folder: str | Path) -> Trainer:
@@ -245,13 +187,43 @@ def make_trainer(config: Config, remedy: str | None, folder: str | Path) -> Trai
     return Trainer(config, folder, model=model, optimizers=optimizers)
 
 
-def validate(trainer: Trainer) -> float | None:
-    """Validation loss now; None where it is not finite."""
-    config = trainer.config
-    loss = evaluate(trainer.model, trainer.dataset.validation, config.model.max_seq_len, 16, trainer.autocast)
-    return finite(loss["validation_loss"])
+# ---- the probe of an experiment --------------------------------------------------------------------------------------
+
+
+def losses_at(trainer: Trainer, evaluate_at: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Validation losses after these updates, and how the run went. A run that diverges is a result too: its later losses
+    are null, as JSON has no NaN."""
+    validation: dict[str, float | None] = {str(step): None for step in evaluate_at}
+    diverged = None
+    try:
+        for step in evaluate_at:
+            for _ in trainer.steps(step):
+                pass
+            validation[str(step)] = finite(validation_loss(trainer))
+            yield {"validation": validation}
+    except RunError:
+        diverged = trainer.step
+    rows = [row for row in read_record(trainer.run_dir) if "loss" in row]
+    weights = trainer.config.model.aux_loss_weights
+    next_token = [row["losses"]["next_token"] * sum(weights) / weights[0] for row in rows]
+    yield {
+        "steps": trainer.n_steps,
+        "tokens": trainer.tokens(),
+        "validation": validation,
+        "diverged_at": diverged,
+        "training": {str(rows[i]["step"]): finite(round(next_token[i], 5)) for i in range(0, len(rows), 10)},
+        "norm_deviation": finite(trainer.readings.norm_deviation().item()),
+        "median_grad_norm": finite(statistics.median(row["grad_norm"] for row in rows)),
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+    }
+
+
+def validation_loss(trainer: Trainer, n_tokens: int | None = None) -> float:
+    """Now, over the first `n_tokens` of the split, or all of it."""
+    tokens = trainer.dataset.validation[: n_tokens and n_tokens + 1]
+    loss = evaluate(trainer.model, tokens, trainer.config.model.max_seq_len, 16, trainer.autocast)
+    return loss["validation_loss"]
 
 
 def finite(value: float) -> float | None:
-    """JSON has no NaN."""
     return value if math.isfinite(value) else None
