@@ -356,10 +356,24 @@ MUTANTS = [
         "tests/test_inspect.py::test_code_in_a_file_is_not_run",
     ),
     Mutant(
+        "a file that memory does not suffice for counts as damaged",
+        "moe_lab/health/after/checkpoint_file.py",
+        "no_memory = isinstance(error, MemoryError) or NO_MEMORY.search(str(error))",
+        "no_memory = False",
+        "tests/test_inspect.py::test_what_the_machine_cannot_do_is_not_the_files_fault",
+    ),
+    Mutant(
+        "an old sample is taken for one that saw every column",
+        "moe_lab/health/after/inspection.py",
+        "if columns < min(len(index), now.shape[-1]):",
+        "if columns < 1:",
+        "tests/test_inspect.py::test_an_older_sample_says_how_few_columns_it_saw",
+    ),
+    Mutant(
         "half a tensor that moved counts as frozen",
         "moe_lab/health/after/inspection.py",
-        "if row.n_unchanged == row.n_elements}",
-        "if row.n_unchanged >= row.n_elements / 2}",
+        "for name, share in unchanged.items() if share == 1}",
+        "for name, share in unchanged.items() if share >= 0.5}",
         "tests/test_inspect.py::test_one_moved_element_is_enough",
     ),
     Mutant(

@@ -1,5 +1,6 @@
 """What a checkpoint shows by itself: runs of this package, files of others, and files that are no checkpoints."""
 
+import errno
 import os
 import re
 from pathlib import Path
@@ -8,10 +9,10 @@ import pytest
 import torch
 from tiny_run import tiny, train
 
-from moe_lab import build_model
-from moe_lab.health.after.checkpoint_file import kind_of
-from moe_lab.health.after.inspection import inspect_checkpoint
+from moe_lab import build_model, health
+from moe_lab.health.after.inspection import inspect_checkpoint, kind_of
 from moe_lab.health.findings import Finding
+from moe_lab.health.sampling import sample_positions
 from moe_lab.optim.rounding import REMEDIES
 from moe_lab.train.checkpoint import save_atomically, step_path
 
@@ -258,6 +259,78 @@ def test_an_old_format_is_read(tmp_path: Path) -> None:
     assert len(by_rule(inspect_checkpoint(tmp_path / "f.pt"))["never_moved"]) == 3
 
 
+def test_a_trainer_of_its_own_keeps_the_sample(tmp_path: Path) -> None:
+    """What the advice says: any model's start values, under the key, and the file alone tells what stood still."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+    optimizer = torch.optim.AdamW(model[0].parameters(), lr=1e-2)
+    sample = health.start_sample(model)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(5, 4)).square().sum().backward()
+        optimizer.step()
+    state = {"state_dict": model.state_dict(), "optimizer": optimizer.state_dict(), "initial_sample": sample}
+    torch.save(state, tmp_path / "f.pt")
+    found = by_rule(inspect_checkpoint(tmp_path / "f.pt"))["never_moved"]
+    assert [(f.where, f.severity) for f in found] == [("1.weight", "error"), ("1.bias", "error")]
+    del state["initial_sample"]
+    torch.save(state, tmp_path / "f.pt")
+    assert (
+        "health.start_sample(model)" in by_rule(inspect_checkpoint(tmp_path / "f.pt"), "info")["never_moved"][0].advice
+    )
+
+
+def test_an_older_sample_says_how_few_columns_it_saw(tmp_path: Path) -> None:
+    """Evenly spaced flat positions of a (512, 192) table: all in column 0, or in four columns of (100, 192)."""
+    weights = {"table": torch.zeros(512, 192), "other": torch.ones(100, 192), "norm.weight": torch.ones(1000)}
+    sample = {}
+    for name, t in weights.items():
+        index = torch.arange(256) * (t.numel() // 256)
+        sample[name] = {"index": index, "value": t.flatten()[index]}
+    torch.save({"model": weights, "step": 3, "initial_sample": sample}, tmp_path / "f.pt")
+    (found,) = [f for f in inspect_checkpoint(tmp_path / "f.pt") if "evenly spaced" in f.message]
+    seen = {name: len(set((sample[name]["index"] % 192).tolist())) for name in ("table", "other")}
+    assert seen["table"] == 1 and "table 1 of 192. " in found.message and found.severity == "info"
+    assert found.message.startswith(f"the start values of {sum(n < 192 for n in seen.values())} matrices")
+    for name, t in weights.items():
+        index = sample_positions(t.shape)
+        sample[name] = {"index": index, "value": t.flatten()[index]}
+    torch.save({"model": weights, "step": 3, "initial_sample": sample}, tmp_path / "f.pt")
+    assert not [f for f in inspect_checkpoint(tmp_path / "f.pt") if "evenly spaced" in f.message]
+
+
+def test_tokens_are_counted_by_whatever_names_a_config_has(tmp_path: Path) -> None:
+    config = {"data": {"block_size": 8, "batch_size": 4}, "trainer": {"grad_accum_steps": 2}}
+    torch.save({"model": foreign(), "step": 3, "n_tokens": 64, "config": config}, tmp_path / "f.pt")
+    (found,) = by_rule(inspect_checkpoint(tmp_path / "f.pt"))["step_counters"]
+    assert (found.where, found.value, found.limit) == ("n_tokens", 64, 3 * 8 * 4 * 2)
+    torch.save({"model": foreign(), "step": 1, "n_tokens": 64, "config": config}, tmp_path / "f.pt")
+    assert "step_counters" not in by_rule(inspect_checkpoint(tmp_path / "f.pt"))
+
+
+@pytest.mark.parametrize("sizes", [{"d_model": 768, "n_layers": 12}, {}, None])
+def test_stored_rates_are_judged_by_the_weights_that_are_there(tmp_path: Path, sizes: dict | None) -> None:
+    """By the tensors' own count; and not at all where the config is no transformer's, or none."""
+    config = None if sizes is None else {**sizes, "lr": 1.0, "optimizer": "adamw"}
+    optimizer = {"state": {}, "param_groups": [{"lr": 1.0, "params": [0]}]}
+    weights = {"a": torch.randn(2000, 1000)}
+    torch.save({"model": weights, "optimizer": optimizer, "config": config}, tmp_path / "f.pt")
+    (found,) = (f for f in inspect_checkpoint(tmp_path / "f.pt") if f.rule == "lr_baked_in")
+    assert ("a transformer of 2e+06 parameters" in found.message) == (found.severity == "warning") == bool(sizes)
+
+
+def test_a_config_that_is_none_does_not_stop_it(tmp_path: Path) -> None:
+    nested: dict = {}
+    for _ in range(60):
+        nested = {"a": nested}
+    optimizer = {"state": {}, "param_groups": [{"lr": 1.0, "params": [0]}]}
+    for config in (nested, {str(i): i for i in range(10_001)}):
+        torch.save(
+            {"model": foreign(), "optimizer": optimizer, "config": config, "step": 1, "n_tokens": 1}, tmp_path / "f"
+        )
+        assert "lr_baked_in" in by_rule(inspect_checkpoint(tmp_path / "f"), "info")
+
+
 # ---- files that are no checkpoints -----------------------------------------------------------------------------------
 
 
@@ -300,6 +373,36 @@ def test_code_in_a_file_is_not_run(tmp_path: Path, zipped: bool) -> None:
 def test_a_file_without_named_tensors(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "f.pt")
     assert unreadable(tmp_path / "f.pt").startswith("it holds no tensors by name")
+
+
+NO_MEMORY = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to all"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (MemoryError(), "not enough memory"),
+        (RuntimeError(NO_MEMORY), "not enough memory"),
+        (RuntimeError("unable to mmap 8 bytes from file <f>: Cannot allocate memory (12)"), "not enough memory"),
+        (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
+        (OSError(errno.ESTALE, "Stale file handle"), "Stale file handle"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_what_the_machine_cannot_do_is_not_the_files_fault(healthy: Path, monkeypatch, error, reason: str) -> None:
+    def fails(*args, **options):
+        raise error
+
+    monkeypatch.setattr(torch, "load", fails)
+    with pytest.raises(ValueError) as caught:
+        inspect_checkpoint(healthy)
+    assert str(caught.value) == f"{healthy}: cannot be read: {reason}"
+
+
+def test_the_processs_warnings_are_left_alone() -> None:
+    """`warnings.catch_warnings` changes them for every thread, and a training may run in another."""
+    sources = [path.read_text() for path in Path(health.__file__).parent.rglob("*.py")]
+    assert len(sources) > 10 and not any("catch_warnings" in source for source in sources)
 
 
 def test_a_text_for_a_checkpoint(tmp_path: Path) -> None:

@@ -2,194 +2,168 @@
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..before.preflight import preflight
+from ..before.plan import Plan
+from ..before.preflight import entries_of_mapping, judged_rates, limited
 from ..during.state import several
-from ..findings import Finding
-from .checkpoint_file import (
-    WEIGHTS,
-    by_kind,
-    is_readable,
-    keeps_lost_bits,
-    learning_rates,
-    load,
-    numbers,
-    optimizer_steps,
-    parts,
-    updates_of,
-    weights_of,
-    wide,
-)
+from ..findings import Finding, found
+from ..sampling import is_evenly_spaced, tensor_kind
+from . import checkpoint_file as file
+from .checkpoint_file import is_readable, numbers, wide
 
 MANY_UNCHANGED = 0.5  # share of a kind's sampled elements from which on it is worth a line
-LR_RULES = ("lr_too_low", "lr_too_high", "muon_convention")
+TOKENS = ("tokens_seen", "n_tokens", "consumed_tokens")
 
 
-class Sampled(NamedTuple):
-    """One tensor now and at its start, at the places that the checkpoint kept."""
+class Start(NamedTuple):
+    """What the checkpoint kept of one tensor's start."""
 
-    name: str
-    n_elements: int
-    n_unchanged: int  # bit-identical
+    index: Tensor  # flat positions, int64
+    value: Tensor
+
+    def unchanged(self, now: Tensor) -> float:
+        """Share that is bit-identical now; of a run that was cast after its start, counted from the cast values."""
+        return (wide(now.flatten()[self.index]) == wide(self.value.to(now.dtype))).float().mean().item()
 
 
 def inspect_checkpoint(path: str | Path) -> list[Finding]:
-    """Findings from a file of torch.save: one of this package, of another trainer, or a bare mapping of tensors.
+    """Findings from a file of torch.save: of any trainer's, or a bare mapping of tensors.
 
-    Files of this package hold a sample of start values, so that what never moved is known. In others only tensors that
-    are one constant throughout can be told, and a finding says so. A file that is cut short, that needs code to be read, or
-    that holds no tensors is the finding `unreadable`. Raises ValueError, in one line, if there is no file to read.
+    Where the file holds `health.start_sample(model)` of step 0 under `initial_sample`, what never moved is known. In others
+    only tensors that are one constant throughout can be told, and a finding says so. A file that is cut short, that needs
+    code to be read, or that holds no tensors is the finding `unreadable`. Raises ValueError, in one line, if there is no
+    file, or the machine cannot read it.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}; give the path of a checkpoint")
-    state, problem = load(path)
-    weights = {} if problem else weights_of(state)
+    state, problem = file.load(path)
+    weights = {} if problem else file.weights_of(state)
     if not weights:
-        reason = problem or "it holds no tensors by name, neither itself nor under " + ", ".join(WEIGHTS)
-        return [
-            Finding(
-                rule="unreadable",
-                severity="error",
-                where=str(path),
-                message=f"not a checkpoint that can be inspected: {reason}",
-                advice="use another checkpoint",
-            )
-        ]
-    sample = state.get("initial_sample")
+        reason = problem or "it holds no tensors by name, neither itself nor under " + ", ".join(file.WEIGHTS)
+        message = f"not a checkpoint that can be inspected: {reason}"
+        return [found("unreadable", "error", str(path), message, "use another checkpoint")]
     readable = {name: t for name, t in weights.items() if is_readable(t)}
-    findings = list(nonfinite(readable))
-    if isinstance(sample, Mapping):
-        rows, odd = compare(readable, sample)
-        findings += odd
-        findings += unread_tensors(weights.keys() - readable.keys())
-        findings += never_moved(rows, updates_of(state), learning_rates(state))
-    else:
-        findings += unread_tensors(weights.keys() - readable.keys())
-        findings += constants(readable, updates_of(state))
-    return [*findings, *sixteen_bits(readable, state), *baked_in(state), *counters(state)]
+    findings = [*nonfinite(readable), *held_against_start(readable, state)]
+    unread = weights.keys() - readable.keys()
+    findings += unexpected(unread, "warning", "sparse, quantised or without values: not inspected")
+    return [*findings, *sixteen_bits(readable, state), *baked_in(state, weights), *counters(state)]
 
 
 def nonfinite(weights: Mapping[str, Tensor]) -> Iterator[Finding]:
     bad = [name for name, t in weights.items() if t.is_floating_point() and not wide(t).isfinite().all()]
     if bad:
-        yield Finding(
-            rule="nonfinite_values",
-            severity="error",
-            where=several(bad),
-            value=len(bad),
-            limit=0,
-            message=f"{len(bad)} of {len(weights)} tensors hold NaN or infinite values",
-            advice="resume from an earlier checkpoint, with a lower learning rate",
-        )
+        message = f"{len(bad)} of {len(weights)} tensors hold NaN or infinite values"
+        advice = "resume from an earlier checkpoint, with a lower learning rate"
+        yield found("nonfinite_values", "error", several(bad), message, advice, len(bad), 0)
 
 
-def unread_tensors(names: Iterable[str]) -> Iterator[Finding]:
-    names = sorted(names)
+def unexpected(names: Iterable[str], severity: str, what: str) -> Iterator[Finding]:
+    names, advice = sorted(names), "see whether the file belongs to the run, and whether it was edited"
     if names:
-        yield unexpected(names, "warning", "sparse, quantised or without values: not inspected")
+        where = several(names)
+        yield found("unexpected_tensors", severity, where, f"{where}: {what}", advice, len(names))
 
 
-def unexpected(names: list[str], severity: str, what: str) -> Finding:
-    return Finding(
-        rule="unexpected_tensors",
-        severity=severity,
-        where=several(names),
-        value=len(names),
-        message=f"{several(names)}: {what}",
-        advice="see whether the file belongs to the run, and whether it was edited",
-    )
-
-
-def compare(weights: Mapping[str, Tensor], sample: Mapping) -> tuple[list[Sampled], list[Finding]]:
-    """Every sampled tensor now against its start, and findings about names, shapes and samples that do not fit."""
-    rows, misfits = [], []
-    for name, kept in sample.items():
-        index, value = (kept.get("index"), kept.get("value")) if isinstance(kept, Mapping) else (None, None)
-        whole = isinstance(index, Tensor) and isinstance(value, Tensor) and index.dtype == torch.int64
-        now = weights.get(name)
-        if not whole or now is None or index.shape != value.shape or not is_readable(index) or not is_readable(value):
-            misfits.append(str(name))
-            continue
-        if not index.numel():
-            continue
-        if index.min() < 0 or index.max() >= now.numel():
-            misfits.append(str(name))
-            continue
-        # a run that was cast after its start counts from the cast values
-        unchanged = wide(now.flatten()[index]) == wide(value.to(now.dtype))
-        rows.append(Sampled(str(name), index.numel(), int(unchanged.sum())))
-    findings = []
-    if misfits:
-        what = "the sample of start values names tensors that are not there, or of another size"
-        findings.append(unexpected(misfits, "warning", what))
-    extra = sorted(weights.keys() - sample.keys())
-    if extra:
-        findings.append(unexpected(extra, "info", "no start values are kept of it, so that it cannot be judged"))
-    return rows, findings
-
-
-def never_moved(rows: list[Sampled], updates: int | None, rates: Mapping[str, float]) -> Iterator[Finding]:
-    """Per kind, the tensors of which no sampled element has moved; and the kinds of which most elements have not."""
+def held_against_start(weights: Mapping[str, Tensor], state: Mapping) -> Iterator[Finding]:
+    """What has moved, by the start values in the file, or by the constants that a start leaves."""
+    sample, updates = state.get("initial_sample"), file.updates_of(state)
+    if isinstance(sample, Mapping):
+        starts = {str(name): start_of(kept, weights.get(name)) for name, kept in sample.items()}
+        misfits = [name for name, start in starts.items() if start is None]
+        yield from unexpected(misfits, "warning", "its start values are of another size, or it is not there")
+        extra = weights.keys() - starts.keys()
+        yield from unexpected(extra, "info", "no start values are kept of it, so that it cannot be judged")
     if updates == 0:
-        yield nothing_yet()
-        return
-    by_name = {row.name: row for row in rows}
-    stuck = {row.name for row in rows if row.n_unchanged == row.n_elements}
-    should_move = bool(updates) and len(stuck) < len(rows) and max(rates.values(), default=0.0) > 0
+        message = "the checkpoint was written before the first update: it cannot show what moves"
+        yield found("never_moved", "info", "every tensor", message, "inspect a later one")
+    elif isinstance(sample, Mapping):
+        starts = {name: start for name, start in starts.items() if start is not None and start.index.numel()}
+        yield from never_moved(weights, starts, updates, file.stored_rates(state))
+        yield from sampled_evenly(weights, starts)
+    else:
+        yield from constants(weights)
+
+
+def start_of(kept: Any, now: Tensor | None) -> Start | None:
+    """What is kept of a tensor's start, if it can be held against the tensor now."""
+    index, value = (kept.get("index"), kept.get("value")) if isinstance(kept, Mapping) else (None, None)
+    if now is None or not (isinstance(index, Tensor) and isinstance(value, Tensor)):
+        return None
+    if index.dtype != torch.int64 or index.shape != value.shape or not (is_readable(index) and is_readable(value)):
+        return None
+    return Start(index, value) if bool(((index >= 0) & (index < now.numel())).all()) else None
+
+
+def kind_of(name: str) -> str:
+    """What a tensor is: all norms' weights together, else the name with its numbers left out."""
+    *module, last = name.split(".")
+    if module and re.search(r"norm|(?:^|_)ln", module[-1].lower()):
+        return f"norm {'biases' if last == 'bias' else 'weights'}"
+    return tensor_kind(name)
+
+
+def by_kind(names: Iterable[str]) -> dict[str, list[str]]:
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(kind_of(name), []).append(name)
+    return kinds
+
+
+def never_moved(
+    weights: Mapping[str, Tensor], sample: Mapping[str, Start], updates: int | None, rates: Mapping[str, float]
+) -> Iterator[Finding]:
+    """Per kind, the tensors of which no sampled element has moved; and the kinds of which most elements have not."""
+    unchanged = {name: start.unchanged(weights[name]) for name, start in sample.items()}
+    stuck = {name for name, share in unchanged.items() if share == 1}
+    should_move = bool(updates) and len(stuck) < len(sample) and max(rates.values(), default=0.0) > 0
     after = f"in {updates} updates" if updates else "since the start"
     slow: dict[str, float] = {}
-    for kind, names in by_kind(by_name).items():
+    for kind, names in by_kind(sample).items():
         frozen = [name for name in names if name in stuck]
-        share = sum(by_name[n].n_unchanged for n in names) / sum(by_name[n].n_elements for n in names)
+        n_sampled = {name: len(sample[name].index) for name in names}
+        share = sum(unchanged[name] * n for name, n in n_sampled.items()) / sum(n_sampled.values())
         if frozen:
-            yield Finding(
-                rule="never_moved",
-                severity="error" if should_move else "warning",
-                where=several(frozen),
-                value=len(frozen) / len(names),
-                limit=0,
-                message=f"{len(frozen)} of {len(names)} {kind}: no sampled element has moved {after}",
-                advice="see whether their updates are rounded away (16-bit parameters), get no gradient or no optimizer",
-            )
+            severity = "error" if should_move else "warning"
+            message = f"{len(frozen)} of {len(names)} {kind}: no sampled element has moved {after}"
+            advice = "see whether their updates are rounded away (16-bit parameters), get no gradient or no optimizer"
+            yield found("never_moved", severity, several(frozen), message, advice, len(frozen) / len(names), 0)
         elif share >= MANY_UNCHANGED:
             slow[kind] = share
     if slow:
         worst = sorted(slow, key=slow.get, reverse=True)
-        shown = ", ".join(f"{kind} {slow[kind]:.0%}" for kind in worst[:4]) + (", …" if len(worst) > 4 else "")
-        yield Finding(
-            rule="never_moved",
-            severity="info",
-            where=several(worst),
-            value=slow[worst[0]],
-            limit=MANY_UNCHANGED,
-            message=f"{len(slow)} kinds of tensors have moved in part only {after}; unchanged sampled elements: {shown}",
-            advice="expected of embedding rows whose tokens did not occur; else updates are small, or rounded away",
-        )
+        listed = ", ".join(f"{kind} {slow[kind]:.0%}" for kind in worst[:4]) + (", …" if len(worst) > 4 else "")
+        message = f"{len(slow)} kinds of tensors have moved in part only {after}; unchanged sampled elements: {listed}"
+        advice = "expected of embedding rows whose tokens did not occur; else updates are small, or rounded away"
+        yield found("never_moved", "info", several(worst), message, advice, slow[worst[0]], MANY_UNCHANGED)
 
 
-def nothing_yet() -> Finding:
-    return Finding(
-        rule="never_moved",
-        severity="info",
-        where="every tensor",
-        message="the checkpoint was written before the first update: it cannot show what moves",
-        advice="inspect a later one",
-    )
+def sampled_evenly(weights: Mapping[str, Tensor], sample: Mapping[str, Start]) -> Iterator[Finding]:
+    """Samples of the old kind, which see few columns of a matrix: what stands there need not stand elsewhere."""
+    seen: dict[str, int] = {}
+    for name, (index, _) in sample.items():
+        now = weights[name]
+        if now.ndim > 1 and is_evenly_spaced(index, now.numel()):
+            columns = len((index % now.shape[-1]).unique())
+            if columns < min(len(index), now.shape[-1]):
+                seen[name] = columns
+    if seen:
+        worst = min(seen, key=seen.get)
+        message = f"the start values of {len(seen)} matrices are an older, evenly spaced sample that sees few of their columns: "
+        message += f"{worst} {seen[worst]} of {weights[worst].shape[-1]}. What never moved is known of these alone"
+        advice = "take the next run's with health.start_sample(model), which spreads over rows and columns"
+        yield found("never_moved", "info", several(sorted(seen)), message, advice, seen[worst])
 
 
-def constants(weights: Mapping[str, Tensor], updates: int | None) -> Iterator[Finding]:
+def constants(weights: Mapping[str, Tensor]) -> Iterator[Finding]:
     """Of a file without start values: tensors that are one number throughout, as norms and biases are at their start."""
-    if updates == 0:
-        yield nothing_yet()
-        return
     floating = {name: t for name, t in weights.items() if t.is_floating_point() and t.numel() > 1}
     values = {}
     for name, t in floating.items():
@@ -200,104 +174,76 @@ def constants(weights: Mapping[str, Tensor], updates: int | None) -> Iterator[Fi
         constant = [name for name in names if name in values]
         if constant:
             levels = sorted({values[name] for name in constant})
-            shown = ", ".join(f"{level:g}" for level in levels[:3]) + (", …" if len(levels) > 3 else "")
-            yield Finding(
-                rule="never_moved",
-                severity="warning",
-                where=several(constant),
-                value=shown,
-                message=f"{len(constant)} of {len(names)} {kind}: exactly {shown} in every element, as at a start",
-                advice="if they were trained, see whether their updates are rounded away (16-bit parameters) or never made",
-            )
-    yield Finding(
-        rule="never_moved",
-        severity="info",
-        where="every other tensor",
-        message=f"no start values in the file: of its {len(weights)} tensors only constant ones can be told to have stood "
-        "still. A comparison with a freshly drawn start proves nothing, since any two draws differ",
-        advice="keep some start values in each checkpoint, or compare with the run's own first one",
+            listed = ", ".join(f"{level:g}" for level in levels[:3]) + (", …" if len(levels) > 3 else "")
+            message = f"{len(constant)} of {len(names)} {kind}: exactly {listed} in every element, as at a start"
+            advice = "if they were trained, see whether updates are rounded away (16-bit parameters) or never made"
+            yield found("never_moved", "warning", several(constant), message, advice, listed)
+    message = f"no start values in the file: of its {len(weights)} tensors only constant ones can be told to have stood still. "
+    message += "A comparison with a freshly drawn start proves nothing, since any two draws differ"
+    advice = (
+        "keep health.start_sample(model) of step 0 in each, as `initial_sample`; or compare with the run's first one"
     )
+    yield found("never_moved", "info", "every other tensor", message, advice)
 
 
 def sixteen_bits(weights: Mapping[str, Tensor], state: Mapping) -> Iterator[Finding]:
     """16-bit weights without anything in the optimizer's state that keeps what rounding loses."""
     narrow = [name for name, t in weights.items() if t.dtype in (torch.bfloat16, torch.float16)]
-    optimizers = list(parts(state, "optim"))
-    if not narrow or keeps_lost_bits(optimizers):
+    if not narrow or file.keeps_lost_bits(state):
         return
     formats = " and ".join(sorted({str(weights[name].dtype).removeprefix("torch.") for name in narrow}))
-    trained = any(part.get("state") for part in optimizers)
-    yield Finding(
-        rule="bf16_parameters",
-        severity="error" if trained else "info",
-        where=several(narrow),
-        value=len(narrow) / len(weights),
-        limit=0,
-        message=f"{len(narrow)} of {len(weights)} tensors are {formats}, and "
-        + (
-            "the optimizer's state keeps nothing of what rounding loses"
-            if trained
-            else "no optimizer state says how they got so"
-        ),
-        advice="train float32 parameters and compute under autocast"
-        if trained
-        else "fine for a copy to run; not one to train further as it is",
-    )
+    if any(part.get("state") for part in file.parts(state, "optim")):
+        severity, why = "error", "the optimizer's state keeps nothing of what rounding loses"
+        advice = "train float32 parameters and compute under autocast"
+    else:
+        severity, why = "info", "no optimizer state says how they got so"
+        advice = "fine for a copy to run; not one to train further as it is"
+    message = f"{len(narrow)} of {len(weights)} tensors are {formats}, and {why}"
+    yield found("bf16_parameters", severity, several(narrow), message, advice, len(narrow) / len(weights), 0)
 
 
-def baked_in(state: Mapping) -> Iterator[Finding]:
+def baked_in(state: Mapping, weights: Mapping[str, Tensor]) -> Iterator[Finding]:
     """The learning rates that a plain load_state_dict would bring back; a warning if they are out of the usual range."""
-    rates = learning_rates(state)
-    for part in parts(state, "sched"):
+    rates = file.stored_rates(state)
+    for part in file.parts(state, "sched"):
         for key in ("max_lr", "max_lrs", "base_lrs"):
             for lr in numbers([part.get(key)])[:1]:
                 rates[f"scheduler {key}"] = lr
     if not rates:
         return
+    severity, where, plan = "info", "optimizer and scheduler state", plan_of(state)
+    listed = ", ".join(f"{name} {lr:.3g}" for name, lr in rates.items())
+    message = f"the checkpoint stores learning rates: {listed}. A plain load_state_dict brings them back over a corrected config"
+    size = plan.n_parameters() and sum(t.numel() for t in weights.values())  # a transformer's, or not to be judged
+    for wrong in [f for f in judged_rates(plan, size) if f.severity != "info"][:1]:
+        severity, where = "warning", wrong.where
+        message += f", and they look wrong: {wrong.rule}: {wrong.message}"
+    advice = "after load_state_dict, set each group's lr and initial_lr and the scheduler's maximum from the config"
+    yield found("lr_baked_in", severity, where, message, advice, listed)
+
+
+def plan_of(state: Mapping) -> Plan:
+    """What the stored config plans: nothing if there is none, or one of a size that is no config's."""
     config = state.get("config")
-    wrong = (
-        [f for f in preflight(config) if f.rule in LR_RULES and f.severity != "info"]
-        if isinstance(config, Mapping)
-        else []
-    )
-    shown = ", ".join(f"{name} {lr:.3g}" for name, lr in rates.items())
-    yield Finding(
-        rule="lr_baked_in",
-        severity="warning" if wrong else "info",
-        where=wrong[0].where if wrong else "optimizer and scheduler state",
-        value=shown,
-        message=f"the checkpoint stores learning rates: {shown}. A plain load_state_dict brings them back over a corrected "
-        "config" + (f", and they look wrong: {wrong[0].rule}: {wrong[0].message}" if wrong else ""),
-        advice="after load_state_dict, set each group's lr and initial_lr and the scheduler's maximum from the config",
-    )
+    try:
+        return Plan(limited(entries_of_mapping(config), "config") if isinstance(config, Mapping) else [])
+    except ValueError:
+        return Plan([])
 
 
 def counters(state: Mapping) -> Iterator[Finding]:
     """The checkpoint's step and tokens against the updates that its optimizer counted."""
-    step, counted = numbers([state.get("step")]), optimizer_steps(state)
+    step, counted = numbers([state.get("step")]), file.optimizer_steps(state)
     if step and counted is not None and int(step[0]) != counted:
-        yield Finding(
-            rule="step_counters",
-            severity="warning",
-            where="step",
-            value=step[0],
-            limit=counted,
-            message=f"the checkpoint says step {step[0]:g} and its optimizer has made {counted} updates",
-            advice="see whether steps count micro-batches: then schedules and intervals end too early or never come",
-        )
-    config, tokens = state.get("config"), numbers([state.get("tokens_seen")])
-    training, model = ((config.get(k) if isinstance(config, Mapping) else None) for k in ("training", "model"))
-    if not (step and tokens and isinstance(training, Mapping) and isinstance(model, Mapping)):
+        message = f"the checkpoint says step {step[0]:g} and its optimizer has made {counted} updates"
+        advice = "see whether steps count micro-batches: then schedules and intervals end too early or never come"
+        yield found("step_counters", "warning", "step", message, advice, step[0], counted)
+    name = next((name for name in TOKENS if numbers([state.get(name)])), None)
+    at_once = plan_of(state).tokens_per_update()
+    if not step or name is None or at_once is None:
         return
-    sizes = numbers([training.get("batch_size"), training.get("gradient_accumulation_steps"), model.get("max_seq_len")])
-    if len(sizes) == 3 and tokens[0] != step[0] * math.prod(sizes):
-        yield Finding(
-            rule="step_counters",
-            severity="warning",
-            where="tokens_seen",
-            value=tokens[0],
-            limit=step[0] * math.prod(sizes),
-            message=f"tokens_seen is {tokens[0]:g} and {step[0]:g} updates of the stored config are "
-            f"{step[0] * math.prod(sizes):g} tokens",
-            advice="see whether steps count micro-batches, or whether the batch was changed on the way",
-        )
+    tokens, expected = numbers([state[name]])[0], step[0] * at_once
+    if tokens != expected:
+        message = f"{name} is {tokens:g} and {step[0]:g} updates of the stored config are {expected:g} tokens"
+        advice = "see whether steps count micro-batches, or whether the batch was changed on the way"
+        yield found("step_counters", "warning", name, message, advice, tokens, expected)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -44,10 +44,15 @@ def kind_of(optimizer: Optimizer) -> str:
 
 def keeps_lost_bits(optimizer: Optimizer) -> bool:
     """Whether it has fp32 masters, Kahan compensation, or rounds stochastically; look after its first step."""
-    if any(KEEPS_BITS.search(str(key)) for state in optimizer.state.values() for key in state):
+    return keeps_bits(optimizer.state.values(), [vars(optimizer), *optimizer.param_groups])
+
+
+def keeps_bits(states: Iterable[Mapping], options: Iterable[Mapping]) -> bool:
+    """The same of what an optimizer keeps for its tensors, and of its options, live or from a file: told by their names."""
+    if any(KEEPS_BITS.search(str(key)) or "fp32" in str(key) for state in states for key in state):
         return True
-    options = {**vars(optimizer), **{k: v for group in optimizer.param_groups for k, v in group.items()}}
-    return any("stochastic" in str(key).lower() and bool(value) for key, value in options.items())
+    named = ((f"{key} {value}" if isinstance(value, str) else key, value) for o in options for key, value in o.items())
+    return any("stochastic" in str(name).lower() and bool(value) for name, value in named)
 
 
 def replay_elements(optimizer: Optimizer, group: dict, params: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:
