@@ -1,3 +1,4 @@
+import io
 import os
 import shutil
 from pathlib import Path
@@ -8,6 +9,9 @@ from tiny_run import tiny, train
 
 from moe_lab import RunError, Trainer, build_model
 from moe_lab.config import from_dict
+from moe_lab.optim import build_optimizers
+from moe_lab.optim.rounding import REMEDIES
+from moe_lab.train import checkpoint
 from moe_lab.train.checkpoint import (
     check_disk,
     checkpoint_bytes,
@@ -178,3 +182,119 @@ def test_check_disk(tmp_path: Path) -> None:
         RunError, match=r"a checkpoint needs .* GB and the disk has .* GB free; free some space, or lower"
     ):
         check_disk(tmp_path, 2 * free)
+
+
+@pytest.mark.parametrize("remedy", ["plain", *REMEDIES])
+def test_the_estimate_is_an_upper_bound_for_every_remedy(tmp_path: Path, remedy: str) -> None:
+    """Before the first step, when the disk is checked, and after it, against the bytes of what is then saved."""
+    config = tiny(tmp_path, model={"vocab_size": 4000, "d_model": 64, "d_ff": 256})
+    model = build_model(config.model)
+    make = REMEDIES.get(remedy, lambda model, *given: build_optimizers(model.bfloat16(), *given))
+    optimizers = make(model, config.optimizer, 0.01)
+    before = checkpoint_bytes(model, optimizers)
+    torch.manual_seed(0)
+    sum(model.losses(torch.randint(4000, (2, 17))).values()).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    sample = initial_sample(model)
+    save_atomically({"model": model.state_dict(), "optimizer": states, "sample": sample}, tmp_path / "c.pt")
+    size = (tmp_path / "c.pt").stat().st_size
+    assert size <= before and size <= checkpoint_bytes(model, optimizers)
+    assert size > 4 * (1 << 20), "large beside what an estimate adds for small things"
+
+
+def test_an_optimizer_that_keeps_more_is_measured_once_it_does(tmp_path: Path) -> None:
+    model = torch.nn.Linear(1000, 1000)
+    optimizer = torch.optim.LBFGS(model.parameters())
+    for p in model.parameters():
+        optimizer.state[p] = {f"kept_{i}": torch.zeros_like(p) for i in range(5)}
+    save_atomically({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "c.pt")
+    assert (tmp_path / "c.pt").stat().st_size <= checkpoint_bytes(model, [optimizer])
+
+
+def test_where_folders_cannot_be_opened_a_checkpoint_is_written_all_the_same(tmp_path: Path, monkeypatch) -> None:
+    """Windows: os.open of a folder is a PermissionError there. (`Path` would look at os.name; it is made before.)"""
+    path, opened = tmp_path / "step_000001.pt", os.open
+
+    def as_on_windows(place, *options):
+        if os.path.isdir(place):
+            raise PermissionError(13, "Permission denied", str(place))
+        return opened(place, *options)
+
+    with monkeypatch.context() as windows:
+        windows.setattr(os, "open", as_on_windows)
+        windows.setattr(checkpoint.os, "name", "nt")
+        save_atomically({"step": 1}, path)
+    assert load_checkpoint(path) == {"step": 1} and os.listdir(tmp_path) == [path.name]
+
+
+# ---- what counts as damaged -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(13, "Permission denied"),
+        OSError(116, "Stale file handle"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_file_that_cannot_be_read_stops_and_cuts_nothing(run: Trainer, tmp_path: Path, monkeypatch, error) -> None:
+    shutil.copytree(run.run_dir, tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    load = torch.load
+
+    def fails_at_the_newest(path, **options):
+        if path.name == "step_000006.pt":
+            raise error
+        return load(path, **options)
+
+    monkeypatch.setattr(torch, "load", fails_at_the_newest)
+    with pytest.raises(
+        RunError, match=rf"^.*step_000006.pt: cannot be read \({type(error).__name__}: .*\); mend"
+    ) as stop:
+        Trainer(run.config, tmp_path / "run", resume=True)
+    assert "\n" not in str(stop.value)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_disk_that_fails_is_no_damaged_file(run: Trainer, monkeypatch) -> None:
+    """torch says the same of both (RuntimeError, PytorchStreamReader …); reading the bytes tells."""
+    path = step_path(run.run_dir, 6)
+
+    def stream_reader(*given, **options):
+        raise RuntimeError("PytorchStreamReader failed reading file data/3: file read failed")
+
+    monkeypatch.setattr(torch, "load", stream_reader)
+    with pytest.raises(checkpoint.DamagedError):
+        load_checkpoint(path)
+    monkeypatch.setattr(Path, "open", lambda path, mode: BadDisk())
+    with pytest.raises(RunError, match="cannot be read") as stop:
+        load_checkpoint(path)
+    assert not isinstance(stop.value, checkpoint.DamagedError)
+
+
+class BadDisk(io.BytesIO):
+    def read(self, *size):
+        raise OSError(5, "Input/output error")
+
+
+def test_a_resume_reads_one_checkpoint_once(run: Trainer, tmp_path: Path, monkeypatch) -> None:
+    shutil.copytree(run.run_dir, tmp_path / "run")
+    old = load_checkpoint(step_path(run.run_dir, 3))
+    save_atomically(old, tmp_path / "run" / "checkpoints" / "checkpoint_interrupted.pt")
+    read, load = [], torch.load
+
+    def noted(path, map_location, **options):
+        state = load(path, map_location=map_location, **options)
+        held = [p for p in state["model_state_dict"].values() if p.device.type != "meta"]
+        read.append((path.name, sum(p.nbytes for p in held)))
+        return state
+
+    monkeypatch.setattr(torch, "load", noted)
+    assert train(run.config.with_(training={"steps": 7}), tmp_path / "run", resume=True).step == 7
+    n_bytes = sum(p.nbytes for p in run.model.state_dict().values())
+    assert read == [("checkpoint_interrupted.pt", 0), ("step_000006.pt", n_bytes)]

@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moe_lab import ConfigError, RunError, Trainer, build_model
 from moe_lab.config import from_dict, to_yaml
 from moe_lab.data import Batches
-from moe_lab.optim import muon
-from moe_lab.train import device, read_record
+from moe_lab.optim import groups_of, muon
+from moe_lab.train import device, loop, read_record
 from moe_lab.train.checkpoint import load_checkpoint, step_path
 
 
@@ -241,6 +241,37 @@ def test_the_directory(run: Trainer) -> None:
     assert from_dict(yaml.safe_load((run.run_dir / "config.yaml").read_text())) == run.config
 
 
+def test_pauses_and_saves_are_no_training_time(tmp_path: Path, monkeypatch) -> None:
+    """On a clock of the test's own, on which an update takes 1 s, a save 100 s, a pause 1000 s, an evaluation 10 s."""
+    now = [0.0]
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+
+    def takes(seconds: float, call):
+        def slow(*given, **options):
+            now[0] += seconds
+            return call(*given, **options)
+
+        return slow
+
+    monkeypatch.setattr(loop, "evaluate", takes(10, loop.evaluate))
+    monkeypatch.setattr(loop.ckpt, "save_atomically", takes(100, loop.ckpt.save_atomically))
+    config = tiny(tmp_path, training={"log_interval": 1, "save_interval": 2, "eval_interval": 100})
+    trainer = Trainer(config, tmp_path / "run")
+    trainer.model.losses = takes(0.5, trainer.model.losses)  # of 2 micro-batches
+    trainer.listeners.append(lambda row: row["step"] == 3 and trainer.controls.pause())
+
+    def ends_the_pause(seconds: float) -> bool:
+        now[0] += 1000
+        trainer.controls.resume()
+
+    monkeypatch.setattr(trainer.controls, "wait_while_paused", ends_the_pause)
+    summary = trainer.fit()
+    assert now[0] == 6 * 1 + 3 * 100 + 1000 + 2 * 10
+    assert [row["tokens_per_s"] for row in steps_of(tmp_path / "run")] == [config.tokens_per_step / 1] * 6
+    assert [row["seconds"] for row in steps_of(tmp_path / "run")] == [11, 12, 13, 14, 15, 16]
+    assert summary["wall_s"] == 26.0
+
+
 def test_nothing_is_written_before_fit(tmp_path: Path) -> None:
     Trainer(tiny(tmp_path), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -274,6 +305,32 @@ def test_a_model_and_optimizers_of_the_users_own(tmp_path: Path) -> None:
     stored = load_checkpoint(step_path(tmp_path / "run", 2))["model_state_dict"]
     assert all(stored[name].equal(p) for name, p in model.named_parameters())
     assert not any(stored[f"lm_heads.{k}.weight"].equal(before[f"lm_heads.{k}.weight"]) for k in (0, 1))
+
+
+def test_a_model_is_moved_to_the_device_and_not_away_from_its_optimizers(tmp_path: Path, monkeypatch) -> None:
+    """With "meta" in a second device's place, which no machine lacks."""
+    monkeypatch.setattr(loop, "pick_device", lambda name: torch.device("meta"))
+    config = tiny(tmp_path)
+    trainer = Trainer(config, tmp_path / "run", model=build_model(config.model))
+    assert {p.device.type for p in trainer.model.parameters()} == {"meta"}
+    assert {p for group in groups_of(trainer.optimizers) for p in group["params"]} == set(trainer.model.parameters())
+    model = build_model(config.model)
+    with pytest.raises(
+        ConfigError, match=r"^the model given is on cpu and the run on meta: move it there, model.to"
+    ) as e:
+        Trainer(config, tmp_path / "other", model=model, optimizers=descent(model, lr=0.1))
+    one_line(e)
+
+
+def test_a_model_without_norms(tmp_path: Path) -> None:
+    config = tiny(tmp_path, training={"steps": 2})
+    model = build_model(config.model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.RMSNorm):
+            model.set_submodule(name, torch.nn.Identity())
+    assert not [name for name, _ in model.named_parameters() if "norm" in name]
+    train(config, tmp_path / "run", model=model)
+    assert [row["step"] for row in steps_of(tmp_path / "run") if "norm_deviation" not in row] == [1, 2]
 
 
 def test_an_optimizer_as_anyone_makes_it(tmp_path: Path) -> None:

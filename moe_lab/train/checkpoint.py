@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from moe_lab.config import to_dict
+from moe_lab.train.device import is_out_of_memory
+
+if TYPE_CHECKING:
+    from moe_lab.train.loop import Trainer
+
 FOLDER = "checkpoints"
 INTERRUPTED = "checkpoint_interrupted.pt"
 SAMPLE_SIZE = 256  # initial values kept of each tensor; smaller tensors are kept whole
+PER_TENSOR = 1 << 10  # bytes, at most, for names and alignment of what is kept of a tensor
 
 
 class RunError(RuntimeError):
     """A run cannot start or go on. One line: what, where, what to do."""
+
+
+class DamagedError(RunError):
+    """A file that was read to its end and is no whole checkpoint."""
 
 
 def initial_sample(model: nn.Module) -> dict[str, dict[str, Tensor]]:
@@ -33,11 +45,22 @@ def initial_sample(model: nn.Module) -> dict[str, dict[str, Tensor]]:
 
 
 def checkpoint_bytes(model: nn.Module, optimizers: list[Optimizer]) -> int:
-    """An upper estimate of a checkpoint's size: parameters, and two moments of each that an optimizer holds."""
-    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
-    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
-    updated = [p for o in optimizers for group in o.param_groups for p in group["params"]]
-    return parameters + buffers + sum(2 * p.numel() * p.element_size() for p in updated) + (1 << 20)
+    """An upper bound of a checkpoint's size: the model, and of each optimizer what it keeps or is going to keep.
+
+    Of an optimizer that has not stepped: two moments in the parameters' format; where it rounds (`optim.rounding`),
+    two moments and a master copy in float32.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    total = (1 << 20) + sum(t.nbytes + 12 * min(t.numel(), 2 * SAMPLE_SIZE) + PER_TENSOR for t in tensors)
+    for optimizer in optimizers:
+        held = sum(t.nbytes for kept in optimizer.state.values() for t in kept.values() if isinstance(t, Tensor))
+        expected = sum(
+            p.numel() * (3 * 4 if "rounding" in group else 2 * p.element_size())
+            for group in optimizer.param_groups
+            for p in group["params"]
+        )
+        total += max(held, expected)
+    return total
 
 
 def check_disk(folder: Path, n_bytes: int) -> None:
@@ -58,11 +81,12 @@ def save_atomically(state: dict[str, Any], path: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself must reach the disk
-    finally:
-        os.close(folder)
+    if os.name == "posix":  # the rename itself must reach the disk; Windows opens no folder, and needs no such thing
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def step_path(run_dir: Path, step: int) -> Path:
@@ -75,33 +99,104 @@ def prune(run_dir: Path, keep: int) -> None:
         path.unlink()
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read tensors and plain values only. Raises RunError if the file is missing, cut short or holds anything else."""
+def load_checkpoint(path: Path, device: str = "cpu") -> dict[str, Any]:
+    """Read tensors and plain values only, to `device`; "meta" reads the plain values alone, whatever the file's size.
+
+    Raises DamagedError if the file is cut short or holds anything else; RunError if it cannot be read or does not fit
+    into memory, which says nothing about the file.
+    """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
-        reason = " ".join(str(error).split())[:120]
-        raise RunError(f"{path}: not a whole checkpoint ({type(error).__name__}: {reason}); use another one") from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        if isinstance(error, OSError) or is_out_of_memory(error) or not reads_through(path):
+            line = f"{path}: cannot be read ({reason}); mend that, and try again: nothing was changed"
+            raise RunError(line) from error
+        raise DamagedError(f"{path}: not a whole checkpoint ({reason}); use another one") from error
+
+
+def reads_through(path: Path) -> bool:
+    """Whether the disk gives all bytes of a file: torch reports a failing disk in the words of a damaged file."""
+    try:
+        with path.open("rb") as file:
+            while file.read(1 << 24):
+                continue
+    except OSError:
+        return False
+    return True
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint: from its name, or, without reading its tensors, from what it says itself."""
+    named = re.fullmatch(r"step_(\d+)\.pt", path.name)
+    state = {"step": int(named[1])} if named else load_checkpoint(path, "meta")
+    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+        raise DamagedError(f"{path}: holds no step; left alone")
+    return state["step"]
 
 
 def latest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any], list[str]]:
-    """The whole checkpoint with the highest step, its content, and a line for each file that is not whole.
+    """The whole checkpoint with the highest step, its content, and a line for each file that is damaged.
 
-    Raises RunError if there is none.
+    Files are read from the highest step down, and only until one is whole. Raises RunError if there is none, or if a
+    file cannot be read: to go on from an older one would lose what it holds.
     """
-    best, broken = None, []
+    steps, damaged = {}, []
     for path in sorted((run_dir / FOLDER).glob("*.pt")):
         try:
-            state = load_checkpoint(path)
-            if best is None or state["step"] > best[1]["step"]:
-                best = path, state
-        except (RunError, KeyError, TypeError) as error:
-            broken.append(str(error) if isinstance(error, RunError) else f"{path}: holds no step; left alone")
-    if best is None:
+            steps[path] = step_of(path)
+        except DamagedError as error:
+            damaged.append(str(error))
+    for path in sorted(steps, key=steps.__getitem__, reverse=True):
+        try:
+            return path, load_checkpoint(path), damaged
+        except DamagedError as error:
+            damaged.append(str(error))
+    raise RunError(f"{run_dir}: nothing to resume from, {FOLDER}/ holds no whole checkpoint; start in a new directory")
+
+
+def stamps(run_dir: Path) -> set[tuple[str, int]]:
+    """Name and time of change (ns) of each checkpoint: whether another process has written one meanwhile."""
+    return {(path.name, path.stat().st_mtime_ns) for path in (run_dir / FOLDER).glob("*.pt")}
+
+
+def snapshot(trainer: Trainer) -> dict[str, Any]:
+    """What a checkpoint holds: tensors and plain Python values, from which `restore` brings the run back."""
+    return {
+        "model_state_dict": trainer.model.state_dict(),
+        "optimizer_state_dict": [optimizer.state_dict() for optimizer in trainer.optimizers],
+        "scheduler_state_dict": {"step": trainer.step, "max_lr": trainer.config.training.max_lr}
+        | {"n_steps": trainer.n_steps, "lr_scale": trainer.controls.lr_scale},
+        "step": trainer.step,
+        "tokens_seen": trainer.tokens(),
+        "rng_state": rng_state(trainer.device),
+        "data_state": trainer.batches.state_dict() | {"corpus": trainer.dataset.corpus_hash},
+        "config": to_dict(trainer.config),
+        "initial_sample": trainer.initial_sample,
+    }
+
+
+def restore(trainer: Trainer, state: dict[str, Any]) -> None:
+    """Everything as it was, except the options of the optimizers' groups: the config given decides those.
+
+    An optimizer's own load_state_dict would bring back the stored LRs and with them a corrected mistake. The random
+    numbers follow when the run starts. Raises RunError if the text has changed.
+    """
+    if state["data_state"]["corpus"] != trainer.dataset.corpus_hash:
         raise RunError(
-            f"{run_dir}: nothing to resume from, {FOLDER}/ holds no whole checkpoint; start in a new directory"
+            f"{trainer.run_dir}: the text of data.source={trainer.config.data.source} has changed since the checkpoint; "
+            "bring it back, or start in a new directory"
         )
-    return *best, broken
+    trainer.model.load_state_dict(state["model_state_dict"])
+    for optimizer, stored in zip(trainer.optimizers, state["optimizer_state_dict"], strict=True):
+        options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        optimizer.load_state_dict(stored)
+        for group, given in zip(optimizer.param_groups, options, strict=True):
+            group.update(given)
+    trainer.step = state["step"]
+    trainer.controls.lr_scale = state["scheduler_state_dict"]["lr_scale"]
+    trainer.batches.load_state_dict(state["data_state"])
+    trainer.initial_sample, trainer.rng_state = state["initial_sample"], state["rng_state"]
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:

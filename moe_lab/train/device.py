@@ -9,10 +9,11 @@ import time
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from moe_lab.config import Config, ConfigError
+from moe_lab.config import Config, ConfigError, PrecisionConfig
 from moe_lab.optim.muon import has_fast_bfloat16
 
 WORTH_IT = 1.3  # bfloat16 is taken where it is at least this many times faster: rounding is a cost too
@@ -27,6 +28,21 @@ def pick_device(name: str) -> torch.device:
         found = ", ".join(kind for kind, is_there in there.items() if is_there)
         raise ConfigError(f"training.device={name} is not available here; this machine has {found}; or set auto")
     return torch.device(name)
+
+
+def place(model: nn.Module, optimizers: list[Optimizer] | None, precision: PrecisionConfig, device: torch.device):
+    """The model, on the device and with parameters as `precision` says.
+
+    Raises ConfigError if it would have to leave optimizers behind that were made for it: what they keep stays where it is.
+    """
+    elsewhere = {p.device.type for p in model.parameters()} - {device.type}
+    if optimizers and elsewhere:
+        raise ConfigError(
+            f"the model given is on {elsewhere.pop()} and the run on {device}: move it there, model.to({str(device)!r}), "
+            "before its optimizers are made"
+        )
+    model.to(device)
+    return model.to(torch.bfloat16) if precision.parameters == "bfloat16" else model
 
 
 def pick_compute(config: Config, device: torch.device) -> str:
@@ -85,7 +101,8 @@ def keep_freed_memory() -> bool:
     """Let glibc keep freed memory for the next step instead of handing it back to the system. Returns whether it did.
 
     Training allocates the same tens of megabytes each step; by default glibc maps and unmaps them, and part of a CPU
-    step goes into page faults (`make bench` measures how much). Other systems: nothing.
+    step goes into page faults (`make bench` measures how much). The price: it holds for the whole process and for good,
+    so that a notebook's kernel keeps the memory of its largest run until it is restarted. Other systems: nothing.
     """
     if not sys.platform.startswith("linux"):
         return False

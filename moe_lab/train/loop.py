@@ -16,18 +16,25 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from moe_lab.config import Config, to_dict, to_yaml
+from moe_lab.config import Config, to_yaml
 from moe_lab.data import Batches, loss_floors, prepare
-from moe_lab.model import build_model
+from moe_lab.model import LanguageModel, build_model
 from moe_lab.optim import build_optimizers, groups_of, lr_share
 from moe_lab.train import checkpoint as ckpt
 from moe_lab.train.checkpoint import RunError
 from moe_lab.train.controls import CONTROLS, Controls, signals_ask_to_stop
-from moe_lab.train.device import bfloat16_products, is_out_of_memory, keep_freed_memory, pick_compute, pick_device
+from moe_lab.train.device import (
+    bfloat16_products,
+    is_out_of_memory,
+    keep_freed_memory,
+    pick_compute,
+    pick_device,
+    place,
+)
 from moe_lab.train.evaluate import evaluate
 from moe_lab.train.readings import Readings
-from moe_lab.train.record import RECORD, append_jsonl, cut_jsonl, read_jsonl, read_record, write_atomically
-from moe_lab.train.resume import merge
+from moe_lab.train.record import RECORD, append_jsonl, write_atomically
+from moe_lab.train.resume import cut_back, merge
 from moe_lab.train.summary import commit as commit  # the place where benchmarks look for it
 from moe_lab.train.summary import write_summary
 
@@ -46,9 +53,11 @@ class Trainer:
     """Trains one model in one run directory (its files: README, "How to read a run").
 
     `config` is resolved here: device, precision, the vocabulary that the text yields. `model` and `optimizers` may be
-    given ready-made. `listeners` are called, on fit's thread, with each finished record row. Nothing is written
-    before `fit`. Raises ConfigError for the config or the text, RunError for the directory: a directory that holds a
-    record needs `resume=True`.
+    given ready-made; a model is moved to the run's device, and one whose optimizers are given must be there already.
+    `listeners` are called, on fit's thread, with each finished record row. With `resume` the model, its optimizers and
+    `step` are those of the directory's last checkpoint from here on. The tokenized text and its loss floors go to the
+    cache; nothing is written to `run_dir` before `fit`, `steps` or `opened`. Raises ConfigError for the config, the
+    text or the model, RunError for the directory: a directory that holds a record needs `resume=True`.
     """
 
     def __init__(
@@ -56,47 +65,47 @@ class Trainer:
         config: Config,
         run_dir: str | Path,
         resume: bool = False,
-        model: nn.Module | None = None,
+        model: LanguageModel | None = None,
         optimizers: list[Optimizer] | None = None,
         listeners: Iterable[Callable[[dict], None]] = (),
     ):
-        self.run_dir = Path(run_dir)
-        self.resume = resume
+        self.run_dir, self.resume, self.begun = Path(run_dir), resume, False
+        self.lock = FileLock(self.run_dir / ".lock", thread_local=False)  # `opened` on one thread, `fit` on another
         self.refuse_used_directory()
-        self.stored, self.notices = None, []
+        self.stamps, stored, self.notices = ckpt.stamps(self.run_dir), None, []
         if resume:
-            path, self.stored, self.notices = ckpt.latest_checkpoint(self.run_dir)
-            config, differences = merge(self.stored["config"], config, str(path))
-            self.notices += [f"resuming after step {self.stored['step']} of {path}", *differences]
+            path, stored, self.notices = ckpt.latest_checkpoint(self.run_dir)
+            config, differences = merge(stored["config"], config, str(path))
+            self.notices += [f"resuming after step {stored['step']} of {path}", *differences]
         self.device = pick_device(config.training.device)
         if self.device.type == "cpu":
             keep_freed_memory()
         self.dataset = prepare(config.data, config.model)
-        if self.stored and self.stored["data_state"]["corpus"] != self.dataset.corpus_hash:
-            raise RunError(
-                f"{self.run_dir}: the text of data.source={config.data.source} has changed since the checkpoint; "
-                "bring it back, or start in a new directory"
-            )
+        self.floors = loss_floors(self.dataset)
         model_config = replace(config.model, vocab_size=self.dataset.vocab_size)
         precision = replace(config.precision, compute=pick_compute(config, self.device))
         self.config = replace(config, model=model_config, precision=precision)
         self.n_steps = self.config.n_steps
-        self.model = model if model is not None else build_model(model_config, config.training.seed, self.device)
-        if precision.parameters == "bfloat16":
-            self.model.to(torch.bfloat16)
+        if model is None:
+            model = build_model(model_config, config.training.seed, self.device)
+        self.model = place(model, optimizers, precision, self.device)
         self.model.recompute_blocks = config.training.activation_checkpointing
         self.optimizers = optimizers or build_optimizers(self.model, config.optimizer, config.training.max_lr)
         for index, group in enumerate(groups_of(self.optimizers)):  # a caller's own optimizers lack these
             group.setdefault("initial_lr", group["lr"])
             group.setdefault("name", f"group_{index}")
-        self.batches = Batches(
-            self.dataset.train, model_config.max_seq_len, config.training.batch_size, config.training.seed
-        )
-        self.listeners = list(listeners)
-        self.controls = Controls()
+        training = config.training
+        self.batches = Batches(self.dataset.train, model_config.max_seq_len, training.batch_size, training.seed)
+        self.listeners, self.controls = list(listeners), Controls()
         self.step = 0
-        self.begun = False  # whether the run's directory holds what a run begins with
-        self.seconds_before = 0.0  # wall time of the run before this process
+        self.readings: Readings | None = None
+        self.initial_sample: dict | None = None  # of the parameters before the first update
+        self.rng_state: dict | None = None  # to go on with; None: seeded
+        self.evaluated: set[int] = set()  # steps
+        self.seconds_before = 0.0  # training time of the run before this process
+        self.started = self.fetched = time.perf_counter()
+        if stored is not None:
+            ckpt.restore(self, stored)
 
     # ---- what a caller uses ------------------------------------------------------------------------------------------
 
@@ -107,25 +116,8 @@ class Trainer:
         KeyboardInterrupt at once. Raises RunError for what can go wrong on the way: a directory in use, a full disk,
         too little memory, a gradient that is not finite.
         """
-        try:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(f"{self.run_dir}: cannot be a run directory: {error.strerror}; take another one") from None
-        lock = FileLock(self.run_dir / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise RunError(
-                f"{self.run_dir}: another process trains here; wait for it or take another directory"
-            ) from None
-        try:
-            self.refuse_used_directory()  # again: another process may have come and gone
-            if self.stored and ckpt.latest_checkpoint(self.run_dir)[1]["step"] != self.stored["step"]:
-                raise RunError(f"{self.run_dir}: another process has gone on with this run meanwhile; start again")
-            with signals_ask_to_stop(self.controls):
-                return self.run()
-        finally:
-            lock.release()
+        with self.opened(), signals_ask_to_stop(self.controls):
+            return self.run()
 
     def steps(self, until: int | None = None) -> Iterator[Report]:
         """The same run, an update at a time: the one way to drive a training by hand.
@@ -156,6 +148,27 @@ class Trainer:
         finally:
             self.flush()
 
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """The run directory, held against other processes and with everything that a run begins with.
+
+        `fit` opens it itself. For who writes there too, such as a Watch with a log: what is older than the checkpoint
+        is cut by now, and nobody else writes. Raises RunError if another process trains there, or did meanwhile.
+        """
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            line = f"{self.run_dir}: another process trains here; wait for it or take another directory"
+            raise RunError(line) from None
+        except OSError as error:
+            raise RunError(f"{self.run_dir}: cannot be a run directory: {error.strerror}; take another one") from None
+        try:
+            self.start()
+            yield
+        finally:
+            self.lock.release()
+
     def stop(self) -> None:
         """Ask, from any thread, for the end: the update in progress is finished and saved."""
         self.controls.stop()
@@ -163,7 +176,6 @@ class Trainer:
     # ---- the run -----------------------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
-        self.start()
         status = "failed"
         try:
             self.evaluate_if_due()
@@ -193,37 +205,34 @@ class Trainer:
         """Write what a run begins with, or restore what it was stopped with. Does nothing when the run has begun."""
         if self.begun:
             return
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        (self.run_dir / ckpt.FOLDER).mkdir(exist_ok=True)
+        self.refuse_used_directory()  # again: another process may have come and gone
+        if ckpt.stamps(self.run_dir) - self.stamps:
+            raise RunError(f"{self.run_dir}: another process has gone on with this run meanwhile; start again")
+        (self.run_dir / ckpt.FOLDER).mkdir(parents=True, exist_ok=True)
         for unfinished in (self.run_dir / ckpt.FOLDER).glob("*.part"):
             unfinished.unlink()  # a save that a kill cut short
         size = ckpt.checkpoint_bytes(self.model, self.optimizers)
         ckpt.check_disk(self.run_dir, size * (self.config.training.keep_checkpoints + 1))
-        self.floors = loss_floors(self.dataset)
-        self.initial_sample = ckpt.initial_sample(self.model)
-        torch.manual_seed(self.config.training.seed)  # for dropout, whatever this process drew before
-        if self.stored is not None:
-            self.restore(self.stored)
-            self.stored = None
         if self.step > self.n_steps:
             raise RunError(
                 f"{self.run_dir}: {self.step} steps are done and training.steps={self.n_steps}; ask for more"
             )
-        cut_jsonl(self.run_dir / RECORD, self.step)
-        cut_jsonl(self.run_dir / CONTROLS, self.step)
-        for row in read_jsonl(self.run_dir / CONTROLS):  # what was asked right after the checkpoint was written
-            if row["action"] == "lr_scale":
-                self.controls.lr_scale = row["value"]
-        rows = read_record(self.run_dir)
-        self.evaluated = {row["step"] for row in rows if row.get("event") == "eval"}
-        self.seconds_before = max((row["seconds"] for row in rows), default=0.0)
         self.readings = Readings(self.model)
-        self.started = self.fetched = time.perf_counter()
+        if self.initial_sample is None:
+            self.initial_sample = ckpt.initial_sample(self.model)
+        torch.manual_seed(self.config.training.seed)  # for dropout, whatever this process drew before
+        if self.rng_state is not None:
+            ckpt.restore_rng(self.rng_state, self.device)
+        past = cut_back(self.run_dir, self.step)
+        self.evaluated, self.seconds_before = past.evaluated, past.seconds
+        if past.lr_scale is not None:
+            self.controls.lr_scale = past.lr_scale
         for notice in self.notices:
             print(notice, file=sys.stderr)
         write_atomically(self.run_dir / "config.yaml", to_yaml(self.config))
         write_atomically(self.run_dir / "tokenizer.json", self.dataset.tokenizer.to_str())
         (self.run_dir / RECORD).touch()
+        self.started = self.fetched = time.perf_counter()
         self.begun = True
 
     def update(self) -> Report:
@@ -306,45 +315,20 @@ class Trainer:
                 append_jsonl(self.run_dir / CONTROLS, actions)
             if any(row["action"] == "save" for row in actions):
                 self.save(ckpt.step_path(self.run_dir, self.step))
-            if self.controls.stopped or not self.controls.wait_while_paused(0.1):
+            if not self.controls.paused:
                 return self.controls.stopped
-
-    # ---- state -------------------------------------------------------------------------------------------------------
+            self.flush()  # who pauses looks at what there is
+            with self.off_the_clock():
+                self.controls.wait_while_paused(0.1)
 
     def save(self, path: Path) -> None:
+        """Write a checkpoint of now."""
         self.flush()  # the record must reach as far as the checkpoint, and the gradients must have been finite
-        ckpt.check_disk(path.parent, ckpt.checkpoint_bytes(self.model, self.optimizers))
-        state = {
-            "model_state_dict": self.model.state_dict(),
-            "optimizer_state_dict": [optimizer.state_dict() for optimizer in self.optimizers],
-            "scheduler_state_dict": {"step": self.step, "max_lr": self.config.training.max_lr}
-            | {"n_steps": self.n_steps, "lr_scale": self.controls.lr_scale},
-            "step": self.step,
-            "tokens_seen": self.tokens(),
-            "rng_state": ckpt.rng_state(self.device),
-            "data_state": self.batches.state_dict() | {"corpus": self.dataset.corpus_hash},
-            "config": to_dict(self.config),
-            "initial_sample": self.initial_sample,
-        }
-        ckpt.save_atomically(state, path)
-        ckpt.prune(self.run_dir, self.config.training.keep_checkpoints)
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Everything as it was, except the options of the optimizers' groups: the config given decides those.
-
-        An optimizer's own load_state_dict would bring back the stored LRs and with them a corrected mistake.
-        """
-        self.model.load_state_dict(state["model_state_dict"])
-        for optimizer, stored in zip(self.optimizers, state["optimizer_state_dict"], strict=True):
-            options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-            optimizer.load_state_dict(stored)
-            for group, given in zip(optimizer.param_groups, options, strict=True):
-                group.update(given)
-        self.step = state["step"]
-        self.controls.lr_scale = state["scheduler_state_dict"]["lr_scale"]
-        self.batches.load_state_dict(state["data_state"])
-        self.initial_sample = state["initial_sample"]
-        ckpt.restore_rng(state["rng_state"], self.device)
+        with self.off_the_clock():
+            ckpt.check_disk(path.parent, ckpt.checkpoint_bytes(self.model, self.optimizers))
+            ckpt.save_atomically(ckpt.snapshot(self), path)
+            ckpt.prune(self.run_dir, self.config.training.keep_checkpoints)
+            self.stamps = ckpt.stamps(self.run_dir)
 
     # ---- small parts -------------------------------------------------------------------------------------------------
 
@@ -352,7 +336,18 @@ class Trainer:
         return self.step * self.config.tokens_per_step
 
     def seconds(self) -> float:
+        """Training time of the run so far: updates and evaluations, without pauses and saves."""
         return self.seconds_before + time.perf_counter() - self.started
+
+    @contextlib.contextmanager
+    def off_the_clock(self) -> Iterator[None]:
+        """What is done within counts neither as training time nor in tokens_per_s."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            away = time.perf_counter() - began
+            self.started, self.fetched = self.started + away, self.fetched + away
 
     @contextlib.contextmanager
     def autocast(self):

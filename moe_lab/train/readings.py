@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from moe_lab.model.moe import Routing
 
@@ -43,37 +44,39 @@ class Readings:
     def __init__(self, model: nn.Module):
         self.norms = [p for name, p in model.named_parameters() if name.endswith("norm.weight")]
         self.loads = ExpertLoads(model)
-        self.waiting: list[tuple[dict, list[str], list[int], Tensor]] = []
+        self.waiting: list[dict] = []
 
-    def norm_deviation(self) -> Tensor:
-        """Largest |w - 1| over the RMSNorm weights, a scalar on the device."""
+    def norm_deviation(self) -> Tensor | None:
+        """Largest |w - 1| over the RMSNorm weights, a scalar on the device; None for a model without any."""
+        if not self.norms:
+            return None
         return torch.stack([(p.detach().float() - 1).abs().max() for p in self.norms]).max()
 
-    def add(self, report: Report, deviation: Tensor, seconds: float) -> None:
-        """Keep a step's plain values and, on the device: loss terms, gradient norm, deviation, loads."""
+    def add(self, report: Report, deviation: Tensor | None, seconds: float) -> None:
+        """Keep a step as a record row whose numbers are still tensors."""
         loads = self.loads.take()
-        terms, grad_norm = report.losses, report.grad_norm
-        scalars = torch.stack([*(term.float() for term in terms.values()), grad_norm.float(), deviation])
-        row = {"step": report.step, "tokens": report.tokens, "lr": report.lr, "seconds": seconds}
-        self.waiting.append((row, list(terms), [len(load) for load in loads], torch.cat([scalars, *loads])))
+        row = {"step": report.step, "tokens": report.tokens, "loss": None, "losses": report.losses, "lr": report.lr}
+        row |= {"grad_norm": report.grad_norm} | ({} if deviation is None else {"norm_deviation": deviation})
+        row |= {"expert_load": [load[:-1] for load in loads], "drop_rate": [load[-1] for load in loads]}
+        self.waiting.append(row | {"seconds": seconds})
 
     def fetch(self) -> list[dict]:
         """The waiting steps as record rows."""
-        if not self.waiting:
+        leaves, structure = tree_flatten(self.waiting)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        self.waiting = []
+        if not tensors:
             return []
-        sizes = [len(values) for *_, values in self.waiting]
-        numbers = torch.cat([values for *_, values in self.waiting]).tolist()  # the one transfer
-        rows, start = [], 0
-        for (row, names, load_sizes, _), size in zip(self.waiting, sizes, strict=True):
-            values = iter(numbers[start : start + size])
-            losses = {name: next(values) for name in names}
-            grad_norm, deviation = next(values), next(values)
-            loads = [[next(values) for _ in range(n)] for n in load_sizes]
-            reading = {"loss": sum(losses.values()), "losses": losses, "lr": row["lr"], "grad_norm": grad_norm}
-            reading |= {"norm_deviation": deviation, "expert_load": [load[:-1] for load in loads]}
-            if any(load[-1] for load in loads):
-                reading["drop_rate"] = [load[-1] for load in loads]
-            rows.append({"step": row["step"], "tokens": row["tokens"]} | reading | {"seconds": row["seconds"]})
-            start += size
-        self.waiting.clear()
+        numbers = iter(torch.cat([t.float().flatten() for t in tensors]).tolist())  # the one transfer
+
+        def fetched(leaf: object) -> object:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            return [next(numbers) for _ in range(len(leaf))] if leaf.ndim else next(numbers)
+
+        rows = tree_unflatten(map(fetched, leaves), structure)
+        for row in rows:
+            row["loss"] = sum(row["losses"].values())
+            if not any(row["drop_rate"]):
+                del row["drop_rate"]
         return rows

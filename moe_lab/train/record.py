@@ -38,7 +38,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def cut_jsonl(path: Path, last_step: int) -> None:
-    """Drop every row beyond `last_step`, and a line that was cut short."""
+    """Drop every row beyond `last_step`, and a line that was cut short. A row whose step is None stays."""
     if path.exists():
-        rows = [row for row in read_jsonl(path) if row["step"] <= last_step]
+        rows = [row for row in read_jsonl(path) if row["step"] is None or row["step"] <= last_step]
         write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
