@@ -26,7 +26,14 @@ class Recorder:
 
     def __call__(self, x: Tensor, positions: Tensor, keep: Tensor | None):
         self.x, self.positions, self.keep = x, positions, keep
-        return 3 * x, "beside"
+        return 3 * x, None
+
+
+def through(depth: Depth, x: Tensor, sublayer, causal: bool) -> tuple[Tensor, DepthReport]:
+    """What `Block.forward` does with a sublayer."""
+    rows = depth.choose(x, causal)
+    y, _ = sublayer(rows.x, rows.positions, rows.keep)
+    return depth.put_back(x, y, rows), rows.report
 
 
 def naive_chosen(depth: Depth, x: Tensor) -> list[list[int]]:
@@ -39,11 +46,11 @@ def naive_chosen(depth: Depth, x: Tensor) -> list[list[int]]:
 @torch.no_grad()
 @pytest.mark.parametrize(("capacity", "length"), [(0.75, 12), (0.5, 9), (0.1, 7), (1.0, 5), (0.3, 1)])
 def test_training_computes_the_best_c_of_each_sequence(capacity: float, length: int) -> None:
-    depth, recorder, x = new_depth(mod_capacity_factor=capacity).train(), Recorder(), draw(3, length, 16)
-    y, beside, report = depth(x, recorder)
+    depth, recorder, x = new_depth(mod_capacity_factor=capacity), Recorder(), draw(3, length, 16)
+    y, report = through(depth, x, recorder, causal=False)
     expected = naive_chosen(depth, x)
     assert recorder.positions.tolist() == expected  # sorted: in order of time, and places in the sequence, not ranks
-    assert recorder.keep is None and beside == "beside"
+    assert recorder.keep is None
     for row, chosen in enumerate(expected):
         assert torch.equal(recorder.x[row], x[row, chosen])
         assert report.chosen[row].nonzero().flatten().tolist() == chosen
@@ -57,8 +64,8 @@ def test_training_computes_the_best_c_of_each_sequence(capacity: float, length: 
 
 @torch.no_grad()
 def test_evaluation_asks_the_predictor() -> None:
-    depth, recorder, x = new_depth().eval(), Recorder(), draw(3, 20, 16)
-    y, _, report = depth(x, recorder)
+    depth, recorder, x = new_depth(), Recorder(), draw(3, 20, 16)
+    y, report = through(depth, x, recorder, causal=True)
     wanted = torch.tensor([[depth.predictor(token).item() > 0 for token in sequence] for sequence in x])
     assert wanted.any() and not wanted.all()
     assert torch.equal(report.predicted > 0, wanted)
@@ -78,12 +85,12 @@ def test_evaluation_asks_the_predictor() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("training", [True, False])
 def test_what_a_sublayer_says_of_rows_that_do_not_count_is_not_heard(training: bool) -> None:
-    depth, x = new_depth().train(training), draw(2, 20, 16)
+    depth, x = new_depth(), draw(2, 20, 16)
 
     def garbage(rows, positions, keep):
         return rows if keep is None else rows.masked_fill(~keep.unsqueeze(-1), torch.nan), None
 
-    assert depth(x, garbage)[0].isfinite().all()
+    assert through(depth, x, garbage, causal=not training)[0].isfinite().all()
 
 
 @torch.no_grad()
@@ -96,12 +103,12 @@ def test_a_skipped_token_is_neither_key_nor_state(training: bool, layer: type) -
     if layer is Mamba:
         seeded(sublayer.reset_state_space)
     perturb(sublayer)
-    depth, x = new_depth().train(training), draw(3, 20, 16)
-    y, _, report = depth(x, lambda rows, positions, keep: (sublayer(rows, positions, keep), None))
+    depth, x = new_depth(), draw(3, 20, 16)
+    y, report = through(depth, x, sublayer, causal=not training)
     for row in range(3):
         mine = report.chosen[row] if training else report.predicted[row] > 0
         positions = mine.nonzero().flatten()
-        computed = sublayer(x[row, positions].unsqueeze(0), positions.unsqueeze(0), None)[0]
+        computed = sublayer(x[row, positions].unsqueeze(0), positions.unsqueeze(0), None)[0][0]
         weights = torch.sigmoid(depth.router(x[row, positions]))
         expected = x[row].clone()
         expected[positions] += weights * computed
@@ -110,23 +117,19 @@ def test_a_skipped_token_is_neither_key_nor_state(training: bool, layer: type) -
 
 
 @torch.no_grad()
-def test_one_token_a_step_follows_the_same_rule() -> None:
-    depth, x = new_depth().eval(), draw(8, 1, 16)
-    expected, _, report = depth(x, Recorder())
-    asked = []
-
-    def compute(rows: Tensor, keep: Tensor) -> Tensor:
-        asked.append(keep)
-        return (3 * rows).masked_fill(~keep[:, None, None], torch.nan)
-
-    torch.testing.assert_close(depth.step(x, compute), expected)
-    assert torch.equal(asked[0], report.predicted.flatten() > 0)
-    assert asked[0].any() and not asked[0].all()
+@pytest.mark.parametrize("training", [True, False])
+def test_one_token_a_step_follows_the_same_rule_in_either_mode(training: bool) -> None:
+    block, x = perturb(build_model(tiny(mod_enabled=True, n_layers=1, dropout=0.5))).layers[0], draw(8, 1, 16)
+    expected, _, reports = block.eval()(x)
+    asked = [report.predicted.flatten() > 0 for report in reports]
+    cache = block.seq_layer.new_cache(8, 1, torch.device("cpu"), torch.float32)
+    torch.testing.assert_close(block.train(training).step(x, 0, cache), expected)
+    assert torch.equal(cache.kept[:, 0], asked[0]) and asked[0].any() and not asked[0].all()
 
 
 def test_router_and_predictor_learn_and_the_predictor_leaves_the_stream_alone() -> None:
-    depth, x = new_depth().train(), draw(2, 12, 16).requires_grad_()
-    y, _, report = depth(x, lambda rows, positions, keep: (rows.sin(), None))
+    depth, x = new_depth(), draw(2, 12, 16).requires_grad_()
+    y, report = through(depth, x, lambda rows, positions, keep: (rows.sin(), None), causal=False)
     router, predictor = list(depth.router.parameters()), list(depth.predictor.parameters())
     (y * draw(2, 12, 16, seed=1)).sum().backward(retain_graph=True)
     assert all(p.grad.any() for p in router)  # the weight on the output is how the choice is learned
@@ -149,12 +152,16 @@ def test_predictor_loss_and_agreement_against_a_loop() -> None:
 
 
 @torch.no_grad()
-def test_the_model_reads_the_agreement_of_every_router() -> None:
+def test_the_model_reads_the_agreement_of_every_router(monkeypatch) -> None:
     model = perturb(build_model(tiny(mod_enabled=True))).eval()
     calls = []
-    for block in model.layers:
-        for depth in (block.seq_depth, block.ffn_depth):
-            depth.register_forward_hook(lambda module, args, out: calls.append((module, args[0], out[2])))
+    choose = Depth.choose
+
+    def recorded(depth: Depth, x: Tensor, causal: bool):
+        calls.append((depth, x, choose(depth, x, causal).report))
+        return choose(depth, x, causal)
+
+    monkeypatch.setattr(Depth, "choose", recorded)
     reading = model.depth_agreement(torch.randint(257, (2, 20), generator=torch.Generator().manual_seed(0)))
     assert reading.shape == (4,)
     for value, (depth, x, report) in zip(reading, calls, strict=True):
@@ -165,20 +172,19 @@ def test_the_model_reads_the_agreement_of_every_router() -> None:
 
 def test_predictors_learn_the_choice() -> None:
     """Trained on its own loss, the causal rule comes to agree with the training-time choice."""
-    depth, x = new_depth(mod_capacity_factor=0.5).train(), draw(8, 32, 16)
+    depth, x = new_depth(mod_capacity_factor=0.5), draw(8, 32, 16)
     optimizer = torch.optim.Adam(depth.predictor.parameters(), lr=0.05)
-    nothing = lambda rows, positions, keep: (rows * 0, None)  # noqa: E731
-    before = agreement(depth(x, nothing)[2])
+    before = agreement(depth.choose(x, causal=False).report)
     for _ in range(60):
         optimizer.zero_grad()
-        predictor_loss(depth(x, nothing)[2]).backward()
+        predictor_loss(depth.choose(x, causal=False).report).backward()
         optimizer.step()
-    assert agreement(depth(x, nothing)[2]) > max(0.9, before)
+    assert agreement(depth.choose(x, causal=False).report) > max(0.9, before)
 
 
 @torch.no_grad()
 def test_full_capacity_computes_everyone() -> None:
-    depth, x = new_depth(mod_capacity_factor=1.0).train(), draw(2, 9, 16)
-    y, _, report = depth(x, Recorder())
+    depth, x = new_depth(mod_capacity_factor=1.0), draw(2, 9, 16)
+    y, report = through(depth, x, Recorder(), causal=False)
     assert report.chosen.all()
     assert_agreement({"y": y}, {"y": x + torch.sigmoid(depth.router(x)) * 3 * x})

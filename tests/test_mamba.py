@@ -112,7 +112,7 @@ def test_one_token_a_step_gives_the_same(length: int, changes: dict) -> None:
     x = torch.randn(3, length, 16, generator=torch.Generator().manual_seed(0))
     cache, everyone = block.new_cache(3, length, x.device, x.dtype), torch.ones(3, dtype=torch.bool)
     steps = [block.step(x[:, t : t + 1], t, cache, everyone) for t in range(length)]
-    torch.testing.assert_close(torch.cat(steps, dim=1), block(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.cat(steps, dim=1), block(x)[0], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -122,7 +122,7 @@ def test_a_skipped_token_does_not_touch_the_state() -> None:
     cache = block.new_cache(3, 10, x.device, x.dtype)
     steps = torch.cat([block.step(x[:, t : t + 1], t, cache, keep[:, t]) for t in range(10)], dim=1)
     for row in range(3):
-        expected = block(x[row, keep[row]].unsqueeze(0))[0]
+        expected = block(x[row, keep[row]].unsqueeze(0))[0][0]
         torch.testing.assert_close(steps[row, keep[row]], expected, atol=1e-5, rtol=1e-5)
         before = [tensor[row].clone() for tensor in cache]
         block.step(x[:, :1] * 5, 10, cache, torch.arange(3) != row)
@@ -141,7 +141,7 @@ def test_routing_mamba_is_a_mixture_of_whole_blocks() -> None:
     everything, all_routing = layer(x)
     assert torch.equal(y, everything)
     assert torch.equal(routing.logits, all_routing.logits[keep.flatten()])
-    outputs = [block(x).flatten(0, 1) for block in layer.experts]  # every expert scans every token
+    outputs = [block(x)[0].flatten(0, 1) for block in layer.experts]  # every expert scans every token
     chosen = zip(all_routing.expert_ids.tolist(), all_routing.weights.tolist(), strict=True)
     expected = [sum(w * outputs[e][n] for e, w in zip(*pair, strict=True)) for n, pair in enumerate(chosen)]
     assert_agreement({"y": y.flatten(0, 1)}, {"y": torch.stack(expected)})

@@ -9,7 +9,8 @@ from helpers import MECHANISMS, assert_agreement, gradients, perturb, random_ids
 from torch import Tensor, nn
 
 from moe_lab import build_model
-from moe_lab.model import LanguageModel
+from moe_lab.model import LanguageModel, transformer
+from moe_lab.model.layers import dropout
 
 
 def everything(**changes):
@@ -221,24 +222,39 @@ def test_depth_is_at_work_in_evaluation_too() -> None:
 
 
 @torch.no_grad()
-def test_dropout_drops_the_stated_share_of_a_sublayers_output() -> None:
+def test_dropout_drops_the_stated_share_of_every_sublayers_output(monkeypatch) -> None:
     model = perturb(build_model(tiny(dropout=0.25))).train()
     outputs = []
-    model.layers[0].dropout.register_forward_hook(lambda module, args, out: outputs.append((args[0], out)))
-    torch.manual_seed(0)
-    model(random_ids(8, 40))
-    assert len(outputs) == 2  # the sequence sublayer's and the feed-forward sublayer's
+
+    def recorded(x: Tensor, p: float, generator: torch.Generator) -> Tensor:
+        outputs.append((x, dropout(x, p, generator)))
+        return outputs[-1][1]
+
+    monkeypatch.setattr(transformer, "dropout", recorded)
+    model.trunk(random_ids(8, 40), torch.Generator().manual_seed(0))
+    assert len(outputs) == 4  # of two layers, the sequence sublayer's and the feed-forward sublayer's
+    model.eval().trunk(random_ids(8, 40))
+    assert len(outputs) == 4
     for given, kept in outputs:
         assert (kept == 0).float().mean() == pytest.approx(0.25, abs=0.03)
         torch.testing.assert_close(kept[kept != 0], given[kept != 0] / 0.75)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_with_a_generator_is_torchs_from_the_same_state(dtype: torch.dtype) -> None:
+    x, generator = torch.randn(5, 7, 3).to(dtype), torch.Generator().manual_seed(5)
+    torch.manual_seed(5)
+    for p in (0.3, 0.0, 0.1):
+        assert torch.equal(dropout(x, p, generator), F.dropout(x, p))
 
 
 # ---- gradients
 
 
 def backward(model: nn.Module, ids: Tensor) -> tuple[dict[str, float], dict[str, Tensor]]:
-    torch.manual_seed(5)  # dropout
-    terms = model.train().losses(ids)
+    torch.manual_seed(5)  # must not matter: dropout draws from the generator
+    terms = model.train().report(ids, generator=torch.Generator().manual_seed(5)).terms
+    torch.manual_seed(6)
     sum(terms.values()).backward()
     return {name: term.item() for name, term in terms.items()}, gradients(model)
 

@@ -59,7 +59,7 @@ def test_equal_experts_are_one_dense_layer() -> None:
             getattr(dense, name).weight.normal_(std=0.3, generator=torch.Generator().manual_seed(len(name)))
             getattr(moe, name).copy_(getattr(dense, name).weight.expand(4, -1, -1))
     x, weight = draw(2, 20, 16), draw(2, 20, 16, seed=1)
-    y, expected = moe(x)[0], dense(x)
+    y, expected = moe(x)[0], dense(x)[0]
     assert_agreement({"y": y}, {"y": expected})
     (y * weight).sum().backward()
     (expected * weight).sum().backward()

@@ -65,15 +65,15 @@ class Attention(nn.Module):
         )
         return rotate(q, table), rotate(k, table), v
 
-    def forward(self, x: Tensor, positions: Tensor, keep: Tensor | None = None) -> Tensor:
-        """x (B, T, D) in order of time, positions (B, T) int64 → (B, T, D).
+    def forward(self, x: Tensor, positions: Tensor, keep: Tensor | None = None) -> tuple[Tensor, None]:
+        """x (B, T, D) in order of time, positions (B, T) int64 → (B, T, D), and no routing.
 
         A row sees itself and the rows before it, whatever their positions; `keep` is not needed here, since
         MoD puts the rows that do not count last.
         """
         q, k, v = self.project(x, positions)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        return self.o_proj(y.transpose(1, 2).flatten(2)), None
 
     def new_cache(self, batch: int, max_len: int, device: torch.device, dtype: torch.dtype) -> KeyValueCache:
         shape = (batch, self.k_proj.out_features // self.head_dim, max_len, self.head_dim)

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,6 +20,30 @@ class DepthReport(NamedTuple):
 
     chosen: Tensor  # (B, T) bool: the C tokens of each sequence with the highest scores, as in training
     predicted: Tensor  # (B, T) float32: the causal predictor's logit that a token is among them
+
+
+class Chosen(NamedTuple):
+    """The rows of a sequence that one sublayer computes, in order of time."""
+
+    x: Tensor  # (B, C, D)
+    positions: Tensor  # (B, C) int64, places in the sequence
+    keep: Tensor | None  # (B, C) bool, false for rows that do not count and stand last; None: all count
+    weight: Tensor | None  # (B, C, 1) float32, the router's sigmoid, which multiplies the sublayer's output; None: 1
+    report: DepthReport | None
+
+
+class EveryToken(nn.Module):
+    """A sublayer without MoD: all tokens, each with weight 1."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+
+    def choose(self, x: Tensor, causal: bool) -> Chosen:
+        positions = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+        return Chosen(x, positions, None, None, None)
+
+    def put_back(self, x: Tensor, y: Tensor, rows: Chosen) -> Tensor:
+        return x + y
 
 
 class Depth(nn.Module):
@@ -41,36 +64,33 @@ class Depth(nn.Module):
         self.predictor = RouterMLP(config.d_model, config.mod_router_hidden, 1)
         self.capacity = config.mod_capacity_factor
 
-    def forward(self, x: Tensor, compute: Callable) -> tuple[Tensor, object, DepthReport]:
-        """x (B, T, D) → (x with the chosen tokens' outputs added, what `compute` says beside, the report).
+    def choose(self, x: Tensor, causal: bool) -> Chosen:
+        """The rows of x (B, T, D) that the sublayer gets: the C with the highest scores, or, `causal`, the predictor's.
 
-        `compute(x, positions, keep)` takes rows in order of time with their positions in the sequence (B, C) and
-        returns their outputs and a second value. In evaluation it gets all T rows, those that do not count last and
-        `keep` (B, T) false there: fixed shapes, so that nothing a token gets depends on how many tokens follow.
+        Causally it gets all T rows, those that do not count last and `keep` (B, T) false there: fixed shapes, so that
+        nothing a token gets depends on how many tokens follow.
         """
         scores = self.router(x).squeeze(-1)  # (B, T)
         predicted = self.predictor(x.detach()).squeeze(-1)  # (B, T); its loss must not shape the stream
         n_chosen = math.ceil(round(self.capacity * x.shape[1], 6))  # 0.28 · 25 is 7, not 7.000000000000001
         best = scores.topk(n_chosen, dim=1).indices  # (B, C)
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True)
-        if self.training:
-            index, keep = best.sort(dim=1).values, None
-        else:
+        if causal:
             # stable: kept tokens first and in order of time
             index = (predicted <= 0).to(torch.uint8).argsort(dim=1, stable=True)
             keep = predicted.gather(1, index) > 0
-        rows = index.unsqueeze(-1).expand(-1, -1, x.shape[-1])
-        y, extra = compute(x.gather(1, rows), index, keep)
-        update = y * scores.gather(1, index).sigmoid().unsqueeze(-1)
-        if keep is not None:
-            update = update.masked_fill(~keep.unsqueeze(-1), 0)
-        return x.scatter_add(1, rows, update.type_as(x)), extra, DepthReport(chosen, predicted)
+        else:
+            index, keep = best.sort(dim=1).values, None
+        weight = scores.gather(1, index).sigmoid().unsqueeze(-1)
+        rows = x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        return Chosen(rows, index, keep, weight, DepthReport(chosen, predicted))
 
-    def step(self, x: Tensor, compute: Callable) -> Tensor:
-        """One token a row, x (B, 1, D): the evaluation's rule. `compute(x, keep)`, with keep (B,) bool, → (B, 1, D)."""
-        keep = self.predictor(x).flatten() > 0
-        update = compute(x, keep) * self.router(x).sigmoid()
-        return x + update.masked_fill(~keep[:, None, None], 0).type_as(x)
+    def put_back(self, x: Tensor, y: Tensor, rows: Chosen) -> Tensor:
+        """x (B, T, D) with the sublayer's outputs y (B, C, D) of the chosen rows added, weighed by the router."""
+        update = y * rows.weight
+        if rows.keep is not None:
+            update = update.masked_fill(~rows.keep.unsqueeze(-1), 0)
+        return x.scatter_add(1, rows.positions.unsqueeze(-1).expand_as(update), update.type_as(x))
 
 
 def predictor_loss(report: DepthReport) -> Tensor:

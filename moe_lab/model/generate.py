@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from moe_lab.model.transformer import LanguageModel
+from torch import Tensor, nn
 
 
 def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator) -> Tensor:
@@ -31,7 +26,7 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     return torch.multinomial(probs, 1, generator=generator).squeeze(1)  # normalises by itself
 
 
-def check_options(model: LanguageModel, length: int, max_new_tokens: int, temperature, top_k, top_p) -> None:
+def check_options(model: nn.Module, length: int, max_new_tokens: int, temperature, top_k, top_p) -> None:
     """Raise ValueError, one line, for what cannot be generated."""
     limit = model.config.max_seq_len
     if length == 0:
@@ -53,7 +48,7 @@ def check_options(model: LanguageModel, length: int, max_new_tokens: int, temper
 
 @torch.no_grad()
 def generate(
-    model: LanguageModel,
+    model: nn.Module,
     prompt: Tensor | str,
     max_new_tokens: int = 100,
     *,
@@ -65,8 +60,8 @@ def generate(
 ) -> Tensor | str:
     """Continue a prompt: ids (B, T) int64 → (B, T + max_new_tokens) int64; a text → the text with its continuation.
 
-    A text needs `tokenizer` (a `tokenizers.Tokenizer`). The model computes as in evaluation, whatever its mode, which
-    is put back. The prompt is read step by step too: one code path, whose work per token grows with nothing but
+    A text needs `tokenizer` (a `tokenizers.Tokenizer`). `model` is a LanguageModel; it computes as in evaluation whatever
+    its mode, which is neither asked nor changed: another thread may be training it. The prompt is read step by step too: one code path, whose work per token grows with nothing but
     attention's cache. Raises ValueError past max_seq_len and for options out of range.
     """
     if isinstance(prompt, str):
@@ -81,19 +76,14 @@ def generate(
     ids = prompt.to(weight.device)
     total = length + max_new_tokens
     caches = [block.seq_layer.new_cache(batch, total, weight.device, weight.dtype) for block in model.layers]
-    was_training = model.training
-    model.eval()
-    try:
-        for position in range(total - 1):
-            logits = step(model, ids[:, position : position + 1], position, caches)
-            if position >= length - 1:
-                ids = torch.cat([ids, choose(logits, temperature, top_k, top_p, generator).unsqueeze(1)], dim=1)
-    finally:
-        model.train(was_training)
+    for position in range(total - 1):
+        logits = step(model, ids[:, position : position + 1], position, caches)
+        if position >= length - 1:
+            ids = torch.cat([ids, choose(logits, temperature, top_k, top_p, generator).unsqueeze(1)], dim=1)
     return ids
 
 
-def step(model: LanguageModel, token: Tensor, position: int, caches: list) -> Tensor:
+def step(model: nn.Module, token: Tensor, position: int, caches: list) -> Tensor:
     """Logits (B, V) of the token after `token` (B, 1), which stands at `position`; the caches take it in."""
     x = model.embedding(token)
     for block, cache in zip(model.layers, caches, strict=True):

@@ -1,4 +1,4 @@
-"""The parts that every block shares: the dense feed-forward sublayer and the small MLP of the routers."""
+"""The parts that every block shares: the dense feed-forward sublayer, the small MLP of the routers, dropout."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ class SwiGLU(nn.Module):
         self.up_proj = nn.Linear(d_model, d_ff, bias=False)
         self.down_proj = nn.Linear(d_ff, d_model, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, d_model) → (…, d_model)."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, x: Tensor, positions: Tensor | None = None, keep: Tensor | None = None) -> tuple[Tensor, None]:
+        """(…, d_model) → (…, d_model), and no routing. Each token by itself: positions and `keep` are not needed."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)), None
+
+    def step(self, x: Tensor, position: int, cache: None, keep: Tensor) -> Tensor:
+        return self(x)[0]
 
 
 class RouterMLP(nn.Module):
@@ -39,6 +42,16 @@ class RouterMLP(nn.Module):
             if self.hidden_proj is not None:
                 x = F.silu(F.linear(x, self.hidden_proj.weight.float()))
             return F.linear(x, self.gate.weight.float())
+
+
+def dropout(x: Tensor, p: float, generator: torch.Generator | None) -> Tensor:
+    """F.dropout in training, whose noise comes from `generator`; None: from the process's own, which anybody may draw from.
+
+    On a CPU the two give the same numbers from the same state.
+    """
+    if p == 0 or generator is None:
+        return F.dropout(x, p)
+    return x * torch.empty_like(x).bernoulli_(1 - p, generator=generator).div_(1 - p)
 
 
 def no_autocast(x: Tensor):

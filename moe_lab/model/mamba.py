@@ -56,8 +56,8 @@ class Mamba(nn.Module):
         self.dt_proj.bias.copy_(delta + torch.log(-torch.expm1(-delta)))  # the inverse of softplus
         self.conv1d.reset_parameters()
 
-    def forward(self, x: Tensor, positions: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
-        """x (B, T, D) in order of time → (B, T, D). Positions are not needed; rows that do not count come last."""
+    def forward(self, x: Tensor, positions: Tensor | None = None, keep: Tensor | None = None) -> tuple[Tensor, None]:
+        """x (B, T, D) in order of time → (B, T, D), and no routing. Positions are not needed; rows that do not count come last."""
         u, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, T, I) each
         u = F.silu(self.conv1d(u.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2))
         delta, B, C = self.select(u)
@@ -65,7 +65,7 @@ class Mamba(nn.Module):
             y = cuda_scan(delta, self.rates(), B, C, u.float())
         else:
             y = selective_scan(delta, self.rates(), B, C, u.float())
-        return self.finish(y, u, gate)
+        return self.finish(y, u, gate), None
 
     def select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Step sizes (B, T, I), input and output projections (B, T, N), float32: what makes the scan selective."""
@@ -118,7 +118,7 @@ class RoutingMamba(nn.Module):
     def forward(self, x: Tensor, positions: Tensor | None = None, keep: Tensor | None = None) -> tuple[Tensor, Routing]:
         """x (B, T, D) → (B, T, D) and the routing of the rows where `keep` is true."""
         routing = self.router(x.flatten(0, 1))
-        y = self.mix(torch.stack([expert(x) for expert in self.experts], dim=-1), routing)
+        y = self.mix(torch.stack([expert(x)[0] for expert in self.experts], dim=-1), routing)
         if keep is not None:
             routing = routing.of(keep.flatten())
         return y, routing
@@ -132,6 +132,7 @@ class RoutingMamba(nn.Module):
         return [expert.new_cache(batch, max_len, device, dtype) for expert in self.experts]
 
     def step(self, x: Tensor, position: int, cache: list[MambaState], keep: Tensor) -> Tensor:
+        """One token a row: x (B, 1, D) → (B, 1, D). Where `keep` (B,) is false no expert's state changes."""
         outputs = [expert.step(x, position, state, keep) for expert, state in zip(self.experts, cache, strict=True)]
         return self.mix(torch.stack(outputs, dim=-1), self.router(x.flatten(0, 1)))
 

@@ -88,6 +88,12 @@ class MoE(nn.Module):
             routing = routing.of(keep.flatten())
         return y.unflatten(0, x.shape[:2]), routing
 
+    def step(self, x: Tensor, position: int, cache: None, keep: Tensor) -> Tensor:
+        """One token a row in generation, (B, 1, D) → (B, 1, D): as in evaluation, nothing is dropped."""
+        tokens = x.flatten(0, 1)
+        routing = self.router(tokens)
+        return self.experts(tokens, routing.expert_ids, routing.weights).unflatten(0, x.shape[:2])
+
     def drop_overflow(self, expert_ids: Tensor) -> Tensor:
         """Send the slots beyond an expert's capacity nowhere (id E); among equals the earlier token stays."""
         capacity = math.ceil(self.capacity_factor * expert_ids.numel() / self.n_experts)
@@ -108,7 +114,10 @@ class MoE(nn.Module):
         )
         n_rows = slots.shape[0] + self.n_experts * ROWS  # enough however the tokens fall: no look at the counts
         grouped = slots.new_zeros(n_rows, slots.shape[1], dtype=dtype).index_copy(0, rows, slots.to(dtype))
-        product = lambda a, stack: F.grouped_mm(a, stack.to(dtype).transpose(1, 2), offs=ends)  # noqa: E731
+
+        def product(rows_in: Tensor, stack: Tensor) -> Tensor:
+            return F.grouped_mm(rows_in, stack.to(dtype).transpose(1, 2), offs=ends)
+
         hidden = F.silu(product(grouped, self.gate_proj)) * product(grouped, self.up_proj)  # (n_rows, F)
         y = product(hidden, self.down_proj).index_select(0, rows)  # (S, D)
         # rows past the last group are never written: masked_fill, since 0 · NaN would be NaN

@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,14 +15,17 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_lab.config import ModelConfig
 from moe_lab.model.attention import Attention
-from moe_lab.model.depth import Depth, DepthReport, agreement, predictor_loss
+from moe_lab.model.depth import Depth, DepthReport, EveryToken, agreement, predictor_loss
+from moe_lab.model.generate import generate
 from moe_lab.model.heads import head_losses
-from moe_lab.model.layers import SwiGLU
+from moe_lab.model.layers import SwiGLU, dropout
 from moe_lab.model.mamba import Mamba, RoutingMamba
 from moe_lab.model.moe import MoE, Routing, load_balancing_loss, router_z_loss
 
 
 class Output(NamedTuple):
+    """What `model(ids)` returns."""
+
     logits: Tensor  # (B, T, V), the next token's
     future_logits: Tensor  # (n - 1, B, T, V), those of t+2 … t+n
     routing: tuple[Routing, ...]  # one per MoE layer
@@ -33,8 +39,20 @@ class Trunk(NamedTuple):
     depth: tuple[DepthReport, ...]  # one per MoD sublayer: layer 0's sequence, layer 0's feed-forward, layer 1's …
 
 
+class Losses(NamedTuple):
+    """What `model.report(ids)` returns."""
+
+    terms: dict[str, Tensor]  # weighted scalars whose sum is the loss
+    routing: tuple[Routing, ...]  # one per MoE layer
+    depth: tuple[DepthReport, ...]  # one per MoD sublayer
+
+
 class Block(nn.Module):
-    """x + sublayer(norm(x)), twice. With MoD around each sublayer, only the chosen tokens get the second term."""
+    """x + sublayer(norm(x)), twice. With MoD around each sublayer, only the chosen tokens get the second term.
+
+    Every sublayer is called as `layer(x, positions, keep) → (y, routing or None)`, and in generation as
+    `layer.step(x, position, cache, keep) → y`.
+    """
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -44,47 +62,36 @@ class Block(nn.Module):
         self.seq_layer = mixer(config)
         self.ffn_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.ffn = MoE(config) if is_moe and not is_mamba else SwiGLU(config.d_model, config.d_ff)
-        self.dropout = nn.Dropout(config.dropout)
-        self.seq_depth = Depth(config) if config.mod_enabled else None
-        self.ffn_depth = Depth(config) if config.mod_enabled else None
+        self.dropout = config.dropout
+        depth = Depth if config.mod_enabled else EveryToken
+        self.seq_depth, self.ffn_depth = depth(config), depth(config)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, list[Routing], list[DepthReport]]:
+    def forward(
+        self, x: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, list[Routing], list[DepthReport]]:
         """x (B, T, D) → x (B, T, D), the routing of an MoE layer, the reports of the MoD routers."""
         routings, reports = [], []
         for norm, layer, depth in self.sublayers():
-
-            def compute(x, positions, keep, norm=norm, layer=layer):
-                if isinstance(layer, SwiGLU):
-                    return self.dropout(layer(norm(x))), None
-                result = layer(norm(x), positions, keep)
-                y, routing = result if isinstance(result, tuple) else (result, None)
-                return self.dropout(y), routing
-
-            if depth is None:
-                y, routing = compute(x, torch.arange(x.shape[1], device=x.device).expand(len(x), -1), None)
-                x = x + y
-            else:
-                x, routing, report = depth(x, compute)
-                reports.append(report)
-            if routing is not None:
-                routings.append(routing)
+            rows = depth.choose(x, causal=not self.training)
+            y, routing = layer(norm(rows.x), rows.positions, rows.keep)
+            if self.training:
+                y = dropout(y, self.dropout, generator)
+            x = depth.put_back(x, y, rows)
+            routings += [] if routing is None else [routing]
+            reports += [] if rows.report is None else [rows.report]
         return x, routings, reports
 
-    def sublayers(self):
+    def sublayers(self) -> tuple[tuple[nn.Module, nn.Module, Depth | EveryToken], ...]:
+        """(norm, layer, who chooses its tokens) of the sequence sublayer and of the feed-forward sublayer."""
         return (self.seq_norm, self.seq_layer, self.seq_depth), (self.ffn_norm, self.ffn, self.ffn_depth)
 
     def step(self, x: Tensor, position: int, cache) -> Tensor:
-        """One token a row, x (B, 1, D) at `position`, in evaluation mode → (B, 1, D)."""
+        """One token a row, x (B, 1, D) at `position`, as in evaluation whatever the mode → (B, 1, D)."""
+        everyone = torch.ones(len(x), dtype=torch.bool, device=x.device)
         for norm, layer, depth in self.sublayers():
-
-            def compute(x, keep, norm=norm, layer=layer):
-                if layer is self.seq_layer:
-                    return layer.step(norm(x), position, cache, keep)
-                y = layer(norm(x))
-                return y[0] if isinstance(y, tuple) else y
-
-            everyone = torch.ones(len(x), dtype=torch.bool, device=x.device)
-            x = depth.step(x, compute) if depth is not None else x + compute(x, everyone)
+            rows = depth.choose(x, causal=True)
+            y = layer.step(norm(x), position, cache, everyone if rows.keep is None else rows.keep.squeeze(1))
+            x = depth.put_back(x, y, rows)
         return x
 
 
@@ -116,16 +123,17 @@ class LanguageModel(nn.Module):
             if isinstance(module, Mamba):
                 module.reset_state_space()  # after the loop above: it has its own rule for dt_proj
 
-    def trunk(self, ids: Tensor) -> Trunk:
-        """ids (B, T) int64 → the normalised hidden states, the MoE routings, the MoD reports."""
+    def trunk(self, ids: Tensor, generator: torch.Generator | None = None) -> Trunk:
+        """ids (B, T) int64 → the normalised hidden states, the MoE routings, the MoD reports. Dropout draws from `generator`."""
         x = self.embedding(ids)
         routing: list[Routing] = []
         depth: list[DepthReport] = []
         for block in self.layers:
             if self.recompute_blocks and self.training and torch.is_grad_enabled():
-                x, routings, reports = checkpoint(block, x, use_reentrant=False)
+                contexts = partial(same_noise, generator)
+                x, routings, reports = checkpoint(block, x, generator, use_reentrant=False, context_fn=contexts)
             else:
-                x, routings, reports = block(x)
+                x, routings, reports = block(x, generator)
             routing += routings
             depth += reports
         return Trunk(self.final_norm(x), tuple(routing), tuple(depth))
@@ -137,14 +145,15 @@ class LanguageModel(nn.Module):
         future = torch.stack(logits[1:]) if len(logits) > 1 else logits[0].new_zeros(0, *logits[0].shape)
         return Output(logits[0], future, routing)
 
-    def losses(self, ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
-        """Weighted scalar terms whose sum is the training loss, for windows ids (B, T + 1) int64.
+    def report(self, ids: Tensor, mask: Tensor | None = None, generator: torch.Generator | None = None) -> Losses:
+        """The training loss of windows ids (B, T + 1) int64, term by term, and what the routers did on the way.
 
-        `next_token`, `future_2` … `future_n` in nats per token, weights normalised to sum 1; `moe_balance` and
-        `router_z` summed over MoE layers; `mod_predictor` the mean over MoD sublayers. Terms without a module are
-        left out. Where `mask` (B, T + 1) bool is false, a position is never a target.
+        Terms are weighted scalars whose sum is the loss: `next_token`, `future_2` … `future_n` in nats per token, weights
+        normalised to sum 1; `moe_balance` and `router_z` summed over MoE layers; `mod_predictor` the mean over MoD
+        sublayers. Terms without a module are left out. Where `mask` (B, T + 1) bool is false, a position is never a
+        target. Dropout draws from `generator`, which must be on the model's device; None: from the process's own.
         """
-        hidden, routing, depth = self.trunk(ids[:, :-1])
+        hidden, routing, depth = self.trunk(ids[:, :-1], generator)
         terms = head_losses(self.lm_heads, hidden, ids, mask, self.config.aux_loss_weights)
         if routing:
             used = [r for r in routing if len(r.logits)]  # in evaluation MoD may keep no token at all
@@ -154,18 +163,39 @@ class LanguageModel(nn.Module):
         if depth:
             mean = sum(predictor_loss(report) for report in depth) / len(depth)
             terms["mod_predictor"] = self.config.mod_predictor_weight * mean
-        return terms
+        return Losses(terms, routing, depth)
+
+    def losses(self, ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+        """The terms of `report`, for who needs nothing else."""
+        return self.report(ids, mask).terms
 
     @torch.no_grad()
     def depth_agreement(self, ids: Tensor) -> Tensor:
         """(n MoD sublayers,) float32: share of tokens about which evaluation's rule and training's choice agree."""
         return torch.stack([agreement(report) for report in self.trunk(ids).depth])
 
-    def generate(self, prompt, max_new_tokens: int = 100, **options):
-        """Continue a prompt; see `moe_lab.model.generate.generate`."""
-        from moe_lab.model.generate import generate
+    generate = generate
 
-        return generate(self, prompt, max_new_tokens, **options)
+
+def same_noise(generator: torch.Generator | None) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Contexts of a forward pass and of its recomputation, which draws the same numbers and leaves `generator` as it was.
+
+    torch's checkpoint takes care of the process's own generators alone.
+    """
+    if generator is None:
+        return nullcontext(), nullcontext()
+    state = generator.get_state()
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        now = generator.get_state()
+        generator.set_state(state)
+        try:
+            yield
+        finally:
+            generator.set_state(now)
+
+    return nullcontext(), again()
 
 
 def build_model(config: ModelConfig, seed: int = 0, device: str | torch.device = "cpu") -> LanguageModel:

@@ -47,7 +47,7 @@ def test_llama_attention_agrees(sizes, length: int, gaps: bool) -> None:
     x = torch.randn(2, length, sizes[0], generator=generator)
     weight = torch.randn(2, length, sizes[0], generator=generator)
     results = []
-    for layer, run in ((ours, ours), (theirs, lambda x, p: run_theirs(theirs, rotary, x, p))):
+    for layer, run in ((ours, lambda x, p: ours(x, p)[0]), (theirs, lambda x, p: run_theirs(theirs, rotary, x, p))):
         inputs = x.clone().requires_grad_()
         y = run(inputs, positions)
         (y * weight).sum().backward()
