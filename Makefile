@@ -8,10 +8,10 @@ PARAMS ?=
 # Two tests at a time, each with one thread: more threads make small tensors slower.
 TWO := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: help setup run test lab notebooks outputs docs-table bench seeds detection watch-cost studies mutants browser format
+.PHONY: help setup run test lab notebooks outputs docs-table bench seeds detection watch-cost studies mutants health-wheel browser format
 
 help:
-	@echo "make setup | run | test | lab | notebooks | outputs | docs-table | bench | seeds | detection | watch-cost | studies | mutants | format; see README.md"
+	@echo "make setup | run | test | lab | notebooks | outputs | docs-table | bench | seeds | detection | watch-cost | studies | mutants | health-wheel | format; see README.md"
 
 # Once: the stamp is newer than what it was made from, so a second call installs nothing.
 setup: .venv/installed
@@ -74,6 +74,10 @@ studies: setup
 
 mutants: setup
 	$(BIN)/python tests/mutants.py
+
+# The checks alone, as a wheel, under the oldest and the newest torch that they claim: on Linux some 3 GB to download for each
+health-wheel: setup
+	$(BIN)/python tests/health_wheel.py
 
 format: setup
 	$(BIN)/ruff check --fix .

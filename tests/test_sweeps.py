@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.docs_table import HEALTH_PAGE, health_page
+from benchmarks.docs_table import filled, health_pages
 from moe_lab.failures.experiments import load_results
 from moe_lab.show.style import save
 from moe_lab.show.sweeps import Surface, lr_surface, lr_sweep
@@ -62,8 +62,18 @@ def test_a_surface_shows_points_marks_and_intervals(tmp_path) -> None:
     assert "failure 6.76 at 0.0003 and 9e-05" in description
 
 
-def test_the_health_page_is_that_of_the_committed_runs() -> None:
-    assert HEALTH_PAGE.read_text(encoding="utf-8") == health_page(), "run: make docs-table"
+def test_the_health_pages_are_those_of_the_rules_and_the_committed_runs() -> None:
+    pages = health_pages()
+    assert len(pages) == 2
+    for path, text in pages.items():
+        assert path.read_text(encoding="utf-8") == text, "run: make docs-table"
+
+
+def test_what_stands_between_marks_is_replaced_and_nothing_else() -> None:
+    page = "by hand\n<!-- a -->\nold\n<!-- /a -->\nby hand too\n"
+    assert filled(page, "a", ["new", "lines"]) == "by hand\n<!-- a -->\nnew\nlines\n<!-- /a -->\nby hand too\n"
+    with pytest.raises(ValueError, match="the marks <!-- b --> and <!-- /b --> are not there"):
+        filled(page, "b", [])
 
 
 def test_the_other_convention_gives_back_half_or_less_in_the_disputed_rows() -> None:

@@ -1,0 +1,145 @@
+"""What the wheel of moe_lab/health must do where torch and nothing else is installed: `python -I wheel_checks.py README.md`.
+
+Run by tests/test_health_wheel.py under the suite's torch, by `make health-wheel` under the oldest and newest that it claims.
+"""
+
+import contextlib
+import importlib.util
+import io
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+STRANGERS = ("moe_lab", "numpy", "yaml", "tqdm")
+
+
+def blocks(readme: str, language: str) -> list[str]:
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE)
+    return [text for named, text in fenced if named == language]
+
+
+def run_example(code: str) -> str:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(code, {})
+    return printed.getvalue()
+
+
+def named(output: str) -> list[str]:
+    """The findings of a report, as `severity: rule`."""
+    return re.findall(r"^(?:error|warning|info): \w+", output, re.MULTILINE)
+
+
+def the_example_prints_what_the_readme_shows(readme: str) -> None:
+    code = blocks(readme, "python")[0]
+    shown = next(block for block in blocks(readme, "") if block.startswith("after "))
+    printed = run_example(code)
+    assert named(printed) == named(shown) == ["error: lost_updates"], printed
+    assert printed.splitlines()[:2] == shown.splitlines()[:2], printed  # 60 updates, and the table's columns
+    assert "torch.bfloat16" in code
+    healthy = run_example(code.replace("torch.bfloat16", "torch.float32"))
+    assert named(healthy) == [] and "no findings" in healthy, healthy
+
+
+def a_checkpoint_shows_what_never_moved() -> None:
+    from moe_lab_health import inspect_checkpoint, start_sample
+
+    model = nn.Sequential(nn.Linear(4, 300), nn.Linear(300, 2))
+    optimizer = torch.optim.AdamW(model[0].parameters(), lr=1e-2)
+    sample = start_sample(model)
+    model(torch.randn(3, 4)).sum().backward()
+    optimizer.step()
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "initial_sample": sample}
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(state, Path(folder) / "x.pt")
+        found = inspect_checkpoint(Path(folder) / "x.pt")
+        (Path(folder) / "y.pt").write_bytes((Path(folder) / "x.pt").read_bytes()[:999])
+        cut = inspect_checkpoint(Path(folder) / "y.pt")
+    assert {f.where for f in found if f.severity == "error"} == {"1.weight", "1.bias"}, found
+    assert [f.rule for f in cut] == ["unreadable"], cut
+
+
+def a_config_is_judged() -> None:
+    from moe_lab_health import preflight
+
+    config = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257, "lr": 6e-6, "optimizer": "adamw"}
+    assert [f.rule for f in preflight(config)] == ["lr_too_low"]
+    try:
+        preflight("x.yaml")
+    except ValueError as error:
+        assert "pip install pyyaml" in str(error), error
+    else:
+        raise AssertionError("a file was read without PyYAML")
+
+
+def a_starved_group_is_proved() -> None:
+    from moe_lab_health import branch_findings, branch_probe
+
+    torch.manual_seed(0)
+    model = nn.Linear(4, 2)
+    batches = [torch.randn(32, 4) for _ in range(20)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    branches = branch_probe(
+        model, optimizer, lambda m, x: (m(x) - x[:, :2]).square().mean() * 10, batches, n_updates=10
+    )
+    assert [f.rule for f in branch_findings(branches)] == ["lr_too_low"], branches
+
+
+class Inherits(torch.optim.SGD):
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+def torchs_private_interfaces_are_there() -> None:
+    from moe_lab_health import torch_private as private
+
+    model = nn.Linear(2, 2)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer, called = Inherits(model.parameters(), lr=0.1), []
+    optimizer.register_step_pre_hook(lambda o, args, kwargs: called.append(private.is_nested_step(o)))
+    optimizer.step()
+    assert called == [False, True], called  # torch calls the hook twice, and the second time it is told
+    with private.without_step_hooks([optimizer]):
+        optimizer.step()
+    assert len(called) == 2
+    optimizer.step()
+    assert len(called) == 4
+
+    everywhere: list = []
+    handle = register_optimizer_step_pre_hook(lambda *args: everywhere.append(args))
+    plain = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = model.weight.detach().clone()
+    private.unhooked_step(type(plain))(plain)
+    assert not everywhere and not torch.equal(model.weight, before)
+    plain.step()
+    assert len(everywhere) == 1
+    handle.remove()
+
+    half = [torch.full((9,), 2.0**15, dtype=torch.float16), torch.ones(4, dtype=torch.float16)]
+    assert private.norms(half, torch.float32).tolist() == [3 * 2.0**15, 2.0]  # beyond float16
+    assert private.norms([torch.ones(4), torch.zeros(2, 2)]).tolist() == [2.0, 0.0]
+    assert private.uncompiled(torch.compile(model)) is model and private.uncompiled(model) is model
+
+
+def main(readme: Path) -> None:
+    present = [name for name in STRANGERS if importlib.util.find_spec(name)]
+    assert not present, f"{present} can be imported: this environment says nothing of torch alone"
+    torch.set_num_threads(1)
+    the_example_prints_what_the_readme_shows(readme.read_text(encoding="utf-8"))
+    for check in (
+        a_checkpoint_shows_what_never_moved,
+        a_config_is_judged,
+        a_starved_group_is_proved,
+        torchs_private_interfaces_are_there,
+    ):
+        check()
+    print(f"torch {torch.__version__}: the wheel does what it says")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
