@@ -14,20 +14,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from moe_lab import build_model, load_config
-from moe_lab.config import ModelConfig
+from moe_lab.config import ROOT, ModelConfig
 from moe_lab.model.mamba import Mamba
 from moe_lab.model.moe import MoE
 from moe_lab.model.scan import selective_scan
 from moe_lab.optim import Muon
 from moe_lab.train.device import keep_freed_memory
 
-ROOT = Path(__file__).resolve().parents[1]
 PAIRS = 7
 
 
@@ -75,10 +73,11 @@ def scan() -> dict:
             states.append(state)
         return (C.unsqueeze(2) @ torch.stack(states, 1)).squeeze(2)
 
-    run = lambda f: torch.autograd.grad(f(*inputs).sum(), inputs)  # noqa: E731
-    return compare(
-        "selective scan, 8 × 256 × 384, 8 states", lambda: run(selective_scan), "plain loop", lambda: run(plain)
-    )
+    def backward_of(scan: Callable[..., Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(scan(*inputs).sum(), inputs)
+
+    name = "selective scan, 8 × 256 × 384, 8 states"
+    return compare(name, backward_of(selective_scan), "plain loop", backward_of(plain))
 
 
 def against_transformers() -> list[dict]:
@@ -138,7 +137,11 @@ def allocator() -> dict:
 
     def in_a_process(keep: bool) -> float:
         done = subprocess.run(
-            [sys.executable, __file__, "step", str(int(keep))], capture_output=True, text=True, check=True
+            [sys.executable, "-m", "benchmarks.bench", "step", str(int(keep))],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=ROOT,
         )
         return float(done.stdout)
 

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import nbformat
 
+from moe_lab.config import ROOT
 from moe_lab.course.machine import MINUTES
-from moe_lab.course.runner import ROOT, all_notebooks
-from moe_lab.failures.experiments import load_results
+from moe_lab.course.runner import all_notebooks
+from moe_lab.failures.results import load_results
 from moe_lab.health import RULES, SICKNESSES
 from moe_lab.train.record import write_atomically
 

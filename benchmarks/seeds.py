@@ -10,11 +10,10 @@ import json
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 
+from moe_lab.config import ROOT
 from moe_lab.train import read_record
 
-ROOT = Path(__file__).resolve().parents[1]
 ARMS = {f"seed {seed}": [f"training.seed={seed}"] for seed in range(3)}
 ARMS["seed 0, bf16 parameters"] = ["training.seed=0", "precision.parameters=bfloat16"]
 KEPT = ("validation_loss", "trigram_loss", "bits_per_byte", "steps", "tokens", "wall_s", "seed", "commit", "corpus")

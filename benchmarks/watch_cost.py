@@ -10,24 +10,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
+import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from moe_lab import build_model, load_config
-from moe_lab.data import Batches, prepare
+from moe_lab import Trainer, load_config
+from moe_lab.config import ROOT
+from moe_lab.failures.results import provenance
 from moe_lab.health import Watch
-from moe_lab.optim import build_optimizers, groups_of, lr_share
-from moe_lab.train.device import pick_compute
-from moe_lab.train.loop import commit
 
-ROOT = Path(__file__).resolve().parents[1]
 STRETCH = 10  # updates
 LIMITS = {"time": 0.03, "bytes": 0.02}  # shares that the watch may cost
 
@@ -48,55 +44,29 @@ class Timed(Watch):
         self.seconds += time.perf_counter() - start
 
 
-class Run:
-    """The default run, an update at a time."""
-
-    def __init__(self) -> None:
-        config = load_config(ROOT / "configs" / "lab.yaml")
-        dataset = prepare(config.data, config.model)
-        config = config.with_(model={"vocab_size": dataset.vocab_size})
-        self.training, seed = config.training, config.training.seed
-        self.model = build_model(config.model, seed).train()
-        self.optimizers = build_optimizers(self.model, config.optimizer, self.training.max_lr)
-        self.batches = Batches(dataset.train, config.model.max_seq_len, self.training.batch_size, seed)
-        self.compute = pick_compute(config, torch.device("cpu"))
-        self.step = 0
-
-    def update(self) -> Tensor:
-        self.step += 1
-        share = lr_share(self.step, self.training.steps, self.training.warmup_steps, self.training.min_lr_ratio)
-        for group in groups_of(self.optimizers):
-            group["lr"] = share * group["initial_lr"]
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.compute == "bfloat16"):
-            loss = sum(self.model.losses(self.batches.next_batch()).values())
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.training.max_grad_norm)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    def stretch(self, watch: Watch | None) -> float:
-        """Seconds for ten updates."""
-        start = time.perf_counter()
-        for _ in range(STRETCH):
-            loss = self.update()
-            if watch:
-                watch.observe(loss=loss)
-        return time.perf_counter() - start
-
-    def n_bytes(self) -> int:
-        """Of the model's parameters and what the optimizers keep."""
-        kept = [*self.model.parameters()]
-        kept += [v for o in self.optimizers for s in o.state.values() for v in s.values() if isinstance(v, Tensor)]
-        return sum(t.numel() * t.element_size() for t in kept)
+def stretch(trainer: Trainer, watch: Watch | None) -> float:
+    """Seconds for ten updates."""
+    start = time.perf_counter()
+    for report in trainer.steps(until=trainer.step + STRETCH):
+        if watch:
+            watch.observe(loss=sum(report.losses.values()))
+    return time.perf_counter() - start
 
 
-def measure(n_pairs: int) -> dict:
-    run = Run()
-    watch = Timed(run.model, run.optimizers)
-    run.stretch(watch)  # warm: caches, the optimizers' state
-    watch.seconds, pairs, inside = 0.0, [], []
+def n_bytes(trainer: Trainer) -> int:
+    """Of the model's parameters and what the optimizers keep."""
+    states = [values for optimizer in trainer.optimizers for values in optimizer.state.values()]
+    kept = [*trainer.model.parameters(), *(v for s in states for v in s.values() if isinstance(v, Tensor))]
+    return sum(t.numel() * t.element_size() for t in kept)
+
+
+def measure(n_pairs: int, folder: str) -> dict:
+    config = load_config(ROOT / "configs" / "lab.yaml")
+    # each stretch ends with one write of its ten rows, with the watch and without
+    trainer = Trainer(config.with_(training={"log_interval": STRETCH}), folder)
+    watch = Timed(trainer.model, trainer.optimizers)
+    stretch(trainer, watch)  # warm: caches, the optimizers' state
+    pairs, inside = [], []
     for pair in tqdm(range(n_pairs), unit="pair", desc="watch cost"):
         seconds = {}
         for attached in (True, False) if pair % 2 else (False, True):  # whatever drifts, drifts for both
@@ -105,17 +75,17 @@ def measure(n_pairs: int) -> dict:
                 watch.seconds = 0.0
             else:
                 watch.close()
-            seconds[attached] = run.stretch(watch if attached else None)
+            seconds[attached] = stretch(trainer, watch if attached else None)
         pairs.append([seconds[True], seconds[False]])
         inside.append(watch.seconds / seconds[False])
     return {
-        "compute": run.compute,
+        "compute": trainer.config.precision.compute,
         "updates_per_stretch": STRETCH,
         "seconds_with_and_without": pairs,
         "cost": interval([on / off - 1 for on, off in pairs]),
         "cost_inside": interval(inside),
-        "bytes": {"watch": watch.n_bytes(), "model_and_optimizers": run.n_bytes()},
-        "bytes_share": watch.n_bytes() / run.n_bytes(),
+        "bytes": {"watch": watch.n_bytes(), "model_and_optimizers": n_bytes(trainer)},
+        "bytes_share": watch.n_bytes() / n_bytes(trainer),
         "limits": LIMITS,
         "findings": [f.rule for f in watch.findings if f.severity != "info"],
     }
@@ -132,8 +102,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=16, help="of stretches; fewer than 10 print, and write nothing")
     n_pairs = parser.parse_args().pairs
-    torch.manual_seed(0)
-    result = measure(n_pairs)
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure(n_pairs, folder)
     for name, text in (("cost", "stretch against stretch"), ("cost_inside", "inside the watch")):
         found = result[name]
         print(
@@ -141,9 +111,8 @@ def main() -> None:
         )
     print(f"memory: {result['bytes_share']:.2%} of the model's and the optimizers' bytes")
     if n_pairs >= 10:
-        origin = {"commit": commit(), "torch": torch.__version__, "threads": torch.get_num_threads()}
-        origin |= {"python": platform.python_version(), "machine": platform.machine()}
-        text = json.dumps({"provenance": origin, **result}, indent=2) + "\n"
+        made = provenance() | {"threads": torch.get_num_threads()}
+        text = json.dumps({"provenance": made, **result}, indent=2) + "\n"
         (ROOT / "benchmarks" / "watch_cost.json").write_text(text)
 
 

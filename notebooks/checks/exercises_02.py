@@ -14,18 +14,8 @@ from moe_lab.config import ModelConfig
 from moe_lab.course.lessons import check_exercise
 
 # head_dim is not d_model / n_heads, so that an answer that computes it is found out
-SIZES = ModelConfig(
-    d_model=48,
-    n_layers=5,
-    n_heads=6,
-    n_kv_heads=2,
-    head_dim=10,
-    moe_layers=(),
-    mamba_enabled=True,
-    mamba_layers=(1, 3),
-    n_pred_tokens=1,
-    aux_loss_weights=(1.0,),
-)
+WIDTHS = {"d_model": 48, "n_layers": 5, "n_heads": 6, "n_kv_heads": 2, "head_dim": 10}
+SIZES = ModelConfig(**WIDTHS, mamba_enabled=True, mamba_layers=(1, 3), n_pred_tokens=1, aux_loss_weights=(1.0,))
 X = torch.arange(16.0).view(8, 2) + 1  # (T, D)
 SCORES = torch.tensor([0.3, 2.0, -1.0, 0.9, 1.5, -0.2, 0.1, 1.1])
 CAPACITY = 0.45  # of 8 tokens: 3.6, so 4
@@ -151,7 +141,9 @@ def falls_by_five(ids: Tensor, original: Tensor) -> Tensor:
 def check_leak(answer: Callable | None) -> bool:
     """`answer(fn, ids, cut, vocab_size)` → largest change of fn's logits before `cut` when later tokens change."""
     ids = torch.tensor([[3, 0, 4, 1, 0, 2, 1, 0]])
-    run = lambda f, fn, cut=4: float(f(fn, ids.clone(), cut, VOCAB))  # noqa: E731
+
+    def run(f: Callable, fn: Callable, cut: int = 4) -> float:
+        return float(f(fn, ids.clone(), cut, VOCAB))
 
     def leaves_ids_alone(f: Callable) -> bool:
         given = ids.clone()

@@ -62,21 +62,20 @@ def check_updates_until(answer: Callable | None) -> bool:
 def check_shares(answer: Callable | None) -> bool:
     """`answer(none, muon, adamw, both)`: the losses with no fix, with one, with both → (Muon's share, AdamW's) in nats."""
 
-    def told(f: Callable) -> tuple[float, float]:
-        muon, adamw = f(6.8, 6.7, 6.2, 6.0)
-        return round(muon, 9), round(adamw, 9)
+    def shares(f: Callable) -> tuple[float, float]:
+        return tuple(round(share, 9) for share in f(6.8, 6.7, 6.2, 6.0))
 
     tests = [
-        (lambda f: sum(told(f)) > 0, "a fix that lowers the loss earned something: its share is positive"),
+        (lambda f: sum(shares(f)) > 0, "a fix that lowers the loss earned something: its share is positive"),
         (
-            lambda f: told(f) != (0.1, 0.6),
+            lambda f: shares(f) != (0.1, 0.6),
             "each fix alone gives 0.1 and 0.6, together they gave 0.8: your shares leave 0.1 to nobody",
         ),
         (
-            lambda f: told(f) not in ((0.1, 0.7), (0.2, 0.6)),
+            lambda f: shares(f) not in ((0.1, 0.7), (0.2, 0.6)),
             "this is one order of fixing; take the mean over both orders",
         ),
-        (lambda f: math.isclose(sum(told(f)), 0.8), "the shares must sum to what both together gave, 0.8"),
-        (lambda f: told(f) == (0.15, 0.65), "Muon's fix is worth 0.1 if it comes first and 0.2 if it comes last"),
+        (lambda f: math.isclose(sum(shares(f)), 0.8), "the shares must sum to what both together gave, 0.8"),
+        (lambda f: shares(f) == (0.15, 0.65), "Muon's fix is worth 0.1 if it comes first and 0.2 if it comes last"),
     ]
     return check_exercise(answer, tests)
