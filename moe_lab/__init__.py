@@ -1,8 +1,30 @@
-"""A training post-mortem that you can run. See README.md; the folders are the architecture."""
+"""A training post-mortem that you can run. The folders are the architecture; imports run downwards.
 
-from moe_lab import health
-from moe_lab.config import ConfigError, load_config
-from moe_lab.model import build_model
-from moe_lab.train import RunError, Trainer, load_run
+config.py    what a run is: dataclasses and YAML
+schema.py    what health is told of the lab's own configs
+data/        from text to batches
+model/       the language model: one mechanism a file
+optim/       who updates which tensor, how far, in which precision
+train/       updates, checkpoints, records
+health/      watches any PyTorch training; a distribution of its own
+show/        pictures and the live run
+failures/    failures on purpose, and what they cost
+course/      what the notebooks share
+__main__.py  the command line
+"""
 
-__all__ = ["ConfigError", "RunError", "Trainer", "build_model", "health", "load_config", "load_run"]
+from importlib import import_module
+
+HOMES = {"ConfigError": "config", "load_config": "config", "build_model": "model"}
+HOMES |= {"RunError": "train", "Trainer": "train", "load_run": "train"}
+__all__ = ["health", *HOMES]
+
+
+def __getattr__(name: str):
+    """Each public name is imported when it is first asked for: `from moe_lab import health` needs torch alone."""
+    if name == "health":
+        return import_module("moe_lab.health")
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = getattr(import_module(f"moe_lab.{HOMES[name]}"), name)
+    return globals()[name]

@@ -1,6 +1,6 @@
 """Command line: `python -m moe_lab run CONFIG [key=value …]`, `… preflight FILE`, `… inspect FILE`.
 
-Errors are one line on stderr, exit code 2. The two checks end with 1 if they find an error.
+Errors are one line on stderr, exit code 2. Each of the three ends with 1 if an error is among what was found.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -32,26 +33,41 @@ class OneLineParser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see {self.prog} --help")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Train a config under a watch, with a progress bar on stderr, and say where the files are and what was found."""
+def run(args: argparse.Namespace) -> int:
+    """Train a config under a watch, with a progress bar on stderr, and say where the files are and what was found.
+
+    What preflight says of the file comes first. Returns 1 if it or the watch found an error.
+    """
     if args.resume and not args.run_dir:
         raise ConfigError("--resume needs --run-dir: the directory of the run to go on with")
     config = load_config(args.config, args.overrides)
     name = f"{datetime.now():%Y-%m-%d_%H%M%S}_{Path(args.config).stem}"
     trainer = Trainer(config, args.run_dir or Path("runs") / name, resume=args.resume)
-    log = trainer.run_dir / FINDINGS
+    before = preflight_of(args.config)
+    for finding in before:
+        print(line_of(finding), file=sys.stderr)
+    with trainer.opened():  # from here on no other process writes there
+        summary = fit_watched(trainer)
+    print(f"{summary['status']}: {summary['steps']} steps in {trainer.run_dir}; see record.jsonl and summary.json")
+    severities = [finding["severity"] for finding in summary["findings"]]
+    print(counts(severities) + (f": see {trainer.run_dir / FINDINGS}" if severities else ""))
+    return int("error" in severities or any(finding.severity == "error" for finding in before))
+
+
+def fit_watched(trainer: Trainer) -> dict[str, Any]:
+    """`trainer.fit()` under a Watch that writes findings.jsonl, with a progress bar."""
     try:
-        watch = Watch(trainer.model, trainer.optimizers, budget=trainer.n_steps, log=log)
+        watch = Watch(trainer.model, trainer.optimizers, budget=trainer.n_steps, log=trainer.run_dir / FINDINGS)
     except ValueError as error:
         raise RunError(str(error)) from error
-    with watch, tqdm(total=trainer.n_steps, unit="step") as bar:
-        told = 0
+    with watch, tqdm(total=trainer.n_steps, initial=trainer.step, unit="step") as bar:
+        n_shown = 0
 
         def show(row: dict) -> None:
-            nonlocal told
-            for finding in watch.findings[told:]:
+            nonlocal n_shown
+            for finding in watch.findings[n_shown:]:
                 bar.write(str(finding), file=sys.stderr)
-            told = len(watch.findings)
+            n_shown = len(watch.findings)
             if "loss" in row:
                 watch.observe(loss=row["loss"])
                 bar.update(row["step"] - bar.n)
@@ -60,9 +76,7 @@ def run(args: argparse.Namespace) -> None:
                 bar.write(f"step {row['step']}: validation loss {row['validation_loss']:.4f}", file=sys.stderr)
 
         trainer.listeners.append(show)
-        summary = trainer.fit()
-    print(f"{summary['status']}: {summary['steps']} steps in {trainer.run_dir}; see record.jsonl and summary.json")
-    print(counts(watch.findings) + (f": see {log}" if watch.findings else ""))
+        return trainer.fit()
 
 
 def notebook(args: argparse.Namespace) -> None:
@@ -80,23 +94,27 @@ def preflight_of(path: str) -> list[Finding]:
     return preflight(path, n_parameters, HEALTH_SCHEMA)
 
 
-def look(args: argparse.Namespace) -> int:
+def check_file(args: argparse.Namespace) -> int:
     """Print one line for each finding about a file, errors first, and a line of counts. Returns 1 if there is an error."""
     try:
-        findings = sorted(args.look_into(args.file), key=lambda finding: SEVERITIES.index(finding.severity))
+        findings = sorted(args.check(args.file), key=lambda finding: SEVERITIES.index(finding.severity))
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    for f in findings:
-        print(" ".join(f"{f.severity}: {f.rule}: {f.where}: {f.message}. {f.advice}".split()))
-    print(counts(findings))
-    return 1 if any(f.severity == "error" for f in findings) else 0
+    for finding in findings:
+        print(line_of(finding))
+    severities = [finding.severity for finding in findings]
+    print(counts(severities))
+    return int("error" in severities)
 
 
-def counts(findings: Sequence[Finding]) -> str:
+def line_of(f: Finding) -> str:
+    return " ".join(f"{f.severity}: {f.rule}: {f.where}: {f.message}. {f.advice}".split())
+
+
+def counts(severities: Sequence[str]) -> str:
     """`0 errors, 2 warnings, 1 info`."""
-    numbers = [sum(f.severity == severity for f in findings) for severity in SEVERITIES]
-    plural = lambda n, name: f"{n} {name}" + ("s" if n != 1 and name != "info" else "")  # noqa: E731
-    return ", ".join(map(plural, numbers, SEVERITIES))
+    numbers = [(severities.count(name), name) for name in SEVERITIES]
+    return ", ".join(f"{n} {name}" + ("s" if n != 1 and name != "info" else "") for n, name in numbers)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -106,7 +124,10 @@ def main(argv: list[str] | None = None) -> int:
 def command(argv: list[str] | None) -> int | None:
     parser = OneLineParser(prog="python -m moe_lab", description="Train and look into training runs.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser)
-    one = commands.add_parser("run", help="train one config")
+    trained = (
+        "Exit code 0: nothing found is an error; 1: an error was found, before or during the run; 2: it cannot run."
+    )
+    one = commands.add_parser("run", help="train one config", description=trained)
     one.add_argument("config", help="a YAML file, such as configs/lab.yaml")
     one.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as training.steps=200")
     one.add_argument("--run-dir", help="where to write; default: a new dated directory under runs/")
@@ -116,10 +137,10 @@ def command(argv: list[str] | None) -> int | None:
     codes += "Exit code 0: no error among them; 1: an error; 2: the file cannot be used."
     before = commands.add_parser("preflight", help="look for mistakes in a config, before training", description=codes)
     before.add_argument("file", help="a YAML file; its comments are read too")
-    before.set_defaults(call=look, look_into=preflight_of)
+    before.set_defaults(call=check_file, check=preflight_of)
     after = commands.add_parser("inspect", help="look into a checkpoint; nothing in it is executed", description=codes)
     after.add_argument("file", help="a checkpoint, such as runs/demo/checkpoints/step_000200.pt")
-    after.set_defaults(call=look, look_into=inspect_checkpoint)
+    after.set_defaults(call=check_file, check=inspect_checkpoint)
     many = commands.add_parser("notebook", help="execute a notebook headlessly", add_help=False)
     many.add_argument("arguments", nargs=argparse.REMAINDER)
     many.set_defaults(call=notebook)

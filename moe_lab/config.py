@@ -17,7 +17,9 @@ from typing import Any
 
 import yaml
 
-ROOT = Path(__file__).resolve().parents[1]  # of the checkout: paths never hang on the working directory
+_beside = Path(__file__).resolve().parents[1]
+# Of the checkout, so that paths never hang on the working directory; installed without one, that directory it is.
+ROOT = _beside if (_beside / "pyproject.toml").exists() else Path.cwd()
 
 
 class ConfigError(ValueError):

@@ -314,6 +314,20 @@ MUTANTS = [
         "tests/test_train.py::test_a_model_is_moved_to_the_device_and_not_away_from_its_optimizers",
     ),
     Mutant(
+        "a run ends with 0 whatever was found",
+        "moe_lab/__main__.py",
+        'return int("error" in severities or any(finding.severity == "error" for finding in before))',
+        "return 0",
+        "tests/test_cli.py::test_a_run_ends_with_1_for_what_preflight_found_alone",
+    ),
+    Mutant(
+        "a watch is made before the directory is held",
+        "moe_lab/__main__.py",
+        "    with trainer.opened():  # from here on no other process writes there\n        summary = fit_watched(trainer)",
+        "    summary = fit_watched(trainer)",
+        "tests/test_cli.py::test_nothing_is_written_into_a_run_that_another_process_holds",
+    ),
+    Mutant(
         "nothing reads a config key (B20)",
         "moe_lab/train/loop.py",
         "training.max_grad_norm)",

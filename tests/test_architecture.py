@@ -1,4 +1,6 @@
 import ast
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +17,8 @@ ALLOWED = {
     "data": {"config"},
     "model": {"config"},
     "optim": {"config"},
-    "train": TRAINING,
+    # how elements are sampled for a checkpoint is how the watch and the inspection sample them: one way, and health's
+    "train": {*TRAINING, "health.sampling"},
     "health": set(),
     "show": {"config", "train.record", "health"},
     "failures": {*TRAINING, "train", "health"},
@@ -94,6 +97,8 @@ def test_imports_follow_the_table(path: Path) -> None:
         ("data/x.py", "from moe_lab.model import build_model"),
         ("optim/x.py", "from moe_lab.model import build_model"),
         ("train/x.py", "from moe_lab import health"),
+        ("train/x.py", "from moe_lab.health import start_sample"),
+        ("train/x.py", "from moe_lab.health.during.watch import Watch"),
         ("train/x.py", "from moe_lab.show import dashboard"),
         ("show/x.py", "from moe_lab.train import Trainer"),
         ("show/x.py", "from moe_lab.train.loop import Trainer"),
@@ -144,3 +149,59 @@ def test_no_file_is_long_and_no_error_is_swallowed(path: Path) -> None:
 def test_a_swallowed_error_is_seen(body: str) -> None:
     assert shrugs(f"try:\n    f()\n{body}\n") == [3]
     assert shrugs("try:\n    f()\nexcept OSError as error:\n    print(error)\n") == []
+
+
+# ---- maps -----------------------------------------------------------------------------------------------------------
+
+
+TODO = {"during", "model", "optim"}  # folders whose map is still to be written
+FOLDERS = sorted(path.parent for path in PACKAGE.rglob("__init__.py"))
+
+
+def without_a_line(folder: Path, text: str) -> list[str]:
+    """Files and folders in `folder` that no line of `text` begins with, and lines about what is not there."""
+    there = {path.name for path in folder.glob("*.py")} | {
+        f"{path.parent.name}/" for path in folder.glob("*/__init__.py")
+    }
+    named = re.findall(r"^(\w+(?:\.py|/))  ?\S*", text, re.MULTILINE)
+    return sorted((there - {"__init__.py"}) ^ set(named)) + [name for name in set(named) if named.count(name) > 1]
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: str(folder.relative_to(ROOT)))
+def test_each_folder_has_a_map_that_is_complete(folder: Path) -> None:
+    """The docstring of its __init__: a line a file."""
+    text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
+    assert folder.name in TODO or without_a_line(folder, text) == []
+
+
+def test_a_hole_in_a_map_is_seen(tmp_path: Path) -> None:
+    for name in ("__init__.py", "one.py", "two.py", "deep/__init__.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert without_a_line(tmp_path, "A room.\n\none.py  this\ntwo.py  that\ndeep/   more\n") == []
+    assert without_a_line(tmp_path, "A room of one.py and two.py.\n\ndeep/  more") == ["one.py", "two.py"]
+    assert without_a_line(tmp_path, "one.py  a\ntwo.py  b\ndeep/  c\nthree.py  d\none.py  a") == ["three.py", "one.py"]
+
+
+# ---- what an import costs -------------------------------------------------------------------------------------------
+
+
+def test_health_through_the_front_door_loads_torch_and_nothing_else_of_weight() -> None:
+    """What torch itself loads (numpy, where it is installed) is torch's; beyond that the standard library alone."""
+    code = """import sys, torch
+before = {name.split(".")[0] for name in sys.modules}
+from moe_lab import health
+health.Watch, health.preflight, health.inspect_checkpoint, health.start_sample, health.branch_probe
+print(*sorted({name.split(".")[0] for name in sys.modules} - before - sys.stdlib_module_names))
+print(*sorted(name for name in sys.modules if name.startswith("moe_lab.") and not name.startswith("moe_lab.health")))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "moe_lab\n\n"
+
+
+def test_the_front_door_has_what_it_promises() -> None:
+    import moe_lab
+
+    promised = {"load_config", "build_model", "load_run", "Trainer", "health", "ConfigError", "RunError"}
+    assert set(moe_lab.__all__) == promised and all(getattr(moe_lab, name) for name in promised)
+    with pytest.raises(AttributeError, match="module 'moe_lab' has no attribute 'trainer'"):
+        moe_lab.trainer  # noqa: B018

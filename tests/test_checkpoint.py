@@ -9,13 +9,13 @@ from tiny_run import tiny, train
 
 from moe_lab import RunError, Trainer, build_model
 from moe_lab.config import from_dict
+from moe_lab.health.sampling import start_sample
 from moe_lab.optim import build_optimizers
 from moe_lab.optim.rounding import REMEDIES
 from moe_lab.train import checkpoint
 from moe_lab.train.checkpoint import (
     check_disk,
     checkpoint_bytes,
-    initial_sample,
     latest_checkpoint,
     load_checkpoint,
     prune,
@@ -65,13 +65,30 @@ def test_the_initial_sample_is_that_of_step_0(run: Trainer, tmp_path: Path) -> N
         assert sample.keys() == start.keys()
         for name, p in start.items():
             assert sample[name]["value"].equal(p.detach().flatten()[sample[name]["index"]])
-            assert len(sample[name]["index"].unique()) == min(p.numel(), 256)
+            assert len(sample[name]["index"].unique()) == (p.numel() if p.numel() <= 512 else 256)
 
 
-def test_the_sample_is_spread_over_the_tensor() -> None:
-    model = torch.nn.Linear(100, 10, bias=False)
-    index = initial_sample(model)["weight"]["index"]
-    assert len(index) == 256 and index.dtype == torch.int64 and index[-1] > 700
+def test_the_sample_of_a_checkpoint_sees_every_column(run: Trainer) -> None:
+    state = load_checkpoint(step_path(run.run_dir, 6))
+    wide = {name: p.shape[-1] for name, p in state["model_state_dict"].items() if p.ndim > 1 and p.numel() > 512}
+    assert {"embedding.weight", "lm_heads.0.weight"} <= wide.keys()
+    for name, n_columns in wide.items():
+        assert len((state["initial_sample"][name]["index"] % n_columns).unique()) == n_columns, name
+
+
+def test_an_old_sample_goes_on_as_it_was(run: Trainer, tmp_path: Path) -> None:
+    """Its values are those of step 0, which no later one can replace; the inspection says what it did not see."""
+    shutil.copytree(run.run_dir, tmp_path / "run")
+    state = load_checkpoint(step_path(run.run_dir, 6))
+    start = dict(build_model(run.config.model, run.config.training.seed).named_parameters())
+    for name, p in start.items():  # as checkpoints of be5cd36 hold it
+        index = torch.arange(min(p.numel(), 256)) * max(1, p.numel() // 256)
+        state["initial_sample"][name] = {"index": index, "value": p.detach().flatten()[index]}
+    save_atomically(state, step_path(tmp_path / "run", 6))
+    train(run.config.with_(training={"steps": 7}), tmp_path / "run", resume=True)
+    resumed = load_checkpoint(step_path(tmp_path / "run", 7))
+    for name, kept in state["initial_sample"].items():
+        assert all(resumed["initial_sample"][name][key].equal(kept[key]) for key in ("index", "value"))
 
 
 def test_the_newest_are_kept(run: Trainer, tmp_path: Path) -> None:
@@ -197,7 +214,7 @@ def test_the_estimate_is_an_upper_bound_for_every_remedy(tmp_path: Path, remedy:
     for optimizer in optimizers:
         optimizer.step()
     states = [optimizer.state_dict() for optimizer in optimizers]
-    sample = initial_sample(model)
+    sample = start_sample(model)
     save_atomically({"model": model.state_dict(), "optimizer": states, "sample": sample}, tmp_path / "c.pt")
     size = (tmp_path / "c.pt").stat().st_size
     assert size <= before and size <= checkpoint_bytes(model, optimizers)

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import CONFIGS, tiny
+from filelock import FileLock
+from tiny_run import CONFIGS, tiny, train
 
 from moe_lab import Trainer
+from moe_lab import __main__ as command_line
 from moe_lab.__main__ import main
 from moe_lab.config import to_yaml
 
@@ -183,13 +185,35 @@ def test_a_sick_run_is_told_while_it_runs(tmp_path: Path, capsys) -> None:
     )
     (tmp_path / "c.yaml").write_text(to_yaml(config))
     run_dir = tmp_path / "run"
-    assert main(["run", str(tmp_path / "c.yaml"), "--run-dir", str(run_dir)]) == 0
+    assert main(["run", str(tmp_path / "c.yaml"), "--run-dir", str(run_dir)]) == 1
     out, err = capsys.readouterr()
+    before_training = err[: err.index("step 0: validation loss")]
+    assert re.search(rf"^error: bf16_parameters: {tmp_path}/c.yaml:\d+: \S", before_training, re.MULTILINE)
     assert "lost_updates: bfloat16 rounds updates away" in err
     written = [json.loads(line) for line in (run_dir / "findings.jsonl").read_text().splitlines()]
     assert "lost_updates" in {finding["rule"] for finding in written}
     assert json.loads((run_dir / "summary.json").read_text())["findings"] == written
     assert out.endswith(f"see {run_dir / 'findings.jsonl'}\n")
+
+
+def test_a_run_ends_with_1_for_what_preflight_found_alone(tmp_path: Path, capsys) -> None:
+    """Two updates are too few for the watch to find anything."""
+    (tmp_path / "c.yaml").write_text(to_yaml(tiny(tmp_path, precision={"parameters": "bfloat16"})))
+    assert main(["run", str(tmp_path / "c.yaml"), "training.steps=2", "--run-dir", str(tmp_path / "run")]) == 1
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["findings"] == []
+    assert capsys.readouterr().out.endswith("0 errors, 0 warnings, 0 info\n")
+
+
+def test_nothing_is_written_into_a_run_that_another_process_holds(tmp_path: Path, capsys, monkeypatch) -> None:
+    config = tiny(tmp_path, training={"steps": 2})
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    train(config, tmp_path / "run")
+    monkeypatch.setattr(command_line, "Watch", lambda *given, **options: pytest.fail("a watch opened its log"))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with FileLock(tmp_path / "run" / ".lock"):
+        assert main(["run", str(tmp_path / "c.yaml"), "--run-dir", str(tmp_path / "run"), "--resume"]) == 2
+    assert "another process trains here; wait for it" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
 def test_overrides_may_follow_an_option(tmp_path: Path, capsys) -> None:

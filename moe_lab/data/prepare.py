@@ -14,10 +14,10 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from moe_lab.config import ConfigError, DataConfig, ModelConfig
+from moe_lab.config import ROOT, ConfigError, DataConfig, ModelConfig
 from moe_lab.data.corpus import Corpus, read_corpus, tell
 
-CACHE = Path(__file__).resolve().parents[2] / ".cache"
+CACHE = ROOT / ".cache"
 FORMAT = 1  # raise it whenever the same text would give other files
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 0
@@ -53,7 +53,8 @@ class Dataset(NamedTuple):
 def prepare(data: DataConfig, model: ModelConfig, cache_dir: Path | None = None, progress: bool = True) -> Dataset:
     """Read the corpus, and train a tokenizer and encode the text unless that was done before.
 
-    The files lie in `cache_dir / "data"` (by default the repository's `.cache`), in a folder named by their content.
+    The files lie in `cache_dir / "data"` (by default `.cache` in the repository, or of an installed package in
+    the current folder), in a folder named by their content.
     The source itself is read each time, so that a changed text is noticed.
     Raises ConfigError if the source cannot be read or holds too little text for `model.max_seq_len`.
     """

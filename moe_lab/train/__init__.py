@@ -1,3 +1,18 @@
+"""Trains a model in a run directory: updates, checkpoints, a record that can be read at any moment.
+
+loop.py        the Trainer: steps, fit
+device.py      where and in which precision a run computes
+readings.py    what is read off each step, on the device until it is worth a transfer
+evaluate.py    the validation loss
+controls.py    what a person or a signal may ask for while a run goes on
+checkpoint.py  a run's state, written whole or not at all, and read back
+resume.py      which config and which rows a resumed run goes on with
+record.py      JSON lines: record, findings
+summary.py     what a run came to
+load.py        from a run directory back to a model
+command.py     how a command ends
+"""
+
 from moe_lab.train.checkpoint import RunError
 from moe_lab.train.load import load_run
 from moe_lab.train.loop import Trainer

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from moe_lab.config import to_dict
+from moe_lab.health.sampling import WHOLE
 from moe_lab.train.device import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 FOLDER = "checkpoints"
 INTERRUPTED = "checkpoint_interrupted.pt"
-SAMPLE_SIZE = 256  # initial values kept of each tensor; smaller tensors are kept whole
 PER_TENSOR = 1 << 10  # bytes, at most, for names and alignment of what is kept of a tensor
 
 
@@ -32,18 +32,6 @@ class DamagedError(RunError):
     """A file that was read to its end and is no whole checkpoint."""
 
 
-def initial_sample(model: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """Of each parameter, evenly spaced flat indices (int64) and the values there now, on the CPU.
-
-    A checkpoint carries the sample of step 0, so that what never moved can be told from the file alone.
-    """
-    sample = {}
-    for name, p in model.named_parameters():
-        index = torch.arange(min(p.numel(), SAMPLE_SIZE)) * max(1, p.numel() // SAMPLE_SIZE)
-        sample[name] = {"index": index, "value": p.detach().flatten()[index.to(p.device)].cpu()}
-    return sample
-
-
 def checkpoint_bytes(model: nn.Module, optimizers: list[Optimizer]) -> int:
     """An upper bound of a checkpoint's size: the model, and of each optimizer what it keeps or is going to keep.
 
@@ -51,7 +39,7 @@ def checkpoint_bytes(model: nn.Module, optimizers: list[Optimizer]) -> int:
     two moments and a master copy in float32.
     """
     tensors = [*model.parameters(), *model.buffers()]
-    total = (1 << 20) + sum(t.nbytes + 12 * min(t.numel(), 2 * SAMPLE_SIZE) + PER_TENSOR for t in tensors)
+    total = (1 << 20) + sum(t.nbytes + 12 * min(t.numel(), WHOLE) + PER_TENSOR for t in tensors)
     for optimizer in optimizers:
         held = sum(t.nbytes for kept in optimizer.state.values() for t in kept.values() if isinstance(t, Tensor))
         expected = sum(

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from moe_lab.config import Config, to_yaml
 from moe_lab.data import Batches, loss_floors, prepare
+from moe_lab.health.sampling import start_sample
 from moe_lab.model import LanguageModel, build_model
 from moe_lab.optim import build_optimizers, groups_of, lr_share
 from moe_lab.train import checkpoint as ckpt
@@ -219,7 +220,7 @@ class Trainer:
             )
         self.readings = Readings(self.model)
         if self.initial_sample is None:
-            self.initial_sample = ckpt.initial_sample(self.model)
+            self.initial_sample = start_sample(self.model)
         torch.manual_seed(self.config.training.seed)  # for dropout, whatever this process drew before
         if self.rng_state is not None:
             ckpt.restore_rng(self.rng_state, self.device)
