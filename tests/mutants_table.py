@@ -386,7 +386,7 @@ MUTANTS = [
     Mutant(
         "the bootstrap takes a fit's residuals for its errors",
         "moe_lab/failures/surface.py",
-        " * math.sqrt(fit.n / (fit.n - TERMS))",
+        " * math.sqrt(n / (n - TERMS))",
         "",
         "tests/test_surface.py::test_with_little_noise_the_interval_of_the_loss_is_that_of_least_squares",
     ),

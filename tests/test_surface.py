@@ -36,7 +36,7 @@ def test_an_exact_quadratic_is_found_again() -> None:
     assert fit.stationary == pytest.approx((-1.8, -2.7))
     assert fit.is_minimum
     assert fit.is_inside
-    assert (fit.n, fit.n_dropped, fit.box) == (13, 0, ((-3.4, -0.6), (-4.4, -1.6)))
+    assert (len(fit.losses), fit.n_dropped, fit.box) == (13, 0, ((-3.4, -0.6), (-4.4, -1.6)))
     assert fit.residual_sd == pytest.approx(0, abs=1e-12)
     elsewhere = np.array([[0.3, -5.0], [-2.2, 1.0]])
     np.testing.assert_allclose(fit.predict(elsewhere), bowl(elsewhere))
@@ -63,7 +63,7 @@ def test_diverged_points_are_dropped_and_counted() -> None:
     y = bowl(POINTS)
     y[[6, 8]] = np.inf
     fit = fit_quadratic(POINTS, y)
-    assert (fit.n, fit.n_dropped) == (11, 2)
+    assert (len(fit.losses), fit.n_dropped) == (11, 2)
     assert fit.stationary == pytest.approx((-1.8, -2.7))
     y[POINTS[:, 0] > -1.5] = np.inf
     assert fit_quadratic(POINTS, y).box[0] == (-3.4, -2.0)

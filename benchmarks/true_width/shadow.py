@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from moe_lab.health import Watch
-from moe_lab.health.measures import is_lost, share_of
+from moe_lab.health.measures import is_lost, ratio_of_sums
 from moe_lab.optim.groups import group_of
 
 SAMPLE = 4096  # elements of a tensor; a smaller one is taken whole
@@ -86,40 +85,21 @@ class Shadow:
         return table
 
 
-class Sums(NamedTuple):
-    """Over sampled elements, estimated for a whole tensor; named as in health's readings, so that its shares are these."""
-
-    realised_intended: float  # Σ ru
-    intended_square: float  # Σ u²
-    rruu: float
-    ruuu: float
-    uuuu: float
-    lost: float
-    n_touched: float
-    ulps_square: float = 0.0
-
-    @property
-    def moments(self) -> tuple[float, float, float]:
-        return self.rruu, self.ruuu, self.uuuu
-
-
 def displacement(watch: Watch) -> dict[str, list[float]]:
     """name → the seven sums of `Shadow.read` in a bf16 run: of whole displacements since the watch began, against the sum of
     the steps that were meant, each replayed in float32. `lost` are elements that are where they began."""
     watch.check()
     known = [r for r in watch.readings if r.intended_square is not None]
-    return {r.name: [r.realised_intended, r.intended_square, *r.moments, r.unchanged, r.n_touched] for r in known}
+    columns = ("realised_intended", "intended_square", "moments_rruu", "moments_ruuu", "moments_uuuu")
+    return {r.name: [*(getattr(r, c) for c in columns), r.unchanged, r.n_touched] for r in known}
 
 
 def share(rows: Iterable[Sequence[float]]) -> dict[str, float]:
     """From rows of `Shadow.read` or `displacement`: realised share ρ = Σ ru / Σ u², its standard error over elements, lost
     share of the updates (each 0 to 1; ρ may exceed 1 where rounding up prevails)."""
-    sums = [Sums(*row) for row in rows]
-    found = share_of(sums)
-    if found is None:
-        return {"rho": math.nan, "error": math.nan, "lost": math.nan}
-    lost = sum(s.lost for s in sums) / sum(s.n_touched for s in sums)
-    return {"rho": found.rho, "error": found.error, "lost": lost}
+    *sums, lost, n = (sum(column) for column in zip(*rows, strict=True))
+    rho, error = ratio_of_sums(*sums) if sums[1] else (math.nan, math.nan)
+    return {"rho": rho, "error": error, "lost": lost / n if sums[1] else math.nan}
 
 
 def at_lr(table: dict[str, dict[str, list[float]]], lr: float, factors: dict[str, float] | None = None) -> dict:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from itertools import permutations
 from typing import NamedTuple
 
@@ -20,19 +19,23 @@ Box = tuple[tuple[float, float], tuple[float, float]]  # (low, high) of a, then 
 TERMS = 6  # 1, a, b, a², ab, b²
 
 
-@dataclass(frozen=True, kw_only=True)
-class Quadratic:
-    """`c0 + c1·a + c2·b + c3·a² + c4·ab + c5·b²`, fitted to points in `box`."""
+class Quadratic(NamedTuple):
+    """`c0 + c1·a + c2·b + c3·a² + c4·ab + c5·b²`, fitted to n points."""
 
     coefficients: NDArray  # (6,)
-    box: Box  # of the points that were kept
-    n: int  # points kept
+    points: NDArray  # (n, 2), those with a finite loss
+    losses: NDArray  # (n,)
     n_dropped: int  # points whose loss was infinite
-    residual_sd: float  # n - 6 degrees of freedom; NaN for n = 6
 
-    def predict(self, x: ArrayLike) -> NDArray:
-        """Losses (n,) at points (n, 2)."""
-        return terms(np.asarray(x, dtype=float)) @ self.coefficients
+    @property
+    def box(self) -> Box:
+        return tuple((axis.min().item(), axis.max().item()) for axis in self.points.T)
+
+    @property
+    def residual_sd(self) -> float:
+        """With n - 6 degrees of freedom; NaN for n = 6."""
+        square, freedom = ((self.losses - self.predict(self.points)) ** 2).sum(), len(self.losses) - TERMS
+        return math.sqrt(square / freedom) if freedom else math.nan
 
     @property
     def stationary(self) -> tuple[float, float]:
@@ -49,6 +52,10 @@ class Quadratic:
     def is_inside(self) -> bool:
         """Whether the stationary point lies strictly inside the box."""
         return bool(inside(np.array(self.stationary), self.box))
+
+    def predict(self, x: ArrayLike) -> NDArray:
+        """Losses (n,) at points (n, 2)."""
+        return terms(np.asarray(x, dtype=float)) @ self.coefficients
 
 
 class Interval(NamedTuple):
@@ -68,15 +75,14 @@ class Optimum(NamedTuple):
     share_at_edge: float  # of the resamples: theirs lay on the box's edge, so the optimum may lie beyond it
 
 
-@dataclass(frozen=True, kw_only=True)
-class GridBest:
+class GridBest(NamedTuple):
     """The best learning rate of a grid by the mean over seeds, and what a parabola through it and its neighbours says."""
 
     at_edge: bool  # the optimum is not bracketed: widen the grid
     lr: float  # on the grid
     loss: float  # mean over seeds
-    optimum_lr: float | None  # of the parabola; None at an edge or beside a run that diverged
-    optimum_loss: float | None
+    optimum_lr: float | None = None  # of the parabola; None at an edge or beside a run that diverged
+    optimum_loss: float | None = None
 
 
 def fit_quadratic(x: ArrayLike, y: ArrayLike) -> Quadratic:
@@ -85,19 +91,21 @@ def fit_quadratic(x: ArrayLike, y: ArrayLike) -> Quadratic:
     Points with an infinite loss are dropped and counted. Raises ConfigError for NaN, for unequal lengths, and if the
     points that are left cannot determine six coefficients.
     """
-    points, losses = finite_points(x, y)
+    points, losses = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    if losses.ndim != 1 or points.shape != (len(losses), 2):
+        shapes = f"x of shape {points.shape} must hold two coordinates for each loss of y, shape {losses.shape}"
+        raise ConfigError(shapes)
+    if not np.isfinite(points).all() or np.isnan(losses).any():
+        raise ConfigError("a coordinate is not finite or a loss is NaN; a run that diverged has the loss infinity")
+    kept = np.isfinite(losses)
+    if not kept.any():
+        raise ConfigError("every loss is infinite; add lower learning rates")
+    points, losses = points[kept], losses[kept]
     # centred: log10 of LRs lie far from 0, where their powers look alike
-    if len(points) < TERMS or np.linalg.matrix_rank(terms(points - points.mean(axis=0))) < TERMS:
+    if np.linalg.matrix_rank(terms(points - points.mean(axis=0))) < TERMS:
         raise ConfigError(f"{len(points)} points with finite losses do not determine a quadratic; add settings")
     coefficients = np.linalg.lstsq(terms(points), losses, rcond=None)[0]
-    square, freedom = ((losses - terms(points) @ coefficients) ** 2).sum(), len(losses) - TERMS
-    return Quadratic(
-        coefficients=coefficients,
-        box=tuple((axis.min().item(), axis.max().item()) for axis in points.T),
-        n=len(losses),
-        n_dropped=len(np.asarray(y)) - len(losses),
-        residual_sd=math.sqrt(square / freedom) if freedom else math.nan,
-    )
+    return Quadratic(coefficients, points, losses, n_dropped=int((~kept).sum()))
 
 
 def bootstrap_optimum(x: ArrayLike, y: ArrayLike, n_resamples: int = 2000, seed: int = 0) -> Optimum:
@@ -110,13 +118,12 @@ def bootstrap_optimum(x: ArrayLike, y: ArrayLike, n_resamples: int = 2000, seed:
     Source: Davison & Hinkley 1997, Bootstrap Methods and their Application, ch. 6, resampling errors.
     """
     fit = fit_quadratic(x, y)
-    if fit.n <= TERMS:
-        raise ConfigError(f"{fit.n} points with finite losses leave no residual to resample; 7 or more are needed")
-    points, losses = finite_points(x, y)
-    fitted = fit.predict(points)
-    residuals = (losses - fitted) * math.sqrt(fit.n / (fit.n - TERMS))
-    draws = np.random.default_rng(seed).choice(residuals, (n_resamples, fit.n))  # (R, n)
-    coefficients = np.linalg.lstsq(terms(points), (fitted + draws).T, rcond=None)[0].T  # (R, 6)
+    fitted, n = fit.predict(fit.points), len(fit.points)
+    if n <= TERMS:
+        raise ConfigError(f"{n} points with finite losses leave no residual to resample; 7 or more are needed")
+    residuals = (fit.losses - fitted) * math.sqrt(n / (n - TERMS))
+    draws = np.random.default_rng(seed).choice(residuals, (n_resamples, n))  # (R, n)
+    coefficients = np.linalg.lstsq(terms(fit.points), (fitted + draws).T, rcond=None)[0].T  # (R, 6)
     optima = least_in_box(coefficients, fit.box)  # (R, 3)
     intervals = (Interval(*ends) for ends in np.quantile(optima, (0.025, 0.975), axis=0).T.tolist())
     least = least_in_box(fit.coefficients[None], fit.box)[0].tolist()
@@ -137,15 +144,13 @@ def best_on_grid(lrs: ArrayLike, losses_by_seed: ArrayLike) -> GridBest:
     if np.isinf(mean).all():
         raise ConfigError("at each learning rate a run diverged; add lower ones")
     i = int(mean.argmin())
-    at_edge, near = i in (0, len(grid) - 1), slice(i - 1, i + 2)
-    optimum_lr = optimum_loss = None
-    if not at_edge and np.isfinite(mean[near]).all() and np.ptp(mean[near]):
-        parabola = np.poly1d(np.polyfit(np.log(grid[near]), mean[near], 2))
-        lowest = (-parabola[1] / (2 * parabola[2])).item()
-        optimum_lr, optimum_loss = math.exp(lowest), parabola(lowest).item()
-    return GridBest(
-        at_edge=at_edge, lr=grid[i].item(), loss=mean[i].item(), optimum_lr=optimum_lr, optimum_loss=optimum_loss
-    )
+    best = GridBest(i in (0, len(grid) - 1), grid[i].item(), mean[i].item())
+    near = slice(i - 1, i + 2)
+    if best.at_edge or not np.isfinite(mean[near]).all() or not np.ptp(mean[near]):
+        return best
+    parabola = np.poly1d(np.polyfit(np.log(grid[near]), mean[near], 2))
+    lowest = (-parabola[1] / (2 * parabola[2])).item()
+    return best._replace(optimum_lr=math.exp(lowest), optimum_loss=parabola(lowest).item())
 
 
 def shapley(values: Mapping[frozenset[str], float], factors: Collection[str]) -> dict[str, float]:
@@ -188,19 +193,6 @@ def terms(points: NDArray) -> NDArray:
     """(…, 2) → (…, 6)."""
     a, b = points[..., 0], points[..., 1]
     return np.stack([np.ones_like(a), a, b, a * a, a * b, b * b], axis=-1)
-
-
-def finite_points(x: ArrayLike, y: ArrayLike) -> tuple[NDArray, NDArray]:
-    points, losses = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    if losses.ndim != 1 or points.shape != (len(losses), 2):
-        raise ConfigError(
-            f"x of shape {points.shape} must hold two coordinates for each loss of y, shape {losses.shape}"
-        )
-    if not np.isfinite(points).all() or np.isnan(losses).any():
-        raise ConfigError("a coordinate is not finite or a loss is NaN; a run that diverged has the loss infinity")
-    if np.isinf(losses).all():
-        raise ConfigError("every loss is infinite; add lower learning rates")
-    return points[np.isfinite(losses)], losses[np.isfinite(losses)]
 
 
 def inside(points: NDArray, box: Box) -> NDArray:
