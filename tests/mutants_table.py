@@ -391,6 +391,27 @@ MUTANTS = [
         "tests/test_surface.py::test_with_little_noise_the_interval_of_the_loss_is_that_of_least_squares",
     ),
     Mutant(
+        "a subclass's step is counted twice",
+        "moe_lab/health/torch_private.py",
+        "    return n > 1",
+        "    return n > 2",
+        "tests/test_health_wheel.py::test_it_does_what_its_readme_says_where_nothing_but_torch_can_be_imported",
+    ),
+    Mutant(
+        "a replayed step calls hooks that users registered for all optimizers",
+        "moe_lab/health/torch_private.py",
+        'kind.step.__wrapped__ if getattr(kind.step, "hooked", False) else kind.step',
+        "kind.step",
+        "tests/test_health_wheel.py::test_it_does_what_its_readme_says_where_nothing_but_torch_can_be_imported",
+    ),
+    Mutant(
+        "preflight does not use the size that it is handed",
+        "moe_lab/health/before/preflight.py",
+        "n_parameters or plan.n_parameters()",
+        "plan.n_parameters()",
+        "tests/test_preflight.py::test_the_size_that_is_handed_in_counts",
+    ),
+    Mutant(
         "branches differ in what a GPU's dropout draws",
         "moe_lab/health/random_state.py",
         "            generators(device).set_rng_state(state, *which(device))",
