@@ -39,10 +39,10 @@ class Finding:
 
 
 def found(
-    rule: str, severity: str, where: str, message: str, advice: str, value: Any = None, limit: Any = None
+    rule: str, severity: str, where: str, message: str, advice: str, value: Any = None, limit: Any = None, step=None
 ) -> Finding:
-    """A Finding without a run: of a file, a config or a checkpoint."""
-    return Finding(rule=rule, severity=severity, where=where, value=value, limit=limit, message=message, advice=advice)
+    """A Finding, its fields by their places."""
+    return Finding(**locals())
 
 
 # rule id → (the highest severity it can reach, what it says). Every finding carries one of these ids.

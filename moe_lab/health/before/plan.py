@@ -58,11 +58,9 @@ class Entry(NamedTuple):
 
 def as_number(value: Any) -> float | None:
     """A finite number, also one that YAML takes for text (3e-4); None for everything else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
     try:
-        number = float(value)
-    except (ValueError, OverflowError):
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
 
@@ -75,12 +73,7 @@ def family(name: str) -> str | None:
 class Plan:
     """A config's entries and the questions that the rules ask. Answers are None where the keys do not tell."""
 
-    def __init__(
-        self,
-        entries: Sequence[Entry],
-        origin: str | None = None,
-        aliases: Mapping[str, Sequence[str]] = ALIASES,
-    ):
+    def __init__(self, entries: Sequence[Entry], origin: str | None = None, aliases: Mapping = ALIASES):
         self.entries, self.origin, self.aliases = list(entries), origin, aliases
         self.by_key: dict[str, Entry] = {}
         for entry in self.entries:
@@ -122,8 +115,7 @@ class Plan:
         n_experts, moe_layers = self.number("n_experts", 0.0), self.find("moe_layers")
         listed = moe_layers and isinstance(moe_layers.value, list)
         n_moe = (len(moe_layers.value) if listed else depth) if n_experts else 0
-        d_ff_expert = self.number("d_ff_expert")
-        experts = n_experts * (3 * width * d_ff_expert if d_ff_expert else feed_forward)
+        experts = n_experts * (3 * width * self.number("d_ff_expert", 0.0) or feed_forward)
         tied = self.find("tie_word_embeddings")
         tables = 1 if tied and tied.value is True else 2
         layers = depth * attention + (depth - n_moe) * feed_forward + n_moe * experts
@@ -142,13 +134,13 @@ class Plan:
 
     def peak_rates(self) -> list[tuple[Entry, float, str | None]]:
         """Each peak LR: its entry, its value > 0, and the family that it is for (by the key's own name, then the config's)."""
-        found = []
+        rates = []
         for entry in self.entries:
             number = as_number(entry.value)
             if PEAK_LR.fullmatch(entry.path[-1].lower()) and number is not None and number > 0:
                 own = next(filter(None, map(family, reversed(entry.path))), None)
-                found.append((entry, number, own or self.optimizer()))
-        return found
+                rates.append((entry, number, own or self.optimizer()))
+        return rates
 
     def convention(self) -> str:
         """Muon's convention; where the config does not say, torch.optim.Muon's default."""
@@ -160,9 +152,8 @@ class Plan:
         width = int(self.number("d_model") or 1)
         groups = []
         for entry, lr, name in self.peak_rates():
-            kind = name if name in ("muon", "adam") else "other"
-            if UNLIKE_MATRICES.search(entry.path[-1].lower()):
-                kind = "other"
+            judged = name in ("muon", "adam") and not UNLIKE_MATRICES.search(entry.path[-1].lower())
+            kind = name if judged else "other"
             groups.append((Group(entry.path[-1], kind, lr, (width, width), self.convention()), entry))
             ratios = [e for e in self.entries if RATIO.fullmatch(e.path[-1])] if kind == "muon" else []
             for beside in ratios:

@@ -43,10 +43,9 @@ def preflight(
     not tell is not judged. Raises ValueError, in one line, for a source that cannot be read as a mapping.
     """
     schema = schema or {}
-    if set(schema) - set(SCHEMA_KEYS):
-        raise ValueError(
-            f"schema has {', '.join(sorted(set(schema) - set(SCHEMA_KEYS)))}; it takes {', '.join(SCHEMA_KEYS)}"
-        )
+    unknown = sorted(set(schema) - set(SCHEMA_KEYS))
+    if unknown:
+        raise ValueError(f"schema has {', '.join(unknown)}; it takes {', '.join(SCHEMA_KEYS)}")
     if isinstance(source, Mapping):
         origin, entries = None, limited(entries_of_mapping(source), "config")
     elif isinstance(source, (str, Path)):
@@ -86,9 +85,7 @@ def read_entries(path: Path) -> list[Entry]:
     try:
         import yaml
     except ModuleNotFoundError:
-        raise ValueError(
-            f"{path}: reading YAML needs PyYAML: pip install pyyaml; or give preflight a mapping"
-        ) from None
+        raise ValueError(f"{path}: to read it needs PyYAML: pip install pyyaml; or give a mapping") from None
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -210,10 +207,8 @@ def judged_rates(plan: Plan, n_parameters: float | None) -> Iterator[Finding]:
 
 
 def contradicted_comments(plan: Plan) -> Iterator[Finding]:
-    for entry, value, optimizer in plan.peak_rates():
-        finding = contradiction(entry, value, optimizer, plan.where(entry))
-        if finding:
-            yield finding
+    judged = (contradiction(entry, lr, family, plan.where(entry)) for entry, lr, family in plan.peak_rates())
+    yield from filter(None, judged)
 
 
 def schedule(plan: Plan) -> Iterator[Finding]:

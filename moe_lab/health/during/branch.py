@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..findings import Finding
+from ..findings import Finding, found
 from ..random_state import RandomState
 from ..torch_private import without_step_hooks
 
@@ -24,6 +24,8 @@ N_UPDATES = 30
 FACTOR = 3.0
 GAIN = 0.05  # nats that a branch must gain over the settings as they are
 SIGMAS = 3.0  # standard errors of the paired differences that the gain must exceed
+
+Change = Callable[[list[Optimizer]], None]  # of the optimizers' options
 
 
 class Branch(NamedTuple):
@@ -45,7 +47,7 @@ def branch_probe(
     optimizer: Optimizer | Iterable[Optimizer],
     loss_fn: Callable[[nn.Module, Any], Tensor],
     batches: Sequence[Any],
-    branches: Mapping[str, Callable[[list[Optimizer]], None]] | None = None,
+    branches: Mapping[str, Change] | None = None,
     n_updates: int = N_UPDATES,
     max_grad_norm: float | None = 1.0,
 ) -> list[Branch]:
@@ -82,12 +84,10 @@ def branch_probe(
     return [Branch(name, sum(mine) / len(mine), *paired(base, mine)) for name, mine in losses.items()]
 
 
-def lr_branches(
-    optimizers: Sequence[Optimizer], factor: float = FACTOR
-) -> dict[str, Callable[[list[Optimizer]], None]]:
+def lr_branches(optimizers: Sequence[Optimizer], factor: float = FACTOR) -> dict[str, Change]:
     """Each parameter group's LR times `factor`, and all together: `muon × 3`, `adamw × 3`, `all × 3`."""
 
-    def scale(chosen: set[int]) -> Callable[[list[Optimizer]], None]:
+    def scale(chosen: set[int]) -> Change:
         def change(optimizers: list[Optimizer]) -> None:
             for index, group in enumerate(group for o in optimizers for group in o.param_groups):
                 if index in chosen:
@@ -102,20 +102,12 @@ def lr_branches(
 
 def branch_findings(branches: Sequence[Branch], step: int | None = None) -> list[Finding]:
     """`lr_too_low`, an error, for the branch that gained most, if that is proof. For branches with raised LRs."""
-    proofs = sorted((b for b in branches if b.is_proof), key=lambda b: -b.gain)
-    return [
-        Finding(
-            rule="lr_too_low",
-            severity="error",
-            where=best.name,
-            step=step,
-            value=best.gain,
-            limit=GAIN,
-            message=f"from the same state on the same batches, {best.name} ends {best.gain:.2f} ± {best.error:.2f} nats lower",
-            advice="raise that learning rate, and probe again until a factor of 3 gains nothing",
-        )
-        for best in proofs[:1]
-    ]
+    best = max((branch for branch in branches if branch.is_proof), key=lambda branch: branch.gain, default=None)
+    if best is None:
+        return []
+    message = f"from the same state on the same batches, {best.name} ends {best.gain:.2f} ± {best.error:.2f} nats lower"
+    advice = "raise that learning rate, and probe again until a factor of 3 gains nothing"
+    return [found("lr_too_low", "error", best.name, message, advice, best.gain, GAIN, step)]
 
 
 def paired(base: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
