@@ -1,6 +1,7 @@
 """A training post-mortem that you can run. The folders are the architecture; imports run downwards.
 
-config.py    what a run is: dataclasses and YAML
+config.py    what a run is: every field of its YAML file
+sections.py  how such fields are read, checked and written
 schema.py    what health is told of the lab's own configs
 data/        from text to batches
 model/       the language model: one mechanism a file

@@ -8,7 +8,7 @@ import yaml
 from tiny_run import CONFIGS
 
 from moe_lab import ConfigError, load_config
-from moe_lab.config import Config, differences, from_dict, to_dict, to_yaml
+from moe_lab.config import ROOT, Config, differences, from_dict, root_of, to_dict, to_yaml
 
 PACKAGE = Path(__file__).parents[1] / "moe_lab"
 SECTIONS = {f.name: f.default_factory for f in fields(Config)}
@@ -68,6 +68,39 @@ def test_overrides_win_and_are_typed(tmp_path: Path) -> None:
     assert (config.training.steps, config.training.seed, config.training.max_lr) == (8, 1, 0.001)
     assert config.model.moe_layers == (0, 2) and config.model.mamba_enabled is True and config.model.head_dim is None
     assert config.data.source == "a=b"
+    assert load_config(CONFIGS / "smoke.yaml", ["model.aux_loss_weights=[1, 5e-1]"]).model.aux_loss_weights == (1, 0.5)
+
+
+@pytest.mark.parametrize(
+    "word", ["2024", "1e3", "true", "2024-01-02", "*.txt", "[a]", "a: b", "@x", "a # b", "null.txt"]
+)
+@pytest.mark.parametrize("key", ["data.source", "data.subset"])
+def test_an_override_of_a_text_field_is_text_whatever_yaml_makes_of_it(key: str, word: str) -> None:
+    def value(text: str) -> str:
+        return to_dict(load_config(CONFIGS / "smoke.yaml", [f"{key}={text}"]))["data"][key.split(".")[1]]
+
+    assert value(word) == value(f" {word} ") == word
+    assert value(f"'{word}'") == word  # YAML's quotes, for whoever writes them
+
+
+@pytest.mark.parametrize("word", ["", "null", "~"])
+def test_a_text_field_that_may_be_absent_is_emptied_by_null(word: str) -> None:
+    assert load_config(CONFIGS / "smoke.yaml", ["data.subset=a", f"data.subset={word}"]).data.subset is None
+    with pytest.raises(ConfigError, match=r"^override: data.source=None must be text$"):
+        load_config(CONFIGS / "smoke.yaml", [f"data.source={word}"])
+
+
+def test_the_root_is_a_checkout_or_the_working_directory(tmp_path: Path, monkeypatch) -> None:
+    assert (ROOT / "configs" / "lab.yaml").exists() and root_of(PACKAGE) == ROOT
+    site, away = tmp_path / "site-packages", tmp_path / "away"
+    (site / "moe_lab").mkdir(parents=True)
+    away.mkdir()
+    monkeypatch.chdir(away)
+    assert root_of(site / "moe_lab") == away
+    (site / "pyproject.toml").touch()  # of somebody else
+    assert root_of(site / "moe_lab") == away
+    (site / "configs").mkdir()
+    assert root_of(site / "moe_lab") == site
 
 
 def test_a_text_in_place_of_a_list_of_overrides(tmp_path: Path) -> None:
@@ -166,7 +199,7 @@ def unread(config_source: str, sources: dict[str, str]) -> set[str]:
         for part in getattr(cls, "body", []) if isinstance(cls, ast.ClassDef) else []:
             if section and isinstance(part, ast.AnnAssign):
                 known.add(f"{section}.{part.target.id}")
-            if isinstance(part, ast.FunctionDef) and part.name != "__post_init__":  # to check a value is not to use it
+            if isinstance(part, ast.FunctionDef) and part.name != "conflicts":  # to check a value is not to use it
                 methods.append((part.name, section, attributes(part)))
     for _ in methods:  # a property may read a property
         for name, section, inner in methods:
