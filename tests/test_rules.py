@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, AdamW
-from toy import Toy, adamw, finding, said, toy, watched
+from toy import Toy, adamw, finding, said, spoken, toy, watched
 
 from moe_lab.health import RULES, Watch
-from moe_lab.health.during.rules_updates import direction_bias
+from moe_lab.health.during.rules_updates import DIRECTION_BIAS
 from moe_lab.optim import Muon
 
 
@@ -111,7 +111,7 @@ def one_way(lr: float) -> list:
         model.weight.grad = sign * half
         optimizer.step()
     watch.check()
-    return list(direction_bias(watch.state()))
+    return spoken(DIRECTION_BIAS, watch.state())
 
 
 def test_updates_that_survive_downwards_only() -> None:

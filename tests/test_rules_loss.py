@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from torch.optim import SGD, AdamW
-from toy import VOCAB, adamw, finding, loss_of, said, toy, train, watched
+from toy import VOCAB, adamw, finding, loss_of, said, spoken, toy, train, watched
 
 from moe_lab.health import Watch
 from moe_lab.health.during import rules_loss
@@ -80,7 +80,7 @@ def state_with(losses: list[float], lrs: list[float], **changes):
     watch = Watch(model, adamw(model, lr=1.0))
     for lr in lrs:
         watch.optimizers[0].param_groups[0]["lr"] = lr
-        watch.groups[0].saw()
+        watch.groups[0].note_lr()
     watch.groups[0].fetch()
     watch.check()
     return dataclasses.replace(watch.state(), losses=losses, step=len(lrs), **changes)
@@ -93,11 +93,16 @@ def noisy(start: float, end: float, n: int = 100) -> list[float]:
 
 def test_the_loss_must_fall_once_the_learning_rate_has_acted() -> None:
     flat, v = noisy(math.log(VOCAB), math.log(VOCAB)), 0.01
-    trend = lambda losses, lrs: [(f.rule, f.severity) for f in rules_loss.loss_trend(state_with(losses, lrs))]  # noqa: E731
+    rules = (rules_loss.NONFINITE_LOSS, rules_loss.LOSS_ROSE, rules_loss.LOSS_NOT_FALLING)
+
+    def trend(losses, lrs):
+        state = state_with(losses, lrs)
+        return [(f.rule, f.severity) for rule in rules for f in spoken(rule, state)]
+
     assert trend(flat, [v] * 100) == [("loss_not_falling", "warning")]
     assert trend(noisy(4.1, 3.0), [v] * 100) == []
     assert trend(flat[:25], [v] * 25) == []  # too early
     assert trend(flat, [v * min(1, i / 200) / 10 for i in range(45)] + [v] * 10) == []  # a warm-up: little has acted
     assert trend(flat, [v] * 60 + [v / 10] * 40) == []  # the end of a decay
     assert trend(noisy(4.1, 6.0), [v] * 100) == [("lr_too_high", "error")]
-    assert trend([4.1, math.nan], [v] * 2) == [("lr_too_high", "error")]
+    assert trend([4.1, math.nan], [v] * 2) == [("nonfinite_loss", "error")]

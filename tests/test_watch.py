@@ -221,7 +221,7 @@ def test_a_step_within_a_step_counts_once_even_after_an_error() -> None:
     optimizer.broken = False
     train(watch, model, [optimizer], 10)
     assert watch.step == 15  # the attempt was one
-    assert watch.read_at >= 10
+    assert watch.last_read >= 10
 
 
 def test_an_optimizer_that_has_stopped_is_not_waited_for() -> None:
@@ -230,7 +230,7 @@ def test_an_optimizer_that_has_stopped_is_not_waited_for() -> None:
     watch = Watch(model, [first, second])
     train(watch, model, [first, second], 3)
     train(watch, model, [first], 30)
-    assert watch.read_at > 20
+    assert watch.last_read > 20
 
 
 def test_weights_loaded_before_the_first_update_are_where_it_counts_from() -> None:

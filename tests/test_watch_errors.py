@@ -4,10 +4,11 @@ import json
 
 import torch
 from torch.optim import SGD, AdamW
-from toy import said, toy, train, watched
+from toy import finding, said, toy, train, watched
 
 from moe_lab.health import Watch
 from moe_lab.health.during.bank import Bank
+from moe_lab.health.during.rule import Rule, Told
 
 
 class Exotic(SGD):
@@ -33,20 +34,23 @@ def test_an_optimizer_that_cannot_be_replayed_is_given_up_aloud() -> None:
     assert all(r.intended_square is None for r in watch.readings)
 
 
-def test_a_broken_rule_is_switched_off_aloud() -> None:
+def test_a_broken_rule_is_named_once_and_asked_again() -> None:
     model = toy()
     optimizer = AdamW(model.parameters(), lr=1e-3)
-    with Watch(model, optimizer) as watch:
+    asked = []
 
-        def broken(state):
-            yield state.finding("reach", "info", "", "said before", "")
+    def broken(state):
+        asked.append(state.step)
+        if state.step != 20:
             raise ZeroDivisionError("division by zero")
+        return {"loss": 1}
 
-        watch.checks.insert(0, broken)
+    with Watch(model, optimizer) as watch:
+        watch.rules.insert(0, Rule("reach", "info", broken, lambda state, ill: Told("loss", "said at last", "")))
         losses = train(watch, model, [optimizer], 30)
-    assert len(losses) == 30 and watch.read_at == 30
-    assert said(watch) == ["not_measured"]
-    assert "broken" in watch.findings[-1].message and broken not in watch.checks
+    assert len(losses) == 30 and watch.last_read == 30 and asked == [10, 20, 30, 30]
+    assert said(watch) == ["not_measured"] and "ZeroDivisionError" in finding(watch, "not_measured").message
+    assert finding(watch, "reach").message == "said at last" and finding(watch, "reach").step == 20
 
 
 def test_a_watch_that_fails_stops_and_the_training_goes_on(monkeypatch, tmp_path) -> None:
@@ -84,4 +88,4 @@ def test_findings_are_written_at_once_a_line_each(tmp_path) -> None:
         assert read() == [f.to_dict() for f in watch.findings]
     assert {"lost_updates", "not_in_optimizer"} <= {f["rule"] for f in read()}
     assert all(f["severity"] in ("error", "warning", "info") and f["advice"] for f in read())
-    assert len({(f["rule"], f["severity"]) for f in read()}) == len(read())  # each once
+    assert len({(f["rule"], f["severity"], f["where"]) for f in read()}) == len(read())  # each once

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from moe_lab.health import Watch
+from moe_lab.health import Finding, Watch
+from moe_lab.health.during.rule import Rule
+from moe_lab.health.during.state import State
 
 VOCAB = 64
 
@@ -83,3 +85,9 @@ def adamw(model: nn.Module, lr: float = 0.01, **options) -> list[AdamW]:
 
 def finding(watch: Watch, rule: str):
     return next(f for f in watch.findings if f.rule == rule)
+
+
+def spoken(rule: Rule, state: State) -> list[Finding]:
+    """What one rule says of a state, as if it had not spoken before."""
+    ill = rule.when(state)
+    return [rule.finding(state, ill)] if ill else []

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 SEVERITIES = ("error", "warning", "info")
+
+
+def several(names: Sequence[str]) -> str:
+    """`a`, or `a and 3 more`."""
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +21,7 @@ class Finding:
     rule: str  # an id of RULES
     severity: str  # error, warning or info
     where: str  # a parameter, a group, a file's line, or "loss"
-    step: int | None = None  # optimizer updates done when it was found; None: found without a run
+    step: int | None = None  # optimizer updates of the run done when it was found; None: found without a run
     value: float | str | None = None  # what was measured
     limit: float | str | None = None  # what it was held against
     message: str  # what, where, how sure: one line
@@ -30,8 +36,8 @@ class Finding:
             raise ValueError(f"severity={self.severity!r}: {self.rule} reaches {RULES[self.rule][0]} at most")
 
     def __str__(self) -> str:
-        at = "" if self.step is None else f" (step {self.step})"
-        return f"{self.severity}: {self.rule}: {self.message}{at}. {self.advice}"
+        when = "" if self.step is None else f" (step {self.step})"
+        return f"{self.severity}: {self.rule}: {self.message}{when}. {self.advice}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a line of JSON."""
@@ -65,6 +71,7 @@ RULES: dict[str, tuple[str, str]] = {
     "lr_too_high": ("error", "learning rates far above what such a model is trained with, or the loss blows up"),
     "muon_convention": ("warning", "a Muon learning rate that fits the other convention, or AdamW"),
     "initial_loss": ("warning", "the first loss is not what an untrained model of this vocabulary shows"),
+    "nonfinite_loss": ("error", "the loss is NaN or infinite"),
     "loss_not_falling": ("warning", "the loss has not fallen although the learning rates had time to act"),
     "reach": ("info", "how far a weight can travel at most within the planned updates"),
     "direction_bias": ("warning", "16-bit weights only move one way: the other direction is rounded away"),

@@ -27,6 +27,11 @@ def is_nested_step(optimizer: Optimizer) -> bool:
     return n > 1
 
 
+def has_step_hooks(optimizer: object) -> bool:
+    """Whether step hooks can be registered: not on accelerate's wrapper, which is an Optimizer without its constructor."""
+    return "_optimizer_step_pre_hooks" in getattr(optimizer, "__dict__", {})
+
+
 def unhooked_step(kind: type[Optimizer]) -> Callable:
     """The class's `step` without torch's wrapper, which would call hooks that users registered for all optimizers."""
     return kind.step.__wrapped__ if getattr(kind.step, "hooked", False) else kind.step

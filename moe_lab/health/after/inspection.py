@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ..before.plan import Plan
 from ..before.preflight import entries_of_mapping, judged_rates, limited
-from ..during.state import several
-from ..findings import Finding, found
+from ..findings import Finding, found, several
 from ..sampling import is_evenly_spaced, tensor_kind
 from . import checkpoint_file as file
 from .checkpoint_file import is_readable, numbers, wide

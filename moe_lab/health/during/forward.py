@@ -13,15 +13,28 @@ from torch.func import functional_call
 from ..random_state import RandomState
 from ..torch_private import uncompiled
 
+VARIANCE_ROWS = 256  # logits of as many positions: the variance is good to 1 %
+
 
 class Hook:
-    """A module hook that stays behind when its module is copied or saved: there it becomes a function that does nothing."""
+    """What the watch registers with torch. No error of the watch gets past it: the hook falls silent, and `failed` is called.
 
-    def __init__(self, function: Callable):
-        self.function = function
+    It stays behind when its module is copied or saved: there it becomes a function that does nothing.
+    """
 
+    def __init__(self, function: Callable, failed: Callable[[Exception], None]):
+        self.function, self.failed = function, failed
+        self.is_silent = False
+
+    @torch.no_grad()
     def __call__(self, *args: Any) -> None:
-        self.function(*args)
+        if self.is_silent:
+            return
+        try:
+            self.function(*args)
+        except Exception as error:
+            self.is_silent = True
+            self.failed(error)
 
     def __reduce__(self) -> tuple:
         return getattr, (nullcontext(), "__exit__")  # takes anything, returns None, and is in every Python
@@ -30,10 +43,11 @@ class Hook:
 class ForwardProbe:
     """Listens to a model's forward passes for the first updates, and can repeat one with a tensor changed."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, failed: Callable[[Exception], None]):
         self.model = unwrapped(model)
         self.inputs: tuple[tuple, dict] | None = None
-        self.logit_variance: Tensor | None = None
+        self.logit_variance: Tensor | float | None = None
+        self.answers: dict[int, bool | None] = {}  # of `matters`, by the tensor's id
         embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
         linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
         # the token table has a head of its shape; a table of positions may be longer
@@ -41,15 +55,21 @@ class ForwardProbe:
         tables = [m for m in embeddings if m.weight.shape in shapes] or embeddings
         table = max(tables, key=lambda m: m.num_embeddings, default=None)
         self.vocab_size = None if table is None else table.num_embeddings
-        self.handles = [model.register_forward_pre_hook(Hook(self.keep_inputs), with_kwargs=True)]
+        inputs, ids, variance = (
+            Hook(function, failed) for function in (self.keep_inputs, self.keep_ids, self.keep_variance)
+        )
+        self.handles = [model.register_forward_pre_hook(inputs, with_kwargs=True)]
         if table is not None:
-            self.handles.append(table.register_forward_pre_hook(Hook(self.keep_ids)))
+            self.handles.append(table.register_forward_pre_hook(ids))
         heads = [m for m in linears if m.out_features == self.vocab_size]
-        self.head_handle = heads[0].register_forward_hook(Hook(self.keep_variance)) if heads else None
+        self.handles += [heads[0].register_forward_hook(variance)] if heads else []
 
     def keep_inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Without their graphs: those would stay in memory."""
-        free = lambda value: value.detach() if isinstance(value, Tensor) else value  # noqa: E731
+
+        def free(value: Any) -> Any:
+            return value.detach() if isinstance(value, Tensor) else value
+
         self.inputs = tuple(map(free, args)), {k: free(v) for k, v in kwargs.items() if k != "labels"}
 
     def keep_ids(self, module: nn.Module, args: tuple) -> None:
@@ -58,12 +78,19 @@ class ForwardProbe:
             self.inputs = (args[0].detach(),), {}
 
     def keep_variance(self, module: nn.Module, args: tuple, output: Any) -> None:
-        """Of the first head's first output, once."""
-        if isinstance(output, Tensor):
-            self.logit_variance = output.detach().float().var(dim=-1).mean()
-        self.head_handle.remove()
+        """Of the first head's first output, once, from some of its rows: all logits in float32 may not fit."""
+        if self.logit_variance is None and isinstance(output, Tensor):
+            rows = output.detach().reshape(-1, output.shape[-1])
+            rows = rows[:: max(1, len(rows) // VARIANCE_ROWS)][:VARIANCE_ROWS]
+            self.logit_variance = rows.float().var(dim=-1).mean()
 
     def matters(self, param: Tensor) -> bool | None:
+        """The answer of `try_changed`, found once: what was said of a tensor stays said when the inputs are gone."""
+        if id(param) not in self.answers:
+            self.answers[id(param)] = self.try_changed(param)
+        return self.answers[id(param)]
+
+    def try_changed(self, param: Tensor) -> bool | None:
         """Whether changing `param` changes the model's output for the last input; None where no forward can be repeated.
 
         Computed in evaluation mode without gradients, with copies in place of the tensor and of the buffers: a backward
@@ -100,8 +127,6 @@ class ForwardProbe:
     def close(self) -> None:
         for handle in self.handles:
             handle.remove()
-        if self.head_handle is not None:
-            self.head_handle.remove()
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

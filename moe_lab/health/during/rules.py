@@ -1,27 +1,36 @@
-"""The rules of a watch, in the order in which they are asked. Each looks at a State and yields findings.
+"""The rules of a watch, in the order in which they are asked.
 
-Their thresholds stand on top of the four files, and nowhere else. They were chosen on one half of the runs of `make
-detection` and judged on the other (benchmarks/detection.json).
+Limits stand on top of the file whose rule has them, those that several rules share in state.py, and nowhere else. They were
+chosen on one half of the runs of `make detection` and judged on the other (benchmarks/detection.json).
 """
 
 from __future__ import annotations
 
-from .rules_loss import initial_loss, loss_trend, weight_decay_on_norms
+from .rule import Rule, already_told
+from .rules_loss import INITIAL_LOSS, LOSS_NOT_FALLING, LOSS_ROSE, NONFINITE_LOSS, WEIGHT_DECAY_ON_NORMS
 from .rules_lr import learning_rates, reach
 from .rules_setup import (
-    frozen_module,
-    no_gradient,
-    nonfinite_gradient,
-    not_frozen,
-    not_in_optimizer,
-    sparse_gradient,
-    updated_twice,
+    CUT_OFF,
+    FROZEN_BASE,
+    FROZEN_MODULE,
+    IDLE,
+    NONFINITE_GRADIENT,
+    NOT_FROZEN,
+    NOT_IN_OPTIMIZER,
+    SPARSE_GRADIENT,
+    UPDATED_TWICE,
 )
-from .rules_updates import bf16_parameters, direction_bias, frozen_tensor, lost_updates
+from .rules_updates import BF16_PARAMETERS, DIRECTION_BIAS, FROZEN_TENSOR, LOST, PARTLY_LOST
 
 # In order of certainty: a broken set-up explains what comes after it.
-CHECKS = (
-    *(not_in_optimizer, updated_twice, frozen_module, not_frozen, nonfinite_gradient),
-    *(lost_updates, no_gradient, frozen_tensor, bf16_parameters, learning_rates),
-    *(loss_trend, initial_loss, direction_bias, reach, weight_decay_on_norms, sparse_gradient),
+ALL = (
+    *(NOT_IN_OPTIMIZER, UPDATED_TWICE, FROZEN_MODULE, FROZEN_BASE, NOT_FROZEN, NONFINITE_GRADIENT),
+    *(LOST, PARTLY_LOST, CUT_OFF, IDLE, FROZEN_TENSOR, BF16_PARAMETERS),
+    *(
+        Rule(id, "warning", *already_told(learning_rates, id))
+        for id in ("muon_convention", "lr_too_low", "lr_too_high")
+    ),
+    *(NONFINITE_LOSS, LOSS_ROSE, LOSS_NOT_FALLING, INITIAL_LOSS, DIRECTION_BIAS),
+    Rule("reach", "info", *already_told(reach, "reach"), once=True),
+    *(WEIGHT_DECAY_ON_NORMS, SPARSE_GRADIENT),
 )

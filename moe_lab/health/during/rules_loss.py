@@ -3,96 +3,131 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-from ..findings import Finding
 from ..measures import trend
-from .state import HISTORY, LR_STEADY, PRETRAINED, State, several, static
+from .bank import Tracked
+from .rule import Rule, Told, by_kind, of_tensors
+from .state import HISTORY, LR_STEADY, PRETRAINED, State
 
 SIGMAS = 3.0  # standard errors of a difference of losses
-START_OFF = 0.2  # nats between the first loss and ln V + var/2
+START_OFF = 0.2  # nats between the first loss and ln V + var/2; nats by which a loss rose
 LR_ACTED = 30.0  # updates' worth of peak LR before the loss must have fallen
 LR_LATE = 0.2  # share of the peak LR below which the loss need not fall
+MOST_ACCUMULATED = 64  # the largest factor that a first loss is tried with
 
 
-@static
-def weight_decay_on_norms(state: State) -> Iterator[Finding]:
-    names = [t.name for t in state.tracked if t.group.get("weight_decay") and t.param.ndim <= 1]
-    if names:
-        yield state.finding(
-            "weight_decay_on_norms",
-            "info",
-            several(names),
-            f"vectors (norm weights, biases) decay towards 0: {several(names)}",
-            "give them a group with weight_decay=0",
-            value=len(names),
-        )
+def decayed_vectors(state: State) -> dict[str, list[Tracked]]:
+    return by_kind([t for t in state.tracked if t.group.get("weight_decay") and t.param.ndim <= 1])
 
 
-def initial_loss(state: State) -> Iterator[Finding]:
+def initial_loss(state: State) -> dict[str, str]:
+    """By which factor the first loss is off, in words."""
     expected = state.expected_start
     if expected is None or not state.losses or not state.is_fresh or not math.isfinite(state.losses[0]):
-        return
+        return {}
     first = state.losses[0]
     if abs(first - expected) <= START_OFF:
-        return
-    factor = next((a for a in range(2, 65) if abs(first * a - expected) < START_OFF * a**0.5), None)
-    factor_up = next((a for a in range(2, 65) if abs(first / a - expected) < START_OFF), None)
-    if factor is None and factor_up is None and first < expected - PRETRAINED:
-        return  # trained before, or another loss altogether
-    told = f"the first loss is {first:.3f}; an untrained model of this vocabulary shows {expected:.3f}"
-    if factor or factor_up:
-        told += f": it is {factor or factor_up} times too {'small' if factor else 'large'}"
-    yield state.finding(
-        "initial_loss",
-        "warning",
+        return {}
+    factors = range(2, MOST_ACCUMULATED + 1)
+    small = next((a for a in factors if abs(first * a - expected) < START_OFF * a**0.5), None)
+    large = next((a for a in factors if abs(first / a - expected) < START_OFF), None)
+    if small is None and large is None:
+        # trained before, or another loss altogether
+        return {} if first < expected - PRETRAINED else {"loss": ""}
+    return {"loss": f": it is {small or large} times too {'small' if small else 'large'}"}
+
+
+def tell_initial_loss(state: State, ill: Mapping[str, str]) -> Told:
+    first, expected = state.losses[0], state.expected_start
+    return Told(
         "loss",
-        told,
+        f"the first loss is {first:.3f}; an untrained model of this vocabulary shows {expected:.3f}{ill['loss']}",
         "look for a division by the accumulation that is done twice or not at all, padding in the loss, or a wrong init",
-        value=first,
-        limit=expected,
+        first,
+        expected,
     )
 
 
-def loss_trend(state: State) -> Iterator[Finding]:
-    """The loss of a fresh model must fall once the LR has acted, and must not rise."""
+def nonfinite_loss(state: State) -> dict[str, bool]:
+    return {} if all(math.isfinite(loss) for loss in state.losses) else {"loss": True}
+
+
+def tell_nonfinite_loss(state: State, ill: Mapping[str, Any]) -> Told:
+    return Told("loss", "the loss is not finite", "go back to a sound checkpoint with a lower LR")
+
+
+class Change(NamedTuple):
+    first: float  # mean of the first LR_STEADY losses
+    last: float  # … of the last
+    noise: float  # standard error of their difference
+
+
+def change(state: State) -> Change | None:
+    """From the first losses to the last, of a fresh model with enough of them, all finite."""
     losses = list(state.losses)
-    if any(not math.isfinite(loss) for loss in losses):
-        yield state.finding(
-            "lr_too_high", "error", "loss", "the loss is not finite", "go back to a sound checkpoint with a lower LR"
-        )
-        return
-    if len(losses) < 2 * LR_STEADY or not state.is_fresh:
-        return
+    if len(losses) < 2 * LR_STEADY or not state.is_fresh or nonfinite_loss(state):
+        return None
     first, last = losses[:LR_STEADY], losses[-LR_STEADY:]
     noise = math.sqrt(variance(first) / len(first) + variance(last) / len(last))
-    change = sum(last) / len(last) - sum(first) / len(first)
-    if change > SIGMAS * noise + START_OFF and losses[0] > 0:
-        yield state.finding(
-            "lr_too_high",
-            "error",
-            "loss",
-            f"the loss rose from {sum(first) / len(first):.2f} to {sum(last) / len(last):.2f}",
-            "lower the learning rate, or lengthen the warm-up",
-            value=change,
-            limit=START_OFF,
-        )
-        return
-    acted = max((g.total / g.peak for g in state.groups if g.peak), default=0.0)
-    late = all(g.last < LR_LATE * g.peak for g in state.groups if g.peak)
-    if acted >= LR_ACTED and not late and change > -SIGMAS * noise:
-        slope = trend(losses[-HISTORY:])
-        yield state.finding(
-            "loss_not_falling",
-            "warning",
-            "loss",
-            f"after {acted:.0f} updates' worth of the peak LR the loss has not fallen: {slope.slope:.1e} ± {slope.error:.0e} an update",
-            "check the data first (random tokens? shuffled labels?), then the learning rate by a branch probe",
-            value=slope.slope,
-            limit=0.0,
-        )
+    return Change(sum(first) / len(first), sum(last) / len(last), noise)
 
 
 def variance(values: Sequence[float]) -> float:
     mean = sum(values) / len(values)
     return sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)
+
+
+def loss_rose(state: State) -> dict[str, Change]:
+    seen = change(state)
+    rose = seen and seen.last - seen.first > SIGMAS * seen.noise + START_OFF and state.losses[0] > 0
+    return {"loss": seen} if rose else {}
+
+
+def tell_rise(state: State, ill: Mapping[str, Change]) -> Told:
+    seen = ill["loss"]
+    message = f"the loss rose from {seen.first:.2f} to {seen.last:.2f}"
+    return Told("loss", message, "lower the learning rate, or lengthen the warm-up", seen.last - seen.first, START_OFF)
+
+
+def updates_worth(state: State) -> float:
+    """Updates' worth of the peak LR that a group has had, of the group that had most."""
+    return max((g.total / g.peak for g in state.groups if g.peak), default=0.0)
+
+
+def loss_not_falling(state: State) -> dict[str, Change]:
+    """The loss of a fresh model must fall once the LR has acted."""
+    seen = None if loss_rose(state) else change(state)
+    late = all(g.last < LR_LATE * g.peak for g in state.groups if g.peak)
+    flat = seen and updates_worth(state) >= LR_ACTED and not late and seen.last - seen.first > -SIGMAS * seen.noise
+    return {"loss": seen} if flat else {}
+
+
+def tell_not_falling(state: State, ill: Mapping[str, Any]) -> Told:
+    line = trend(list(state.losses)[-HISTORY:])
+    return Told(
+        "loss",
+        f"after {updates_worth(state):.0f} updates' worth of the peak LR the loss has not fallen: "
+        f"{line.slope:.1e} ± {line.error:.0e} an update",
+        "check the data first (random tokens? shuffled labels?), then the learning rate by a branch probe",
+        line.slope,
+        0.0,
+    )
+
+
+WEIGHT_DECAY_ON_NORMS = Rule(
+    "weight_decay_on_norms",
+    "info",
+    decayed_vectors,
+    of_tensors(
+        "vectors (norm weights, biases) decay towards 0: {names}",
+        "give them a group with weight_decay=0",
+        limit=None,
+    ),
+    static=True,
+)
+INITIAL_LOSS = Rule("initial_loss", "warning", initial_loss, tell_initial_loss)
+NONFINITE_LOSS = Rule("nonfinite_loss", "error", nonfinite_loss, tell_nonfinite_loss)
+LOSS_ROSE = Rule("lr_too_high", "error", loss_rose, tell_rise)
+LOSS_NOT_FALLING = Rule("loss_not_falling", "warning", loss_not_falling, tell_not_falling)

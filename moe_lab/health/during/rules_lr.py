@@ -10,7 +10,7 @@ from ..findings import Finding
 from ..measures import adam_reach
 from . import intended
 from .bank import Tracked
-from .state import LR_STEADY, State, n_parameters, once
+from .state import LR_STEADY, State, n_parameters
 
 UNBOUNDED = ("NAdam", "RAdam")  # their steps are not Adam's m̂/sqrt(v̂)
 
@@ -41,7 +41,6 @@ def learning_rates(state: State) -> Iterator[Finding]:
             yield replace(finding, step=state.step)
 
 
-@once
 def reach(state: State) -> Iterator[Finding]:
     """How far a weight can get within the budget, at the LRs seen so far and the last one from there on."""
     if state.budget is None or state.step < LR_STEADY:

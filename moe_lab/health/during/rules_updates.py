@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping
+from functools import partial
+from typing import NamedTuple
 
 import torch
 
-from ..findings import Finding
-from ..measures import Reading, share_of
+from ..findings import several
+from ..measures import Reading, Share, share_of
 from . import intended
 from .bank import Tracked
-from .state import GroupState, State, kinds_of, several
+from .rule import Rule, Told, by_kind, of_tensors
+from .state import GroupState, State, kinds_of
 
 LOST_ERROR, LOST_WARNING = 0.5, 0.95  # ρ, realised over intended displacement
 LOST_UPDATES = 20  # updates before ρ is judged
@@ -19,135 +22,139 @@ LOST_ULPS = 1.0, 0.5  # intended displacement, in ULPs of the weight, from which
 SIGMAS = 3.0  # standard errors that a reading must be past its limit
 FROZEN_READINGS = 5  # readings with a gradient, 5 updates apart
 FROZEN_ULPS = 4.0  # expected travel of a tensor that is called frozen
+FROZEN_SHARE = 0.1  # of the sum of steps that a tensor is expected to travel: signs that alternate undo most of it
 BIAS = 0.3  # share of moved elements that fell, above the share that was meant to
+BIAS_ELEMENTS = 30  # moved elements before the bias is judged
 UNREPLAYED = 50  # updates before 16-bit weights under an unknown optimizer are judged
 
 
-def lost_updates(state: State) -> Iterator[Finding]:
-    """16-bit weights: realised against intended displacement, kind by kind."""
+class Lost(NamedTuple):
+    share: Share
+    readings: list[Reading]
+    n_sick: int  # kinds of tensor, also those that were told before
+    n_kinds: int
+
+
+def lost_updates(state: State, limit: float, ulps: float) -> dict[str, Lost]:
+    """16-bit weights: realised against intended displacement, kind by kind, the worst first."""
     if state.window < LOST_UPDATES:
-        return
-    kinds: dict[str, list[Reading]] = {}
-    for r in state.readings:
-        if r.intended_square and r.dtype.itemsize < 4:
-            kinds.setdefault(r.kind, []).append(r)
-    shares = {kind: share_of(readings) for kind, readings in kinds.items()}
-    errors, warnings = [], []
-    for kind, share in shares.items():
-        if share.rho + SIGMAS * share.error < LOST_ERROR and share.intended_ulps >= LOST_ULPS[0]:
-            errors.append(kind)
-        elif share.rho + SIGMAS * share.error < LOST_WARNING and share.intended_ulps >= LOST_ULPS[1]:
-            warnings.append(kind)
-    for severity, sick, limit in (("error", errors, LOST_ERROR), ("warning", warnings, LOST_WARNING)):
-        if not sick:
-            continue
-        sick.sort(key=lambda kind: shares[kind].rho)
-        worst, share = sick[0], shares[sick[0]]
-        still = sum(r.unchanged for r in kinds[worst]) / max(1, sum(r.n_touched for r in kinds[worst]))
-        dtype = str(kinds[worst][0].dtype).removeprefix("torch.")
-        yield state.finding(
-            "lost_updates",
-            severity,
-            several(sick),
-            f"{dtype} rounds updates away: {worst} realised {share.rho:.0%} (± {share.error:.0%}) of the displacement "
-            f"its optimizer intended over {state.window} updates, {still:.0%} of its elements never moved; "
-            f"{len(sick)} of {len(shares)} kinds of tensor are below {limit:g}",
-            "keep the parameters in float32 and compute under autocast; or use an optimizer with fp32 masters, Kahan "
-            "summation or stochastic rounding",
-            value=share.rho,
-            limit=limit,
-        )
-        return  # the error says what the warning would
+        return {}
+    kinds = kinds_of([r for r in state.readings if r.intended_square and r.dtype.itemsize < 4])
+    shares = {kind: share_of(mine) for kind, mine in kinds.items()}
+    sick = {k: s for k, s in shares.items() if s.rho + SIGMAS * s.error < limit and s.intended_ulps >= ulps}
+    worst_first = sorted(sick, key=lambda kind: sick[kind].rho)
+    return {kind: Lost(sick[kind], kinds[kind], len(sick), len(kinds)) for kind in worst_first}
 
 
-def bf16_parameters(state: State) -> Iterator[Finding]:
+def partly_lost(state: State) -> dict[str, Lost]:
+    """None where an error says what the warning would."""
+    return {} if LOST.when(state) else lost_updates(state, LOST_WARNING, LOST_ULPS[1])
+
+
+def tell_lost(state: State, ill: Mapping[str, Lost], limit: float) -> Told:
+    worst, (share, readings, n_sick, n_kinds) = next(iter(ill.items()))
+    still = sum(r.unchanged for r in readings) / max(1, sum(r.n_touched for r in readings))
+    dtype = str(readings[0].dtype).removeprefix("torch.")
+    return Told(
+        several(list(ill)),
+        f"{dtype} rounds updates away: {worst} realised {share.rho:.0%} (± {share.error:.0%}) of the displacement "
+        f"its optimizer intended over {state.window} updates, {still:.0%} of its elements never moved; "
+        f"{n_sick} of {n_kinds} kinds of tensor are below {limit:g}",
+        "keep the parameters in float32 and compute under autocast; or use an optimizer with fp32 masters, Kahan "
+        "summation or stochastic rounding",
+        share.rho,
+        limit,
+    )
+
+
+def bf16_parameters(state: State) -> dict[str, list[Tracked]]:
     """16-bit weights under an optimizer whose step was not replayed: judged by what moved at all, and only a warning."""
-    if state.step < UNREPLAYED:
-        return
-    by_optimizer: dict[int, list[Reading]] = {}
+    if state.n_seen < UNREPLAYED:
+        return {}
     replayed = {id(t.optimizer) for t in state.tracked if t.intended_known}
-    for t, r in zip(state.tracked, sorted_like(state.readings, state.tracked), strict=True):
-        if t.optimizer is not None and t.is_narrow and id(t.optimizer) not in replayed:
-            by_optimizer.setdefault(id(t.optimizer), []).append(r)
-    for group in state.groups:
-        mine = by_optimizer.pop(id(group.optimizer), [])
-        stuck = [r.kind for r in mine if r.n_touched and r.unchanged == r.n_touched]
-        if stuck and not intended.keeps_lost_bits(group.optimizer):
-            yield state.finding(
-                "bf16_parameters",
-                "warning",
-                several(sorted(set(stuck))),
-                f"16-bit parameters under {type(group.optimizer).__name__}, whose intended steps are not known: no sampled "
-                f"element of {several(sorted(set(stuck)))} has moved in {state.step} updates",
-                "keep the parameters in float32, or make sure that this optimizer keeps what rounding loses",
-                value=len(stuck),
-                limit=0,
-            )
+    unknown = [(t, r) for t, r in state.read if t.is_narrow and t.optimizer and id(t.optimizer) not in replayed]
+    stuck = [t for t, r in unknown if r.n_touched and r.unchanged == r.n_touched]
+    return by_kind([t for t in stuck if not intended.keeps_lost_bits(t.optimizer)])
 
 
-def frozen_tensor(state: State) -> Iterator[Finding]:
-    """A tensor with gradients and a learning rate of which nothing has moved although its travel would show."""
-    steps = {id(group.group): group for group in state.groups}
-    names = []
-    for t, r in zip(state.tracked, sorted_like(state.readings, state.tracked), strict=True):
-        group = steps.get(id(t.group))
-        if group is None or r.n_touched == 0 or r.unchanged < r.n_touched or t.with_gradient < FROZEN_READINGS:
-            continue
-        if r.intended_square and r.dtype.itemsize < 4:
-            continue  # lost_updates measures it
-        if expected_ulps(t, r, group) >= FROZEN_ULPS and not intended.keeps_lost_bits(group.optimizer):
-            names.append(t.name)
-    if names:
-        yield state.finding(
-            "frozen_tensor",
-            "error",
-            several(names),
-            f"{len(names)} tensors have gradients and a learning rate, and no sampled element has moved: {several(names)}",
-            "the optimizer may hold another object than the model uses, or something writes the old values back",
-            value=len(names),
-            limit=0,
-        )
+def tell_bf16_parameters(state: State, ill: Mapping[str, list[Tracked]]) -> Told:
+    stuck, names = [t for mine in ill.values() for t in mine], several(sorted(ill))
+    classes = " and ".join(dict.fromkeys(type(t.optimizer).__name__ for t in stuck))
+    return Told(
+        names,
+        f"16-bit parameters under {classes}, whose intended steps are not known: no sampled "
+        f"element of {names} has moved in {state.n_seen} updates",
+        "keep the parameters in float32, or make sure that this optimizer keeps what rounding loses",
+        len(stuck),
+        0,
+    )
+
+
+def frozen_tensor(state: State) -> dict[str, list[Tracked]]:
+    """Tensors with gradients and a learning rate of which nothing has moved although their travel would show."""
+    groups = {id(group.group): group for group in state.groups}
+    stuck = [(t, r) for t, r in state.read if t.with_gradient >= FROZEN_READINGS and r.unchanged == r.n_touched > 0]
+    stuck = [(t, r) for t, r in stuck if not (r.intended_square and t.is_narrow)]  # lost_updates measures those
+    stuck = [(t, r) for t, r in stuck if id(t.group) in groups and not intended.keeps_lost_bits(t.optimizer)]
+    return by_kind([t for t, r in stuck if expected_ulps(t, r, groups[id(t.group)]) >= FROZEN_ULPS])
 
 
 def expected_ulps(t: Tracked, r: Reading, group: GroupState) -> float:
     """How far an element should have travelled, in ULPs of a typical weight, by the sum of learning rates; 0: not known."""
     kind = intended.kind_of(group.optimizer)
-    total = group.total
     weight = math.sqrt(r.weight_square / r.n_elements)
     spacing = max(weight, torch.finfo(r.dtype).tiny) * torch.finfo(r.dtype).eps
     if kind == "adam":
-        step = 0.1 * total  # signs that alternate undo most of it
+        step = 1.0
     elif kind == "muon":
-        step = 0.1 * total / math.sqrt(max(r.shape[-2:]))
+        step = 1 / math.sqrt(max(r.shape[-2:]))
     elif type(group.optimizer).__name__ == "SGD":
-        step = 0.1 * total * r.grad_norm / math.sqrt(t.param.numel())
+        step = r.grad_norm / math.sqrt(t.param.numel())
     else:
         return 0.0
-    return step / spacing
+    return FROZEN_SHARE * group.total * step / spacing
 
 
-def direction_bias(state: State) -> Iterator[Finding]:
+def direction_bias(state: State) -> dict[str, float]:
     """16-bit weights next to a power of two: the spacing differs on both sides, and one direction survives rounding."""
-    for kind, readings in kinds_of(state.readings).items():
-        mine = [r for r in readings if r.dtype.itemsize < 4 and r.intended_square and r.constant]
+    narrow = [r for r in state.readings if r.dtype.itemsize < 4 and r.intended_square and r.constant]
+    found = {}
+    for kind, mine in kinds_of(narrow).items():
         moved = sum(r.up + r.down for r in mine)
-        if moved < 30:
+        if moved < BIAS_ELEMENTS:
             continue
         bias = (sum(r.down for r in mine) - sum(r.meant_down for r in mine)) / moved
         if abs(bias) - SIGMAS * 0.5 / math.sqrt(moved) > BIAS:
-            way = "down" if bias > 0 else "up"
-            yield state.finding(
-                "direction_bias",
-                "warning",
-                kind,
-                f"{kind}: {abs(bias):.0%} more of the moved elements went {way} than were meant to: the other way is rounded off",
-                "keep these weights in float32",
-                value=bias,
-                limit=BIAS,
-            )
-            return
+            found[kind] = bias
+    return found
 
 
-def sorted_like(readings: Sequence[Reading], tracked: Sequence[Tracked]) -> list[Reading]:
-    by_name = {r.name: r for r in readings}
-    return [by_name[t.name] for t in tracked]
+def tell_direction_bias(state: State, ill: Mapping[str, float]) -> Told:
+    kind = max(ill, key=lambda kind: abs(ill[kind]))
+    bias = ill[kind]
+    others = [other for other in ill if other != kind]
+    message = (
+        f"{kind}: {abs(bias):.0%} more of the moved elements went {'down' if bias > 0 else 'up'} than were meant to: "
+        "the other way is rounded off"
+    )
+    return Told(several([kind, *others]), message, "keep these weights in float32", bias, BIAS)
+
+
+LOST = Rule(
+    "lost_updates",
+    "error",
+    partial(lost_updates, limit=LOST_ERROR, ulps=LOST_ULPS[0]),
+    partial(tell_lost, limit=LOST_ERROR),
+)
+PARTLY_LOST = Rule("lost_updates", "warning", partly_lost, partial(tell_lost, limit=LOST_WARNING))
+BF16_PARAMETERS = Rule("bf16_parameters", "warning", bf16_parameters, tell_bf16_parameters)
+FROZEN_TENSOR = Rule(
+    "frozen_tensor",
+    "error",
+    frozen_tensor,
+    of_tensors(
+        "{n} tensors have gradients and a learning rate, and no sampled element has moved: {names}",
+        "the optimizer may hold another object than the model uses, or something writes the old values back",
+    ),
+)
+DIRECTION_BIAS = Rule("direction_bias", "warning", direction_bias, tell_direction_bias)

@@ -16,9 +16,7 @@ from .bank import Tracked
 from .forward import ForwardProbe
 
 PRETRAINED = 1.0  # nats below an untrained model's loss from which on a model has been trained before
-HISTORY = (
-    1000  # learning rates and losses that are kept one by one, so that a long training costs no more than a short one
-)
+HISTORY = 1000  # learning rates and losses kept one by one: a long training costs no more than a short one
 LR_STEADY = 10  # updates without a rise before an LR is called the peak
 
 
@@ -38,7 +36,7 @@ class GroupState:
         """The optimizer's own group: looked up, since load_state_dict puts others in their place."""
         return self.optimizer.param_groups[self.number]
 
-    def saw(self) -> None:
+    def note_lr(self) -> None:
         lr = self.group.get("lr")
         if lr is not None:
             self.waiting.append(lr.detach().clone() if isinstance(lr, Tensor) else float(lr))
@@ -70,7 +68,8 @@ def fetch(numbers: Sequence[Tensor | float]) -> list[float]:
 class State:
     """What the rules see at one moment."""
 
-    step: int  # updates done
+    step: int  # updates of the run done
+    n_seen: int  # … under this watch
     window: int  # updates in the window of intended against realised displacement
     model: nn.Module
     readings: Sequence[Reading]
@@ -81,6 +80,7 @@ class State:
     losses: Sequence[float]  # the first HISTORY and at least as many of the last
     forward: ForwardProbe
     budget: int | None
+    findings: Sequence[Finding]  # made so far
 
     def finding(
         self, rule: str, severity: str, where: str, message: str, advice: str, value: Any = None, limit: Any = None
@@ -97,11 +97,17 @@ class State:
         )
 
     @property
+    def read(self) -> list[tuple[Tracked, Reading]]:
+        """Every tensor with its reading."""
+        by_name = {r.name: r for r in self.readings}
+        return [(t, by_name[t.name]) for t in self.tracked if t.name in by_name]
+
+    @property
     def expected_start(self) -> float | None:
         """Expected first loss of a language model whose head and embedding were found."""
         if self.forward.vocab_size is None or self.forward.logit_variance is None:
             return None
-        return expected_start(self.forward.vocab_size, self.forward.logit_variance.item())
+        return expected_start(self.forward.vocab_size, float(self.forward.logit_variance))
 
     @property
     def is_fresh(self) -> bool:
@@ -112,22 +118,6 @@ class State:
         if norms:
             return sum(norms) > len(norms) / 2
         return not (self.losses and self.expected_start and self.losses[0] < self.expected_start - PRETRAINED)
-
-
-def several(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-
-
-def once(check):
-    """Marks a rule that has nothing to add once it has spoken."""
-    check.once = True
-    return check
-
-
-def static(check):
-    """Marks a rule that needs no update: it is applied when the watch begins, too."""
-    check.static = True
-    return check
 
 
 def n_parameters(state: State) -> int:

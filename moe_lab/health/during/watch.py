@@ -16,29 +16,36 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..findings import Finding
+from ..findings import SEVERITIES, Finding
 from ..measures import Reading
 from ..torch_private import is_nested_step
 from .bank import Bank, Tracked, banks_of
-from .forward import ForwardProbe
+from .forward import ForwardProbe, Hook
 from .gradients import Gradients
 from .intended import Replays
 from .report import table
-from .rules import CHECKS
+from .rules import ALL
 from .state import HISTORY, GroupState, State, fetch
-from .tracking import N_MATRICES, check_input, named_groups, open_log, track
+from .tracking import N_MATRICES, check_input, innermost, named_groups, open_log, track
 
 READ_EVERY = 5  # updates between looks at the gradients
 CHECK_EVERY = 10  # updates between checks of the rules: the only transfers from the device
 WINDOW = 200  # updates over which intended and realised displacement are compared, at most
+LISTENED = 20  # updates during which forward passes are listened to
+LAST_WORDS = Finding(  # made before anything can go wrong
+    rule="not_measured",
+    severity="warning",
+    where="the watch",
+    message="the watch stopped, and failed again while it said so",
+    advice="what was found before stands; the training itself is not affected",
+)
 
 
 class Watch:
@@ -47,11 +54,16 @@ class Watch:
     `budget`: optimizer updates planned, for statements about reach; `expect_frozen`: names or name prefixes of tensors that
     are frozen on purpose; `log`: a file to which each finding is appended as a line of JSON. `observe(loss=…)` once a step
     lets it judge the loss. `n_matrices`: 16-bit matrices under Muon whose steps are replayed; each costs about what the real
-    step costs. `findings` grows as rules speak; each says a thing once. Parameters that are unfrozen or given to
-    an optimizer later are taken in at the next check. Where `step` is given a closure, the gradients are looked at
-    afterwards and the step is not replayed: lost updates are then seen only where nothing moves at all.
+    step costs. `findings` grows as rules speak; of each tensor, group or loss a rule says a thing once. Parameters that are
+    unfrozen or given to an optimizer later are taken in at the next check. Where `step` is given a closure, the gradients are
+    looked at afterwards and the step is not replayed: lost updates are then seen only where nothing moves at all.
+
+    A resumed run's watch is given `start_step`, the updates that the checkpoint holds: it counts on from there, reads and checks
+    at the same steps as an uninterrupted one, takes what stands in `log` up to there as its own findings, and out of the file
+    what stands beyond. What it has to see anew are start values, gradients and losses: rules that wait, wait again (20 updates
+    for lost ones), and what they named before is not named again.
     Raises ValueError, one line, for an optimizer without parameters, a model on the meta device, names in `expect_frozen`
-    that no tensor has, or a log that cannot be written.
+    that no tensor has, or a log that cannot be written or holds something else.
     """
 
     def __init__(
@@ -60,30 +72,37 @@ class Watch:
         optimizer: Optimizer | Iterable[Optimizer],
         budget: int | None = None,
         expect_frozen: Sequence[str] = (),
+        start_step: int = 0,
         *,
         log: str | Path | None = None,
         n_matrices: int = N_MATRICES,
     ):
-        self.model, self.budget = model, budget
-        self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        self.model, self.budget, self.start_step = model, budget, start_step
+        given = [optimizer] if hasattr(optimizer, "param_groups") else list(optimizer)
+        self.optimizers = [innermost(o) for o in given]
         names = check_input(model, self.optimizers, expect_frozen)
-        self.log = None if log is None else open_log(log)
+        self.log, earlier = (None, []) if log is None else open_log(log, start_step)
         self.frozen_on_purpose = {name for name in names if name.startswith(tuple(expect_frozen))}
-        self.findings: list[Finding] = []
-        self.said: set[tuple] = set()
-        self.checks = list(CHECKS)
+        self.findings: list[Finding] = earlier
+        self.told: dict[tuple[str, str | None], int] = {}  # rule and subject (None: all of them) → the gravest severity
+        for finding in earlier:
+            self.note_told(finding, finding.where if finding.rule == "not_measured" else None)
+        self.rules = list(ALL)
         self.losses: list[Tensor | float] = []
         self.fetched_losses: list[float] = []
         self.readings: list[Reading] = []
-        self.counts = Counter({id(o): 0 for o in self.optimizers})
-        self.next_check, self.window_start, self.read_at = CHECK_EVERY, 0, 0
+        self.counts = Counter({id(o): start_step for o in self.optimizers})  # of the run's updates
+        self.next_check = (start_step // CHECK_EVERY + 1) * CHECK_EVERY
+        self.window_start = self.last_read = start_step
         self.gradients, self.replays = Gradients(), Replays(n_matrices)
         self.tracked: list[Tracked] = []
         self.banks: list[Bank] = []
         self.groups: list[GroupState] = []
         self.signature: tuple = ()
         self.follow()
-        self.forward = ForwardProbe(model)
+        self.forward = ForwardProbe(model, self.forward_failed)
+        if start_step:
+            self.forward.logit_variance = None  # of a model that has been trained it says nothing
         self.handles: list = []
         self.attach()
         self.apply(self.state(), at_start=True)
@@ -92,32 +111,29 @@ class Watch:
 
     def observe(self, *, loss: Tensor | float) -> None:
         """The loss of a step, as it is reported (nats per token for a language model). Fetched only when rules are checked."""
-        self.losses.append(loss.detach().clone() if isinstance(loss, Tensor) else float(loss))
+        try:
+            self.losses.append(loss.detach().clone() if isinstance(loss, Tensor) else float(loss))
+        except Exception as error:
+            self.publish_failure("warning", "loss", "a loss that was observed cannot be read", error)
 
-    @torch.no_grad()
     def check(self) -> list[Finding]:
         """Read everything now, apply the rules, and return what is new. Done by itself every few updates."""
-        self.follow()
-        for group in self.groups:
-            group.fetch()
-        self.gradients.fetch()
-        if self.step > self.read_at or not self.readings:
-            self.read_at = self.step
-            self.readings = [r for bank in self.banks for r in bank.read()]
-        self.fetched_losses += fetch(self.losses)
-        self.losses = []
-        if len(self.fetched_losses) > 3 * HISTORY:
-            del self.fetched_losses[HISTORY:-HISTORY]
-        new = self.apply(self.state())
-        if self.step - self.window_start >= WINDOW:
-            self.restart_window()
-        return new
+        n = len(self.findings)
+        try:
+            with torch.no_grad():
+                self.read()
+                self.apply(self.state())
+                if self.step // WINDOW > self.window_start // WINDOW:
+                    self.restart_window()
+        except Exception as error:
+            self.failed(error)
+        return self.findings[n:]
 
     def report(self) -> None:
         """Print a table, a line a kind of tensor, and the findings so far; while attached, of a reading made now."""
         if self.handles:
             self.check()
-        print(table(self.readings, self.read_at))
+        print(table(self.readings, self.last_read))
         for finding in self.findings:
             print(finding)
         if not self.findings:
@@ -127,10 +143,11 @@ class Watch:
         """Put the hooks on the optimizers, as the constructor does; again, after `close`."""
         if self.handles:
             return
-        if self.step:
+        if self.n_seen:
             self.restart_window()  # what happened meanwhile was not seen
-        self.handles = [o.register_step_pre_hook(self.before_step) for o in self.optimizers]
-        self.handles += [o.register_step_post_hook(self.after_step) for o in self.optimizers]
+        before, after = Hook(self.before_step, self.failed), Hook(self.after_step, self.failed)
+        self.handles = [o.register_step_pre_hook(before) for o in self.optimizers]
+        self.handles += [o.register_step_post_hook(after) for o in self.optimizers]
 
     def close(self) -> None:
         """Detach from model and optimizers. Findings stay."""
@@ -144,81 +161,103 @@ class Watch:
 
     def __exit__(self, kind: type | None, *exception: object) -> None:
         if kind is None and self.handles:
-            with self.safely():
-                self.check()
+            self.check()
         self.close()
 
     @property
     def step(self) -> int:
-        """Optimizer updates seen."""
+        """Optimizer updates of the run so far: `start_step`, and those seen."""
         return max(self.counts.values())
+
+    @property
+    def n_seen(self) -> int:
+        """Optimizer updates under this watch."""
+        return self.step - self.start_step
 
     def n_bytes(self) -> int:
         """Memory that the samples take, on their devices."""
         return sum(bank.n_bytes() for bank in self.banks)
 
-    # ---- hooks -------------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def safely(self) -> Iterator[None]:
-        """What the watch does within a training: if it fails, it stops and says so, and the training goes on."""
-        try:
-            with torch.no_grad():
-                yield
-        except Exception as error:
-            self.close()
-            self.cannot("warning", "the watch", f"the watch stopped at update {self.step}", error)
-
-    def cannot(self, severity: str, where: str, what: str, error: Exception) -> list[Finding]:
-        told = f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        advice = "what was found before stands; the training itself is not affected"
-        return self.say([self.state().finding("not_measured", severity, where, told, advice)])
+    # ---- hooks: each is called by a Hook, which lets no error through ------------------------------------------------
 
     def before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         if is_nested_step(optimizer):
             return
-        key = id(optimizer)
-        with self.safely():
-            if not self.step:  # weights may have been loaded since the watch was made: what moves counts from here
-                self.banks = banks_of(self.tracked)
-                self.replays.choose(self.tracked, self.banks)
-            self.counts[key] += 1
-            for group in self.groups:
-                if group.optimizer is optimizer:
-                    group.saw()
-            if not has_closure(args, kwargs):
-                self.read_gradients(optimizer)
-                self.replays.add(optimizer, lambda error: self.cannot_replay(optimizer, error))
+        if not self.n_seen:  # weights may have been loaded since the watch was made: what moves counts from here
+            self.banks = banks_of(self.tracked)
+            self.replays.choose(self.tracked, self.banks)
+        self.counts[id(optimizer)] += 1
+        for group in self.groups:
+            if group.optimizer is optimizer:
+                group.note_lr()
+        if not has_closure(args, kwargs):
+            self.read_gradients(optimizer)
+            self.replays.add(optimizer, lambda error: self.replay_failed(optimizer, error))
 
     def after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         if is_nested_step(optimizer):
             return
-        with self.safely():
-            if has_closure(args, kwargs):  # the gradients were made inside the step
-                self.read_gradients(optimizer)
-            slowest = min(count for count in self.counts.values() if count)
-            # once all that step together have done so; one that has stopped stepping is not waited for
-            if self.step > self.next_check or slowest >= self.next_check:
-                self.next_check = self.step + CHECK_EVERY
-                self.check()
-                if self.step >= 2 * CHECK_EVERY:
-                    self.forward.forget()
+        if has_closure(args, kwargs):  # the gradients were made inside the step
+            self.read_gradients(optimizer)
+        slowest = min(count for count in self.counts.values() if count > self.start_step)
+        # once all that step together have done so; one that has stopped stepping is not waited for
+        if self.step > self.next_check or slowest >= self.next_check:
+            self.next_check = (self.step // CHECK_EVERY + 1) * CHECK_EVERY
+            self.check()
+            if self.n_seen >= LISTENED:
+                self.forward.forget()
 
     def read_gradients(self, optimizer: Optimizer) -> None:
         if self.counts[id(optimizer)] % READ_EVERY == 1:
             owners = (optimizer, None) if optimizer is self.optimizers[0] else (optimizer,)
             self.gradients.read([t for t in self.tracked if t.optimizer in owners], self.banks, optimizer)
 
-    def cannot_replay(self, optimizer: Optimizer, error: Exception) -> None:
-        name = type(optimizer).__name__
-        self.cannot("info", name, f"{name}'s steps cannot be replayed: what rounding loses is not measured", error)
+    def failed(self, error: Exception) -> None:
+        """Stop and say so, whatever else is broken by now; the training goes on."""
+        try:
+            self.publish_failure("warning", "the watch", f"the watch stopped at update {self.step}", error)
+            self.close()
+        except Exception:
+            self.findings.append(LAST_WORDS)
 
-    def follow(self) -> None:
-        """Take in what is new: parameters that were unfrozen or given to an optimizer, and their groups."""
+    def forward_failed(self, error: Exception) -> None:
+        """Go on without listening to forward passes."""
+        try:
+            what = "forward passes are no longer listened to: the first loss and missing gradients are judged by less"
+            self.publish_failure("warning", "the forward pass", what, error)
+            self.forward.close()
+        except Exception:
+            self.findings.append(LAST_WORDS)
+
+    def replay_failed(self, optimizer: Optimizer, error: Exception) -> None:
+        name = type(optimizer).__name__
+        what = f"{name}'s steps cannot be replayed: what rounding loses is not measured"
+        self.publish_failure("info", name, what, error)
+
+    # ---- readings ----------------------------------------------------------------------------------------------------
+
+    def read(self) -> None:
+        """Fetch what waits on the devices, and read all samples if a step was taken since, else those of new tensors."""
+        new = self.follow()
+        for group in self.groups:
+            group.fetch()
+        self.gradients.fetch()
+        if self.step > self.last_read or not self.readings:
+            self.last_read = self.step
+            self.readings = [reading for bank in self.banks for reading in bank.read()]
+        else:
+            self.readings += [reading for bank in new for reading in bank.read()]
+        self.fetched_losses += fetch(self.losses)
+        self.losses = []
+        if len(self.fetched_losses) > 3 * HISTORY:
+            del self.fetched_losses[HISTORY:-HISTORY]
+
+    def follow(self) -> list[Bank]:
+        """Take in what is new: parameters that were unfrozen or given to an optimizer, and their groups. Returns their banks."""
         updated = [id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]]
         signature = (*updated, *((id(p), p.requires_grad) for p in self.model.parameters()))
         if signature == self.signature:
-            return
+            return []
         self.signature = signature
         found, self.outside = track(self.model, self.optimizers)
         known = {id(t.param): t for t in self.tracked}
@@ -230,11 +269,13 @@ class Watch:
                 old.group_number, old.group_name = t.group_number, t.group_name
         new = [t for key, t in now.items() if key not in known]
         self.tracked += new
-        self.banks += banks_of(new)
+        banks = banks_of(new)
+        self.banks += banks
         groups = {(id(g.optimizer), g.number): g for g in self.groups}
         self.groups = [groups.get((id(o), n)) or GroupState(o, n, name) for o, n, name in named_groups(self.optimizers)]
         self.replays.choose(self.tracked, self.banks)
         self.restart_window()
+        return banks
 
     def restart_window(self) -> None:
         self.window_start = self.step
@@ -246,6 +287,7 @@ class Watch:
     def state(self) -> State:
         return State(
             step=self.step,
+            n_seen=self.n_seen,
             window=self.step - self.window_start,
             model=self.model,
             readings=self.readings,
@@ -256,41 +298,58 @@ class Watch:
             losses=self.fetched_losses,
             forward=self.forward,
             budget=self.budget,
+            findings=self.findings,
         )
 
-    def apply(self, state: State, at_start: bool = False) -> list[Finding]:
-        new = []
-        for check in list(self.checks):
-            if at_start and not getattr(check, "static", False):
+    def apply(self, state: State, at_start: bool = False) -> None:
+        """Ask each rule, and publish what it has to say of what it did not name before."""
+        spoken = {rule for rule, _ in self.told}
+        for rule in self.rules:
+            if (at_start and not rule.static) or (rule.once and rule.id in spoken):
                 continue
             try:
-                found = list(check(state))
-                if found and getattr(check, "once", False):
-                    self.checks.remove(check)
-                new += self.say(found)
-            except Exception as error:
-                self.checks.remove(check)
-                new += self.cannot("warning", check.__name__, f"the rule {check.__name__} failed and is off", error)
-        return new
+                level = SEVERITIES.index(rule.severity)
+                ill = {
+                    subject: what for subject, what in rule.when(state).items() if self.is_news(rule.id, subject, level)
+                }
+                if ill:
+                    self.publish(rule.finding(state, ill), *ill)
+            except Exception as error:  # it is asked again at the next check
+                self.publish_failure("warning", f"rule {rule.id}", f"the rule {rule.id} failed", error)
 
-    def say(self, findings: Iterable[Finding]) -> list[Finding]:
-        """Keep and log those that were not said before."""
-        new = []
-        for finding in findings:
-            key = (finding.rule, finding.severity, finding.where if finding.rule == "not_measured" else None)
-            if key not in self.said:
-                self.said.add(key)
-                new.append(finding)
-        self.findings += new
-        if self.log and new:
-            lines = [json.dumps(f.to_dict(), ensure_ascii=False) + "\n" for f in new]
+    def is_news(self, rule: str, subject: str, level: int) -> bool:
+        return level < min(self.told.get((rule, key), len(SEVERITIES)) for key in (subject, None))
+
+    def note_told(self, finding: Finding, *subjects: str | None) -> None:
+        level = SEVERITIES.index(finding.severity)
+        for key in ((finding.rule, subject) for subject in subjects):
+            self.told[key] = min(level, self.told.get(key, level))
+
+    def publish(self, finding: Finding, *subjects: str) -> None:
+        """Keep and log a finding about these subjects."""
+        self.note_told(finding, *subjects)
+        self.findings.append(finding)
+        if self.log:
             try:
                 with self.log.open("a", encoding="utf-8") as file:
-                    file.writelines(lines)
+                    file.write(json.dumps(finding.to_dict(), ensure_ascii=False) + "\n")
             except OSError as error:
                 path, self.log = self.log, None
-                new += self.cannot("warning", str(path), "findings are no longer written there", error)
-        return new
+                self.publish_failure("warning", str(path), "findings are no longer written there", error)
+
+    def publish_failure(self, severity: str, where: str, what: str, error: Exception) -> None:
+        """Say once for each `where` what cannot be measured."""
+        if self.is_news("not_measured", where, SEVERITIES.index(severity)):
+            message = f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            finding = Finding(
+                rule="not_measured",
+                severity=severity,
+                where=where,
+                step=self.step,
+                message=message,
+                advice=LAST_WORDS.advice,
+            )
+            self.publish(finding, where)
 
 
 def has_closure(args: tuple, kwargs: dict) -> bool:
