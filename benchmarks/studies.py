@@ -9,13 +9,13 @@ import sys
 from collections.abc import Sequence
 
 from moe_lab.config import ConfigError, suggestion
-from moe_lab.failures.designs import SEEDS, all_designs, study_config, with_lrs
-from moe_lab.failures.experiments import Arm, Experiment, collect
+from moe_lab.failures.designs import all_designs, study_config, with_lrs
+from moe_lab.failures.experiments import SEEDS, Arm, Experiment, collect
 from moe_lab.failures.results import RESULTS
 from moe_lab.train.command import exit_code
 
 
-def disputed(seeds: Sequence[int] = SEEDS[:2]) -> Experiment:
+def disputed() -> Experiment:
     """Two rows of benchmarks/detection.py were written as mixed-up conventions and are named for their learning rate. How much
     does the other convention give back of what, in the same, the LR does that the sweeps found best? Arms:
     `match_rms_adamw 0.05, 96`, `…, convention repaired`, `…, LR repaired`, and the same of `original 0.0003, 384`."""
@@ -26,10 +26,10 @@ def disputed(seeds: Sequence[int] = SEEDS[:2]) -> Experiment:
     ):
         config = study_config(d_model, steps=100, compute=compute)
         name, adamw = f"{convention} {lr:g}, {d_model}", 3e-3  # AdamW's LR is that of the rows
-        arms[name] = Arm(config=with_lrs(config, lr, adamw, convention))
-        arms[f"{name}, convention repaired"] = Arm(config=with_lrs(config, lr, adamw, other))
-        arms[f"{name}, LR repaired"] = Arm(config=with_lrs(config, best, adamw, convention))
-    return Experiment(name="disputed", arms=arms, seeds=seeds, evaluate_at=(100,))
+        arms[name] = Arm(with_lrs(config, lr, adamw, convention))
+        arms[f"{name}, convention repaired"] = Arm(with_lrs(config, lr, adamw, other))
+        arms[f"{name}, LR repaired"] = Arm(with_lrs(config, best, adamw, convention))
+    return Experiment(name="disputed", arms=arms, seeds=SEEDS[:2], evaluate_at=(100,))
 
 
 def compute(names: Sequence[str]) -> None:

@@ -30,8 +30,7 @@ def elsewhere(tmp_path, monkeypatch):
 def row_of(experiment: Experiment, folder: Path) -> dict:
     """The row of its only cell, computed here."""
     (cell,) = experiment.cells().values()
-    assert run_cell(cell, folder / "row.json") == cell.key
-    return json.loads((folder / "row.json").read_text())
+    return json.loads(run_cell(cell, folder / "row.json").read_text())
 
 
 def small(folder, **changes) -> Experiment:

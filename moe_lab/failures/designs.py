@@ -21,7 +21,6 @@ POINTS = {"failure": FAILURE, "cure": CURE, "tuned": TUNED}
 
 SWEEP_LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 SWEEP_ADAMW = 1e-2  # AdamW's LR beside Muon while Muon's is swept
-SEEDS = (0, 1, 2)
 
 
 def study_config(d_model: int, steps: int = 200, compute: str = "bfloat16") -> Config:
@@ -52,23 +51,23 @@ def adamw_alone(config: Config, lr: float) -> Config:
     return config.with_(training={"max_lr": lr}, optimizer={"type": "adamw", "embedding_lr_ratio": None})
 
 
-def sweep(d_model: int, seeds: Sequence[int] = SEEDS, compute: str = "bfloat16") -> Experiment:
+def sweep(d_model: int, compute: str = "bfloat16") -> Experiment:
     """Each LR in both of Muon's conventions and for AdamW alone: `original 0.01`, `match_rms_adamw 0.01`, `adamw 0.01`."""
     config = study_config(d_model, compute=compute)
     arms = {}
     for lr in SWEEP_LRS:
         for convention in ("original", "match_rms_adamw"):
-            arms[f"{convention} {lr:g}"] = Arm(config=with_lrs(config, lr, SWEEP_ADAMW, convention))
-        arms[f"adamw {lr:g}"] = Arm(config=adamw_alone(config, lr))
-    return Experiment(name=f"sweep_{d_model}", arms=arms, seeds=seeds, evaluate_at=(200,))
+            arms[f"{convention} {lr:g}"] = Arm(with_lrs(config, lr, SWEEP_ADAMW, convention))
+        arms[f"adamw {lr:g}"] = Arm(adamw_alone(config, lr))
+    return Experiment(name=f"sweep_{d_model}", arms=arms)
 
 
-def surface(name: str, config: Config, seeds: Sequence[int] = (0,), evaluate_at: Sequence[int] = (200,)) -> Experiment:
+def surface(name: str, config: Config, evaluate_at: Sequence[int] = (200,)) -> Experiment:
     """Muon's LR × AdamW's LR around TUNED: 3 × 3 in steps of 4, and axial points at 16 (a central composite design)."""
     offsets = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)] + [(-2, 0), (2, 0), (0, -2), (0, 2)]
     lrs = [(TUNED[0] * 4**i, TUNED[1] * 4**j) for i, j in offsets]
-    arms = {f"{muon:g} {adamw:g}": Arm(config=with_lrs(config, muon, adamw)) for muon, adamw in lrs}
-    return Experiment(name=name, arms=arms, seeds=seeds, evaluate_at=evaluate_at)
+    arms = {f"{muon:g} {adamw:g}": Arm(with_lrs(config, muon, adamw)) for muon, adamw in lrs}
+    return Experiment(name=name, arms=arms, seeds=(0,), evaluate_at=evaluate_at)
 
 
 def horizon_96() -> Experiment:
@@ -77,48 +76,48 @@ def horizon_96() -> Experiment:
     return surface("horizon_96", config, evaluate_at=(200, 800, 3200))
 
 
-def attribution(d_model: int, seeds: Sequence[int] = SEEDS) -> Experiment:
+def attribution(d_model: int) -> Experiment:
     """The three points in float32, in bf16 and in bf16 with fp32 masters, and every corner between failure and each
     other point, so that shares can be taken over all orders of fixing. Arms: `failure → muon of cure, bf16`, …"""
     config = study_config(d_model)
     arms = {}
     for name, (muon, adamw) in POINTS.items():
-        arms[f"{name}, float32"] = Arm(config=with_lrs(config, muon, adamw))
-        arms[f"{name}, bf16"] = Arm(config=with_lrs(config, muon, adamw, parameters="bfloat16"))
-        arms[f"{name}, masters"] = Arm(config=with_lrs(config, muon, adamw, parameters="bfloat16"), remedy="masters")
+        arms[f"{name}, float32"] = Arm(with_lrs(config, muon, adamw))
+        arms[f"{name}, bf16"] = Arm(with_lrs(config, muon, adamw, parameters="bfloat16"))
+        arms[f"{name}, masters"] = Arm(with_lrs(config, muon, adamw, parameters="bfloat16"), remedy="masters")
     for name in ("cure", "tuned"):
         mixed = {"Muon": (POINTS[name][0], FAILURE[1]), "AdamW": (FAILURE[0], POINTS[name][1])}
         for which, (muon, adamw) in mixed.items():
             for parameters, label in (("float32", "float32"), ("bfloat16", "bf16")):
                 mixture = with_lrs(config, muon, adamw, parameters=parameters)
-                arms[f"failure with {which} of {name}, {label}"] = Arm(config=mixture)
-    return Experiment(name=f"attribution_{d_model}", arms=arms, seeds=seeds, evaluate_at=(200,))
+                arms[f"failure with {which} of {name}, {label}"] = Arm(mixture)
+    return Experiment(name=f"attribution_{d_model}", arms=arms)
 
 
-def remedies(d_model: int, seeds: Sequence[int] = SEEDS) -> Experiment:
+def remedies(d_model: int) -> Experiment:
     """Each remedy for bf16 parameters at the report's cure, beside float32 and plain bf16."""
     config = study_config(d_model)
     kept = with_lrs(config, *CURE, parameters="bfloat16")
-    arms = {"float32": Arm(config=with_lrs(config, *CURE)), "bf16": Arm(config=kept)}
-    arms |= {remedy: Arm(config=kept, remedy=remedy) for remedy in REMEDIES}
-    return Experiment(name=f"remedies_{d_model}", arms=arms, seeds=seeds, evaluate_at=(200,))
+    arms = {"float32": Arm(with_lrs(config, *CURE)), "bf16": Arm(kept)}
+    arms |= {remedy: Arm(kept, remedy=remedy) for remedy in REMEDIES}
+    return Experiment(name=f"remedies_{d_model}", arms=arms)
 
 
-def reproduction(seeds: Sequence[int] = SEEDS) -> Experiment:
+def reproduction() -> Experiment:
     """Failure, cure and tuned with the lab's own model, every mixture in it, for 200 updates of 2,048 tokens."""
     config = load_config(ROOT / "configs" / "lab.yaml")
     training = {"warmup_steps": 20, "min_lr_ratio": 1.0, "device": "cpu"}
     config = config.with_(training=training, precision={"compute": "bfloat16"})
-    arms = {name: Arm(config=with_lrs(config, *lrs)) for name, lrs in POINTS.items()}
-    arms["failure, bf16"] = Arm(config=with_lrs(config, *FAILURE, parameters="bfloat16"))
-    return Experiment(name="reproduction", arms=arms, seeds=seeds, evaluate_at=(200,))
+    arms = {name: Arm(with_lrs(config, *lrs)) for name, lrs in POINTS.items()}
+    arms["failure, bf16"] = Arm(with_lrs(config, *FAILURE, parameters="bfloat16"))
+    return Experiment(name="reproduction", arms=arms)
 
 
-def healthy_188(seeds: Sequence[int] = (0,)) -> Experiment:
+def healthy_188() -> Experiment:
     """What a healthy run shows after the first run's 188 updates at its 8,192 tokens each, beside the failure."""
     config = study_config(192).with_(training={"gradient_accumulation_steps": 8})
-    arms = {name: Arm(config=with_lrs(config, *POINTS[name])) for name in ("tuned", "cure", "failure")}
-    return Experiment(name="healthy_188", arms=arms, seeds=seeds, evaluate_at=(188,))
+    arms = {name: Arm(with_lrs(config, *POINTS[name])) for name in ("tuned", "cure", "failure")}
+    return Experiment(name="healthy_188", arms=arms, seeds=(0,), evaluate_at=(188,))
 
 
 def all_designs() -> list[Experiment]:

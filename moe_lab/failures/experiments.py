@@ -19,13 +19,14 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import chain
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -39,6 +40,7 @@ from moe_lab.train import RunError, Trainer, read_record
 from moe_lab.train.evaluate import evaluate
 from moe_lab.train.record import write_atomically
 
+SEEDS = (0, 1, 2)
 FORMAT = 1  # raise it whenever the same cell would give other numbers
 
 
@@ -60,8 +62,7 @@ class Cell:
         return hashlib.sha256(json.dumps([FORMAT, what], sort_keys=True).encode()).hexdigest()[:24]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Arm:
+class Arm(NamedTuple):
     """One setting of a factorial run."""
 
     config: Config
@@ -74,22 +75,17 @@ class Experiment:
 
     name: str
     arms: Mapping[str, Arm]
-    seeds: Sequence[int]
-    evaluate_at: Sequence[int]
+    seeds: Sequence[int] = SEEDS
+    evaluate_at: Sequence[int] = (200,)
 
     def cells(self) -> dict[tuple[str, int], Cell]:
         """The cell of each arm and seed."""
-        steps = sorted(self.evaluate_at)
-        return {
-            (name, seed): Cell(
-                config=arm.config.with_(training={"seed": seed, "steps": steps[-1]}),
-                probe=losses_at,
-                options={"evaluate_at": steps},
-                remedy=arm.remedy,
-            )
-            for seed in self.seeds
-            for name, arm in self.arms.items()
-        }
+        cells, options = {}, {"evaluate_at": sorted(self.evaluate_at)}
+        for seed in self.seeds:
+            for name, (config, remedy) in self.arms.items():
+                config = config.with_(training={"seed": seed, "steps": max(self.evaluate_at)})
+                cells[name, seed] = Cell(config=config, probe=losses_at, options=options, remedy=remedy)
+        return cells
 
 
 def collect(experiment: Experiment, redo: bool = False, workers: int | None = None, progress: bool = True) -> Results:
@@ -118,19 +114,17 @@ def run_cells(
     An error in a cell, or Ctrl-C, ends the running ones and is raised; what is finished stays in the cache.
     """
     paths = paths_of(cells)
-    jobs = {cell.key: (cell, paths[cell.key]) for cell in cells if not paths[cell.key].exists()}
-    there = [key for key in paths if key not in jobs]
-    with tqdm(total=len(paths), initial=len(there), unit="run", desc=name, disable=not progress) as bar:
-        yield from ((key, json.loads(paths[key].read_text())) for key in there)
-        for key in in_processes(jobs, workers) if workers != 0 else (run_cell(*job) for job in jobs.values()):
-            bar.update()
-            yield key, json.loads(paths[key].read_text())
+    jobs = {cell.key: (cell, paths[cell.key]) for cell in cells if not paths[cell.key].exists()}.values()
+    done = in_processes(jobs, workers) if jobs and workers != 0 else (run_cell(*job) for job in jobs)
+    there = [path for path in paths.values() if path.exists()]
+    for path in tqdm(chain(there, done), name, len(paths), unit="run", disable=not progress):
+        yield path.name.split("_")[0], json.loads(path.read_text())
 
 
 def rows_so_far(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """Rows of the cells that are finished or have begun; what is not finished has what was measured so far."""
-    files = [(path, path.with_suffix(".part")) for path in paths_of(cells).values()]
-    return [json.loads(next(filter(Path.exists, pair)).read_text()) for pair in files if any(map(Path.exists, pair))]
+    found = (next(filter(Path.exists, (path, path.with_suffix(".part"))), None) for path in paths_of(cells).values())
+    return [json.loads(path.read_text()) for path in found if path]
 
 
 def paths_of(cells: Sequence[Cell]) -> dict[str, Path]:
@@ -139,17 +133,16 @@ def paths_of(cells: Sequence[Cell]) -> dict[str, Path]:
     return {cell.key: CACHE / "runs" / f"{cell.key}_{hashes[cell.config.data][:12]}.json" for cell in cells}
 
 
-def in_processes(jobs: Mapping[str, tuple[Cell, Path]], workers: int | None) -> Iterator[str]:
+def in_processes(jobs: Collection[tuple[Cell, Path]], workers: int | None) -> Iterator[Path]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    n_workers = min(workers or os.cpu_count() or 1, max(1, len(jobs)))
+    n_workers = min(workers or os.cpu_count() or 1, len(jobs))
     with theirs, ours, ProcessPoolExecutor(n_workers, context, start_worker, (theirs,)) as pool:
         try:
-            yield from (
-                future.result() for future in as_completed([pool.submit(run_cell, *job) for job in jobs.values()])
-            )
+            futures = [pool.submit(run_cell, *job) for job in jobs]
+            yield from (future.result() for future in as_completed(futures))
         except BaseException:
-            ours.close()
+            ours.close()  # ends the workers
             raise
 
 
@@ -164,8 +157,8 @@ def start_worker(parent: Connection) -> None:
     threading.Thread(target=follow_parent, daemon=True).start()
 
 
-def run_cell(cell: Cell, path: Path) -> str:
-    """Train one cell and measure it; returns its key. The row so far is in `path` with .part, the whole one in `path`."""
+def run_cell(cell: Cell, path: Path) -> Path:
+    """Train one cell and measure it. The row so far is in `path` with .part, the whole one in `path`, which is returned."""
     start, began = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -174,8 +167,7 @@ def run_cell(cell: Cell, path: Path) -> str:
         for measured in cell.probe(trainer, **cell.options):
             wall = {"wall_s": round(time.perf_counter() - start, 1), "updates": trainer.step}
             write_atomically(path.with_suffix(".part"), json.dumps(measured | made | wall))
-    os.replace(path.with_suffix(".part"), path)
-    return cell.key
+    return path.with_suffix(".part").replace(path)
 
 
 def make_trainer(config: Config, remedy: str | None, folder: str | Path) -> Trainer:
