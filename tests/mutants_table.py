@@ -328,6 +328,20 @@ MUTANTS = [
         "tests/test_cli.py::test_nothing_is_written_into_a_run_that_another_process_holds",
     ),
     Mutant(
+        "dropout draws from the process's generator",
+        "moe_lab/train/loop.py",
+        "self.model.report(ids, generator=self.dropout_noise)",
+        "self.model.report(ids)",
+        "tests/test_train.py::test_what_others_draw_meanwhile_changes_no_training",
+    ),
+    Mutant(
+        "an evaluation puts every module into one mode",
+        "moe_lab/train/evaluate.py",
+        "            module.training = was_training\n",
+        "            module.training = True\n",
+        "tests/test_train.py::test_an_evaluation_puts_each_modules_mode_back",
+    ),
+    Mutant(
         "nothing reads a config key (B20)",
         "moe_lab/train/loop.py",
         "training.max_grad_norm)",

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import math
 import os
@@ -23,7 +24,8 @@ from moe_lab.config import from_dict, to_yaml
 from moe_lab.data import Batches
 from moe_lab.optim import groups_of, muon
 from moe_lab.train import device, loop, read_record
-from moe_lab.train.checkpoint import load_checkpoint, step_path
+from moe_lab.train.checkpoint import load_checkpoint, save_atomically, step_path
+from moe_lab.train.evaluate import evaluate
 
 
 def steps_of(run_dir: Path) -> list[dict]:
@@ -119,8 +121,9 @@ def test_intervals_count_updates(tmp_path: Path, monkeypatch) -> None:
     config = tiny(tmp_path, training=training)
     n_forward, told = [], []
     trainer = Trainer(config, tmp_path / "run", listeners=[lambda row: told.append((row["step"], trainer.step))])
-    losses = trainer.model.losses
-    monkeypatch.setattr(trainer.model, "losses", lambda ids: n_forward.append(1) or losses(ids))
+    report = trainer.model.report
+    counted = lambda ids, generator: n_forward.append(1) or report(ids, generator=generator)  # noqa: E731
+    monkeypatch.setattr(trainer.model, "report", counted)
     trainer.fit()
     assert len(n_forward) == 80
     assert [row["step"] for row in steps_of(trainer.run_dir)] == list(range(1, 21))
@@ -257,7 +260,7 @@ def test_pauses_and_saves_are_no_training_time(tmp_path: Path, monkeypatch) -> N
     monkeypatch.setattr(loop.ckpt, "save_atomically", takes(100, loop.ckpt.save_atomically))
     config = tiny(tmp_path, training={"log_interval": 1, "save_interval": 2, "eval_interval": 100})
     trainer = Trainer(config, tmp_path / "run")
-    trainer.model.losses = takes(0.5, trainer.model.losses)  # of 2 micro-batches
+    trainer.model.report = takes(0.5, trainer.model.report)  # of 2 micro-batches
     trainer.listeners.append(lambda row: row["step"] == 3 and trainer.controls.pause())
 
     def ends_the_pause(seconds: float) -> bool:
@@ -367,6 +370,40 @@ def test_dropout_follows_from_the_seed_alone(tmp_path: Path) -> None:
         trainer.fit()
         losses.append(steps_of(trainer.run_dir)[0]["loss"])
     assert losses[0] != losses[1] and losses[0] == records[0][1]["loss"]
+
+
+def test_what_others_draw_meanwhile_changes_no_training(run: Trainer, tmp_path: Path) -> None:
+    """A cell of a notebook that draws while a thread trains: here from within the run, at every row."""
+    assert run.config.model.dropout == 0.1
+    config = run.config.with_(training={"log_interval": 1})
+    trainer = Trainer(config, tmp_path / "run", listeners=[lambda row: torch.rand(7)])
+    for _ in trainer.steps(until=4):
+        torch.rand(3)
+    trainer.save(step_path(trainer.run_dir, 4))
+    torch.rand(5)
+    resumed = Trainer(config, tmp_path / "run", resume=True, listeners=[lambda row: torch.rand(7)])
+    torch.rand(5)
+    assert len(list(resumed.steps())) == 2
+    assert without_times(steps_of(tmp_path / "run")) == without_times(steps_of(run.run_dir))
+
+
+def test_a_checkpoint_from_before_dropout_had_noise_of_its_own(run: Trainer, tmp_path: Path) -> None:
+    trainer = Trainer(run.config, tmp_path / "run")
+    list(trainer.steps(until=4))
+    trainer.save(step_path(trainer.run_dir, 4))
+    state = load_checkpoint(step_path(trainer.run_dir, 4))
+    state["rng_state"]["cpu"] = state["rng_state"].pop("dropout")  # dropout alone drew from it then
+    save_atomically(state, step_path(trainer.run_dir, 4))
+    list(Trainer(run.config, tmp_path / "run", resume=True).steps())
+    assert without_times(steps_of(tmp_path / "run")) == without_times(steps_of(run.run_dir))
+
+
+def test_an_evaluation_puts_each_modules_mode_back(run: Trainer) -> None:
+    model = build_model(run.config.model)
+    model.layers[0].eval()  # a part that somebody froze
+    before = [module.training for module in model.modules()]
+    evaluate(model, run.dataset.validation[:50], 16, 2, contextlib.nullcontext)
+    assert [module.training for module in model.modules()] == before and 0 < sum(before) < len(before)
 
 
 def test_recomputing_blocks_changes_nothing(tmp_path: Path) -> None:
@@ -523,13 +560,14 @@ def test_a_used_directory_names_both_ways_out(tmp_path: Path) -> None:
 def test_a_gradient_that_is_not_finite(tmp_path: Path, monkeypatch) -> None:
     config = tiny(tmp_path, training={"steps": 9, "log_interval": 5, "save_interval": 1, "keep_checkpoints": 9})
     trainer = Trainer(config, tmp_path / "run")
-    losses = trainer.model.losses
+    report = trainer.model.report
 
-    def from_step_3_on(ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        terms = losses(ids)
-        return terms | {"next_token": terms["next_token"] * (math.nan if trainer.step >= 3 else 1.0)}
+    def from_step_3_on(ids: torch.Tensor, generator: torch.Generator):
+        found = report(ids, generator=generator)
+        factor = math.nan if trainer.step >= 3 else 1.0
+        return found._replace(terms=found.terms | {"next_token": found.terms["next_token"] * factor})
 
-    monkeypatch.setattr(trainer.model, "losses", from_step_3_on)
+    monkeypatch.setattr(trainer.model, "report", from_step_3_on)
     with pytest.raises(
         RunError, match=r"^step 3: the gradient norm is nan, .* lower training.max_lr, or resume"
     ) as caught:
@@ -547,7 +585,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch) -> None:
     trainer = Trainer(tiny(tmp_path), tmp_path / "run")
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
-    monkeypatch.setattr(trainer.model, "losses", lambda ids: pytest.fail("training began"))
+    monkeypatch.setattr(trainer.model, "report", lambda ids, generator: pytest.fail("training began"))
     with pytest.raises(
         RunError, match=r"run: a checkpoint needs 0.00 GB and the disk has 0.00 GB free; free some"
     ) as caught:
@@ -560,10 +598,10 @@ def test_a_full_disk(tmp_path: Path, monkeypatch) -> None:
 def test_out_of_memory_names_the_sizes(tmp_path: Path, monkeypatch, error) -> None:
     trainer = Trainer(tiny(tmp_path), tmp_path / "run")
 
-    def losses(ids: torch.Tensor):
+    def report(ids: torch.Tensor, generator: torch.Generator):
         raise error()
 
-    monkeypatch.setattr(trainer.model, "losses", losses)
+    monkeypatch.setattr(trainer.model, "report", report)
     expected = (
         r"^out of memory on cpu at step 1: lower training.batch_size \(2; .*max_seq_len \(16\).*d_model \(16\), or set "
     )
@@ -575,7 +613,7 @@ def test_out_of_memory_names_the_sizes(tmp_path: Path, monkeypatch, error) -> No
 
 def test_another_error_passes_unchanged(tmp_path: Path, monkeypatch) -> None:
     trainer = Trainer(tiny(tmp_path), tmp_path / "run")
-    monkeypatch.setattr(trainer.model, "losses", lambda ids: ids @ ids)
+    monkeypatch.setattr(trainer.model, "report", lambda ids, generator: ids @ ids)
     with pytest.raises(RuntimeError) as caught:
         trainer.fit()
     assert not isinstance(caught.value, RunError)

@@ -157,7 +157,7 @@ def snapshot(trainer: Trainer) -> dict[str, Any]:
         | {"n_steps": trainer.n_steps, "lr_scale": trainer.controls.lr_scale},
         "step": trainer.step,
         "tokens_seen": trainer.tokens(),
-        "rng_state": rng_state(trainer.device),
+        "rng_state": rng_state(trainer.device, trainer.dropout_noise),
         "data_state": trainer.batches.state_dict() | {"corpus": trainer.dataset.corpus_hash},
         "config": to_dict(trainer.config),
         "initial_sample": trainer.initial_sample,
@@ -187,14 +187,15 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
     trainer.initial_sample, trainer.rng_state = state["initial_sample"], state["rng_state"]
 
 
-def rng_state(device: torch.device) -> dict[str, Any]:
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
+def rng_state(device: torch.device, dropout_noise: torch.Generator) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state(), "dropout": dropout_noise.get_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
-def restore_rng(state: dict[str, Any], device: torch.device) -> None:
+def restore_rng(state: dict[str, Tensor], device: torch.device, dropout_noise: torch.Generator) -> None:
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
+    own = state.get("dropout", state.get(device.type))  # once, dropout drew from the process's generator
+    if own is not None:
+        dropout_noise.set_state(own)

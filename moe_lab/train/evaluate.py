@@ -25,13 +25,13 @@ def evaluate(
 ) -> dict[str, float | list[float]] | None:
     """`validation_loss` in nats per token and, with MoD, `mod_agreement` of each router; None if `stopped` says so.
 
-    `autocast` makes the context to compute in. The model's mode is put back.
+    `autocast` makes the context to compute in. Each module's mode is put back.
     """
     device = model.embedding.weight.device
     total = torch.zeros((), device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
     agreed: Tensor | float = 0.0
     n_targets = 0
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         for ids in validation_windows(tokens, seq_len, batch_size):
@@ -47,7 +47,8 @@ def evaluate(
                 agreed = agreed + torch.stack([agreement(report) for report in trunk.depth]) * count
             n_targets += count
     finally:
-        model.train(was_training)
+        for module, was_training in modes.items():
+            module.training = was_training
     result: dict[str, float | list[float]] = {"validation_loss": (total / n_targets).item()}
     if isinstance(agreed, Tensor):
         result["mod_agreement"] = [round(share, 6) for share in (agreed / n_targets).tolist()]

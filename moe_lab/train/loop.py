@@ -33,7 +33,7 @@ from moe_lab.train.device import (
     place,
 )
 from moe_lab.train.evaluate import evaluate
-from moe_lab.train.readings import Readings
+from moe_lab.train.readings import Readings, load_and_drops
 from moe_lab.train.record import RECORD, append_jsonl, write_atomically
 from moe_lab.train.resume import cut_back, merge
 from moe_lab.train.summary import commit as commit  # the place where benchmarks look for it
@@ -99,9 +99,11 @@ class Trainer:
         self.batches = Batches(self.dataset.train, model_config.max_seq_len, training.batch_size, training.seed)
         self.listeners, self.controls = list(listeners), Controls()
         self.step = 0
-        self.readings: Readings | None = None
+        self.readings = Readings(self.model)
         self.initial_sample: dict | None = None  # of the parameters before the first update
         self.rng_state: dict | None = None  # to go on with; None: seeded
+        # dropout's own, made on the device when the run starts: what a notebook draws meanwhile changes no training
+        self.dropout_noise: torch.Generator | None = None
         self.evaluated: set[int] = set()  # steps
         self.seconds_before = 0.0  # training time of the run before this process
         self.started = self.fetched = time.perf_counter()
@@ -197,7 +199,6 @@ class Trainer:
             status = "interrupted"
             raise
         finally:
-            self.readings.loads.close()
             self.begun = False
             summary = write_summary(self, status)
         return summary
@@ -218,12 +219,13 @@ class Trainer:
             raise RunError(
                 f"{self.run_dir}: {self.step} steps are done and training.steps={self.n_steps}; ask for more"
             )
-        self.readings = Readings(self.model)
         if self.initial_sample is None:
             self.initial_sample = start_sample(self.model)
-        torch.manual_seed(self.config.training.seed)  # for dropout, whatever this process drew before
+        seed = self.config.training.seed
+        torch.manual_seed(seed)  # for whatever else draws, such as stochastic rounding
+        self.dropout_noise = torch.Generator(self.device).manual_seed(seed)
         if self.rng_state is not None:
-            ckpt.restore_rng(self.rng_state, self.device)
+            ckpt.restore_rng(self.rng_state, self.device, self.dropout_noise)
         past = cut_back(self.run_dir, self.step)
         self.evaluated, self.seconds_before = past.evaluated, past.seconds
         if past.lr_scale is not None:
@@ -245,24 +247,27 @@ class Trainer:
             group["lr"] = share * group["initial_lr"]
         deviation = self.readings.norm_deviation()
         means: dict[str, Tensor] = {}
+        loads: list[list[Tensor]] = []  # of each micro-batch, of each MoE layer: (E + 1,)
         n_micro = training.gradient_accumulation_steps
         for _ in range(n_micro):
             ids = self.batches.next_batch()
             if self.device.type == "cuda":
                 ids = ids.pin_memory()
             with self.autocast():
-                terms = self.model.losses(ids.to(self.device, non_blocking=True))
+                ids = ids.to(self.device, non_blocking=True)
+                terms, routings, _ = self.model.report(ids, generator=self.dropout_noise)
             with self.products():
                 (sum(terms.values()) / n_micro).backward()
             for name, term in terms.items():
                 means[name] = means.get(name, 0.0) + term.detach() / n_micro
+            loads.append([load_and_drops(routing) for routing in routings])
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), training.max_grad_norm)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         lr = {group["name"]: group["lr"] for group in groups_of(self.optimizers)}
         report = Report(self.step, self.tokens(), lr, means, grad_norm)
-        self.readings.add(report, deviation, round(self.seconds(), 3))
+        self.readings.add(report, loads, deviation, round(self.seconds(), 3))
         return report
 
     def flush(self) -> None:

@@ -14,28 +14,9 @@ if TYPE_CHECKING:
     from moe_lab.train.loop import Report
 
 
-class ExpertLoads:
-    """Forward hooks on the modules that route: the mean load of each, over the micro-batches of a step."""
-
-    def __init__(self, model: nn.Module):
-        self.seen: dict[int, list[Tensor]] = {}
-        self.handles = [module.register_forward_hook(self.hook) for module in model.modules()]
-
-    def hook(self, module: nn.Module, args: tuple, output: object) -> None:
-        if isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], Routing) and module.training:
-            routing = output[1]
-            reading = torch.cat([routing.load(), routing.drop_rate.reshape(1).float()])
-            self.seen.setdefault(id(module), []).append(reading.detach())
-
-    def take(self) -> list[Tensor]:
-        """(E + 1,) for each routing layer, in order of depth: loads, then the drop rate. Forgets them."""
-        means = [torch.stack(readings).mean(0) for readings in self.seen.values()]
-        self.seen.clear()
-        return means
-
-    def close(self) -> None:
-        for handle in self.handles:
-            handle.remove()
+def load_and_drops(routing: Routing) -> Tensor:
+    """(E + 1,) float32 on the device: the share of slots that each expert got, then the share that was dropped."""
+    return torch.cat([routing.load(), routing.drop_rate.reshape(1).float()]).detach()
 
 
 class Readings:
@@ -43,7 +24,6 @@ class Readings:
 
     def __init__(self, model: nn.Module):
         self.norms = [p for name, p in model.named_parameters() if name.endswith("norm.weight")]
-        self.loads = ExpertLoads(model)
         self.waiting: list[dict] = []
 
     def norm_deviation(self) -> Tensor | None:
@@ -52,12 +32,12 @@ class Readings:
             return None
         return torch.stack([(p.detach().float() - 1).abs().max() for p in self.norms]).max()
 
-    def add(self, report: Report, deviation: Tensor | None, seconds: float) -> None:
-        """Keep a step as a record row whose numbers are still tensors."""
-        loads = self.loads.take()
+    def add(self, report: Report, loads: list[list[Tensor]], deviation: Tensor | None, seconds: float) -> None:
+        """Keep a step as a record row whose numbers are still tensors. `loads`: of each micro-batch, of each MoE layer."""
+        means = [torch.stack(of_layer).mean(0) for of_layer in zip(*loads, strict=True)]
         row = {"step": report.step, "tokens": report.tokens, "loss": None, "losses": report.losses, "lr": report.lr}
         row |= {"grad_norm": report.grad_norm} | ({} if deviation is None else {"norm_deviation": deviation})
-        row |= {"expert_load": [load[:-1] for load in loads], "drop_rate": [load[-1] for load in loads]}
+        row |= {"expert_load": [load[:-1] for load in means], "drop_rate": [load[-1] for load in means]}
         self.waiting.append(row | {"seconds": seconds})
 
     def fetch(self) -> list[dict]:
