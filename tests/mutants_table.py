@@ -364,10 +364,31 @@ MUTANTS = [
     ),
     Mutant(
         "a product that was computed in float32 is not rounded",
-        "moe_lab/train/device.py",
+        "moe_lab/optim/products.py",
         "return func(*args, **kwargs).bfloat16()",
         "return func(*args, **kwargs)",
         "tests/test_train.py::test_rounded_products_are_bfloat16_products[mm]",
+    ),
+    Mutant(
+        "Muon's products in float32 are not rounded",
+        "moe_lab/optim/products.py",
+        "return product.bfloat16().to(product.dtype)",
+        "return product",
+        "tests/test_optim.py::test_slow_products_follow_the_formula_to_the_last_bit[shape0]",
+    ),
+    Mutant(
+        "a word of the command line is a number, whatever field it is for",
+        "moe_lab/sections.py",
+        "if is_text and value not in",
+        "if False and value not in",
+        "tests/test_config.py::test_an_override_of_a_text_field_is_text_whatever_yaml_makes_of_it[data.source-2024]",
+    ),
+    Mutant(
+        "paths lie in site-packages",
+        "moe_lab/config.py",
+        'if (beside / "pyproject.toml").is_file()',
+        'if True or (beside / "pyproject.toml").is_file()',
+        "tests/test_config.py::test_the_root_is_a_checkout_or_the_working_directory",
     ),
     Mutant(
         "a long training's learning rates are summed over the kept ones",

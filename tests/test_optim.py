@@ -10,9 +10,10 @@ from torch import nn
 
 from moe_lab import build_model
 from moe_lab.config import OptimizerConfig
-from moe_lab.optim import Muon, build_optimizers, groups_of, lr_share, muon
+from moe_lab.health import conventions
+from moe_lab.optim import Muon, build_optimizers, groups_of, lr_share, products
 from moe_lab.optim.groups import split_parameters
-from moe_lab.optim.muon import lr_factor, orthogonalise
+from moe_lab.optim.muon import CONVENTIONS, lr_factor, orthogonalise
 
 # DESIGN's table, by name. The first pattern that fits decides.
 TABLE = [
@@ -136,11 +137,32 @@ def test_products_in_float32_round_as_those_in_bfloat16_do(shape: tuple, monkeyp
     """Only the order of sums differs, by the last bit of a product; float32 without the rounding is farther off."""
     matrix, found = torch.randn(shape, generator=torch.Generator().manual_seed(1)), {}
     for fast in (True, False):
-        monkeypatch.setattr(muon, "has_fast_bfloat16", lambda device, fast=fast: fast)
-        found[fast] = muon.orthogonalise(matrix, 5)
+        monkeypatch.setattr(products, "has_fast_bfloat16", lambda device, fast=fast: fast)
+        found[fast] = orthogonalise(matrix, 5)
         assert found[fast].dtype == torch.bfloat16
     difference = (found[True].float() - found[False].float()).norm() / found[True].float().norm()
     assert difference < 0.005
+
+
+@pytest.mark.parametrize("shape", [(48, 32), (32, 80), (64, 64)])
+def test_slow_products_follow_the_formula_to_the_last_bit(shape: tuple, monkeypatch) -> None:
+    """Newton–Schulz with every product summed in float32 and rounded to bfloat16, written out."""
+    monkeypatch.setattr(products, "has_fast_bfloat16", lambda device: False)
+    a, b, c = 3.4445, -4.7750, 2.0315
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    x = (matrix if shape[0] <= shape[1] else matrix.T).bfloat16()
+    x = (x / x.norm().clamp(min=1e-7)).float()
+    for _ in range(5):
+        gram = (x @ x.T).bfloat16().float()
+        polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c).bfloat16().float()
+        x = torch.addmm(x, polynomial, x, beta=a).bfloat16().float()
+    x = x.bfloat16()
+    assert torch.equal(orthogonalise(matrix, 5), x if shape[0] <= shape[1] else x.T)
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps", "meta"])
+def test_no_accelerator_is_taken_for_a_slow_cpu(device: str) -> None:
+    assert products.has_fast_bfloat16(torch.device(device))
 
 
 @pytest.mark.parametrize(
@@ -149,6 +171,15 @@ def test_products_in_float32_round_as_those_in_bfloat16_do(shape: tuple, monkeyp
 def test_conventions_in_closed_form(shape: tuple, original: float, match: float) -> None:
     assert lr_factor(torch.Size(shape), "original") == pytest.approx(original)
     assert lr_factor(torch.Size((7, *shape)), "match_rms_adamw") == pytest.approx(match)
+
+
+@pytest.mark.parametrize("shape", [(4, 16), (64, 16), (9, 9), (7, 48, 32)])
+def test_health_knows_the_same_conventions(shape: tuple) -> None:
+    """It may not import the optimizer. An orthogonal update has RMS 1 / sqrt(max(A, B))."""
+    assert conventions.CONVENTIONS == CONVENTIONS
+    for convention in CONVENTIONS:
+        moved = lr_factor(torch.Size(shape), convention) / math.sqrt(max(shape[-2:]))
+        assert conventions.muon_element_step(1.0, shape, convention) == pytest.approx(moved)
 
 
 def test_a_matrix_moves_by_the_lr_of_its_convention() -> None:

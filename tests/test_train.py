@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moe_lab import ConfigError, RunError, Trainer, build_model
 from moe_lab.config import from_dict, to_yaml
 from moe_lab.data import Batches
-from moe_lab.optim import groups_of, muon
+from moe_lab.optim import groups_of, products
 from moe_lab.train import device, loop, read_record
 from moe_lab.train.checkpoint import load_checkpoint, save_atomically, step_path
 from moe_lab.train.evaluate import evaluate
@@ -456,7 +456,7 @@ def test_bfloat16_parameters_freeze_the_norms(tmp_path: Path) -> None:
 def test_auto_takes_bfloat16_where_it_pays(tmp_path: Path, monkeypatch, times_faster: float, taken: str) -> None:
     seconds = {torch.float32: 1.0, torch.bfloat16: 1 / times_faster}
     with monkeypatch.context() as probe:
-        probe.setattr(device, "has_fast_bfloat16", lambda device: True)
+        probe.setattr(products, "has_fast_bfloat16", lambda device: True)
         probe.setattr(device, "seconds_per_product", lambda a, b: seconds[a.dtype])
         config = tiny(tmp_path, precision={"compute": "auto"}, training={"steps": 2})
         trainer = train(config, tmp_path / "run")
@@ -464,14 +464,14 @@ def test_auto_takes_bfloat16_where_it_pays(tmp_path: Path, monkeypatch, times_fa
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["precision"]["compute"]
     assert written == taken == load_checkpoint(step_path(tmp_path / "run", 2))["config"]["precision"]["compute"]
     # another probe would say the opposite: what the run began with stands
-    monkeypatch.setattr(device, "has_fast_bfloat16", lambda device: True)
+    monkeypatch.setattr(products, "has_fast_bfloat16", lambda device: True)
     monkeypatch.setattr(device, "seconds_per_product", lambda a, b: 1.0 / seconds[a.dtype])
     resumed = Trainer(config.with_(training={"steps": 3}), tmp_path / "run", resume=True)
     assert resumed.config.precision.compute == taken
 
 
 def test_auto_does_not_time_what_is_known_to_be_slow(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(device, "has_fast_bfloat16", lambda device: False)
+    monkeypatch.setattr(products, "has_fast_bfloat16", lambda device: False)
     monkeypatch.setattr(device, "seconds_per_product", lambda a, b: pytest.fail("it was timed"))
     assert device.pick_compute(tiny(tmp_path, precision={"compute": "auto"}), torch.device("cpu")) == "float32"
 
@@ -512,9 +512,9 @@ def test_rounded_products_are_bfloat16_products(product: str) -> None:
         return [y, *torch.autograd.grad(y.float().square().sum(), tensors, allow_unused=True)]
 
     native = forward_and_backward()
-    with Recorder() as recorder, device.RoundedProducts():
+    with Recorder() as recorder, products.RoundedProducts():
         rounded = forward_and_backward()
-    dtypes = {dtype for operation, dtype in recorder.seen if operation in device.PRODUCTS}
+    dtypes = {dtype for operation, dtype in recorder.seen if operation in products.PRODUCTS}
     assert torch.float32 in dtypes and torch.bfloat16 not in dtypes
     for expected, found in zip(native, rounded, strict=True):
         if expected is not None:
@@ -527,12 +527,11 @@ def test_slow_bfloat16_products_are_computed_in_float32(tmp_path: Path, monkeypa
     config = tiny(tmp_path, precision={"compute": "bfloat16", "parameters": "bfloat16"})
     losses, dtypes = {}, {}
     for fast in (True, False):
-        for module in (device, muon):
-            monkeypatch.setattr(module, "has_fast_bfloat16", lambda device, fast=fast: fast)
+        monkeypatch.setattr(products, "has_fast_bfloat16", lambda device, fast=fast: fast)
         with Recorder() as recorder:
             trainer = train(config, tmp_path / str(fast))
         losses[fast] = [row.get("loss", row.get("validation_loss")) for row in read_record(trainer.run_dir)]
-        dtypes[fast] = {dtype for operation, dtype in recorder.seen if operation in device.PRODUCTS}
+        dtypes[fast] = {dtype for operation, dtype in recorder.seen if operation in products.PRODUCTS}
     assert torch.bfloat16 in dtypes[True] and torch.bfloat16 not in dtypes[False]
     assert losses[False] == pytest.approx(losses[True], rel=2e-3)
 

@@ -27,7 +27,7 @@ def study_config(d_model: int, steps: int = 200, compute: str = "bfloat16") -> C
     """The study model at a width that is a multiple of 96, with float32 parameters.
 
     `compute` is bfloat16 as in the case. Two designs, sweep_192 and horizon_96, ask for float32: they were run where a bf16
-    product took sixty times as long, before there was `train.device.RoundedProducts`.
+    product took sixty times as long, before there was `optim.products.RoundedProducts`.
     """
     model = {"d_model": d_model, "n_heads": d_model // 32, "n_kv_heads": d_model // 96, "d_ff": 8 * d_model // 3}
     model |= {"max_seq_len": 128, "moe_layers": (), "mod_enabled": False, "mamba_enabled": False, "mamba_layers": ()}

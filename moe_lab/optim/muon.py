@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from moe_lab.optim.products import multipliable, rounded
+
 # The quintic's coefficients, and its epsilon: Jordan 2024, https://kellerjordan.github.io/posts/muon/
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 EPSILON = 1e-7
@@ -22,35 +24,22 @@ def orthogonalise(matrix: Tensor, steps: int) -> Tensor:
 
     Newton–Schulz iteration of Jordan 2024. The order of operations is that of torch.optim.Muon, whose results are met
     bit for bit on a CPU. That is why a stack is not done in one batched product: in bfloat16 it rounds differently for
-    some sizes, and the iteration amplifies that to half a percent. Where bfloat16 products are slow (`has_fast_bfloat16`),
-    each is computed in float32 from the same bfloat16 values and rounded: the same but for the order of its sums.
+    some sizes, and the iteration amplifies that to half a percent. Where bfloat16 products are slow, `products.py` tells how
+    each is made.
     """
     a, b, c = COEFFICIENTS
-    dtype = torch.bfloat16 if has_fast_bfloat16(matrix.device) else torch.float32
-
-    def rounded(product: Tensor) -> Tensor:
-        return product.bfloat16().to(dtype)
-
     x = matrix.bfloat16()
     tall = x.shape[0] > x.shape[1]
     if tall:
         x = x.T
     x = x / x.norm().clamp(min=EPSILON)  # a copy: a bfloat16 momentum must not be divided in place
-    x = x.to(dtype)
+    x = multipliable(x)
     for _ in range(steps):
         gram = rounded(x @ x.T)
         polynomial = rounded(torch.addmm(gram, gram, gram, beta=b, alpha=c))
         x = rounded(torch.addmm(x, polynomial, x, beta=a))
     x = x.bfloat16()
     return x.T if tall else x
-
-
-def has_fast_bfloat16(device: torch.device) -> bool:
-    """False on a CPU for which torch multiplies bfloat16 matrices in a plain loop, some 70 times slower than float32: one
-    without AVX-512 or its like."""
-    if device.type != "cpu":
-        return True
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def lr_factor(shape: torch.Size, convention: str) -> float:
@@ -87,14 +76,8 @@ class Muon(Optimizer):
     ):
         if adjust_lr not in CONVENTIONS:
             raise ValueError(f"adjust_lr={adjust_lr!r} is not one of {', '.join(CONVENTIONS)}")
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "ns_steps": ns_steps,
-            "weight_decay": weight_decay,
-            "adjust_lr": adjust_lr,
-        }
+        defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps}
+        defaults |= {"weight_decay": weight_decay, "adjust_lr": adjust_lr}
         super().__init__(params, defaults)
         for group in self.param_groups:
             for p in group["params"]:
@@ -104,10 +87,7 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         """One update. Returns the closure's loss, or None."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:

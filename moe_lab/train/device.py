@@ -10,11 +10,9 @@ import time
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 from moe_lab.config import Config, ConfigError, PrecisionConfig
-from moe_lab.optim.muon import has_fast_bfloat16
+from moe_lab.optim import products
 
 WORTH_IT = 1.3  # bfloat16 is taken where it is at least this many times faster: rounding is a cost too
 
@@ -49,7 +47,7 @@ def pick_compute(config: Config, device: torch.device) -> str:
     """`float32` or `bfloat16`; where the config says auto, by timing the run's own widest matrix product."""
     if config.precision.compute != "auto":
         return config.precision.compute
-    if not has_fast_bfloat16(device):
+    if not products.has_fast_bfloat16(device):
         return "float32"  # and the timing below would take ten seconds
     model = config.model
     rows = max(64, min(config.training.batch_size * model.max_seq_len, 4096))
@@ -71,30 +69,10 @@ def seconds_per_product(a: torch.Tensor, b: torch.Tensor) -> float:
     return best / 5
 
 
-aten = torch.ops.aten
-PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten._grouped_mm}
-
-
-class RoundedProducts(TorchDispatchMode):
-    """Within this context the matrix products of bfloat16 tensors are computed in float32 and rounded.
-
-    A bfloat16 product has float32 sums and one rounding at its end anywhere; so only the order of the sums differs. For CPUs
-    that have to multiply bfloat16 in a plain loop (`muon.has_fast_bfloat16`).
-    """
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func.overloadpacket not in PRODUCTS or args[0].dtype != torch.bfloat16:
-            return func(*args, **kwargs)
-        wide = lambda x: x.float() if x.dtype == torch.bfloat16 else x  # noqa: E731
-        args, kwargs = tree_map_only(torch.Tensor, wide, (args, kwargs))
-        return func(*args, **kwargs).bfloat16()
-
-
 def bfloat16_products(model: nn.Module, compute: str, device: torch.device) -> contextlib.AbstractContextManager:
     """`RoundedProducts` where a device that is slow at bfloat16 computes in it or holds the parameters in it."""
     some = compute == "bfloat16" or any(p.dtype == torch.bfloat16 for p in model.parameters())
-    return RoundedProducts() if some and not has_fast_bfloat16(device) else contextlib.nullcontext()
+    return products.RoundedProducts() if some and not products.has_fast_bfloat16(device) else contextlib.nullcontext()
 
 
 def keep_freed_memory() -> bool:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from moe_lab.optim import muon
+from moe_lab.optim import products
 from moe_lab.optim.muon import CONVENTIONS, Muon
 
 SHAPES = {"wide": (12, 40), "tall": (40, 12), "square": (16, 16), "row": (1, 9), "column": (9, 1)}
@@ -14,7 +14,7 @@ OPTIONS = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1}
 @pytest.fixture(autouse=True)
 def products_in_bfloat16(monkeypatch) -> None:
     """As torch does them everywhere, on a CPU that is slow at it, too."""
-    monkeypatch.setattr(muon, "has_fast_bfloat16", lambda device: True)
+    monkeypatch.setattr(products, "has_fast_bfloat16", lambda device: True)
 
 
 def draw(*shape: int, seed: int) -> torch.Tensor:

@@ -1,0 +1,50 @@
+"""Matrix products of bfloat16 values for devices that are slow at them: computed in float32 and rounded.
+
+A bfloat16 product has float32 sums and one rounding at its end anywhere; so only the order of the sums differs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+aten = torch.ops.aten
+PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten._grouped_mm}
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """False on a CPU for which torch multiplies bfloat16 matrices in a plain loop, some 70 times slower than float32: one
+    without AVX-512 or its like."""
+    if device.type != "cpu":
+        return True
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def multipliable(x: Tensor) -> Tensor:
+    """bfloat16 values in the dtype in which their device multiplies them fast: bfloat16, or float32 for `rounded`."""
+    return x if has_fast_bfloat16(x.device) else x.float()
+
+
+def rounded(product: Tensor) -> Tensor:
+    """The product's values rounded to bfloat16, in the dtype that it has; of a bfloat16 product, itself."""
+    return product.bfloat16().to(product.dtype)
+
+
+class RoundedProducts(TorchDispatchMode):
+    """Within this context every matrix product of bfloat16 tensors, forward and backward, is computed in float32 and rounded.
+
+    For what somebody else multiplies: a model's layers. `multipliable` and `rounded` cost less where one multiplies oneself.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.overloadpacket not in PRODUCTS or args[0].dtype != torch.bfloat16:
+            return func(*args, **kwargs)
+        args, kwargs = tree_map_only(Tensor, widened, (args, kwargs))
+        return func(*args, **kwargs).bfloat16()
+
+
+def widened(x: Tensor) -> Tensor:
+    return x.float() if x.dtype == torch.bfloat16 else x
