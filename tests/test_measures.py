@@ -9,7 +9,7 @@ import torch
 from helpers import seeded
 from torch import Tensor
 
-from moe_lab.health import conventions, measures
+from moe_lab.health import measures
 from moe_lab.health.during.bank import Tracked, banks_of
 
 ALL_BF16 = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)
@@ -108,7 +108,7 @@ def test_direction_bias() -> None:
 def test_the_reach_tends_to_the_largest_step() -> None:
     for betas in ((0.9, 0.95), (0.9, 0.999), (0.5, 0.6)):
         tail = measures.adam_reach([0.0] * 9999 + [1.0], betas)
-        assert tail == pytest.approx(conventions.adam_largest_step(betas), rel=1e-4)
+        assert tail == pytest.approx(measures.adam_ratio_bound(math.inf, betas), rel=1e-4)
     assert measures.adam_reach([]) == 0
 
 

@@ -68,7 +68,6 @@ def test_replayed_elements_are_a_float32_twins_step(name, dtype) -> None:
     params = parameters([(7,), (40, 30), (3, 4, 5)], dtype)
     indices = [sample_positions(p.shape) for p in params]
     optimizer = kind(params, **options)
-    assert intended.kind_of(optimizer) in ("adam", "elementwise")
     for step in range(4):
         give_gradients(params, step)
         state = {id(p): {k: v.clone() for k, v in optimizer.state.get(p, {}).items()} for p in params}
@@ -89,7 +88,6 @@ def test_replayed_matrices_are_a_float32_twins_step(name, dtype) -> None:
     kind, options, shapes = MATRICES[name]
     params = parameters(shapes, dtype)
     optimizer = kind(params, **options)
-    assert intended.kind_of(optimizer) == "muon"
     for step in range(3):
         give_gradients(params, step)
         found = [intended.replay_whole(optimizer, optimizer.param_groups[0], p) for p in params]
@@ -111,20 +109,8 @@ def test_a_scheduler_a_hook_for_all_optimizers_and_a_subclass_do_not_disturb() -
     seen = []
     handle = register_optimizer_step_pre_hook(lambda *args: seen.append(args))
     give_gradients(params, 0)
-    assert intended.kind_of(optimizer) == "adam"
     moved = intended.replay_whole(optimizer, optimizer.param_groups[0], params[0])
     handle.remove()
     assert seen == []
     assert moved.abs().max() == pytest.approx(1e-3, rel=0.05)
     assert not optimizer.state  # the real one has not stepped
-
-
-def test_what_is_not_known_is_not_claimed() -> None:
-    class AdamWithAClip(torch.optim.AdamW):
-        def step(self, closure=None):
-            return super().step(closure)
-
-    params = parameters([(3, 3)], torch.bfloat16)
-    assert intended.kind_of(AdamWithAClip(params)) == "unknown"
-    assert intended.kind_of(torch.optim.LBFGS(params)) == "unknown"
-    assert intended.kind_of(torch.optim.Rprop(params)) == "unknown"

@@ -62,12 +62,15 @@ def test_an_unknown_optimizer_that_moves_nothing_gets_a_warning() -> None:
                 for p in group["params"]:
                     p.add_(p.grad.sign(), alpha=-group["lr"])
 
-    def run(dtype, lr):
+    def run(dtype, lr, is_open=False):
         model = toy(dtype=dtype)
-        return watched(model, [Signs(model.parameters(), {"lr": lr})], 60)
+        optimizer = Signs(model.parameters(), {"lr": lr})
+        optimizer.helper = None if is_open else nn.Identity()  # an object of its own: its step is not replayed
+        return watched(model, [optimizer], 60)
 
     assert said(run(torch.bfloat16, 1e-4), "warning") == ["bf16_parameters"]
-    assert said(run(torch.float32, 1e-4)) == []
+    assert said(run(torch.bfloat16, 1e-4, is_open=True), "error") == ["lost_updates"]
+    assert said(run(torch.float32, 2e-4)) == []  # as far as AdamW at 1e-3
     assert said(run(torch.bfloat16, 0.02)) == []
 
 

@@ -252,15 +252,15 @@ def test_a_long_training_is_watched_in_bounded_memory(monkeypatch) -> None:
         for module in (state, watch_module):
             monkeypatch.setattr(module, "HISTORY", history)
         model = toy()
-        optimizer = AdamW(model.parameters(), lr=3e-3)
+        optimizer = AdamW(model.parameters(), lr=3e-4)
         with Watch(model, optimizer, budget=300) as watch:
             train(watch, model, [optimizer], 150)
-            optimizer.param_groups[0]["lr"] = 1e-3
+            optimizer.param_groups[0]["lr"] = 1e-4
             train(watch, model, [optimizer], 150, start=150)
             watch.check()
         (group,) = watch.groups
-        assert (group.n, group.last, group.peak) == (300, 1e-3, 3e-3)
-        assert group.total == pytest.approx(150 * 3e-3 + 150 * 1e-3)
+        assert (group.n, group.last, group.peak) == (300, 1e-4, 3e-4)
+        assert group.total == pytest.approx(150 * 3e-4 + 150 * 1e-4)
         assert len(group.lrs) == min(history, 300)
         assert len(watch.fetched_losses) <= 3 * history and (len(watch.fetched_losses) == 300) == (history > 300)
         found[history] = [f.to_dict() for f in watch.findings]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from .findings import Finding
@@ -27,21 +28,50 @@ LOW = 1 / 3
 # Muon in `original` is run hot: published runs take up to 0.05 at width 768, 20 ×. `match_rms_adamw` is there so that AdamW's
 # learning rates fit, and has AdamW's limit.
 HIGH = {"adam": 12.0, "original": 30.0, "match_rms_adamw": 12.0}
+# How far, as a factor, a measured step may be from a convention's and still be of it: Newton–Schulz leaves 0.7 to 1.2.
+SAME = 1.5
 
 
 class Group(NamedTuple):
     """Parameters that share a learning rate."""
 
     name: str
-    kind: str  # "muon", "adam" (Adam, AdamW) or "other", which is not judged
+    kind: str  # "muon", "adam" (Adam, AdamW, what steps like them) or "other", which is not judged
     lr: float
     shape: Sequence[int] = (1, 1)  # of a typical matrix, (…, A, B); only Muon's matters
-    convention: str = "original"  # only Muon's matters
+    convention: str = "original"  # only Muon's matters; one of its own has a measured step
+    rms: float | None = None  # RMS of a step over the LR, measured where no convention tells it
 
     @property
-    def scale(self) -> str:
-        """What its number is held against: a key of HIGH."""
-        return self.convention if self.kind == "muon" else self.kind
+    def limit(self) -> float:
+        return HIGH[self.kind if self.kind == "adam" else self.convention if self.convention in HIGH else "original"]
+
+    @property
+    def adamw_lr(self) -> float:
+        """The AdamW LR that moves an element as far."""
+        if self.rms is not None:
+            return self.lr * self.rms / ADAMW_RMS
+        return adamw_equivalent(self.lr, self.shape, self.convention) if self.kind == "muon" else self.lr
+
+    @property
+    def described(self) -> str:
+        """`muon 0.0003 (original: like AdamW at 3.8e-05)`."""
+        how = f"{self.convention}: " if self.kind == "muon" else ""
+        like = f" ({how}like AdamW at {self.adamw_lr:.2g})" if self.adamw_lr != self.lr else ""
+        return f"{self.name} {self.lr:.3g}{like}"
+
+
+def convention_of(steps: Sequence[tuple[Sequence[int], float]], declared: str | None = None) -> str | None:
+    """The convention of measured orthogonal steps, each a shape (…, A, B) and an RMS over the LR; None for another one.
+
+    In matrices of 25 inputs both say the same: there what the optimizer declares counts, if it fits.
+    """
+    off = {
+        convention: max(abs(math.log(rms / muon_element_step(1.0, shape, convention))) for shape, rms in steps)
+        for convention in CONVENTIONS
+    }
+    best = declared if off.get(declared, math.inf) < math.log(SAME) else min(off, key=off.__getitem__)
+    return best if off[best] < math.log(SAME) else None
 
 
 def muon_element_step(lr: float, shape: Sequence[int], convention: str) -> float:
@@ -86,23 +116,6 @@ def usual_adamw_lr(n_parameters: float) -> float:
     return math.exp(mean_y + slope * (math.log(max(n_parameters, SMALLEST)) - mean_x))
 
 
-def adam_largest_step(betas: Sequence[float] = (0.9, 0.95)) -> float:
-    """The most that one Adam update can move an element, over the LR, whatever the gradients: about 1.17 at 0.9, 0.95.
-
-    By Cauchy–Schwarz |m| / sqrt(v) is at most (1 - b1) / sqrt((1 - b2) (1 - b1² / b2)); gradients that grow by a factor
-    b2 / b1 a step reach it. Infinite if b1² ≥ b2. Bias correction only makes the first steps smaller.
-    """
-    first, second = betas
-    if first**2 >= second:
-        return math.inf
-    return (1 - first) / math.sqrt((1 - second) * (1 - first**2 / second))
-
-
-def level(scale: str, ratio: float) -> str:
-    """`low`, `usual` or `high` for an LR over the usual one; `scale` is a key of HIGH."""
-    return "low" if ratio < LOW else "high" if ratio > HIGH[scale] else "usual"
-
-
 def distance(ratio: float) -> float:
     """By which factor an LR is off the usual one, up or down: at least 1."""
     return max(ratio, 1 / ratio)
@@ -116,97 +129,70 @@ def geometric_mean(values: Iterable[float]) -> float:
 def judge(groups: Iterable[Group], n_parameters: float) -> list[Finding]:
     """Hold peak LRs against what transformers of this size are trained with from scratch; findings are warnings.
 
-    Muon's LR counts as the AdamW LR that moves an element as far. Several groups of a kind are taken together, by
+    An LR counts as the AdamW LR that moves an element as far. Several groups of a kind are taken together, by
     geometric mean: embeddings beside Muon often get ten times what norms get. Groups of kind "other" and LRs of 0 are
     not judged. `muon_convention` if Muon alone is out of range and its number would fit in the other convention;
     otherwise `lr_too_low` and `lr_too_high` for the kinds that are out of range. Not for fine-tuning, whose LRs are lower.
     """
     usual = usual_adamw_lr(n_parameters)
     groups = [group for group in groups if group.lr > 0]
-    muon = [group for group in groups if group.kind == "muon"]
-    adam = [group for group in groups if group.kind == "adam"]
-    ratios: dict[str, float] = {}  # of the kinds that there are: LR over the usual one
-    if muon:
-        ratios["muon"] = geometric_mean(adamw_equivalent(g.lr, g.shape, g.convention) for g in muon) / usual
-    if adam:
-        ratios["adam"] = geometric_mean(g.lr for g in adam) / usual
-    if muon and level(muon[0].scale, ratios["muon"]) != "usual" and level("adam", ratios.get("adam", 1.0)) == "usual":
-        other = geometric_mean(adamw_equivalent(g.lr, g.shape, other_convention(g.convention)) for g in muon) / usual
-        # in narrow matrices both conventions say nearly the same: then the number is at fault, not its convention
-        if level(other_convention(muon[0].convention), other) == "usual" and 2 * distance(other) <= distance(
-            ratios["muon"]
-        ):
-            return [convention_finding(muon, ratios["muon"], other, n_parameters)]
+    muon, adam = ([group for group in groups if group.kind == kind] for kind in ("muon", "adam"))
+    # of the kinds that there are: LR over the usual one
+    ratios = {g[0].kind: geometric_mean(group.adamw_lr for group in g) / usual for g in (muon, adam) if g}
+    other = read_otherwise(muon)
+    other_ratio = geometric_mean(group.adamw_lr for group in other) / usual if muon else math.nan
+    alone = muon and not LOW <= ratios["muon"] <= muon[0].limit and LOW <= ratios.get("adam", 1.0) <= HIGH["adam"]
+    # in narrow matrices both conventions say nearly the same: then the number is at fault, not its convention
+    if alone and LOW <= other_ratio <= other[0].limit and 2 * distance(other_ratio) <= distance(ratios["muon"]):
+        return [convention_finding(muon, ratios["muon"], other[0].convention, other_ratio, n_parameters)]
     findings = []
-    for rule, direction in (("lr_too_low", "low"), ("lr_too_high", "high")):
-        out = [group for group in muon + adam if level(group.scale, ratios[group.kind]) == direction]
+    for rule in ("lr_too_low", "lr_too_high"):
+        low = rule == "lr_too_low"
+        out = [g for g in muon + adam if (ratios[g.kind] < LOW if low else ratios[g.kind] > g.limit)]
         if out:
-            findings.append(
-                range_finding(rule, out, [ratios[group.kind] for group in out], n_parameters, hint(out, ratios, usual))
-            )
+            findings.append(range_finding(rule, out, ratios, n_parameters))
+            if out[0].kind == "muon" and distance(other_ratio) < distance(ratios["muon"]):
+                hint = f". Read as {other[0].convention}, Muon's would be {other_ratio:.2g} × the usual"
+                findings[-1] = replace(findings[-1], message=findings[-1].message + hint)
     return findings
 
 
-def hint(groups: list[Group], ratios: dict[str, float], usual: float) -> str:
-    """For a number of Muon's that is out of range in both conventions: how far in the other one, if that is nearer."""
-    muon = [group for group in groups if group.kind == "muon"]
-    if not muon:
-        return ""
-    other = other_convention(muon[0].convention)
-    ratio = geometric_mean(adamw_equivalent(g.lr, g.shape, other) for g in muon) / usual
-    return (
-        f". Read as {other}, Muon's would be {ratio:.2g} × the usual"
-        if distance(ratio) < distance(ratios["muon"])
-        else ""
-    )
-
-
-def other_convention(convention: str) -> str:
-    return CONVENTIONS[1 - CONVENTIONS.index(convention)]
-
-
-def described(group: Group) -> str:
-    """`muon 0.0003 (original: like AdamW at 3.8e-05)`."""
-    if group.kind != "muon":
-        return f"{group.name} {group.lr:.3g}"
-    return (
-        f"{group.name} {group.lr:.3g} ({group.convention}: like AdamW at "
-        f"{adamw_equivalent(group.lr, group.shape, group.convention):.2g})"
-    )
+def read_otherwise(muon: Sequence[Group]) -> list[Group]:
+    """The same numbers in the other convention."""
+    return [g._replace(convention=CONVENTIONS[g.convention != "match_rms_adamw"], rms=None) for g in muon]
 
 
 def compared(n_parameters: float) -> str:
     return f"a transformer of {n_parameters:.2g} parameters usually starts at about {usual_adamw_lr(n_parameters):.2g}"
 
 
-def convention_finding(muon: list[Group], ratio: float, other_ratio: float, n_parameters: float) -> Finding:
-    first, usual = muon[0], usual_adamw_lr(n_parameters)
-    other = other_convention(first.convention)
-    fitting = usual / adamw_equivalent(1.0, first.shape, first.convention)
+def convention_finding(muon: list[Group], ratio: float, other: str, other_ratio: float, n_parameters: float) -> Finding:
+    first = muon[0]
     return Finding(
         rule="muon_convention",
         severity="warning",
         where=", ".join(group.name for group in muon),
         value=ratio,
-        limit=LOW if ratio < LOW else HIGH[first.scale],
-        message=f"learning rate {', '.join(map(described, muon))} is {ratio:.2g} × the usual; {compared(n_parameters)}. "
+        limit=LOW if ratio < LOW else first.limit,
+        message=f"learning rate {', '.join(g.described for g in muon)} is {ratio:.2g} × the usual; {compared(n_parameters)}. "
         f"Read as {other} the same number is {other_ratio:.2g} × the usual: it seems meant for that, or for AdamW",
-        advice=f"keep the number and set the convention to {other}, or keep {first.convention} and try about {fitting:.2g}",
+        advice=f"keep the number and set the convention to {other}, or keep {first.convention} and try about "
+        f"{first.lr * usual_adamw_lr(n_parameters) / first.adamw_lr:.2g}",
     )
 
 
-def range_finding(rule: str, groups: list[Group], ratios: list[float], n_parameters: float, hint: str) -> Finding:
+def range_finding(rule: str, groups: list[Group], ratios: dict[str, float], n_parameters: float) -> Finding:
     low = rule == "lr_too_low"
-    worst = min(ratios) if low else max(ratios)
-    factor = f"{1 / worst:.2g} times below" if low else f"{worst:.2g} times above"
+    worst = (min if low else max)(groups, key=lambda group: ratios[group.kind])
+    value = ratios[worst.kind]
+    factor = f"{1 / value:.2g} times below" if low else f"{value:.2g} times above"
     return Finding(
         rule=rule,
         severity="warning",
         where=", ".join(group.name for group in groups),
-        value=worst,
-        limit=LOW if low else HIGH[groups[ratios.index(worst)].scale],
-        message=f"learning rate {', '.join(map(described, groups))} is up to {factor} the usual; {compared(n_parameters)}"
-        + hint,
+        value=value,
+        limit=LOW if low else worst.limit,
+        message=f"learning rate {', '.join(g.described for g in groups)} is up to {factor} the usual; {compared(n_parameters)}",
         advice="raise it unless this is fine-tuning; three short runs a factor of 3 apart show where the loss falls fastest"
         if low
         else "lower it, or watch the first updates closely: the loss may blow up",

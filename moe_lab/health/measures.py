@@ -66,28 +66,31 @@ def direction_bias(now: Tensor, then: Tensor) -> float:
     return (down - up) / (down + up) if down + up else math.nan
 
 
-def adam_ratio_bounds(n_updates: int, betas: tuple[float, float] = (0.9, 0.95)) -> list[float]:
-    """The largest |m̂|/sqrt(v̂) that any gradients can give at updates 1 … n_updates; gradients exist that reach each.
+def adam_ratio_bound(t: float, betas: Sequence[float] = (0.9, 0.95)) -> float:
+    """The largest |m̂|/sqrt(v̂) that any gradients can give at Adam's update t, from 1, or in the limit: t = math.inf.
 
     At update t, m̂ = Σ a_k·g and v̂ = Σ c_k·g² over ages k = 0 … t-1 of the gradients, with weights that sum to 1:
     a_k = (1-β1)·β1^k / (1-β1^t) and c_k likewise with β2. By Cauchy–Schwarz (Σ a·g)² ≤ Σ a²/c · Σ c·g², equal for
-    g ∝ a/c, so the bound is sqrt(Σ a²/c). It is 1 at t = 1, where any gradient gives 1. A constant gradient gives 1
-    always. The limit, if β1² < β2: (1-β1) / sqrt((1-β2)·(1-β1²/β2)).
+    g ∝ a/c, so the bound is sqrt(Σ a²/c), and gradients exist that reach it. It is 1 at t = 1, where any gradient gives 1.
+    A constant gradient gives 1 always. In the limit it is infinite if β1² ≥ β2.
     Raises ValueError for betas outside of 0 ≤ β1 < 1, 0 < β2 < 1. Adam: Kingma & Ba 2015, alg. 1 and sec. 2.1.
     """
     b1, b2 = betas
     if not (0 <= b1 < 1 and 0 < b2 < 1):
         raise ValueError(f"betas={tuple(betas)} must lie in [0, 1) and (0, 1)")
-    bounds, weights = [], 0.0  # Σ_k (β1²/β2)^k, k < t
-    for t in range(1, n_updates + 1):
-        weights = weights * b1**2 / b2 + 1
-        bounds.append((1 - b1) / (1 - b1**t) * math.sqrt((1 - b2**t) / (1 - b2) * weights))
-    return bounds
+    ratio = b1**2 / b2
+    if ratio == 1:
+        ages = t  # Σ_k ratio^k, k < t
+    elif ratio > 1 and t * math.log(ratio) > 700:
+        return math.inf  # beyond float64
+    else:
+        ages = (1 - ratio**t) / (1 - ratio)
+    return (1 - b1) / (1 - b1**t) * math.sqrt((1 - b2**t) / (1 - b2) * ages)
 
 
 def adam_reach(lrs: Sequence[float], betas: tuple[float, float] = (0.9, 0.95)) -> float:
     """A distance that no element can exceed under Adam(W) after updates at these learning rates, whatever its gradients are:
-    Σ LR × the largest ratio of that update (`adam_ratio_bounds`).
+    Σ LR × the largest ratio of that update (`adam_ratio_bound`).
 
     A gradient that never changes travels Σ LR; the reach is above what one sequence can, since each update's bound asks
     for gradients of its own. Weight decay is taken as 0 and would add up to Σ LR · decay · |weight|; eps > 0 only
@@ -95,7 +98,7 @@ def adam_reach(lrs: Sequence[float], betas: tuple[float, float] = (0.9, 0.95)) -
     """
     if not all(math.isfinite(lr) and lr >= 0 for lr in lrs):
         raise ValueError("lrs must hold finite learning rates of 0 or more")
-    return math.fsum(lr * bound for lr, bound in zip(lrs, adam_ratio_bounds(len(lrs), betas), strict=True))
+    return math.fsum(lr * adam_ratio_bound(t, betas) for t, lr in enumerate(lrs, 1))
 
 
 def expected_start(vocab_size: int, logit_variance: float) -> float:

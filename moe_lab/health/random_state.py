@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
 
 def random_devices(model: nn.Module) -> list[torch.device]:
     """The devices of its parameters and buffers that have a generator of their own beside the CPU's."""
-    found = {t.device for tensors in (model.parameters(), model.buffers()) for t in tensors}
-    return sorted((device for device in found if device.type not in ("cpu", "meta")), key=str)
+    return with_generators(t.device for tensors in (model.parameters(), model.buffers()) for t in tensors)
+
+
+def with_generators(devices: Iterable[torch.device]) -> list[torch.device]:
+    return sorted({device for device in devices if device.type not in ("cpu", "meta")}, key=str)
 
 
 class RandomState:
-    """The state of torch's default generators when this was made."""
+    """The state of torch's default generators when this was made: the CPU's, and those of a model's devices or of some."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, where: nn.Module | Iterable[torch.device]):
+        devices = random_devices(where) if isinstance(where, nn.Module) else with_generators(where)
         self.cpu = torch.get_rng_state()
-        self.devices = [(device, generators(device).get_rng_state(*which(device))) for device in random_devices(model)]
+        self.devices = [(device, generators(device).get_rng_state(*which(device))) for device in devices]
 
     def put_back(self) -> None:
         torch.set_rng_state(self.cpu)

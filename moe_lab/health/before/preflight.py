@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from ..conventions import ADAMW_RMS, adam_largest_step, judge, muon_element_step
+from ..conventions import ADAMW_RMS, judge, muon_element_step
 from ..findings import Finding, found
-from ..measures import predict_lost
+from ..measures import adam_ratio_bound, predict_lost
 from .comments import contradiction
 from .plan import ALIASES, Comment, Entry, Plan, as_number, sum_of_shares
 
@@ -170,7 +170,7 @@ def predicted_losses(plan: Plan) -> str:
     """What bfloat16 would cost at the planned peak learning rates, as a clause; empty if no learning rate is known."""
     groups, parts = [group for group, _ in plan.groups()], []
     adam, muon = ([group for group in groups if group.kind == kind] for kind in ("adam", "muon"))
-    most = adam_largest_step(betas_of(plan)) * min((group.lr for group in adam), default=math.inf)
+    most = adam_ratio_bound(math.inf, betas_of(plan)) * min((group.lr for group in adam), default=math.inf)
     if most <= 2.0**-9:
         parts.append(f"a norm weight at 1.0 loses every update (at most {most:.1e}; it takes more than 2^-9 = 2.0e-03)")
     elif most <= 2.0**-8:
@@ -187,7 +187,8 @@ def predicted_losses(plan: Plan) -> str:
 def betas_of(plan: Plan) -> tuple[float, float]:
     entry = plan.find("betas")
     betas = [as_number(beta) for beta in entry.value] if entry and isinstance(entry.value, list) else []
-    return tuple(betas) if len(betas) == 2 and all(b is not None and 0 <= b < 1 for b in betas) else (0.9, 0.95)
+    known = len(betas) == 2 and all(b is not None and 0 <= b < 1 for b in betas) and betas[1]
+    return tuple(betas) if known else (0.9, 0.95)
 
 
 def judged_rates(plan: Plan, n_parameters: float | None) -> Iterator[Finding]:
@@ -227,7 +228,7 @@ def schedule(plan: Plan) -> Iterator[Finding]:
         return
     group, entry = min(adam, key=lambda pair: pair[0].lr)
     ratio = min(plan.number("min_lr_ratio", 1.0), 1.0)  # unknown: no decay, which is still an upper bound
-    step = adam_largest_step(betas_of(plan))
+    step = adam_ratio_bound(math.inf, betas_of(plan))
     ends = (min(EARLY, n_updates), n_updates)
     early, all_of_it = (step * group.lr * sum_of_shares(end, n_updates, min(warmup, n_updates), ratio) for end in ends)
     message = f"{group.name} {group.lr:.3g}: AdamW moves a weight by at most {step:.3g} × the learning rate, so a norm weight "

@@ -33,6 +33,7 @@ class Tracked:
         self.finite = True
         self.sparse = False
         self.intended_known = False
+        self.steps: list = []  # what its measured steps were like: `Step`s
         self.is_outside_model = False  # a master copy: its gradient is made by whoever copies
         # updates with gradient
         self.age = 0 if optimizer is None else int(optimizer.state.get(param, {}).get("step", 0))

@@ -1,62 +1,89 @@
-"""Rules about learning rates: what they are held against, and how far they can carry a weight."""
+"""Rules about learning rates: what steps of their size usually are, and how far they can get."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ..conventions import Group, judge
+from torch import nn
+
+from ..conventions import Group, convention_of, judge
 from ..findings import Finding
 from ..measures import adam_reach
 from . import intended
-from .bank import Tracked
-from .state import LR_STEADY, State, n_parameters
+from .state import LR_STEADY, GroupState, State, n_parameters
+from .steps import kind_of, matrix_shape
 
-UNBOUNDED = ("NAdam", "RAdam")  # their steps are not Adam's m̂/sqrt(v̂)
+# findings that ask how far weights move: without one of them, how far they can is noise
+ABOUT_MOVEMENT = {
+    "lost_updates",
+    "bf16_parameters",
+    "frozen_tensor",
+    "lr_too_low",
+    "muon_convention",
+    "loss_not_falling",
+}
+
+
+def is_language_model(model: nn.Module) -> bool:
+    """Whether it has a head of the shape of an embedding table."""
+    shapes = {module.weight.shape for module in model.modules() if isinstance(module, nn.Embedding)}
+    return any(isinstance(module, nn.Linear) and module.weight.shape in shapes for module in model.modules())
+
+
+def measured_group(state: State, group: GroupState) -> Group | None:
+    """A group as it is judged: by the kind of its steps, and not by its optimizer's name. None where no table is for it."""
+    kind, seen = kind_of([t for t in state.tracked if t.group is group.group])
+    if kind not in ("adam", "sign", "orthogonal") or not group.lrs:
+        return None
+    planned = float(group.group.get("initial_lr") or 0.0)
+    lr = max(group.peak, planned) if group.is_steady else group.peak
+    if kind == "adam":  # its number is what the table is about, whatever the RMS is by now
+        return Group(group.name, "adam", lr)
+    largest, step = max(seen, key=lambda pair: pair[0].param.numel())
+    if kind == "sign":
+        return Group(group.name, "adam", lr, rms=step.rms)
+    declared = group.group.get("adjust_lr") or group.group.get("adjust_lr_fn")
+    convention = convention_of([(matrix_shape(t.param.shape), step.rms) for t, step in seen], declared)
+    return Group(
+        group.name,
+        "muon",
+        lr,
+        matrix_shape(largest.param.shape),
+        convention or "its own",
+        None if convention else step.rms,
+    )
 
 
 def learning_rates(state: State) -> Iterator[Finding]:
     """Peak LRs against what such models are trained with; low ones only once they stopped rising, and in a fresh model."""
-    matrices: dict[int, list[Tracked]] = {}
-    for t in state.tracked:
-        matrices.setdefault(id(t.group), []).append(t)
-    groups, steady = [], True
-    for group in state.groups:
-        kind = intended.kind_of(group.optimizer)
-        members = matrices.get(id(group.group), [])
-        if kind not in ("adam", "muon") or not members or not group.lrs:
-            continue
-        shape = max(members, key=lambda t: t.param.numel()).param.shape
-        convention = group.group.get("adjust_lr") or group.group.get("adjust_lr_fn") or "original"
-        steady &= group.is_steady
-        planned = float(group.group.get("initial_lr") or 0.0)
-        peak = max(group.peak, planned) if group.is_steady else group.peak
-        shape = tuple(shape) if len(shape) > 1 else (1, 1)
-        groups.append(Group(group.name, kind, peak, shape, convention))
-    if state.forward.vocab_size is None or not groups:
+    if not is_language_model(state.model):
         return  # the table is of language models
-    for finding in judge(groups, n_parameters(state)):
+    known = [(group, judged) for group in state.groups if (judged := measured_group(state, group))]
+    steady = all(group.is_steady for group, _ in known)
+    for finding in judge([judged for _, judged in known], n_parameters(state)) if known else ():
         hot = finding.rule == "lr_too_high" or (finding.rule == "muon_convention" and finding.value > 1)
         if hot or (steady and state.is_fresh):
             yield replace(finding, step=state.step)
 
 
 def reach(state: State) -> Iterator[Finding]:
-    """How far a weight can get within the budget, at the LRs seen so far and the last one from there on."""
-    if state.budget is None or state.step < LR_STEADY:
+    """How far a weight can get within the budget, at the LRs seen so far and the last one from there on: the smallest reach
+    of the groups. Only beside a finding about movement."""
+    if state.budget is None or state.n_seen < LR_STEADY or not ABOUT_MOVEMENT & {f.rule for f in state.findings}:
         return
+    found = []
     for group in state.groups:
-        bounded = intended.kind_of(group.optimizer) == "adam" and type(group.optimizer).__name__ not in UNBOUNDED
-        if not bounded or not group.lrs:
-            continue
-        lrs = [*group.lrs, *[group.peak] * max(0, state.budget - len(group.lrs))][: min(state.budget, 100_000)]
-        most = adam_reach(lrs, group.group.get("betas", (0.9, 0.999)))
+        if group.lrs and intended.is_adam(group.optimizer, group.group):
+            lrs = [*group.lrs, *[group.peak] * max(0, state.budget - len(group.lrs))][: min(state.budget, 100_000)]
+            found.append((adam_reach(lrs, group.group["betas"]), group.name))
+    if found:
+        most, name = min(found)
         yield state.finding(
             "reach",
             "info",
-            group.name,
-            f"within {state.budget} updates no weight of {group.name} can move by more than {most:.2g}, whatever its gradients",
+            name,
+            f"within {state.budget} updates no weight of {name} can move by more than {most:.2g}, whatever its gradients",
             "compare it with the movement you expect before you call a weight frozen or slow",
             value=most,
         )
-        return

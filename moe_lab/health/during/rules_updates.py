@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from . import intended
 from .bank import Tracked
 from .rule import Rule, Told, by_kind, of_tensors
 from .state import GroupState, State, kinds_of
+from .steps import kind_of
 
 LOST_ERROR, LOST_WARNING = 0.5, 0.95  # ρ, realised over intended displacement
 LOST_UPDATES = 20  # updates before ρ is judged
@@ -96,19 +97,21 @@ def frozen_tensor(state: State) -> dict[str, list[Tracked]]:
     stuck = [(t, r) for t, r in state.read if t.with_gradient >= FROZEN_READINGS and r.unchanged == r.n_touched > 0]
     stuck = [(t, r) for t, r in stuck if not (r.intended_square and t.is_narrow)]  # lost_updates measures those
     stuck = [(t, r) for t, r in stuck if id(t.group) in groups and not intended.keeps_lost_bits(t.optimizer)]
-    return by_kind([t for t, r in stuck if expected_ulps(t, r, groups[id(t.group)]) >= FROZEN_ULPS])
+    members = {id(t.group): [other for other in state.tracked if other.group is t.group] for t, _ in stuck}
+    ulps = [(t, expected_ulps(t, r, groups[id(t.group)], members[id(t.group)])) for t, r in stuck]
+    return by_kind([t for t, expected in ulps if expected >= FROZEN_ULPS])
 
 
-def expected_ulps(t: Tracked, r: Reading, group: GroupState) -> float:
+def expected_ulps(t: Tracked, r: Reading, group: GroupState, members: Sequence[Tracked]) -> float:
     """How far an element should have travelled, in ULPs of a typical weight, by the sum of learning rates; 0: not known."""
-    kind = intended.kind_of(group.optimizer)
+    kind, _ = kind_of(members)
     weight = math.sqrt(r.weight_square / r.n_elements)
     spacing = max(weight, torch.finfo(r.dtype).tiny) * torch.finfo(r.dtype).eps
-    if kind == "adam":
+    if kind in ("adam", "sign"):
         step = 1.0
-    elif kind == "muon":
+    elif kind == "orthogonal":
         step = 1 / math.sqrt(max(r.shape[-2:]))
-    elif type(group.optimizer).__name__ == "SGD":
+    elif kind == "linear":
         step = r.grad_norm / math.sqrt(t.param.numel())
     else:
         return 0.0

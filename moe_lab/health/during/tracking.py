@@ -16,9 +16,6 @@ from ..sampling import plain
 from ..torch_private import has_step_hooks
 from .bank import Tracked
 
-# 16-bit matrices whose whole step is replayed (Muon): a sample, since a step costs as much as the real one
-N_MATRICES = 4
-
 
 def check_input(model: nn.Module, optimizers: list[Any], expect_frozen: Sequence[str]) -> list[str]:
     """Names of the model's parameters. Raises ValueError for what cannot be watched."""

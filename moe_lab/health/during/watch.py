@@ -29,11 +29,12 @@ from ..torch_private import is_nested_step
 from .bank import Bank, Tracked, banks_of
 from .forward import ForwardProbe, Hook
 from .gradients import Gradients
-from .intended import Replays
+from .intended import N_MATRICES, Replays
 from .report import table
 from .rules import ALL
 from .state import HISTORY, GroupState, State, fetch
-from .tracking import N_MATRICES, check_input, innermost, named_groups, open_log, track
+from .steps import Steps
+from .tracking import check_input, innermost, named_groups, open_log, track
 
 READ_EVERY = 5  # updates between looks at the gradients
 CHECK_EVERY = 10  # updates between checks of the rules: the only transfers from the device
@@ -94,7 +95,7 @@ class Watch:
         self.counts = Counter({id(o): start_step for o in self.optimizers})  # of the run's updates
         self.next_check = (start_step // CHECK_EVERY + 1) * CHECK_EVERY
         self.window_start = self.last_read = start_step
-        self.gradients, self.replays = Gradients(), Replays(n_matrices)
+        self.gradients, self.replays, self.steps = Gradients(), Replays(n_matrices), Steps()
         self.tracked: list[Tracked] = []
         self.banks: list[Bank] = []
         self.groups: list[GroupState] = []
@@ -193,10 +194,12 @@ class Watch:
         if not has_closure(args, kwargs):
             self.read_gradients(optimizer)
             self.replays.add(optimizer, lambda error: self.replay_failed(optimizer, error))
+            self.steps.begin(optimizer, self.counts[id(optimizer)], self.replays.last)
 
     def after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         if is_nested_step(optimizer):
             return
+        self.steps.end(optimizer, self.counts[id(optimizer)])
         if has_closure(args, kwargs):  # the gradients were made inside the step
             self.read_gradients(optimizer)
         slowest = min(count for count in self.counts.values() if count > self.start_step)
@@ -242,6 +245,9 @@ class Watch:
         for group in self.groups:
             group.fetch()
         self.gradients.fetch()
+        self.steps.fetch()
+        if self.replays.fetch():
+            self.restart_window()
         if self.step > self.last_read or not self.readings:
             self.last_read = self.step
             self.readings = [reading for bank in self.banks for reading in bank.read()]
@@ -274,6 +280,7 @@ class Watch:
         groups = {(id(g.optimizer), g.number): g for g in self.groups}
         self.groups = [groups.get((id(o), n)) or GroupState(o, n, name) for o, n, name in named_groups(self.optimizers)]
         self.replays.choose(self.tracked, self.banks)
+        self.steps.choose(self.tracked)
         self.restart_window()
         return banks
 
