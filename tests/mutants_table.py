@@ -80,7 +80,7 @@ MUTANTS = [
         "moe_lab/model/layers.py",
         "bernoulli_(1 - p, generator=generator)",
         "bernoulli_(1 - p)",
-        "tests/test_train.py::test_cells_that_draw_numbers_do_not_disturb_a_live_run",
+        "tests/test_train.py::test_what_others_draw_meanwhile_changes_no_training",
     ),
     Mutant(
         "generation drops what is beyond an expert's capacity",
