@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, AdamW
-from toy import Toy, adamw, finding, said, spoken, toy, watched
+from toy import Toy, adamw, finding, said, spoken, toy, train, watched
 
 from moe_lab.health import RULES, Watch
+from moe_lab.health.during.rule import Rule, Told
 from moe_lab.health.during.rules_updates import DIRECTION_BIAS
 from moe_lab.optim import Muon
 
@@ -204,3 +205,65 @@ def test_adapters_on_a_declared_base_are_healthy() -> None:
     watch = watched(model, [optimizer], 60, expect_frozen=["embedding.", "head."])
     assert "error" not in {f.severity for f in watch.findings}
     assert not {"frozen_module", "no_gradient", "frozen_tensor"} & {f.rule for f in watch.findings}
+
+
+# ---- who has spoken before -------------------------------------------------------------------------------------------
+
+
+def asked(watch: Watch, *ills: dict, severity: str = "error") -> list[str]:
+    """Where a rule is told when these are ill, one check after the other."""
+    before = len(watch.findings)
+    for ill in ills:
+        watch.rules = [Rule("frozen_tensor", severity, lambda state, ill=ill: ill, tell_names)]
+        watch.apply(watch.state())
+    return [f.where for f in watch.findings[before:]]
+
+
+def tell_names(state, ill) -> Told:
+    return Told(" ".join(ill), "is ill", "cure it")
+
+
+def test_a_rule_names_each_kind_once_and_a_later_one_when_it_falls_ill() -> None:
+    model = toy()
+    watch = Watch(model, adamw(model))
+    assert asked(watch, {"a": 1, "b": 2}, {"a": 1}, {"a": 1, "c": 3, "b": 2}, {}, {"c": 1}) == ["a b", "c"]
+
+
+def test_an_error_may_follow_a_warning_and_no_warning_an_error() -> None:
+    model = toy()
+    watch = Watch(model, adamw(model))
+    assert asked(watch, {"a": 1}, severity="warning") == ["a"]
+    assert asked(watch, {"a": 1, "b": 1}, severity="error") == ["a b"]
+    assert asked(watch, {"a": 1, "b": 1, "c": 1}, severity="warning") == ["c"]
+    assert asked(watch, {"a": 1, "b": 1, "c": 1}, severity="info") == []
+
+
+def test_a_second_group_whose_updates_are_lost_later_is_named() -> None:
+    model = toy(dtype=torch.bfloat16)
+    norms = [model.norm.weight, model.up.bias, model.down.bias]
+    others = [p for p in model.parameters() if all(p is not n for n in norms)]
+    optimizer = AdamW([{"params": others, "lr": 0.02}, {"params": norms, "lr": 3e-4}], weight_decay=0.0)
+
+    def slower(step: int) -> None:
+        if step == 40:  # from here on these lose theirs too
+            optimizer.param_groups[0]["lr"] = 1e-5
+
+    watch = Watch(model, optimizer)
+    train(watch, model, [optimizer], 60, before_step=slower)
+    watch.restart_window()
+    train(watch, model, [optimizer], 120, start=60)
+    lost = [f for f in watch.findings if f.rule == "lost_updates" and f.severity == "error"]
+    assert lost[0].where.startswith("norm.weight") and lost[0].step <= 60
+    assert any(f.step > 60 and "norm" not in f.where for f in lost[1:])
+    named = [f.where.split(" and ")[0] for f in lost]
+    assert len(set(named)) == len(named)  # and none twice
+
+
+def test_a_loss_that_rose_and_then_is_nan_is_told_twice() -> None:
+    model = toy()
+    (optimizer,) = adamw(model)
+    watch = Watch(model, optimizer)
+    losses = [4.2] * 20 + [9.0] * 20 + [float("nan")] * 20
+    train(None, model, [optimizer], 60, before_step=lambda step: watch.observe(loss=losses[step]))
+    told = [(f.rule, f.where, f.step) for f in watch.findings if f.severity == "error"]
+    assert told == [("lr_too_high", "loss", 30), ("nonfinite_loss", "loss", 50)]

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, AdamW
-from toy import Toy, loss_of, said, toy, train
+from torch.utils._python_dispatch import TorchDispatchMode
+from toy import VOCAB, Toy, loss_of, said, toy, train
 
 from moe_lab.health import Watch
 from moe_lab.health.during import state
@@ -265,3 +266,75 @@ def test_a_long_training_is_watched_in_bounded_memory(monkeypatch) -> None:
         assert len(watch.fetched_losses) <= 3 * history and (len(watch.fetched_losses) == 300) == (history > 300)
         found[history] = [f.to_dict() for f in watch.findings]
     assert found[20] == found[10**6] and [f["rule"] for f in found[20]].count("reach") == 1
+
+
+def test_a_layer_that_is_unfrozen_is_read_at_the_next_check_even_between_two_readings() -> None:
+    """Gradual unfreezing: the check takes the layer in, and every rule sees a reading of it."""
+    model = nn.Sequential(nn.Embedding(VOCAB, 16), nn.RMSNorm(16), nn.Linear(16, 16), nn.Linear(16, VOCAB))
+    model[2].requires_grad_(False)
+    optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    watch = Watch(model, optimizer, expect_frozen=["2."])
+    train(watch, model, [optimizer], 20)
+    model[2].requires_grad_(True)
+    optimizer.add_param_group({"params": list(model[2].parameters())})
+    watch.check()
+    assert {r.name for r in watch.readings} == {name for name, _ in model.named_parameters()}
+    assert [f for f in watch.findings if f.rule == "not_measured"] == []
+    train(watch, model, [optimizer], 10)
+    watch.check()
+    assert len(watch.readings) == len(watch.tracked) and set(said(watch)) <= {"not_frozen"}
+
+
+class Accelerated(torch.optim.Optimizer):
+    """As accelerate wraps one: an Optimizer whose constructor was never called."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    state = property(lambda self: self.optimizer.state)
+    param_groups = property(lambda self: self.optimizer.param_groups)
+    defaults = property(lambda self: self.optimizer.defaults)
+
+    def zero_grad(self, set_to_none=None):
+        self.optimizer.zero_grad()
+
+    def step(self, closure=None):
+        self.optimizer.step(closure)
+
+
+class Lightning:
+    """As Lightning wraps one: no Optimizer at all."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        self.zero_grad, self.step = optimizer.zero_grad, optimizer.step
+
+
+@pytest.mark.parametrize("wrap", [Accelerated, Lightning, lambda optimizer: Lightning(Accelerated(optimizer))])
+def test_wrappers_that_hold_the_optimizer_are_watched(wrap) -> None:
+    for in_a_list in (True, False):
+        model = toy()
+        wrapped = wrap(AdamW(model.parameters(), lr=0.01))
+        watch = Watch(model, [wrapped] if in_a_list else wrapped)
+        train(watch, model, [wrapped], 12)
+        assert (watch.step, watch.last_read, said(watch)) == (12, 10, [])
+
+
+def test_the_variance_of_the_logits_is_taken_from_some_rows() -> None:
+    """All logits of a long batch in float32 may be gigabytes: B · T · V · 4."""
+    model = toy().bfloat16()
+    watch = Watch(model, AdamW(model.parameters()))
+    ids = torch.randint(VOCAB, (40, 100), generator=torch.Generator().manual_seed(0))
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "var" in str(function) or "_to_copy" in str(function):
+                sizes.extend(t.numel() for t in args if isinstance(t, torch.Tensor) and t.shape[-1] == VOCAB)
+            return function(*args, **(kwargs or {}))
+
+    with Sizes():
+        logits = model(ids)
+    assert max(sizes) == 256 * VOCAB
+    expected = logits.float().var(dim=-1).mean()
+    assert watch.forward.logit_variance.item() == pytest.approx(expected.item(), rel=0.1)

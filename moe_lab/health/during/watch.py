@@ -79,7 +79,7 @@ class Watch:
         n_matrices: int = N_MATRICES,
     ):
         self.model, self.budget, self.start_step = model, budget, start_step
-        given = [optimizer] if hasattr(optimizer, "param_groups") else list(optimizer)
+        given = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
         self.optimizers = [innermost(o) for o in given]
         names = check_input(model, self.optimizers, expect_frozen)
         self.log, earlier = (None, []) if log is None else open_log(log, start_step)
