@@ -7,7 +7,8 @@ import torch
 from matplotlib.figure import Figure
 
 from moe_lab.show import explorables
-from moe_lab.show.updates import arrived_bars, cost_dots
+from moe_lab.show.plots import arrived_bars
+from moe_lab.show.sweeps import cost_dots
 
 
 @pytest.mark.parametrize("weight", [0.001, 0.02, 0.25, 1.0, 1.0078125, 3.0, 7.9])

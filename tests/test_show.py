@@ -15,7 +15,7 @@ from PIL import Image
 from moe_lab.config import Config
 from moe_lab.show import live
 from moe_lab.show.live import LiveRun, is_interactive
-from moe_lab.show.plots import last_tick, loss_bars, scales, smooth, thin, training_figure
+from moe_lab.show.plots import last_tick, loss_bars, smooth, thin, training_figure
 from moe_lab.show.style import save, to_html
 
 FLOORS = {"uniform": 8.32, "unigram": 6.61, "bigram": 4.49, "trigram": 4.08}
@@ -29,6 +29,11 @@ def shell():
     InteractiveShell.clear_instance()
 
 
+def of_steps(n: int) -> Config:
+    """Of a run with one head, so that the next token's loss has the weight 1."""
+    return Config().with_(model={"n_pred_tokens": 1, "aux_loss_weights": (1.0,)}, training={"steps": n})
+
+
 def wait(run: LiveRun) -> dict:
     return asyncio.run(run.finished())
 
@@ -36,7 +41,7 @@ def wait(run: LiveRun) -> dict:
 @pytest.mark.parametrize("rows", [[], [eval_row(0)], [step_row(1)], MANY], ids=["none", "eval", "one", "many"])
 @pytest.mark.parametrize("floors", [None, FLOORS], ids=["no floors", "floors"])
 def test_the_figure_draws_whatever_there_is(rows, floors, tmp_path) -> None:
-    figure, description = training_figure(rows, floors, 1500, max_grad_norm=1.0)
+    figure, description = training_figure(rows, floors, of_steps(1500))
     assert Image.open(save(figure, tmp_path / "figure.png")).size == (800, 480)
     assert len(description.splitlines()) == 2
     assert all(len(line.get_xdata()) <= 1000 for axes in figure.axes for line in axes.get_lines())
@@ -53,7 +58,7 @@ def test_the_figure_draws_whatever_there_is(rows, floors, tmp_path) -> None:
     ids=str,
 )
 def test_sick_readings_are_drawn_too(change) -> None:
-    figure, _ = training_figure([step_row(step) | change for step in range(1, 20)], FLOORS, 20)
+    figure, _ = training_figure([step_row(step) | change for step in range(1, 20)], FLOORS, of_steps(20))
     figure.canvas.draw()
     words = " ".join(text.get_text() for axes in figure.axes for text in axes.texts)
     assert ("exactly 0" in words) == ("norm_deviation" in change)
@@ -63,7 +68,7 @@ def test_the_description_says_the_numbers_of_the_rows() -> None:
     last = step_row(7) | {"expert_load": [[0.25] * 4, [0.1, 0.6, 0.2, 0.1]], "grad_norm": 0.5, "norm_deviation": 0.004}
     last["losses"]["next_token"] = 3.5
     evaluation = eval_row(7) | {"validation_loss": 4.0}
-    _, description = training_figure([step_row(6), last, evaluation], FLOORS, 10)
+    _, description = training_figure([step_row(6), last, evaluation], FLOORS, of_steps(10))
     assert description == (
         "Step 7 of 10: training loss 3.500 nats per token, validation loss 4.000 at step 7, "
         "0.080 below the trigram table (4.080).\n"
@@ -73,10 +78,9 @@ def test_the_description_says_the_numbers_of_the_rows() -> None:
 
 
 def test_the_next_tokens_loss_is_shown_without_its_weight() -> None:
-    config = Config().with_(model={"n_pred_tokens": 2, "aux_loss_weights": (1.0, 0.5)})
-    assert scales(config) == {"max_grad_norm": 1.0, "next_token_weight": pytest.approx(2 / 3)}
+    config = Config().with_(model={"n_pred_tokens": 2, "aux_loss_weights": (1.0, 0.5)}, training={"steps": 10})
     row = step_row(1) | {"losses": {"next_token": 4.0, "future_2": 2.0}}
-    figure, description = training_figure([row], FLOORS, 10, **scales(config))
+    figure, description = training_figure([row], FLOORS, config)
     assert "training loss 6.000" in description
     assert "training 6.00" in [text.get_text() for text in figure.axes[0].texts]
     assert row["losses"]["next_token"] == 4.0
@@ -111,7 +115,7 @@ def test_smoothing_keeps_a_straight_line_at_the_start() -> None:
 
 
 def test_html_has_the_description_and_a_small_palette_picture() -> None:
-    bundle = to_html(training_figure(MANY, FLOORS, 1500)[0], "a < b\nsecond line")
+    bundle = to_html(training_figure(MANY, FLOORS, of_steps(1500))[0], "a < b\nsecond line")
     assert 'alt="a &lt; b\nsecond line"' in bundle["text/html"]
     assert "<figcaption>a &lt; b<br>second line</figcaption>" in bundle["text/html"]
     picture = base64.b64decode(re.search('base64,([^"]+)', bundle["text/html"])[1])

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from moe_lab.show.plots import scales, training_figure
+from moe_lab.show.plots import next_token_weight, training_figure
 from moe_lab.show.style import to_html
 from moe_lab.train.record import read_record
 
@@ -91,7 +91,6 @@ class LiveRun:
     ):
         self.trainer, self.floors, self.every_s = trainer, floors, every_s
         self.controls = is_interactive() if controls is None else controls
-        self.scales = scales(trainer.config)
         self.rows: list[dict[str, Any]] = []
         self.summary: dict[str, Any] | None = None
         self.error: BaseException | None = None
@@ -146,7 +145,7 @@ class LiveRun:
         row = self._last_step()
         if row is None:
             return f"{state} · step 0/{self.trainer.n_steps}"
-        loss = row["losses"]["next_token"] / self.scales["next_token_weight"]
+        loss = row["losses"]["next_token"] / next_token_weight(self.trainer.config)
         text = f"{state} · step {row['step']}/{self.trainer.n_steps} · loss {loss:.3f}"
         speed = row.get("tokens_per_s")
         if speed and not self._done.is_set():
@@ -191,7 +190,7 @@ class LiveRun:
             return
         rows = list(self.rows)
         floors = self.floors or getattr(self.trainer, "floors", None)
-        figure, text = training_figure(rows, floors, self.trainer.n_steps, **self.scales)
+        figure, text = training_figure(rows, floors, self.trainer.config)
         self._picture.update(to_html(figure, text), raw=True)
         self._drawn = len(rows)
 

@@ -1,4 +1,4 @@
-"""The figures of a run, drawn from the rows of its record and from nothing else.
+"""The figures of a run, drawn from the rows of its record and from nothing else; and numbers beside each other.
 
 Each function returns the figure and a text description made from the same numbers, for whoever cannot see the figure.
 """
@@ -13,7 +13,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moe_lab.show.style import BLUE, GREY, INK, VERMILION, label_right, new_axes, new_figure
+from moe_lab.config import Config
+from moe_lab.health.during.rules_updates import LOST_ERROR, LOST_WARNING
+from moe_lab.show.style import BLUE, GREY, INK, PALE, VERMILION, label_right, new_axes, new_figure
 
 Rows = Sequence[Mapping[str, Any]]
 Curve = tuple[np.ndarray, np.ndarray]  # steps, values
@@ -65,27 +67,19 @@ def relative_load(rows: Rows) -> np.ndarray:
     return load / load.mean(axis=1, keepdims=True)
 
 
-def scales(config: Any) -> dict[str, float]:
-    """What the figure needs of a run's config beside its record: `training_figure(rows, floors, n, **scales(config))`."""
-    weights = config.model.aux_loss_weights
-    return {"max_grad_norm": config.training.max_grad_norm, "next_token_weight": weights[0] / sum(weights)}
+def next_token_weight(config: Config) -> float:
+    """A record holds weighted terms: the next token's over this is nats per token."""
+    return config.model.aux_loss_weights[0] / sum(config.model.aux_loss_weights)
 
 
-def training_figure(
-    rows: Rows,
-    floors: Mapping[str, float] | None,
-    n_steps: int,
-    max_grad_norm: float | None = None,
-    next_token_weight: float = 1.0,
-) -> tuple[Figure, str]:
+def training_figure(rows: Rows, floors: Mapping[str, float] | None, config: Config) -> tuple[Figure, str]:
     """Loss, norm weights, gradient norm and expert load of a run so far; any number of rows will do.
 
-    `floors` are losses in nats per token by name (uniform, unigram, bigram, trigram); `max_grad_norm` is the clip line.
-    A record holds weighted terms, so with several heads the next token's is divided by `next_token_weight`: only then
-    may it stand beside the validation loss and the floors. `scales` gives both from a config.
+    `floors` are losses in nats per token by name (uniform, unigram, bigram, trigram).
     """
+    n_steps = config.n_steps
     steps, losses = column(rows, "losses", "next_token")
-    training, floors = (steps, losses / next_token_weight), floors or {}
+    training, floors = (steps, losses / next_token_weight(config)), floors or {}
     evaluations = column(rows, "validation_loss")
     figure = new_figure()
     axes = new_axes(figure, (0.065, 0.57, 0.335, 0.37), "Loss", "step", "nats per token")
@@ -93,7 +87,7 @@ def training_figure(
     norms = new_axes(figure, (0.62, 0.57, 0.35, 0.37), "Norm weights: largest |w − 1|", "step", "no unit, log scale")
     draw_positive(norms, *column(rows, "norm_deviation"), n_steps, "exactly 0: no norm weight has moved")
     grad = new_axes(figure, (0.065, 0.09, 0.335, 0.34), "Gradient norm, before clipping", "step", "no unit, log scale")
-    draw_positive(grad, *column(rows, "grad_norm"), n_steps, "exactly 0: nothing learns", max_grad_norm)
+    draw_positive(grad, *column(rows, "grad_norm"), n_steps, "exactly 0: nothing learns", config.training.max_grad_norm)
     draw_load(figure, rows)
     return figure, describe(rows, training, evaluations, floors, n_steps)
 
@@ -226,3 +220,22 @@ def loss_bars(floors: Mapping[str, float], models: Mapping[str, float]) -> tuple
 
 def beside(loss: float, floor: float) -> str:
     return f"{abs(loss - floor):.3f} {'below' if loss < floor else 'above'}"
+
+
+def arrived_bars(shares: Mapping[str, float]) -> tuple[Figure, str]:
+    """Realised over intended displacement by kind of tensor: 1 is all of it. The least is at the top. Signs and lines stand
+    at the limits of a `health.Watch`."""
+    entries = sorted((share, name) for name, share in shares.items())
+    signs = [
+        (VERMILION, "X") if s < LOST_ERROR else (INK, "^") if s < LOST_WARNING else (BLUE, "o") for s, _ in entries
+    ]
+    few, most = f"{100 * LOST_ERROR:g} %", f"{100 * LOST_WARNING:g} %"
+    title = f"Share of the intended displacement that arrived (✕ under {few}, ▲ under {most}, ● the rest)"
+    rows = [(*entry, sign) for entry, sign in zip(entries, signs, strict=True)]
+    figure = dot_chart(rows, title, "realised / intended, no unit")
+    for limit in (LOST_ERROR, LOST_WARNING):
+        figure.axes[0].axvline(limit, color=PALE, linewidth=1, linestyle="--", zorder=0)
+    lost = ", ".join(name for share, name in entries if share < LOST_ERROR) or "none"
+    some = ", ".join(name for share, name in entries if LOST_ERROR <= share < LOST_WARNING) or "none"
+    first = "Share of the intended displacement that arrived: " + ", ".join(f"{n} {s:.2f}" for s, n in entries) + "."
+    return figure, f"{first}\nUnder {few}: {lost}. From there to {most}: {some}."

@@ -1,4 +1,4 @@
-"""Figures of learning rates: losses over a sweep with their spread, and a loss surface over two learning rates.
+"""Figures of tables of runs: losses over a sweep with their spread, a surface over two learning rates, and differences.
 
 Each function returns the figure and a text description made from the same numbers, for whoever cannot see the figure.
 """
@@ -115,3 +115,38 @@ def draw_point(axes: Axes, point: Sequence[float], text: str, color: str, **styl
     axes.plot(*point, color=color, **style)
     paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.8}  # lines must not run through numbers
     axes.annotate(text, point, (6, 4), textcoords="offset points", fontsize=7.5, color=color, bbox=paper, zorder=4)
+
+
+def cost_dots(
+    costs: Mapping[str, Mapping[str, tuple[float, float]]], against: str, linear_to: float | None = None
+) -> tuple[Figure, str]:
+    """Differences in loss, (mean, SD over seeds) in nats, from a common reference: row → series → difference.
+
+    With `linear_to` the axis is linear up to that many nats and logarithmic beyond, for rows of very different size.
+    """
+    series = list(dict.fromkeys(name for row in costs.values() for name in row))
+    figure = new_figure(10, 1.1 + 0.42 * max(len(costs), 1))
+    height = figure.get_figheight()
+    title = f"Validation loss above {against}, mean and ± 1 SD over seeds"
+    unit = "nats per token" + (f" (logarithmic beyond {linear_to:g})" if linear_to else "")
+    axes = new_axes(figure, (0.22, 0.6 / height, 0.6, 1 - 0.95 / height), title, unit, "")
+    axes.grid(False)
+    if linear_to:
+        axes.set_xscale("symlog", linthresh=linear_to)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.axvline(0, color=GREY, linewidth=1, linestyle="--")
+    for i, name in enumerate(series):
+        colour, _, marker = SERIES[i % len(SERIES)]
+        for row, values in enumerate(costs.values()):
+            if name in values:
+                place = row + 0.22 * (i - (len(series) - 1) / 2)
+                mean, sd = values[name]
+                axes.errorbar(mean, place, xerr=sd, color=colour, marker=marker, markersize=7, capsize=3, linewidth=1.4)
+        axes.text(1.03, 0.9 - 0.16 * i, f"{'●■▲◆▼✚'[i % 6]} {name}", color=colour, fontsize=9, transform=axes.transAxes)
+    axes.set_yticks(range(len(costs)), list(costs), fontsize=9, color=INK)
+    axes.set_ylim(max(len(costs), 1) - 0.5, -0.5)
+    lines = [
+        f"{row}: " + ", ".join(f"{name} {mean:+.3f} ± {sd:.3f}" for name, (mean, sd) in values.items())
+        for row, values in costs.items()
+    ]
+    return figure, f"Nats above {against}. " + "; ".join(lines) + "."

@@ -62,7 +62,7 @@ class FakeTrainer:
         self.n_steps, self.step_s, self.fails_at = n_steps, step_s, fails_at
         self.run_dir = Path(run_dir)
         model, training = SimpleNamespace(aux_loss_weights=(1.0,)), SimpleNamespace(max_grad_norm=1.0)
-        self.config = SimpleNamespace(model=model, training=training)
+        self.config = SimpleNamespace(model=model, training=training, n_steps=n_steps)
         self.controls, self.listeners, self.thread = FakeControls(), [], None
 
     def stop(self):
