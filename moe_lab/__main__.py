@@ -56,8 +56,9 @@ def run(args: argparse.Namespace) -> int:
 
 def fit_watched(trainer: Trainer) -> dict[str, Any]:
     """`trainer.fit()` under a Watch that writes findings.jsonl, with a progress bar."""
+    plan = {"budget": trainer.n_steps, "start_step": trainer.step, "log": trainer.run_dir / FINDINGS}
     try:
-        watch = Watch(trainer.model, trainer.optimizers, budget=trainer.n_steps, log=trainer.run_dir / FINDINGS)
+        watch = Watch(trainer.model, trainer.optimizers, **plan)
     except ValueError as error:
         raise RunError(str(error)) from error
     with watch, tqdm(total=trainer.n_steps, initial=trainer.step, unit="step") as bar:

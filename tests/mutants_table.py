@@ -332,7 +332,7 @@ MUTANTS = [
         "moe_lab/train/loop.py",
         "self.model.report(ids, generator=self.dropout_noise)",
         "self.model.report(ids)",
-        "tests/test_train.py::test_what_others_draw_meanwhile_changes_no_training",
+        "tests/test_train.py::test_cells_that_draw_numbers_do_not_disturb_a_live_run",
     ),
     Mutant(
         "an evaluation puts every module into one mode",
@@ -340,6 +340,20 @@ MUTANTS = [
         "            module.training = was_training\n",
         "            module.training = True\n",
         "tests/test_train.py::test_an_evaluation_puts_each_modules_mode_back",
+    ),
+    Mutant(
+        "a resumed run's watch counts from 0 (F3)",
+        "moe_lab/__main__.py",
+        '"start_step": trainer.step',
+        '"start_step": 0',
+        "tests/test_cli.py::test_a_run_that_was_killed_has_the_findings_of_one_that_was_not",
+    ),
+    Mutant(
+        "findings beyond the checkpoint stay (F3)",
+        "moe_lab/train/resume.py",
+        "for name in (RECORD, CONTROLS, FINDINGS):",
+        "for name in (RECORD, CONTROLS):",
+        "tests/test_resume.py::test_rows_beyond_the_checkpoint_are_cut",
     ),
     Mutant(
         "nothing reads a config key (B20)",

@@ -1,7 +1,10 @@
 """Wrong input ends in one line that names it, exit code 2, and nothing written. Each test reads the line."""
 
 import json
+import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +17,7 @@ from tiny_run import CONFIGS, tiny, train
 from moe_lab import Trainer
 from moe_lab import __main__ as command_line
 from moe_lab.__main__ import main
-from moe_lab.config import to_yaml
+from moe_lab.config import ROOT, to_yaml
 
 
 @pytest.fixture
@@ -308,3 +311,66 @@ def test_the_help_names_the_exit_codes(capsys, command: str) -> None:
 def test_a_wrong_look(capsys, argv: list[str]) -> None:
     code, lines, err = look(capsys, *argv)
     assert (code, lines, err.count("\n")) == (2, [], 1) and "--help" in err
+
+
+# ---- killed and resumed ----------------------------------------------------------------------------------------------
+
+# The command line, killed after the given update.
+KILLED = """
+import os, signal, sys
+import torch
+from moe_lab import Trainer
+from moe_lab.__main__ import main
+
+torch.set_num_threads(1)
+update = Trainer.update
+
+def update_and_die(trainer):
+    report = update(trainer)
+    if report.step == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return report
+
+Trainer.update = update_and_die
+main(sys.argv[2:])
+"""
+
+
+def test_a_run_that_was_killed_has_the_findings_of_one_that_was_not(tmp_path: Path, capsys) -> None:
+    """Steps count from the run's first update; nothing is told twice; what came after the checkpoint, at 48, is cut."""
+    training = {"steps": 60, "max_lr": 1e-3, "eval_interval": 60, "save_interval": 24}
+    config = tiny(tmp_path, precision={"parameters": "bfloat16"}, training=training)
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    command = ["run", str(tmp_path / "c.yaml"), "--run-dir"]
+    assert main([*command, str(tmp_path / "whole")]) == 1
+    whole = (tmp_path / "whole" / "findings.jsonl").read_text()
+    found_at = {json.loads(line)["step"] for line in whole.splitlines()}
+    assert {10, 20} <= found_at and max(found_at) < 48, "what is under way at the checkpoint would be found later"
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, "55", *command, str(tmp_path / "killed")], capture_output=True, cwd=ROOT
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    log = tmp_path / "killed" / "findings.jsonl"
+    assert log.read_text() == whole
+    beyond = json.loads(whole.splitlines()[-1]) | {"step": 50, "message": "found between the checkpoint and the kill"}
+    log.write_text(whole + json.dumps(beyond) + "\n" + '{"rule": "cut sh')
+    assert main([*command, str(tmp_path / "killed"), "--resume"]) == 1
+    assert log.read_text() == whole
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "killed")]
+    assert summaries[0]["findings"] == summaries[1]["findings"] == [json.loads(line) for line in whole.splitlines()]
+
+
+def test_an_installed_package_writes_where_it_is_started_and_knows_no_commit(tmp_path: Path) -> None:
+    """Copied into the site-packages of an environment that lies in somebody else's repository, and started elsewhere."""
+    site = tmp_path / "project" / "site-packages"
+    shutil.copytree(ROOT / "moe_lab", site / "moe_lab", ignore=shutil.ignore_patterns("__pycache__"))
+    identity = ["-c", "user.email=a@b", "-c", "user.name=a"]
+    for git in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", "not ours"]):
+        subprocess.run(["git", *git], cwd=tmp_path / "project", check=True)
+    (tmp_path / "elsewhere").mkdir()
+    code = "from moe_lab.data.prepare import CACHE; from moe_lab.train.summary import commit; print(CACHE, commit())"
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "elsewhere", env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == f"{tmp_path / 'elsewhere' / '.cache'} None\n", done.stderr

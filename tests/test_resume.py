@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from tiny_run import tiny, train, without_times
 
-from moe_lab import RunError, Trainer
+from moe_lab import RunError, Trainer, load_config
 from moe_lab.config import to_yaml
 from moe_lab.train import read_record
 from moe_lab.train.checkpoint import load_checkpoint, step_path
+from moe_lab.train.record import read_jsonl
 
 N_STEPS = 44
 # Trains `config` in `run_dir`, resuming if it can. kill="7" dies after update 7, "save 8" halfway through the save at 8.
@@ -68,7 +69,7 @@ def child(folder: Path, name: str, kill: str = "") -> str:
 
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> Path:
-    child(folder, "whole")
+    train(load_config(folder / "config.yaml"), folder / "whole")  # in this process
     return folder / "whole"
 
 
@@ -100,7 +101,7 @@ def test_three_kills_one_of_them_in_a_save(folder: Path, whole: Path) -> None:
     half = step_path(run_dir, second)
     assert not half.exists() and half.with_name(half.name + ".part").stat().st_size > 1000
     assert f"resuming after step {second - 4} of" in child(folder, "killed", str(third))
-    child(folder, "killed")
+    train(load_config(folder / "config.yaml"), run_dir, resume=True)
     assert_identical(whole, run_dir)
     assert json.loads((run_dir / "summary.json").read_text())["status"] == "finished"
 
@@ -196,7 +197,10 @@ def test_rows_beyond_the_checkpoint_are_cut(half_way) -> None:
         file.write('{"event": "eval", "step": 4, "tokens": 1, "validation_loss": 0.0, "seconds": 1.0}\n{"step": 5, "lo')
     with (run_dir / "controls.jsonl").open("a") as file:
         file.write('{"step": 3, "action": "save"}\n')
-    train(config, run_dir, resume=True)
+    findings = [{"rule": "reach", "step": step} for step in (None, 0, 2, 3, 4)]
+    (run_dir / "findings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in findings) + '{"rule": "cut')
+    assert train(config, run_dir, resume=True).step == 8
+    assert read_jsonl(run_dir / "findings.jsonl") == findings[:3]
     rows = read_record(run_dir)
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 9))
     evaluations = [row for row in rows if row.get("event") == "eval"]

@@ -372,7 +372,7 @@ def test_dropout_follows_from_the_seed_alone(tmp_path: Path) -> None:
     assert losses[0] != losses[1] and losses[0] == records[0][1]["loss"]
 
 
-def test_what_others_draw_meanwhile_changes_no_training(run: Trainer, tmp_path: Path) -> None:
+def test_cells_that_draw_numbers_do_not_disturb_a_live_run(run: Trainer, tmp_path: Path) -> None:
     """A cell of a notebook that draws while a thread trains: here from within the run, at every row."""
     assert run.config.model.dropout == 0.1
     config = run.config.with_(training={"log_interval": 1})
