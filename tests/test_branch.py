@@ -155,6 +155,22 @@ def test_the_devices_of_a_model_are_those_of_parameters_and_buffers() -> None:
     assert list(map(str, random_state.random_devices(model))) == ["cuda:0", "cuda:1", "mps"]
 
 
+class Wrapper(torch.optim.Optimizer):
+    """As accelerate's: an Optimizer by class, which holds the real one and was never constructed as one."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.optimizer = optimizer
+
+
+def test_a_wrapped_optimizer_is_probed_and_its_watch_counts_nothing() -> None:
+    model, optimizer, batches = dropping()
+    watch = Watch(model, optimizer)
+    (wrapped,) = branch_probe(model, Wrapper(optimizer), squares, batches, n_updates=3)
+    (plain,) = branch_probe(model, optimizer, squares, batches, n_updates=3)
+    assert wrapped == plain and wrapped.gain != 0.0
+    assert watch.step == 0
+
+
 def test_gradients_that_stood_there_are_put_back() -> None:
     """In the middle of an accumulation; also of a parameter that no optimizer has."""
     model, _, batches = dropping()

@@ -1,5 +1,6 @@
 """The wheel of moe_lab/health, where nothing but torch can be imported: it holds all of health and does what its README says."""
 
+import ast
 import subprocess
 import sys
 import tomllib
@@ -69,6 +70,12 @@ def test_it_does_what_its_readme_says_where_nothing_but_torch_can_be_imported(wh
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert run.returncode == 0, run.stderr
     assert run.stdout.endswith(": the wheel does what it says\n")
+
+
+def test_each_private_interface_is_among_the_checks() -> None:
+    defined = [node.name for node in ast.parse((HEALTH / "torch_private.py").read_text()).body if hasattr(node, "name")]
+    checks = health_wheel.CHECKS.read_text()
+    assert len(defined) >= 6 and [name for name in defined if f"private.{name}(" not in checks] == []
 
 
 def test_oldest_and_newest_torch_are_those_of_the_claim() -> None:

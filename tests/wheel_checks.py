@@ -110,6 +110,9 @@ def torchs_private_interfaces_are_there() -> None:
     optimizer.step()
     assert len(called) == 4
 
+    unconstructed = object.__new__(Inherits)
+    assert private.has_step_hooks(optimizer) and not private.has_step_hooks(unconstructed)
+
     everywhere: list = []
     handle = register_optimizer_step_pre_hook(lambda *args: everywhere.append(args))
     plain = torch.optim.SGD(model.parameters(), lr=0.1)

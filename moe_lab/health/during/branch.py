@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from ..findings import Finding, found
 from ..random_state import RandomState
 from ..torch_private import without_step_hooks
+from .tracking import innermost
 
 N_UPDATES = 30
 FACTOR = 3.0
@@ -60,7 +61,7 @@ def branch_probe(
     gradients, optimizers and random state are put back, also after an error. Step hooks of the optimizers, a watch's and
     others', are not called. It takes a copy of parameters and optimizer state. Raises ValueError for too few batches.
     """
-    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    optimizers = [innermost(o) for o in ([optimizer] if isinstance(optimizer, Optimizer) else optimizer)]
     if len(batches) < n_updates + 5:
         raise ValueError(f"batches has {len(batches)}; {n_updates} updates and at least 5 to evaluate on are needed")
     settings = {"": leave_alone, **(lr_branches(optimizers) if branches is None else branches)}
