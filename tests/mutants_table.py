@@ -162,7 +162,7 @@ MUTANTS = [
     Mutant(
         "Muon divides a bf16 momentum in place",
         "moe_lab/optim/muon.py",
-        "x = x / x.norm().clamp(min=EPSILON)",
+        "x / x.norm().clamp(min=EPSILON)",
         "x.div_(x.norm().clamp(min=EPSILON))",
         "tests/peers/test_peer_muon.py::test_bfloat16_momentum_is_not_normalised_in_place",
     ),
@@ -190,8 +190,8 @@ MUTANTS = [
     Mutant(
         "norms decay (B10)",
         "moe_lab/optim/groups.py",
-        '"name": "adamw", **no_decay}',
-        '"name": "adamw", **decay}',
+        '"adamw": 0.0}',
+        '"adamw": config.weight_decay}',
         "tests/test_optim.py::test_only_matrices_embeddings_and_heads_decay[muon]",
     ),
     Mutant(

@@ -191,6 +191,7 @@ def test_a_run_continues_bit_equally_from_a_file(mode: str) -> None:
 
     again, others = remedied(mode)
     run(again, others, range(7, 9))  # a life before: everything must be replaced
+    again, others = copy.deepcopy((again, others))  # which has to be as good as the one that was built
     file.seek(0)
     weights, *states = torch.load(file, weights_only=True)
     again.load_state_dict(weights)

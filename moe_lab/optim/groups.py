@@ -1,7 +1,5 @@
 """Which optimizer updates which tensor, and which tensors decay."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from torch import nn
@@ -45,26 +43,22 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig, max_lr: float) -
     Beside Muon, AdamW runs at `adamw_lr_ratio · max_lr`, on embeddings and heads at `embedding_lr_ratio · max_lr`; alone, it
     moves everything at `max_lr` and decays matrices too.
     """
-    split = split_parameters(model)
-    decay, no_decay = {"weight_decay": config.weight_decay}, {"weight_decay": 0.0}
-    rest = [{"params": split["adamw_decayed"], "name": "adamw_decayed", **decay}]
-    rest.append({"params": split["adamw"], "name": "adamw", **no_decay})
-    optimizers: list[Optimizer] = []
+    decay = {"muon": config.weight_decay, "adamw_decayed": config.weight_decay, "adamw": 0.0}
+    split = split_parameters(model).items()
+    matrices, decayed, rest = ({"params": params, "name": name, "weight_decay": decay[name]} for name, params in split)
+    adam = {"betas": tuple(config.betas), "eps": config.eps}
     if config.type == "muon":
-        matrices = [{"params": split["muon"], "name": "muon", **decay}]
-        options = {"momentum": config.momentum, "nesterov": config.nesterov, "ns_steps": config.ns_steps}
-        optimizers.append(Muon(matrices, lr=max_lr, adjust_lr=config.adjust_lr, **options))
-        adamw_lr = config.adamw_lr_ratio * max_lr
-        rest[0]["lr"] = (config.embedding_lr_ratio or config.adamw_lr_ratio) * max_lr
+        decayed["lr"] = (config.embedding_lr_ratio or config.adamw_lr_ratio) * max_lr
+        momentum = {"momentum": config.momentum, "nesterov": config.nesterov}
+        muon = Muon([matrices], lr=max_lr, ns_steps=config.ns_steps, adjust_lr=config.adjust_lr, **momentum)
+        optimizers = [muon, AdamW([decayed, rest], lr=config.adamw_lr_ratio * max_lr, **adam)]
     else:
-        rest.insert(0, {"params": split["muon"], "name": "adamw_matrices", **decay})
-        adamw_lr = max_lr
-    optimizers.append(AdamW(rest, lr=adamw_lr, betas=tuple(config.betas), eps=config.eps))
+        matrices["name"] = "adamw_matrices"
+        optimizers = [AdamW([matrices, decayed, rest], lr=max_lr, **adam)]
     for group in groups_of(optimizers):
         group["initial_lr"] = group["lr"]
     return optimizers
 
 
 def groups_of(optimizers: list[Optimizer]) -> Iterator[dict]:
-    for optimizer in optimizers:
-        yield from optimizer.param_groups
+    return (group for optimizer in optimizers for group in optimizer.param_groups)

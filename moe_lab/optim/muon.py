@@ -2,8 +2,6 @@
 
 # Shapes: M matrices of a stack, A rows, B columns.
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 
@@ -24,22 +22,17 @@ def orthogonalise(matrix: Tensor, steps: int) -> Tensor:
 
     Newton–Schulz iteration of Jordan 2024. The order of operations is that of torch.optim.Muon, whose results are met
     bit for bit on a CPU. That is why a stack is not done in one batched product: in bfloat16 it rounds differently for
-    some sizes, and the iteration amplifies that to half a percent. Where bfloat16 products are slow, `products.py` tells how
-    each is made.
+    some sizes, and the iteration amplifies that to half a percent. How products are made: `products.py`.
     """
     a, b, c = COEFFICIENTS
-    x = matrix.bfloat16()
-    tall = x.shape[0] > x.shape[1]
-    if tall:
-        x = x.T
-    x = x / x.norm().clamp(min=EPSILON)  # a copy: a bfloat16 momentum must not be divided in place
-    x = multipliable(x)
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = (matrix.T if tall else matrix).bfloat16()
+    x = multipliable(x / x.norm().clamp(min=EPSILON))  # a copy: a bfloat16 momentum must not be divided in place
     for _ in range(steps):
         gram = rounded(x @ x.T)
         polynomial = rounded(torch.addmm(gram, gram, gram, beta=b, alpha=c))
         x = rounded(torch.addmm(x, polynomial, x, beta=a))
-    x = x.bfloat16()
-    return x.T if tall else x
+    return (x.T if tall else x).bfloat16()
 
 
 def lr_factor(shape: torch.Size, convention: str) -> float:
@@ -66,23 +59,22 @@ class Muon(Optimizer):
     def __init__(
         self,
         params: Iterable,
-        lr: float = 0.02,
+        lr=0.02,
         *,
-        momentum: float = 0.95,
-        nesterov: bool = True,
-        ns_steps: int = 5,
-        weight_decay: float = 0.0,
-        adjust_lr: str = "original",
+        momentum=0.95,
+        nesterov=True,
+        ns_steps=5,
+        weight_decay=0.0,
+        adjust_lr="original",
     ):
         if adjust_lr not in CONVENTIONS:
             raise ValueError(f"adjust_lr={adjust_lr!r} is not one of {', '.join(CONVENTIONS)}")
         defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps}
         defaults |= {"weight_decay": weight_decay, "adjust_lr": adjust_lr}
         super().__init__(params, defaults)
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.ndim not in (2, 3):
-                    raise ValueError(f"Muon takes matrices and stacks of matrices, got the shape {tuple(p.shape)}")
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if p.ndim not in (2, 3):
+                raise ValueError(f"Muon takes matrices and stacks of matrices, got the shape {tuple(p.shape)}")
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -3,8 +3,6 @@
 A bfloat16 product has float32 sums and one rounding at its end anywhere; so only the order of the sums differs.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,18 +31,14 @@ def rounded(product: Tensor) -> Tensor:
 
 
 class RoundedProducts(TorchDispatchMode):
-    """Within this context every matrix product of bfloat16 tensors, forward and backward, is computed in float32 and rounded.
-
-    For what somebody else multiplies: a model's layers. `multipliable` and `rounded` cost less where one multiplies oneself.
-    """
+    """Within this context every matrix product of bfloat16 tensors is made so, forward and backward: for a model's layers."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        def widened(x: Tensor) -> Tensor:
+            return x.float() if x.dtype == torch.bfloat16 else x
+
         kwargs = kwargs or {}
         if func.overloadpacket not in PRODUCTS or args[0].dtype != torch.bfloat16:
             return func(*args, **kwargs)
         args, kwargs = tree_map_only(Tensor, widened, (args, kwargs))
         return func(*args, **kwargs).bfloat16()
-
-
-def widened(x: Tensor) -> Tensor:
-    return x.float() if x.dtype == torch.bfloat16 else x

@@ -5,8 +5,6 @@ parameters in fp32 and compute under autocast (`precision.parameters: float32`).
 bf16, and two poor remedies which do not address the loss of updates at all.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -62,9 +60,7 @@ class Rounded(Optimizer):
         if inner.state:
             raise ValueError("the optimizer has stepped already; wrap it in Rounded before its first step")
         if isinstance(inner, torch.optim.LBFGS):
-            raise ValueError(
-                "LBFGS moves the weights several times a step and cannot be wrapped; take another optimizer"
-            )
+            raise ValueError("LBFGS moves the weights several times a step and cannot be wrapped; take another")
         self.inner, self.mode = inner, mode
         self.rounds_stochastically = mode == "stochastic"  # for a Watch: no state tells this mode
         self.work: dict[Tensor, nn.Parameter] = {}  # the model's parameter → what the inner optimizer updates
@@ -97,10 +93,7 @@ class Rounded(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None):
         """One update. Returns the closure's loss, or None. Parameters without gradient are left alone."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         moving = [(p, self.work[p]) for group in self.param_groups for p in group["params"] if p.grad is not None]
         for p, work in moving:
             if self.mode != "masters":
@@ -118,12 +111,9 @@ class Rounded(Optimizer):
         return loss
 
     def exact(self, p: Tensor) -> Tensor:
-        """What a parameter stands for, float32, a copy."""
-        if self.mode == "masters":
-            return self.state[p]["master"].clone()
-        if self.mode == "kahan":
-            return p.detach().float() + self.state[p]["compensation"].float()
-        return p.detach().float()
+        """What a parameter stands for where no master is kept: float32, a copy."""
+        value = p.detach().float()
+        return value + self.state[p]["compensation"].float() if self.mode == "kahan" else value
 
     def write_back(self, p: Tensor, work: Tensor) -> None:
         """Round an updated working copy into the parameter, and keep what the mode keeps."""
@@ -149,18 +139,15 @@ class Rounded(Optimizer):
         # the base class would cast the float32 state to the parameters' bfloat16, so it gets the groups alone
         super().load_state_dict({**state_dict, "state": {}})
         own, saved = MODES[self.mode], state_dict["state"]
-        inner_state = {i: {k: v for k, v in kept.items() if k != own} for i, kept in saved.items()}
-        self.inner.load_state_dict({**state_dict, "state": {i: kept for i, kept in inner_state.items() if kept}})
+        inner = {i: {key: value for key, value in kept.items() if key != own} for i, kept in saved.items()}
+        self.inner.load_state_dict({**state_dict, "state": {i: kept for i, kept in inner.items() if kept}})
         indices = [i for group in state_dict["param_groups"] for i in group["params"]]
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(indices, parameters, strict=True):
-            if self.mode == "masters":
-                self.work[p].data.copy_(saved[i][own])
-                self.state[p][own] = self.work[p].detach()
-            elif self.mode == "kahan":
-                self.state[p][own] = torch.empty_like(p.detach()).copy_(saved[i][own])
-            if self.work[p] in self.inner.state:
-                self.state[p].update(self.inner.state[self.work[p]])
+        for i, (p, work) in zip(indices, self.work.items(), strict=True):
+            if own:
+                home = work if self.mode == "masters" else torch.empty_like(p)
+                self.state[p][own] = home.detach().copy_(saved[i][own])
+            if work in self.inner.state:
+                self.state[p].update(self.inner.state[work])
 
     def __getstate__(self) -> dict[str, Any]:  # for copy.deepcopy; torch's own keeps groups and state alone
         own = {name: getattr(self, name) for name in ("inner", "mode", "rounds_stochastically", "work")}
@@ -173,7 +160,7 @@ def pass_options(source: list[dict], target: list[dict]) -> None:
         taken.update({key: value for key, value in given.items() if key != "params"})
 
 
-def rounded(mode: str, model: nn.Module, config: OptimizerConfig, max_lr: float) -> list[Optimizer]:
+def wrapped(mode: str, model: nn.Module, config: OptimizerConfig, max_lr: float) -> list[Optimizer]:
     """The package's optimizers, each wrapped in `Rounded`."""
     optimizers: list[Optimizer] = [Rounded(inner, mode) for inner in build_optimizers(model, config, max_lr)]
     model.to(torch.bfloat16)  # buffers, and parameters that no optimizer holds
@@ -184,39 +171,32 @@ def norm_weights(model: nn.Module) -> list[nn.Parameter]:
     """The RMSNorm weights. Raises ValueError if there are none."""
     norms = [p for name, p in model.named_parameters() if name.endswith("norm.weight")]
     if not norms:
-        raise ValueError(
-            "the model has no parameter named …norm.weight, which this remedy is about; take another remedy"
-        )
+        raise ValueError("the model has no parameter named …norm.weight, which is what this remedy moves; take another")
     return norms
 
 
 def faster_norms(model: nn.Module, config: OptimizerConfig, max_lr: float) -> list[Optimizer]:
     """Plain bf16 parameters; the RMSNorm weights in a group `norms` of their own, at ten times the LR."""
-    norms = {id(p) for p in norm_weights(model)}
+    norms = set(norm_weights(model))
     optimizers = build_optimizers(model.to(torch.bfloat16), config, max_lr)
-    for optimizer in optimizers:
-        for group in list(optimizer.param_groups):
-            taken = [p for p in group["params"] if id(p) in norms]
-            if taken:
-                group["params"] = [p for p in group["params"] if id(p) not in norms]
-                lr = {"lr": 10 * group["lr"], "initial_lr": 10 * group["initial_lr"]}
-                optimizer.add_param_group({**group, **lr, "params": taken, "name": "norms"})
+    group = optimizers[-1].param_groups[-1]  # AdamW's, of what does not decay
+    norms_group = group | {key: 10 * group[key] for key in ("lr", "initial_lr")}
+    norms_group |= {"params": [p for p in group["params"] if p in norms], "name": "norms"}
+    group["params"] = [p for p in group["params"] if p not in norms]
+    optimizers[-1].add_param_group(norms_group)
     return optimizers
 
 
 def smaller_norms(model: nn.Module, config: OptimizerConfig, max_lr: float) -> list[Optimizer]:
     """Plain bf16 parameters; the RMSNorm weights start at 0.1 in place of 1, where bf16 is about ten times finer."""
-    with torch.no_grad():
-        for p in norm_weights(model):
-            p.fill_(0.1)
+    for p in norm_weights(model):
+        nn.init.constant_(p, 0.1)
     return build_optimizers(model.to(torch.bfloat16), config, max_lr)
 
 
 # Each takes a float32 model, casts it to bfloat16 in place, and returns its optimizers, ready for a Trainer.
 REMEDIES: dict[str, Callable[[nn.Module, OptimizerConfig, float], list[Optimizer]]] = {
-    "masters": partial(rounded, "masters"),
-    "kahan": partial(rounded, "kahan"),
-    "stochastic": partial(rounded, "stochastic"),
+    **{mode: partial(wrapped, mode) for mode in MODES},
     "norm_lr_x10": faster_norms,
     "norms_at_0.1": smaller_norms,
 }
