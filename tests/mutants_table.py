@@ -217,9 +217,9 @@ MUTANTS = [
     ),
     Mutant(
         "a resumed generator is not restored",
-        "moe_lab/train/loop.py",
-        "            ckpt.restore_rng(self.rng_state, self.device)\n",
-        "            pass\n",
+        "moe_lab/train/directory.py",
+        "        ckpt.restore_rng(trainer.rng_state, trainer.device, trainer.dropout_noise)\n",
+        "        pass\n",
         "tests/test_resume.py::test_three_kills_one_of_them_in_a_save",
     ),
     Mutant(
@@ -350,7 +350,7 @@ MUTANTS = [
     ),
     Mutant(
         "findings beyond the checkpoint stay (F3)",
-        "moe_lab/train/resume.py",
+        "moe_lab/train/directory.py",
         "for name in (RECORD, CONTROLS, FINDINGS):",
         "for name in (RECORD, CONTROLS):",
         "tests/test_resume.py::test_rows_beyond_the_checkpoint_are_cut",

@@ -312,7 +312,7 @@ def test_a_model_and_optimizers_of_the_users_own(tmp_path: Path) -> None:
 
 def test_a_model_is_moved_to_the_device_and_not_away_from_its_optimizers(tmp_path: Path, monkeypatch) -> None:
     """With "meta" in a second device's place, which no machine lacks."""
-    monkeypatch.setattr(loop, "pick_device", lambda name: torch.device("meta"))
+    monkeypatch.setattr(device, "pick_device", lambda name: torch.device("meta"))
     config = tiny(tmp_path)
     trainer = Trainer(config, tmp_path / "run", model=build_model(config.model))
     assert {p.device.type for p in trainer.model.parameters()} == {"meta"}

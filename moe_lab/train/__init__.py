@@ -6,15 +6,15 @@ readings.py    what is read off each step, on the device until it is worth a tra
 evaluate.py    the validation loss
 controls.py    what a person or a signal may ask for while a run goes on
 checkpoint.py  a run's state, written whole or not at all, and read back
-resume.py      which config and which rows a resumed run goes on with
+directory.py   who may write in a run's directory, what a run begins with, and load_run
+resume.py      which config a resumed run goes on with
 record.py      JSON lines: record, findings
 summary.py     what a run came to
-load.py        from a run directory back to a model
 command.py     how a command ends
 """
 
 from moe_lab.train.checkpoint import RunError
-from moe_lab.train.load import load_run
+from moe_lab.train.directory import load_run
 from moe_lab.train.loop import Trainer
 from moe_lab.train.record import read_record
 

@@ -97,3 +97,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return "can't allocate memory" in str(error) or "out of memory" in str(error)  # CPU; MPS
+
+
+def out_of_memory_advice(config: Config, device: torch.device, step: int) -> str:
+    training, model = config.training, config.model
+    return (
+        f"out of memory on {device} at step {step}: lower training.batch_size ({training.batch_size}; raise "
+        f"training.gradient_accumulation_steps to keep the step), model.max_seq_len ({model.max_seq_len}) or "
+        f"model.d_model ({model.d_model}), or set training.activation_checkpointing"
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -12,31 +11,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from moe_lab.config import Config, to_yaml
+from moe_lab.config import Config
 from moe_lab.data import Batches, loss_floors, prepare
-from moe_lab.health.sampling import start_sample
 from moe_lab.model import LanguageModel, build_model
 from moe_lab.optim import build_optimizers, groups_of, lr_share
 from moe_lab.train import checkpoint as ckpt
-from moe_lab.train.checkpoint import RunError
+from moe_lab.train import device, directory
 from moe_lab.train.controls import CONTROLS, Controls, signals_ask_to_stop
-from moe_lab.train.device import (
-    bfloat16_products,
-    is_out_of_memory,
-    keep_freed_memory,
-    pick_compute,
-    pick_device,
-    place,
-)
 from moe_lab.train.evaluate import evaluate
 from moe_lab.train.readings import Readings, load_and_drops
-from moe_lab.train.record import RECORD, append_jsonl, write_atomically
-from moe_lab.train.resume import cut_back, merge
-from moe_lab.train.summary import commit as commit  # the place where benchmarks look for it
+from moe_lab.train.record import RECORD, append_jsonl
+from moe_lab.train.summary import commit as commit  # the place where others look for it
 from moe_lab.train.summary import write_summary
 
 
@@ -72,37 +61,32 @@ class Trainer:
     ):
         self.run_dir, self.resume, self.begun = Path(run_dir), resume, False
         self.lock = FileLock(self.run_dir / ".lock", thread_local=False)  # `opened` on one thread, `fit` on another
-        self.refuse_used_directory()
-        self.stamps, stored, self.notices = ckpt.stamps(self.run_dir), None, []
-        if resume:
-            path, stored, self.notices = ckpt.latest_checkpoint(self.run_dir)
-            config, differences = merge(stored["config"], config, str(path))
-            self.notices += [f"resuming after step {stored['step']} of {path}", *differences]
-        self.device = pick_device(config.training.device)
+        directory.refuse_used(self)
+        self.stamps = ckpt.stamps(self.run_dir)
+        stored, config, self.notices = directory.to_resume(self.run_dir, config) if resume else (None, config, [])
+        self.device = device.pick_device(config.training.device)
         if self.device.type == "cpu":
-            keep_freed_memory()
+            device.keep_freed_memory()
         self.dataset = prepare(config.data, config.model)
         self.floors = loss_floors(self.dataset)
         model_config = replace(config.model, vocab_size=self.dataset.vocab_size)
-        precision = replace(config.precision, compute=pick_compute(config, self.device))
+        precision = replace(config.precision, compute=device.pick_compute(config, self.device))
         self.config = replace(config, model=model_config, precision=precision)
-        self.n_steps = self.config.n_steps
+        self.n_steps, training = self.config.n_steps, config.training
         if model is None:
-            model = build_model(model_config, config.training.seed, self.device)
-        self.model = place(model, optimizers, precision, self.device)
-        self.model.recompute_blocks = config.training.activation_checkpointing
-        self.optimizers = optimizers or build_optimizers(self.model, config.optimizer, config.training.max_lr)
+            model = build_model(model_config, training.seed, self.device)
+        self.model = device.place(model, optimizers, precision, self.device)
+        self.model.recompute_blocks = training.activation_checkpointing
+        self.optimizers = optimizers or build_optimizers(self.model, config.optimizer, training.max_lr)
         for index, group in enumerate(groups_of(self.optimizers)):  # a caller's own optimizers lack these
             group.setdefault("initial_lr", group["lr"])
             group.setdefault("name", f"group_{index}")
-        training = config.training
         self.batches = Batches(self.dataset.train, model_config.max_seq_len, training.batch_size, training.seed)
-        self.listeners, self.controls = list(listeners), Controls()
+        self.listeners, self.controls, self.readings = list(listeners), Controls(), Readings(self.model)
         self.step = 0
-        self.readings = Readings(self.model)
         self.initial_sample: dict | None = None  # of the parameters before the first update
         self.rng_state: dict | None = None  # to go on with; None: seeded
-        # dropout's own, made on the device when the run starts: what a notebook draws meanwhile changes no training
+        # dropout's own, made on the device when the run begins: what a notebook draws meanwhile changes no training
         self.dropout_noise: torch.Generator | None = None
         self.evaluated: set[int] = set()  # steps
         self.seconds_before = 0.0  # training time of the run before this process
@@ -140,7 +124,7 @@ class Trainer:
         last = self.n_steps if until is None else until
         if last > self.n_steps:
             raise ValueError(f"until={last} is beyond the run's {self.n_steps} steps; raise training.steps")
-        self.start()
+        directory.begin(self)
         self.model.train()
         try:
             while self.step < last and not self.obey_controls():
@@ -158,19 +142,9 @@ class Trainer:
         `fit` opens it itself. For who writes there too, such as a Watch with a log: what is older than the checkpoint
         is cut by now, and nobody else writes. Raises RunError if another process trains there, or did meanwhile.
         """
-        try:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            self.lock.acquire(timeout=0)
-        except Timeout:
-            line = f"{self.run_dir}: another process trains here; wait for it or take another directory"
-            raise RunError(line) from None
-        except OSError as error:
-            raise RunError(f"{self.run_dir}: cannot be a run directory: {error.strerror}; take another one") from None
-        try:
-            self.start()
+        with directory.held(self):
+            directory.begin(self)
             yield
-        finally:
-            self.lock.release()
 
     def stop(self) -> None:
         """Ask, from any thread, for the end: the update in progress is finished and saved."""
@@ -192,9 +166,9 @@ class Trainer:
                 self.save(self.run_dir / ckpt.FOLDER / ckpt.INTERRUPTED)
             status = "finished" if finished else "interrupted"
         except (RuntimeError, MemoryError) as error:
-            if is_out_of_memory(error):
-                raise RunError(self.out_of_memory_advice()) from error
-            raise
+            if not device.is_out_of_memory(error):
+                raise
+            raise ckpt.RunError(device.out_of_memory_advice(self.config, self.device, self.step)) from error
         except KeyboardInterrupt:
             status = "interrupted"
             raise
@@ -202,41 +176,6 @@ class Trainer:
             self.begun = False
             summary = write_summary(self, status)
         return summary
-
-    def start(self) -> None:
-        """Write what a run begins with, or restore what it was stopped with. Does nothing when the run has begun."""
-        if self.begun:
-            return
-        self.refuse_used_directory()  # again: another process may have come and gone
-        if ckpt.stamps(self.run_dir) - self.stamps:
-            raise RunError(f"{self.run_dir}: another process has gone on with this run meanwhile; start again")
-        (self.run_dir / ckpt.FOLDER).mkdir(parents=True, exist_ok=True)
-        for unfinished in (self.run_dir / ckpt.FOLDER).glob("*.part"):
-            unfinished.unlink()  # a save that a kill cut short
-        size = ckpt.checkpoint_bytes(self.model, self.optimizers)
-        ckpt.check_disk(self.run_dir, size * (self.config.training.keep_checkpoints + 1))
-        if self.step > self.n_steps:
-            raise RunError(
-                f"{self.run_dir}: {self.step} steps are done and training.steps={self.n_steps}; ask for more"
-            )
-        if self.initial_sample is None:
-            self.initial_sample = start_sample(self.model)
-        seed = self.config.training.seed
-        torch.manual_seed(seed)  # for whatever else draws, such as stochastic rounding
-        self.dropout_noise = torch.Generator(self.device).manual_seed(seed)
-        if self.rng_state is not None:
-            ckpt.restore_rng(self.rng_state, self.device, self.dropout_noise)
-        past = cut_back(self.run_dir, self.step)
-        self.evaluated, self.seconds_before = past.evaluated, past.seconds
-        if past.lr_scale is not None:
-            self.controls.lr_scale = past.lr_scale
-        for notice in self.notices:
-            print(notice, file=sys.stderr)
-        write_atomically(self.run_dir / "config.yaml", to_yaml(self.config))
-        write_atomically(self.run_dir / "tokenizer.json", self.dataset.tokenizer.to_str())
-        (self.run_dir / RECORD).touch()
-        self.started = self.fetched = time.perf_counter()
-        self.begun = True
 
     def update(self) -> Report:
         """One step: the mean gradient of the micro-batches, clipped, and one move of every optimizer."""
@@ -287,7 +226,7 @@ class Trainer:
         self.tell(rows)
         for row in rows:
             if not math.isfinite(row["grad_norm"]):
-                raise RunError(
+                raise ckpt.RunError(
                     f"step {row['step']}: the gradient norm is {row['grad_norm']}, the weights are lost; "
                     "lower training.max_lr, or resume from the last checkpoint"
                 )
@@ -363,18 +302,4 @@ class Trainer:
             yield
 
     def products(self):
-        return bfloat16_products(self.model, self.config.precision.compute, self.device)
-
-    def refuse_used_directory(self) -> None:
-        if not self.resume and (self.run_dir / RECORD).exists():
-            raise RunError(
-                f"{self.run_dir}: holds a run already; continue it with resume=True, or take another directory"
-            )
-
-    def out_of_memory_advice(self) -> str:
-        training, model = self.config.training, self.config.model
-        return (
-            f"out of memory on {self.device} at step {self.step}: lower training.batch_size ({training.batch_size}; raise "
-            f"training.gradient_accumulation_steps to keep the step), model.max_seq_len ({model.max_seq_len}) or "
-            f"model.d_model ({model.d_model}), or set training.activation_checkpointing"
-        )
+        return device.bfloat16_products(self.model, self.config.precision.compute, self.device)

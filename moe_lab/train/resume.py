@@ -1,14 +1,9 @@
-"""What a resumed run takes from its checkpoint, from the config it is given, and from the files beside it."""
+"""What a resumed run takes from its checkpoint and what from the config it is given."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import NamedTuple
-
 from moe_lab.config import Config, from_dict, to_dict
 from moe_lab.train.checkpoint import RunError
-from moe_lab.train.controls import CONTROLS
-from moe_lab.train.record import FINDINGS, RECORD, cut_jsonl, read_jsonl, read_record
 
 # The given config decides these: the LR and the budget, and how the run is watched. Every other stored value is kept,
 # since the stored state (data order, momenta, random numbers) only makes sense with it.
@@ -49,22 +44,3 @@ def merge(stored_values: dict, given: Config, origin: str) -> tuple[Config, list
             else:
                 lines.append(f"{name}.{key}: stored {old}, given {new}: the stored value is kept")
     return from_dict(merged, origin), lines
-
-
-class Past(NamedTuple):
-    """What a run's files say of the time before."""
-
-    evaluated: set[int]  # the steps that have an evaluation
-    seconds: float  # of training
-    lr_scale: float | None  # the last that was asked for; None: none was
-
-
-def cut_back(run_dir: Path, step: int) -> Past:
-    """Drop from record, controls and findings what came after `step`, the checkpoint's: it will come again."""
-    for name in (RECORD, CONTROLS, FINDINGS):
-        cut_jsonl(run_dir / name, step)
-    rows = read_record(run_dir)
-    # a scale may have been asked for right after the checkpoint was written
-    scales = [row["value"] for row in read_jsonl(run_dir / CONTROLS) if row["action"] == "lr_scale"]
-    evaluated = {row["step"] for row in rows if row.get("event") == "eval"}
-    return Past(evaluated, max((row["seconds"] for row in rows), default=0.0), scales[-1] if scales else None)
