@@ -61,12 +61,11 @@ def check_exercise(answer: object, tests: Sequence[tuple[Callable[[object], bool
         return False
     for test, hint in tests:
         try:
-            holds = test(answer)
+            wrong = None if test(answer) else hint
         except Exception as error:  # the reader's code may raise anything; say it, and go on
-            print(f"not yet: your code raised {type(error).__name__}: {error}")
-            return False
-        if not holds:
-            print(f"not yet: {hint}")
+            wrong = f"your code raised {type(error).__name__}: {error}"
+        if wrong:
+            print(f"not yet: {wrong}")
             return False
     print("right")
     return True

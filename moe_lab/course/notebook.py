@@ -101,12 +101,12 @@ def resolve(**parameters: Any) -> Lab:
     overrides = list(values.get("overrides", ()))
     overrides += [f"training.{name}={values[name]}" for name in ("seed", "device") if name in values]
     config = load_config(path, overrides)
-    source = config.data.source
+    source, files = config.data.source, config.data.data_files
     if source != "stdlib" and not source.startswith("hf:"):
-        config = config.with_(data={"source": str(ROOT / Path(source).expanduser())})
-    files = config.data.data_files
+        source = str(ROOT / Path(source).expanduser())
     if files and "://" not in files:
-        config = config.with_(data={"data_files": str(ROOT / files)})
+        files = str(ROOT / files)
+    config = config.with_(data={"source": source, "data_files": files})
     if values.get("resume") and "run_dir" not in values:
         raise ConfigError("resume=True needs run_dir: the directory of the run to go on with")
     run_dir = ROOT / values["run_dir"] if "run_dir" in values else new_run_dir(profile)
@@ -127,16 +127,15 @@ def first_free(directory: Path, taken: Callable[[Path], bool]) -> Path:
 def cast(name: str, value: Any, kind: type) -> Any:
     """`value` as `kind` (bool, int, float, str or list), where it says the same: "false", "1e-3", "3". Else ConfigError."""
     text = str(value).strip()
-    if kind is list:
-        if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
-            return list(value)
-        if isinstance(value, str):  # split between settings, not within [1, 2]
-            return [item for item in re.split(r"[,\s]+(?=\w+\.\w+\s*=)", text) if item]
-    elif kind is bool and text.lower() in ("true", "false"):
+    if kind is list and isinstance(value, str):  # split between settings, not within [1, 2]
+        return [item for item in re.split(r"[,\s]+(?=\w+\.\w+\s*=)", text) if item]
+    if kind is list and isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+        return list(value)
+    if kind is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
-    elif kind is str and isinstance(value, (str, Path)):
+    if kind is str and isinstance(value, (str, Path)):
         return str(value)
-    elif kind in (int, float) and not isinstance(value, bool):
+    if kind in (int, float) and not isinstance(value, bool):
         try:
             number = int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
         except ValueError:

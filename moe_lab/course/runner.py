@@ -9,12 +9,11 @@ that cell; a second one ends it at once.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -61,47 +60,40 @@ class Kernel(AsyncKernelManager):
             raise KeyboardInterrupt
 
 
-@contextlib.contextmanager
-def headless(**environment: str) -> Iterator[None]:
-    """Environment of the kernel and handling of Ctrl-C, for the time of one execution."""
+def execute(path: Path, output: Path, parameters: Mapping[str, Any], **environment: str) -> None:
+    """Run the notebook by papermill in this Python; what its cells write to stderr (progress) is shown as it comes.
+    `environment` is the kernel's, for the time of this execution.
+
+    Everything up to the cell that did not pass is in `output`. Raises RunError, one line, where a cell fails or the
+    kernel dies, and KeyboardInterrupt after a Ctrl-C.
+    """
     Kernel.running, Kernel.stopping = None, False
     before = dict(os.environ)
     os.environ.update({"MOE_LAB_INTERACTIVE": "0", **environment})
     handler = signal.signal(signal.SIGINT, Kernel.interrupt)
     try:
-        yield
+        papermill.execute_notebook(
+            path,
+            output,
+            parameters=dict(parameters),
+            kernel_name="python3",
+            cwd=path.parent,
+            progress_bar=sys.stderr.isatty(),
+            stderr_file=sys.stderr,
+            kernel_manager_class=Kernel,
+            on_cell_start=Kernel.before_cell,
+        )
+    except PapermillExecutionError as error:
+        if Kernel.stopping:  # the cell that was interrupted had no way of its own to stop
+            raise KeyboardInterrupt from error
+        last = (str(error.evalue).strip().splitlines() or [""])[-1]
+        raise RunError(f"{path.name}, cell [{error.exec_count}]: {error.ename}: {last}") from error
+    except DeadKernelError as error:
+        raise RunError(f"{path.name}: the kernel died; most often the machine ran out of memory") from error
     finally:
         signal.signal(signal.SIGINT, handler)
         os.environ.clear()
         os.environ.update(before)
-
-
-def execute(path: Path, output: Path, parameters: Mapping[str, Any], **environment: str) -> None:
-    """Run the notebook by papermill in this Python; what its cells write to stderr (progress) is shown as it comes.
-
-    Everything up to the cell that did not pass is in `output`. Raises RunError, one line, where a cell fails or the
-    kernel dies, and KeyboardInterrupt after a Ctrl-C.
-    """
-    with headless(**environment):
-        try:
-            papermill.execute_notebook(
-                path,
-                output,
-                parameters=dict(parameters),
-                kernel_name="python3",
-                cwd=path.parent,
-                progress_bar=sys.stderr.isatty(),
-                stderr_file=sys.stderr,
-                kernel_manager_class=Kernel,
-                on_cell_start=Kernel.before_cell,
-            )
-        except PapermillExecutionError as error:
-            if Kernel.stopping:  # the cell that was interrupted had no way of its own to stop
-                raise KeyboardInterrupt from error
-            last = (str(error.evalue).strip().splitlines() or [""])[-1]
-            raise RunError(f"{path.name}, cell [{error.exec_count}]: {error.ename}: {last}") from error
-        except DeadKernelError as error:
-            raise RunError(f"{path.name}: the kernel died; most often the machine ran out of memory") from error
 
 
 def run_notebook(
@@ -135,18 +127,17 @@ def run_notebook(
 
 def print_files(output: Path) -> None:
     """Where things are and how the run ended, in a few aligned lines."""
-    directory, summary = output.parent, output.with_name("summary.json")
+    summary = output.with_name("summary.json")
     lines = [("notebook", output), ("HTML", output.with_suffix(".html"))]
-    lines += [("checkpoint", path) for path in sorted((directory / "checkpoints").glob("*.pt"))]
-    lines.append(("summary", summary))
+    lines += [("checkpoint", path) for path in sorted((output.parent / "checkpoints").glob("*.pt"))]
+    lines = [(label, path) for label, path in [*lines, ("summary", summary)] if path.exists()]
     if summary.exists():
         values = json.loads(summary.read_text(encoding="utf-8"))
         for key in ("status", "validation_loss", "trigram_loss", "bits_per_byte"):
             value = values.get(key)
             lines.append((key.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else value))
     for label, value in lines:
-        if not isinstance(value, Path) or value.exists():
-            print(f"{label:16}{value}")
+        print(f"{label:16}{value}")
 
 
 def find_notebook(path: str | Path) -> Path:

@@ -49,17 +49,15 @@ def check(
     sentence that is empty or of several lines, and for a number that is not finite.
     """
     about = case.claim(id).sentence
+    sentences = dict.fromkeys(conditions, sentence) if isinstance(sentence, str) else sentence
     for outcome in conditions:
         if outcome not in OUTCOMES:
             near = suggestion(str(outcome), OUTCOMES)
             raise ConfigError(f"{id}: {outcome!r} is no outcome: {', '.join(OUTCOMES)}{near}")
-    sentences = dict.fromkeys(conditions, sentence) if isinstance(sentence, str) else sentence
-    for outcome in conditions:
-        text = sentences.get(outcome)
-        if text is None:
+        if outcome not in sentences:
             raise ConfigError(f"{id}: no sentence for the outcome {outcome!r}")
-        if not text.strip() or "\n" in text:
-            raise ConfigError(f"{id}: the sentence must be one line of text, got {text!r}")
+        if not sentences[outcome].strip() or "\n" in sentences[outcome]:
+            raise ConfigError(f"{id}: the sentence must be one line of text, got {sentences[outcome]!r}")
     notebooks = [path.stem for path in (ROOT / "notebooks").glob("*.ipynb")]
     if notebook not in notebooks:
         raise ConfigError(f"{id}: {notebook!r} is no notebook{suggestion(notebook, notebooks)}")

@@ -45,52 +45,56 @@ def check_kv_numbers(answer: Callable | None) -> bool:
     return check_exercise(answer, tests)
 
 
-def check_depth_layer(answer: Callable | None) -> bool:
-    """`answer(x, scores, capacity, sublayer)` → (T, D), for x (T, D), scores (T,), `sublayer(rows, positions)`."""
+def ten_times(rows: Tensor, positions: object) -> Tensor:
+    return rows * 10
+
+
+def handed(f: Callable) -> tuple[Tensor, list[int]]:
+    """What the sublayer gets from the answer: rows and positions."""
     seen: list[tuple[Tensor, list[int]]] = []
 
     def sublayer(rows: Tensor, positions) -> Tensor:
         seen.append((rows.detach().clone(), torch.as_tensor(positions).tolist()))
         return rows * 10
 
-    def run(f: Callable, scores: Tensor = SCORES) -> Tensor:
-        seen.clear()
-        return f(X.clone(), scores.clone(), CAPACITY, sublayer)
+    f(X.clone(), SCORES.clone(), CAPACITY, sublayer)
+    return seen[0]
 
-    def rows(f: Callable) -> Tensor:
-        run(f)
-        return seen[0][0]
 
-    def positions(f: Callable) -> list[int]:
-        run(f)
-        return seen[0][1]
+def has_gradient(f: Callable) -> bool:
+    scores = SCORES.clone().requires_grad_()
+    y = f(X.clone(), scores, CAPACITY, ten_times)
+    if not y.requires_grad:
+        return False
+    y.sum().backward()
+    return bool(scores.grad[PLACES].all())
 
-    def has_gradient(f: Callable) -> bool:
-        scores = SCORES.clone().requires_grad_()
-        y = f(X.clone(), scores, CAPACITY, sublayer)
-        if not y.requires_grad:
-            return False
-        y.sum().backward()
-        return bool(scores.grad[PLACES].all())
 
-    def leaves_x_alone(f: Callable) -> bool:
-        x = X.clone()
-        f(x, SCORES.clone(), CAPACITY, sublayer)
-        return torch.equal(x, X)
+def leaves_x_alone(f: Callable) -> bool:
+    x = X.clone()
+    f(x, SCORES.clone(), CAPACITY, ten_times)
+    return torch.equal(x, X)
+
+
+def check_depth_layer(answer: Callable | None) -> bool:
+    """`answer(x, scores, capacity, sublayer)` → (T, D), for x (T, D), scores (T,), `sublayer(rows, positions)`."""
+
+    def run(f: Callable) -> Tensor:
+        return f(X.clone(), SCORES.clone(), CAPACITY, ten_times)
 
     skipped = [t for t in range(len(X)) if t not in PLACES]
     weighted = X[PLACES] * (1 + 10 * SCORES[PLACES].sigmoid()[:, None])
     tests = [
-        (lambda f: len(rows(f)) == len(PLACES), "ceil(capacity · T) tokens are chosen: of 8 at 0.45 these are 4"),
+        (lambda f: len(handed(f)[0]) == len(PLACES), "ceil(capacity · T) tokens are chosen: of 8 at 0.45 these are 4"),
         (
-            lambda f: sorted(rows(f)[:, 0].tolist()) == X[PLACES][:, 0].tolist(),
+            lambda f: sorted(handed(f)[0][:, 0].tolist()) == X[PLACES][:, 0].tolist(),
             "the chosen tokens are those with the highest scores",
         ),
         (
-            lambda f: torch.equal(rows(f), X[PLACES]),
+            lambda f: torch.equal(handed(f)[0], X[PLACES]),
             "the rows reach the sublayer out of order: a causal mask then lets a token see its future (B04)",
         ),
-        (lambda f: positions(f) == PLACES, "positions are places in the text, not ranks in the selection (B17)"),
+        (lambda f: handed(f)[1] == PLACES, "positions are places in the text, not ranks in the selection (B17)"),
         (lambda f: run(f).shape == X.shape, "all T tokens come back, the skipped ones too"),
         (lambda f: torch.equal(run(f)[skipped], X[skipped]), "a skipped token must leave exactly as it came (B03)"),
         (
