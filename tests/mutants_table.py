@@ -649,4 +649,32 @@ MUTANTS = [
         "            pass\n",
         "tests/test_optimizers.py::test_a_replay_leaves_no_trace[Stochastic-None]",
     ),
+    Mutant(
+        "samples are taken by an operation that Apple's GPUs lack",
+        "moe_lab/health/sampling.py",
+        "return tensor.flatten()[positions]",
+        "return tensor.take(positions)",
+        "tests/test_kernels.py::test_everything_that_is_called_has_a_kernel[MPS]",
+    ),
+    Mutant(
+        "a tensor that joins between two readings has none",
+        "moe_lab/health/during/watch.py",
+        "            self.readings += [reading for bank in new for reading in bank.read()]\n",
+        "            pass\n",
+        "tests/test_watch.py::test_a_layer_that_is_unfrozen_is_read_at_the_next_check_even_between_two_readings",
+    ),
+    Mutant(
+        "a rule speaks once a run, whatever it is about",
+        "moe_lab/health/during/watch.py",
+        "for key in (subject, None))",
+        "for key in [key for named, key in self.told if named == rule] or [None])",
+        "tests/test_rules.py::test_a_rule_names_each_kind_once_and_a_later_one_when_it_falls_ill",
+    ),
+    Mutant(
+        "a resumed run's watch counts from 0",
+        "moe_lab/health/during/watch.py",
+        "self.counts = Counter({id(o): start_step for o in self.optimizers})",
+        "self.counts = Counter({id(o): 0 for o in self.optimizers})",
+        "tests/test_watch_resume.py::test_steps_are_the_runs_own_and_checks_fall_on_the_same_ones",
+    ),
 ]
