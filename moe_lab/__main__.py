@@ -125,9 +125,7 @@ def main(argv: list[str] | None = None) -> int:
 def command(argv: list[str] | None) -> int | None:
     parser = OneLineParser(prog="python -m moe_lab", description="Train and look into training runs.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser)
-    trained = (
-        "Exit code 0: nothing found is an error; 1: an error was found, before or during the run; 2: it cannot run."
-    )
+    trained = "Exit code 0: no error was found; 1: one was, before the run or during it; 2: it cannot run."
     one = commands.add_parser("run", help="train one config", description=trained)
     one.add_argument("config", help="a YAML file, such as configs/lab.yaml")
     one.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as training.steps=200")
@@ -148,7 +146,7 @@ def command(argv: list[str] | None) -> int | None:
     args, rest = parser.parse_known_args(argv)  # argparse leaves over what follows an option
     if rest and (args.call is not run or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
+    if args.call is run:
         args.overrides += rest
     return args.call(args)
 

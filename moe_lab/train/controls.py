@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partialmethod
 from pathlib import Path
 
 from moe_lab.train.record import read_jsonl
@@ -37,17 +38,8 @@ class Controls:
                 self.stopped, self.paused = True, False
             self.lock.notify_all()
 
-    def stop(self) -> None:
-        self.ask("stop")
-
-    def pause(self) -> None:
-        self.ask("pause")
-
-    def resume(self) -> None:
-        self.ask("resume")
-
-    def save(self) -> None:
-        self.ask("save")
+    stop, pause = partialmethod(ask, "stop"), partialmethod(ask, "pause")
+    resume, save = partialmethod(ask, "resume"), partialmethod(ask, "save")
 
     def set_lr_scale(self, scale: float) -> None:
         """Multiply every learning rate with `scale` > 0 from the next update on."""
@@ -74,12 +66,11 @@ class Controls:
             self.asked.clear()
             return rows
 
-    def wait_while_paused(self, seconds: float) -> bool:
-        """Wait at most `seconds` for the pause to end. Returns whether it still lasts."""
+    def wait_while_paused(self, seconds: float) -> None:
+        """Wait at most `seconds` for the pause to end."""
         with self.lock:
             if self.paused:
                 self.lock.wait(seconds)
-            return self.paused
 
 
 @contextlib.contextmanager

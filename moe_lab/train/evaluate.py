@@ -12,6 +12,7 @@ from moe_lab.data import validation_windows
 from moe_lab.model import LanguageModel
 from moe_lab.model.depth import agreement
 from moe_lab.model.heads import targets_of, token_loss
+from moe_lab.train.controls import Controls
 
 
 @torch.no_grad()
@@ -21,9 +22,9 @@ def evaluate(
     seq_len: int,
     batch_size: int,
     autocast: Callable,
-    stopped: Callable[[], bool] = lambda: False,
+    controls: Controls | None = None,
 ) -> dict[str, float | list[float]] | None:
-    """`validation_loss` in nats per token and, with MoD, `mod_agreement` of each router; None if `stopped` says so.
+    """`validation_loss` in nats per token and, with MoD, `mod_agreement` of each router; None if a stop is asked of `controls`.
 
     `autocast` makes the context to compute in. Each module's mode is put back.
     """
@@ -35,7 +36,7 @@ def evaluate(
     model.eval()
     try:
         for ids in validation_windows(tokens, seq_len, batch_size):
-            if stopped():
+            if controls is not None and controls.stopped:
                 return None
             ids = ids.to(device)
             with autocast():

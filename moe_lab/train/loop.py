@@ -83,13 +83,12 @@ class Trainer:
             group.setdefault("name", f"group_{index}")
         self.batches = Batches(self.dataset.train, model_config.max_seq_len, training.batch_size, training.seed)
         self.listeners, self.controls, self.readings = list(listeners), Controls(), Readings(self.model)
-        self.step = 0
         self.initial_sample: dict | None = None  # of the parameters before the first update
         self.rng_state: dict | None = None  # to go on with; None: seeded
         # dropout's own, made on the device when the run begins: what a notebook draws meanwhile changes no training
         self.dropout_noise: torch.Generator | None = None
         self.evaluated: set[int] = set()  # steps
-        self.seconds_before = 0.0  # training time of the run before this process
+        self.step, self.seconds_before = 0, 0.0  # updates done; training time of the run before this process
         self.started = self.fetched = time.perf_counter()
         if stored is not None:
             ckpt.restore(self, stored)
@@ -112,13 +111,12 @@ class Trainer:
             for report in trainer.steps(until=20):
                 print(report.step, report.grad_norm.item())
 
-        Begins the run if it has not begun: the directory with config.yaml, tokenizer.json and an empty record, or the
-        checkpoint's state. Then makes updates, and yields each one's Report, until `until` of them are done (counted
-        from the run's first; default and limit: `n_steps`) or a stop is asked for. A later call goes on where this one
-        ended. What is asked of `controls` is done before each update. The record is written every `log_interval` steps
-        and when the generator ends, is closed, or fails. It neither evaluates nor saves by itself, does not lock the
-        directory and writes no summary: `fit` does, and makes the same updates. Between two updates the caller may do
-        what he likes; an exception there leaves a whole run, and so does not going on.
+        Begins the run if it has not begun: its directory with config.yaml, tokenizer.json and a record. Then makes
+        updates and yields each one's Report until `until` of them are done (counted from the run's first; default and
+        limit: `n_steps`) or a stop is asked for; what else is asked of `controls` is done before each update. A later
+        call goes on where this one ended. The record is written every `log_interval` steps and when the generator ends,
+        is closed, or fails; so an exception between two updates leaves a whole run. It neither evaluates, saves, locks
+        the directory nor writes a summary: `fit` does, and makes the same updates.
         Raises ValueError for `until` beyond `n_steps`, RunError as `fit` does.
         """
         last = self.n_steps if until is None else until
@@ -218,12 +216,9 @@ class Trainer:
         rows = self.readings.fetch()
         if not rows:
             return
-        now = time.perf_counter()
-        rate = len(rows) * self.config.tokens_per_step / (now - self.fetched)
-        self.fetched = now
-        for row in rows:
-            row["tokens_per_s"] = round(rate, 1)
-        self.tell(rows)
+        before, self.fetched = self.fetched, time.perf_counter()
+        rate = len(rows) * self.config.tokens_per_step / (self.fetched - before)
+        self.report_rows([row | {"tokens_per_s": round(rate, 1)} for row in rows])
         for row in rows:
             if not math.isfinite(row["grad_norm"]):
                 raise ckpt.RunError(
@@ -231,7 +226,8 @@ class Trainer:
                     "lower training.max_lr, or resume from the last checkpoint"
                 )
 
-    def tell(self, rows: list[dict]) -> None:
+    def report_rows(self, rows: list[dict]) -> None:
+        """Append finished rows to the record, and hand them to the listeners."""
         append_jsonl(self.run_dir / RECORD, rows)
         for row in rows:
             for listener in self.listeners:
@@ -243,12 +239,11 @@ class Trainer:
         if not due or self.step in self.evaluated:
             return
         self.flush()
-        seq_len, batch_size = self.config.model.max_seq_len, self.config.training.batch_size
-        stopped = lambda: self.controls.stopped  # noqa: E731
-        result = evaluate(self.model, self.dataset.validation, seq_len, batch_size, self.autocast, stopped)
+        sizes = self.config.model.max_seq_len, self.config.training.batch_size
+        result = evaluate(self.model, self.dataset.validation, *sizes, self.autocast, self.controls)
         if result is not None:
             row = {"event": "eval", "step": self.step, "tokens": self.tokens(), **result}
-            self.tell([row | {"seconds": round(self.seconds(), 3)}])
+            self.report_rows([row | {"seconds": round(self.seconds(), 3)}])
             self.evaluated.add(self.step)
         self.fetched = time.perf_counter()
 
