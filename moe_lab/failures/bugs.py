@@ -53,13 +53,12 @@ def freeze(model: nn.Module, prefix: str) -> list[str]:
 
     Returns their names. Raises ValueError if there is none.
     """
-    names = [name for name, p in model.named_parameters() if name.startswith(prefix)]
-    if not names:
+    frozen = {name: p for name, p in model.named_parameters() if name.startswith(prefix)}
+    if not frozen:
         raise ValueError(f"no parameter's name starts with {prefix!r}")
-    for name, p in model.named_parameters():
-        if name in names:
-            p.requires_grad_(False)
-    return names
+    for p in frozen.values():
+        p.requires_grad_(False)
+    return list(frozen)
 
 
 def no_op(given: Any) -> Any:

@@ -102,9 +102,6 @@ def collect(experiment: Experiment, redo: bool = False, workers: int | None = No
     return Results(experiment.name, table)
 
 
-# ---- the engine ------------------------------------------------------------------------------------------------------
-
-
 def run_cells(
     cells: Sequence[Cell], workers: int | None = None, progress: bool = True, name: str = "runs"
 ) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -179,9 +176,6 @@ def make_trainer(config: Config, remedy: str | None, folder: str | Path) -> Trai
     return Trainer(config, folder, model=model, optimizers=optimizers)
 
 
-# ---- the probe of an experiment --------------------------------------------------------------------------------------
-
-
 def losses_at(trainer: Trainer, evaluate_at: Sequence[int]) -> Iterator[dict[str, Any]]:
     """Validation losses after these updates, and how the run went. A run that diverges is a result too: its later losses
     are null, as JSON has no NaN."""
@@ -197,13 +191,13 @@ def losses_at(trainer: Trainer, evaluate_at: Sequence[int]) -> Iterator[dict[str
         diverged = trainer.step
     rows = [row for row in read_record(trainer.run_dir) if "loss" in row]
     weights = trainer.config.model.aux_loss_weights
-    next_token = [row["losses"]["next_token"] * sum(weights) / weights[0] for row in rows]
+    tenths = {str(row["step"]): row["losses"]["next_token"] * sum(weights) / weights[0] for row in rows[::10]}
     yield {
         "steps": trainer.n_steps,
         "tokens": trainer.tokens(),
         "validation": validation,
         "diverged_at": diverged,
-        "training": {str(rows[i]["step"]): finite(round(next_token[i], 5)) for i in range(0, len(rows), 10)},
+        "training": {step: finite(round(loss, 5)) for step, loss in tenths.items()},
         "norm_deviation": finite(trainer.readings.norm_deviation().item()),
         "median_grad_norm": finite(statistics.median(row["grad_norm"] for row in rows)),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
