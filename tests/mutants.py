@@ -11,14 +11,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
 from typing import NamedTuple
 
-from mutants_table import MUTANTS, Mutant
-
 ROOT = Path(__file__).resolve().parents[1]
+TABLE = ROOT / "tests" / "mutants.toml"
 COPIED = (
     "moe_lab",
     "benchmarks",
@@ -32,6 +32,21 @@ COPIED = (
     "Makefile",
 )
 WORKERS = 2
+
+
+class Mutant(NamedTuple):
+    """One entry of the table."""
+
+    file: str
+    name: str
+    old: str
+    new: str
+    test: str
+
+
+def read_table() -> list[Mutant]:
+    table = tomllib.loads(TABLE.read_text(encoding="utf-8"))
+    return [Mutant(file, **entry) for file, entries in table.items() for entry in entries]
 
 
 class Verdict(NamedTuple):
@@ -71,13 +86,14 @@ def try_mutant(folder: Path, mutant: Mutant) -> Verdict:
 
 
 def main() -> int:
+    mutants = read_table()
     with tempfile.TemporaryDirectory() as temporary:
         folders: Queue[Path] = Queue()
         for worker in range(WORKERS):
             folder = Path(temporary) / str(worker)
             folder.mkdir()
             folders.put(copy_repository(folder))
-        healthy = run_tests(folders.queue[0], sorted({mutant.test for mutant in MUTANTS}))
+        healthy = run_tests(folders.queue[0], sorted({mutant.test for mutant in mutants}))
         if healthy.returncode:
             print(f"the named tests do not pass on healthy code:\n{healthy.stdout[-3000:]}", file=sys.stderr)
             return 1
@@ -90,7 +106,7 @@ def main() -> int:
                 folders.put(folder)
 
         with ThreadPoolExecutor(WORKERS) as pool:
-            verdicts = list(zip(MUTANTS, pool.map(in_a_folder, MUTANTS), strict=True))
+            verdicts = list(zip(mutants, pool.map(in_a_folder, mutants), strict=True))
     for mutant, verdict in verdicts:
         print(f"{'died    ' if verdict.died else 'SURVIVED'} {mutant.name:58} {verdict.text}")
     survivors = sum(not verdict.died for _, verdict in verdicts)
