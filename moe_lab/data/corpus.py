@@ -54,7 +54,7 @@ def read_corpus(data: DataConfig, progress: bool = True) -> Corpus:
     else:
         documents = read_path(data, skipped)
     if not documents:
-        reasons = f" ({tell(skipped)})" if skipped else ""
+        reasons = f" ({count_line(skipped)})" if skipped else ""
         raise ConfigError(f"data.source={data.source} yields no text{reasons}; name a source that holds UTF-8 text")
     digest = hashlib.sha256()
     for document in documents:
@@ -99,19 +99,16 @@ def n_utf8(document: Document) -> int:
     return len(document.text.encode())
 
 
-def tell(skipped: dict[str, int]) -> str:
+def count_line(skipped: dict[str, int]) -> str:
+    """`skipped 2 binary, 1 empty`."""
     return "skipped " + ", ".join(f"{n:,} {reason}" for reason, n in sorted(skipped.items()))
 
 
 def stdlib_names(root: Path) -> list[str]:
     """The standard library's own .py files: no tests, near-copies, tables or products of the build."""
-
-    def is_source(path: PurePosixPath) -> bool:
-        return path.suffix == ".py" and not (
-            NOT_IN_STDLIB.intersection(path.parts[:-1]) or path.parts[0].startswith(BUILD_PRODUCTS)
-        )
-
-    return [name for name in file_names(root) if is_source(PurePosixPath(name))]
+    paths = [PurePosixPath(name) for name in file_names(root) if name.endswith(".py")]
+    paths = [path for path in paths if not path.parts[0].startswith(BUILD_PRODUCTS)]
+    return [str(path) for path in paths if not NOT_IN_STDLIB.intersection(path.parts[:-1])]
 
 
 def read_path(data: DataConfig, skipped: Counter[str]) -> list[Document]:

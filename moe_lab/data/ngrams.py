@@ -67,11 +67,11 @@ def witten_bell_probabilities(train: np.ndarray, targets_stream: np.ndarray, voc
         history_counts = np.add.reduceat(gram_counts, starts)
 
         wanted = pack(targets_stream, n, bits)[1 if n == 1 else 0 :]
-        at, seen = find(wanted >> bits, histories)
-        gram_at, gram_seen = find(wanted, grams)
-        count = np.where(gram_seen, gram_counts[gram_at], 0)
+        place, seen = find(wanted >> bits, histories)
+        gram_place, gram_seen = find(wanted, grams)
+        count = np.where(gram_seen, gram_counts[gram_place], 0)
         lower = p[len(p) - len(wanted) :]
-        mixed = (count + n_types[at] * lower) / (history_counts[at] + n_types[at])
+        mixed = (count + n_types[place] * lower) / (history_counts[place] + n_types[place])
         p[len(p) - len(wanted) :] = np.where(seen, mixed, lower)
     return p
 
@@ -87,5 +87,5 @@ def pack(tokens: np.ndarray, n: int, bits: int) -> np.ndarray:
 
 def find(wanted: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Place of each wanted key in the sorted `keys`, and whether it is there; where it is not, any valid place."""
-    at = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
-    return at, keys[at] == wanted
+    place = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
+    return place, keys[place] == wanted

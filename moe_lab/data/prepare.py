@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 from moe_lab.config import ROOT, ConfigError, DataConfig, ModelConfig
-from moe_lab.data.corpus import Corpus, read_corpus, tell
+from moe_lab.data.corpus import Corpus, count_line, read_corpus
 
 CACHE = ROOT / ".cache"
 FORMAT = 1  # raise it whenever the same text would give other files
@@ -42,7 +42,7 @@ class Dataset(NamedTuple):
     n_bytes: int  # UTF-8 bytes of all documents
 
     def describe(self) -> str:
-        skipped = f"; {tell(self.skipped)}" if self.skipped else ""
+        skipped = f"; {count_line(self.skipped)}" if self.skipped else ""
         return (
             f"{self.source}: {self.n_documents:,} documents, {self.n_bytes:,} bytes, corpus {self.corpus_hash[:12]}"
             f"{skipped}\n{len(self.train):,} training and {len(self.validation):,} validation tokens, "
