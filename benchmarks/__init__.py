@@ -1,0 +1,12 @@
+"""Measurements, long studies, and what is generated from them; a command each.
+
+bench.py           the parts side by side with other libraries: `make bench`
+seeds.py           the default run over three seeds: `make seeds`
+watch_cost.py      what a Watch costs the default run: `make watch-cost`
+detection.py       does the watch name each sickness: `make detection`
+detection_rows.py  the trainings that it watches
+studies.py         the committed tables of runs anew: `make studies`
+true_width/        what bf16 weights keep of their updates at the case's width
+outputs.py         the notebooks' committed outputs: `make outputs`
+docs_table.py      tables in the README and docs/: `make docs-table`
+"""
