@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from statistics import geometric_mean, linear_regression
 from typing import NamedTuple
 
 from .findings import Finding
@@ -30,6 +30,8 @@ LOW = 1 / 3
 HIGH = {"adam": 12.0, "original": 30.0, "match_rms_adamw": 12.0}
 # How far, as a factor, a measured step may be from a convention's and still be of it: Newton–Schulz leaves 0.7 to 1.2.
 SAME = 1.5
+RAISE = "raise it unless this is fine-tuning; three short runs a factor of 3 apart show where the loss falls fastest"
+LOWER = "lower it, or watch the first updates closely: the loss may blow up"
 
 
 class Group(NamedTuple):
@@ -66,12 +68,9 @@ def convention_of(steps: Sequence[tuple[Sequence[int], float]], declared: str | 
 
     In matrices of 25 inputs both say the same: there what the optimizer declares counts, if it fits.
     """
-    off = {
-        convention: max(abs(math.log(rms / muon_element_step(1.0, shape, convention))) for shape, rms in steps)
-        for convention in CONVENTIONS
-    }
-    best = declared if off.get(declared, math.inf) < math.log(SAME) else min(off, key=off.__getitem__)
-    return best if off[best] < math.log(SAME) else None
+    off = {c: max(distance(rms / muon_element_step(1.0, shape, c)) for shape, rms in steps) for c in CONVENTIONS}
+    best = declared if off.get(declared, math.inf) < SAME else min(off, key=off.__getitem__)
+    return best if off[best] < SAME else None
 
 
 def muon_element_step(lr: float, shape: Sequence[int], convention: str) -> float:
@@ -110,20 +109,13 @@ def usual_adamw_lr(n_parameters: float) -> float:
     """
     if not n_parameters > 0:
         raise ValueError(f"n_parameters={n_parameters} must be more than 0")
-    points = [(math.log(size), math.log(lr)) for size, lr in GPT3]
-    mean_x, mean_y = (sum(axis) / len(points) for axis in zip(*points, strict=True))
-    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
-    return math.exp(mean_y + slope * (math.log(max(n_parameters, SMALLEST)) - mean_x))
+    slope, start = linear_regression(*([math.log(value) for value in axis] for axis in zip(*GPT3, strict=True)))
+    return math.exp(start + slope * math.log(max(n_parameters, SMALLEST)))
 
 
 def distance(ratio: float) -> float:
     """By which factor an LR is off the usual one, up or down: at least 1."""
     return max(ratio, 1 / ratio)
-
-
-def geometric_mean(values: Iterable[float]) -> float:
-    logs = [math.log(value) for value in values]
-    return math.exp(sum(logs) / len(logs))
 
 
 def judge(groups: Iterable[Group], n_parameters: float) -> list[Finding]:
@@ -135,65 +127,53 @@ def judge(groups: Iterable[Group], n_parameters: float) -> list[Finding]:
     otherwise `lr_too_low` and `lr_too_high` for the kinds that are out of range. Not for fine-tuning, whose LRs are lower.
     """
     usual = usual_adamw_lr(n_parameters)
+    compared = f"a transformer of {n_parameters:.2g} parameters usually starts at about {usual:.2g}"
     groups = [group for group in groups if group.lr > 0]
     muon, adam = ([group for group in groups if group.kind == kind] for kind in ("muon", "adam"))
     # of the kinds that there are: LR over the usual one
     ratios = {g[0].kind: geometric_mean(group.adamw_lr for group in g) / usual for g in (muon, adam) if g}
-    other = read_otherwise(muon)
-    other_ratio = geometric_mean(group.adamw_lr for group in other) / usual if muon else math.nan
-    alone = muon and not LOW <= ratios["muon"] <= muon[0].limit and LOW <= ratios.get("adam", 1.0) <= HIGH["adam"]
-    # in narrow matrices both conventions say nearly the same: then the number is at fault, not its convention
-    if alone and LOW <= other_ratio <= other[0].limit and 2 * distance(other_ratio) <= distance(ratios["muon"]):
-        return [convention_finding(muon, ratios["muon"], other[0].convention, other_ratio, n_parameters)]
+    hint = ""
+    if muon:
+        other = [g._replace(convention=CONVENTIONS[g.convention != "match_rms_adamw"], rms=None) for g in muon]
+        name, ratio = other[0].convention, geometric_mean(group.adamw_lr for group in other) / usual
+        alone = not LOW <= ratios["muon"] <= muon[0].limit and LOW <= ratios.get("adam", 1.0) <= HIGH["adam"]
+        # in narrow matrices both conventions say nearly the same: then the number is at fault, not its convention
+        if alone and LOW <= ratio <= other[0].limit and 2 * distance(ratio) <= distance(ratios["muon"]):
+            fitting = muon[0].lr * usual / muon[0].adamw_lr
+            says = f"{ratios['muon']:.2g} × the usual; {compared}. Read as {name} the same number is {ratio:.2g} × the usual: "
+            advice = f"keep the number and set the convention to {name}, or keep {muon[0].convention} and try about {fitting:.2g}"
+            says += "it seems meant for that, or for AdamW"
+            return [
+                warning(
+                    "muon_convention",
+                    muon,
+                    ratios["muon"],
+                    says,
+                    advice,
+                    LOW if ratios["muon"] < LOW else muon[0].limit,
+                )
+            ]
+        if distance(ratio) < distance(ratios["muon"]):
+            hint = f". Read as {name}, Muon's would be {ratio:.2g} × the usual"
     findings = []
-    for rule in ("lr_too_low", "lr_too_high"):
-        low = rule == "lr_too_low"
-        out = [g for g in muon + adam if (ratios[g.kind] < LOW if low else ratios[g.kind] > g.limit)]
-        if out:
-            findings.append(range_finding(rule, out, ratios, n_parameters))
-            if out[0].kind == "muon" and distance(other_ratio) < distance(ratios["muon"]):
-                hint = f". Read as {other[0].convention}, Muon's would be {other_ratio:.2g} × the usual"
-                findings[-1] = replace(findings[-1], message=findings[-1].message + hint)
+    if low := [group for group in muon + adam if ratios[group.kind] < LOW]:
+        worst = min(ratios[group.kind] for group in low)
+        says = f"up to {1 / worst:.2g} times below the usual; {compared}" + hint * (low[0].kind == "muon")
+        findings.append(warning("lr_too_low", low, worst, says, RAISE, LOW))
+    if high := [group for group in muon + adam if ratios[group.kind] > group.limit]:
+        worst = max(high, key=lambda group: ratios[group.kind])
+        says = f"up to {ratios[worst.kind]:.2g} times above the usual; {compared}" + hint * (high[0].kind == "muon")
+        findings.append(warning("lr_too_high", high, ratios[worst.kind], says, LOWER, worst.limit))
     return findings
 
 
-def read_otherwise(muon: Sequence[Group]) -> list[Group]:
-    """The same numbers in the other convention."""
-    return [g._replace(convention=CONVENTIONS[g.convention != "match_rms_adamw"], rms=None) for g in muon]
-
-
-def compared(n_parameters: float) -> str:
-    return f"a transformer of {n_parameters:.2g} parameters usually starts at about {usual_adamw_lr(n_parameters):.2g}"
-
-
-def convention_finding(muon: list[Group], ratio: float, other: str, other_ratio: float, n_parameters: float) -> Finding:
-    first = muon[0]
-    return Finding(
-        rule="muon_convention",
-        severity="warning",
-        where=", ".join(group.name for group in muon),
-        value=ratio,
-        limit=LOW if ratio < LOW else first.limit,
-        message=f"learning rate {', '.join(g.described for g in muon)} is {ratio:.2g} × the usual; {compared(n_parameters)}. "
-        f"Read as {other} the same number is {other_ratio:.2g} × the usual: it seems meant for that, or for AdamW",
-        advice=f"keep the number and set the convention to {other}, or keep {first.convention} and try about "
-        f"{first.lr * usual_adamw_lr(n_parameters) / first.adamw_lr:.2g}",
-    )
-
-
-def range_finding(rule: str, groups: list[Group], ratios: dict[str, float], n_parameters: float) -> Finding:
-    low = rule == "lr_too_low"
-    worst = (min if low else max)(groups, key=lambda group: ratios[group.kind])
-    value = ratios[worst.kind]
-    factor = f"{1 / value:.2g} times below" if low else f"{value:.2g} times above"
+def warning(rule: str, groups: Sequence[Group], value: float, says: str, advice: str, limit: float) -> Finding:
     return Finding(
         rule=rule,
         severity="warning",
         where=", ".join(group.name for group in groups),
         value=value,
-        limit=LOW if low else worst.limit,
-        message=f"learning rate {', '.join(g.described for g in groups)} is up to {factor} the usual; {compared(n_parameters)}",
-        advice="raise it unless this is fine-tuning; three short runs a factor of 3 apart show where the loss falls fastest"
-        if low
-        else "lower it, or watch the first updates closely: the loss may blow up",
+        limit=limit,
+        message=f"learning rate {', '.join(group.described for group in groups)} is {says}",
+        advice=advice,
     )

@@ -48,8 +48,11 @@ def lost_updates(state: State, limit: float, ulps: float) -> dict[str, Lost]:
 
 
 def partly_lost(state: State) -> dict[str, Lost]:
-    """None where an error says what the warning would."""
-    return {} if LOST.when(state) else lost_updates(state, LOST_WARNING, LOST_ULPS[1])
+    """None where an error says what the warning would, or what is missing may be carried on to later updates."""
+    carrying = {id(g.optimizer) for g in state.groups if intended.keeps_lost_bits(g.optimizer)}
+    carried = {t.kind for t in state.tracked if id(t.optimizer) in carrying}
+    lost = {} if LOST.when(state) else lost_updates(state, LOST_WARNING, LOST_ULPS[1])
+    return {kind: what for kind, what in lost.items() if kind not in carried}
 
 
 def tell_lost(state: State, ill: Mapping[str, Lost], limit: float) -> Told:
