@@ -654,6 +654,18 @@ def test_fit_on_another_thread(tmp_path: Path) -> None:
     assert summaries[0]["status"] == "finished"
 
 
+def test_a_directory_opened_on_one_thread_is_trained_in_on_another(run: Trainer, tmp_path: Path) -> None:
+    """As in a notebook: a watch is made once the directory is held, and a thread trains, meanwhile or later."""
+    trainer = Trainer(run.config, tmp_path / "run")
+    with trainer.opened():
+        assert (tmp_path / "run" / "config.yaml").exists() and trainer.step == 0
+        thread = threading.Thread(target=trainer.fit)
+        thread.start()
+        thread.join(60)
+    assert trainer.step == 6
+    assert without_times(read_record(tmp_path / "run")) == without_times(read_record(run.run_dir))
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_the_first_signal_saves_and_the_second_quits(tmp_path: Path, capsys, name: str) -> None:
     number = getattr(signal, name)
