@@ -161,8 +161,10 @@ def test_slow_products_follow_the_formula_to_the_last_bit(shape: tuple, monkeypa
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps", "meta"])
-def test_no_accelerator_is_taken_for_a_slow_cpu(device: str) -> None:
+def test_no_accelerator_is_taken_for_a_slow_cpu(device: str, monkeypatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert products.has_fast_bfloat16(torch.device(device))
+    assert not products.has_fast_bfloat16(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
