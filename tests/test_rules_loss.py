@@ -103,7 +103,7 @@ def state_with(losses: list[float], lrs: list[float], **changes):
         watch.groups[0].note_lr()
     watch.groups[0].fetch()
     watch.check()
-    return dataclasses.replace(watch.state(), losses=losses, step=len(lrs), **changes)
+    return dataclasses.replace(watch.state(), losses=losses, step=len(lrs), n_seen=len(lrs), **changes)
 
 
 def noisy(start: float, end: float, n: int = 100) -> list[float]:

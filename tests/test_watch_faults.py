@@ -25,9 +25,10 @@ from moe_lab.health.during.forward import ForwardProbe
 from moe_lab.health.torch_private import is_nested_step
 from moe_lab.optim import Muon
 
-GUARDS = {"Hook.__call__", "Watch.failed", "Watch.forward_failed"}  # what catches
+GUARDS = {"Hook.__call__", "Watch.failed", "Watch.forward_failed", "Published.whatever_is_broken"}  # what catches
 # the model's own code is called there, and may not like it: no answer is an answer
 ASKING_THE_MODEL = {"tensors_of", "ForwardProbe.try_changed.<locals>.outputs"}
+OTHER_WAYS = {"replay_elements"}  # whole tensors are tried then
 OTHERS_CALLS = {"Watch.observe", "Watch.state"}  # by the training itself, or by a caller of one's own
 
 ERRORS = [KeyError("key"), torch.OutOfMemoryError("CUDA out of memory")]
@@ -150,7 +151,7 @@ def goes_on(functions: Sequence[types.FunctionType], error: Exception, log=None)
     assert sys.faults_raised, f"{name} was not called"
     assert all(torch.equal(a, b) for a, b in zip(weights, trained.untouched, strict=True)), name
     told = [f for f in watch.findings if f.rule == "not_measured"]
-    assert told and len(told) <= 8, f"{name}: {len(told)} findings"
+    assert (told or name in OTHER_WAYS) and len(told) <= 8, f"{name}: {len(told)} findings"
 
 
 @pytest.fixture(autouse=True)
@@ -162,7 +163,7 @@ def test_no_function_that_a_hook_reaches_can_end_the_training() -> None:
     functions = reached(trained)
     names = {f.__qualname__ for f in functions}
     assert {"is_nested_step", "Bank.sums", "ulp", "elements", "no_gradient", "Watch.follow", "share_of"} <= names
-    assert {"ForwardProbe.keep_variance", "ForwardProbe.keep_ids", "Replays.add", "Watch.publish"} <= names
+    assert {"ForwardProbe.keep_variance", "ForwardProbe.keep_ids", "Replays.add", "Published.add"} <= names
     assert len(functions) > 60
     for n, function in enumerate(functions):
         goes_on([function], ERRORS[n % len(ERRORS)])
@@ -182,7 +183,7 @@ def test_nor_can_a_function_that_tells_of_a_failure(tmp_path) -> None:
             trained(during=during, log=log)
 
     functions = reached(failing)
-    assert {"Watch.publish_failure", "Watch.close", "ForwardProbe.close", "Watch.note_told"} <= {
+    assert {"Watch.publish_failure", "Watch.close", "ForwardProbe.close", "Published.note"} <= {
         f.__qualname__ for f in functions
     }
     for function in functions:

@@ -76,3 +76,17 @@ def test_a_log_of_something_else_is_refused(tmp_path) -> None:
         with pytest.raises(ValueError, match="holds no findings") as caught:
             run(log, 20, 20)
         assert "\n" not in str(caught.value) and log.read_text() == text
+
+
+def test_a_resumed_model_is_not_taken_for_a_new_one(tmp_path) -> None:
+    """Neither its first loss under this watch nor its logits are those of a start, also where no norm shows it."""
+    model = toy()
+    del model.norm
+    model.norm = torch.nn.Identity()
+    optimizer = AdamW(model.parameters(), lr=3e-3)
+    train(None, model, [optimizer], 100)
+    watch = Watch(model, optimizer, start_step=100)
+    train(watch, model, [optimizer], 40, start=100, reported=lambda loss: 0 * loss + 2.0)  # converged: it stands still
+    watch.check()
+    assert watch.forward.logit_variance is None and not watch.state().is_fresh
+    assert said(watch) == []

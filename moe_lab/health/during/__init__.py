@@ -1,0 +1,20 @@
+"""While a training runs: the Watch, and the branch probe.
+
+watch.py         the Watch: hooks, checks, report
+rules.py         the rules in the order in which they are asked
+rule.py          what a rule is: an id, a severity, when it speaks, what it says
+rules_setup.py   who is updated at all: optimizers, frozen parts, gradients that never come
+rules_updates.py what becomes of updates: lost to rounding, one direction only, nothing moves
+rules_lr.py      learning rates, measured steps against the usual ones; reach
+rules_loss.py    the first loss, a loss that rises, stands still or is NaN; decay of norms
+state.py         what rules see: readings, learning rates, losses
+tracking.py      which tensors are followed, and under which names
+bank.py          their sampled elements: where they were, are, and were meant to go
+gradients.py     who gets a gradient, and how large
+intended.py      what a step is meant to do: the optimizer's own, replayed in float32
+steps.py         what kind of step an optimizer takes, measured
+forward.py       what forward passes tell: vocabulary, the logits' variance, which tensors matter
+published.py     what was said, the log, and what need not be said again
+report.py        the readings as a table of text
+branch.py        the branch probe: one state, several settings
+"""

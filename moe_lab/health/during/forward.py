@@ -43,7 +43,7 @@ class Hook:
 class ForwardProbe:
     """Listens to a model's forward passes for the first updates, and can repeat one with a tensor changed."""
 
-    def __init__(self, model: nn.Module, failed: Callable[[Exception], None]):
+    def __init__(self, model: nn.Module, failed: Callable[[Exception], None], is_new: bool):
         self.model = unwrapped(model)
         self.inputs: tuple[tuple, dict] | None = None
         self.logit_variance: Tensor | float | None = None
@@ -61,7 +61,8 @@ class ForwardProbe:
         self.handles = [model.register_forward_pre_hook(inputs, with_kwargs=True)]
         if table is not None:
             self.handles.append(table.register_forward_pre_hook(ids))
-        heads = [m for m in linears if m.out_features == self.vocab_size]
+        # of a model that has been trained the variance says nothing about a first loss
+        heads = [m for m in linears if m.out_features == self.vocab_size and is_new]
         self.handles += [heads[0].register_forward_hook(variance)] if heads else []
 
     def keep_inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> None:

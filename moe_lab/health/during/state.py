@@ -113,6 +113,8 @@ class State:
     def is_fresh(self) -> bool:
         """Whether the model looks newly initialised: its norms were constant when the watch began, or, without norms,
         its first loss was not far below an untrained model's."""
+        if self.step > self.n_seen:  # resumed
+            return False
         owners = {f"{name}.weight" for name, module in self.model.named_modules() if "Norm" in type(module).__name__}
         norms = [r.constant for r in self.readings if r.name in owners]
         if norms:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..findings import Finding
 from ..sampling import plain
 from ..torch_private import has_step_hooks
 from .bank import Tracked
@@ -53,32 +50,6 @@ def innermost(optimizer: Any) -> Any:
     while not has_step_hooks(optimizer) and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
-
-
-def open_log(path: str | Path, start_step: int) -> tuple[Path, list[Finding]]:
-    """The path of a file that can be appended to, its folder made if need be, and what a resumed run has found before.
-
-    Findings beyond `start_step`, and a line that a kill cut short, are taken out of the file of a resumed run; that of a new
-    one is left as it is. Raises ValueError if the file cannot be written or holds something else.
-    """
-    path, kept = Path(path), []
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("a").close()
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if start_step else []
-        whole = [line for line in lines if line.endswith("\n")]
-        kept = [row for row in map(json.loads, whole) if (row["step"] or 0) <= start_step]
-        if len(kept) < len(lines):
-            temporary = path.with_name(path.name + ".part")
-            temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
-            temporary.replace(path)
-        return path, [Finding(**row) for row in kept]
-    except OSError as error:
-        raise ValueError(f"log={str(path)!r} cannot be written: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"log={str(path)!r} holds no findings: {error}; give another file, or move this one"
-        ) from error
 
 
 def named_groups(optimizers: list[Optimizer]) -> list[tuple[Optimizer, int, str]]:

@@ -14,7 +14,6 @@ changes no number of the training, and an error of its own ends the watch, with 
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,30 +22,24 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..findings import SEVERITIES, Finding
+from ..findings import Finding
 from ..measures import Reading
 from ..torch_private import is_nested_step
 from .bank import Bank, Tracked, banks_of
 from .forward import ForwardProbe, Hook
 from .gradients import Gradients
 from .intended import N_MATRICES, Replays
+from .published import Published
 from .report import table
 from .rules import ALL
 from .state import HISTORY, GroupState, State, fetch
 from .steps import Steps
-from .tracking import check_input, innermost, named_groups, open_log, track
+from .tracking import check_input, innermost, named_groups, track
 
 READ_EVERY = 5  # updates between looks at the gradients
 CHECK_EVERY = 10  # updates between checks of the rules: the only transfers from the device
 WINDOW = 200  # updates over which intended and realised displacement are compared, at most
 LISTENED = 20  # updates during which forward passes are listened to
-LAST_WORDS = Finding(  # made before anything can go wrong
-    rule="not_measured",
-    severity="warning",
-    where="the watch",
-    message="the watch stopped, and failed again while it said so",
-    advice="what was found before stands; the training itself is not affected",
-)
 
 
 class Watch:
@@ -82,12 +75,9 @@ class Watch:
         given = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
         self.optimizers = [innermost(o) for o in given]
         names = check_input(model, self.optimizers, expect_frozen)
-        self.log, earlier = (None, []) if log is None else open_log(log, start_step)
+        self.published = Published(log, start_step)
         self.frozen_on_purpose = {name for name in names if name.startswith(tuple(expect_frozen))}
-        self.findings: list[Finding] = earlier
-        self.told: dict[tuple[str, str | None], int] = {}  # rule and subject (None: all of them) → the gravest severity
-        for finding in earlier:
-            self.note_told(finding, finding.where if finding.rule == "not_measured" else None)
+        self.findings: list[Finding] = self.published.findings
         self.rules = list(ALL)
         self.losses: list[Tensor | float] = []
         self.fetched_losses: list[float] = []
@@ -101,9 +91,7 @@ class Watch:
         self.groups: list[GroupState] = []
         self.signature: tuple = ()
         self.follow()
-        self.forward = ForwardProbe(model, self.forward_failed)
-        if start_step:
-            self.forward.logit_variance = None  # of a model that has been trained it says nothing
+        self.forward = ForwardProbe(model, self.forward_failed, is_new=not start_step)
         self.handles: list = []
         self.attach()
         self.apply(self.state(), at_start=True)
@@ -217,20 +205,20 @@ class Watch:
 
     def failed(self, error: Exception) -> None:
         """Stop and say so, whatever else is broken by now; the training goes on."""
-        try:
+
+        def say() -> None:
             self.publish_failure("warning", "the watch", f"the watch stopped at update {self.step}", error)
-            self.close()
-        except Exception:
-            self.findings.append(LAST_WORDS)
+
+        self.published.whatever_is_broken(say, self.close)
 
     def forward_failed(self, error: Exception) -> None:
         """Go on without listening to forward passes."""
-        try:
+
+        def say() -> None:
             what = "forward passes are no longer listened to: the first loss and missing gradients are judged by less"
             self.publish_failure("warning", "the forward pass", what, error)
-            self.forward.close()
-        except Exception:
-            self.findings.append(LAST_WORDS)
+
+        self.published.whatever_is_broken(say, self.forward.close)
 
     def replay_failed(self, optimizer: Optimizer, error: Exception) -> None:
         name = type(optimizer).__name__
@@ -310,53 +298,19 @@ class Watch:
 
     def apply(self, state: State, at_start: bool = False) -> None:
         """Ask each rule, and publish what it has to say of what it did not name before."""
-        spoken = {rule for rule, _ in self.told}
         for rule in self.rules:
-            if (at_start and not rule.static) or (rule.once and rule.id in spoken):
+            if (at_start and not rule.static) or (rule.once and self.published.has_spoken(rule.id)):
                 continue
             try:
-                level = SEVERITIES.index(rule.severity)
-                ill = {
-                    subject: what for subject, what in rule.when(state).items() if self.is_news(rule.id, subject, level)
-                }
+                ill = rule.when(state)
+                ill = {name: ill[name] for name in ill if self.published.is_news(rule.id, rule.severity, name)}
                 if ill:
-                    self.publish(rule.finding(state, ill), *ill)
+                    self.published.add(rule.finding(state, ill), *ill)
             except Exception as error:  # it is asked again at the next check
                 self.publish_failure("warning", f"rule {rule.id}", f"the rule {rule.id} failed", error)
 
-    def is_news(self, rule: str, subject: str, level: int) -> bool:
-        return level < min(self.told.get((rule, key), len(SEVERITIES)) for key in (subject, None))
-
-    def note_told(self, finding: Finding, *subjects: str | None) -> None:
-        level = SEVERITIES.index(finding.severity)
-        for key in ((finding.rule, subject) for subject in subjects):
-            self.told[key] = min(level, self.told.get(key, level))
-
-    def publish(self, finding: Finding, *subjects: str) -> None:
-        """Keep and log a finding about these subjects."""
-        self.note_told(finding, *subjects)
-        self.findings.append(finding)
-        if self.log:
-            try:
-                with self.log.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(finding.to_dict(), ensure_ascii=False) + "\n")
-            except OSError as error:
-                path, self.log = self.log, None
-                self.publish_failure("warning", str(path), "findings are no longer written there", error)
-
     def publish_failure(self, severity: str, where: str, what: str, error: Exception) -> None:
-        """Say once for each `where` what cannot be measured."""
-        if self.is_news("not_measured", where, SEVERITIES.index(severity)):
-            message = f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            finding = Finding(
-                rule="not_measured",
-                severity=severity,
-                where=where,
-                step=self.step,
-                message=message,
-                advice=LAST_WORDS.advice,
-            )
-            self.publish(finding, where)
+        self.published.add_failure(severity, where, self.step, what, error)
 
 
 def has_closure(args: tuple, kwargs: dict) -> bool:

@@ -1,0 +1,100 @@
+"""What a watch has said: its findings, the file that they are written to, and what need not be said again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from ..findings import SEVERITIES, Finding
+
+ADVICE = "what was found before stands; the training itself is not affected"
+LAST_WORDS = Finding(  # made before anything can go wrong
+    rule="not_measured",
+    severity="warning",
+    where="the watch",
+    message="the watch failed, and failed again while it said so",
+    advice=ADVICE,
+)
+
+
+class Published:
+    """Findings in their order. Each rule names a subject (a kind of tensor, a group, the loss) once at a severity, and not at a
+    lower one afterwards.
+
+    A resumed run's begins with what stands in its file up to `start_step`. The file does not hold subjects: those rules name
+    nothing more at that severity.
+    """
+
+    def __init__(self, log: str | Path | None, start_step: int):
+        self.log, self.findings = (None, []) if log is None else open_log(log, start_step)
+        self.gravest: dict[
+            tuple[str, str | None], int
+        ] = {}  # by rule and subject (None: all): the gravest severity told
+        for finding in self.findings:
+            self.note(finding, finding.where if finding.rule == "not_measured" else None)
+
+    def note(self, finding: Finding, *subjects: str | None) -> None:
+        level = SEVERITIES.index(finding.severity)
+        for key in ((finding.rule, subject) for subject in subjects):
+            self.gravest[key] = min(level, self.gravest.get(key, level))
+
+    def is_news(self, rule: str, severity: str, subject: str) -> bool:
+        before = min(self.gravest.get((rule, key), len(SEVERITIES)) for key in (subject, None))
+        return SEVERITIES.index(severity) < before
+
+    def has_spoken(self, rule: str) -> bool:
+        return any(rule == name for name, _ in self.gravest)
+
+    def add(self, finding: Finding, *subjects: str) -> None:
+        """Keep and write a finding about these subjects."""
+        self.note(finding, *subjects)
+        self.findings.append(finding)
+        if self.log:
+            try:
+                with self.log.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(finding.to_dict(), ensure_ascii=False) + "\n")
+            except OSError as error:
+                path, self.log = self.log, None
+                self.add_failure("warning", str(path), finding.step, "findings are no longer written there", error)
+
+    def add_failure(self, severity: str, where: str, step: int | None, what: str, error: Exception) -> None:
+        """Say once for each `where` what cannot be measured."""
+        if self.is_news("not_measured", severity, where):
+            message = f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            known = {"rule": "not_measured", "severity": severity, "where": where, "step": step}
+            self.add(Finding(**known, message=message, advice=ADVICE), where)
+
+    def whatever_is_broken(self, *actions: Callable[[], None]) -> None:
+        """Do these, and if one fails, say so without a word that could fail."""
+        try:
+            for action in actions:
+                action()
+        except Exception:
+            self.findings.append(LAST_WORDS)
+
+
+def open_log(path: str | Path, start_step: int) -> tuple[Path, list[Finding]]:
+    """The path of a file that can be appended to, its folder made if need be, and what a resumed run has found before.
+
+    Findings beyond `start_step`, and a line that a kill cut short, are taken out of the file of a resumed run; that of a new
+    one is left as it is. Raises ValueError if the file cannot be written or holds something else.
+    """
+    path, kept = Path(path), []
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if start_step else []
+        whole = [line for line in lines if line.endswith("\n")]
+        kept = [row for row in map(json.loads, whole) if (row["step"] or 0) <= start_step]
+        if len(kept) < len(lines):
+            temporary = path.with_name(path.name + ".part")
+            temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+            temporary.replace(path)
+        return path, [Finding(**row) for row in kept]
+    except OSError as error:
+        raise ValueError(f"log={str(path)!r} cannot be written: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"log={str(path)!r} holds no findings: {error}; give another file, or move this one"
+        ) from error
