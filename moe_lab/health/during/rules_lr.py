@@ -15,14 +15,8 @@ from .state import LR_STEADY, GroupState, State, n_parameters
 from .steps import kind_of, matrix_shape
 
 # findings that ask how far weights move: without one of them, how far they can is noise
-ABOUT_MOVEMENT = {
-    "lost_updates",
-    "bf16_parameters",
-    "frozen_tensor",
-    "lr_too_low",
-    "muon_convention",
-    "loss_not_falling",
-}
+ABOUT_MOVEMENT = {"lost_updates", "bf16_parameters", "frozen_tensor", "lr_too_low"}
+ABOUT_MOVEMENT |= {"muon_convention", "loss_not_falling"}
 
 
 def is_language_model(model: nn.Module) -> bool:
@@ -45,14 +39,8 @@ def measured_group(state: State, group: GroupState) -> Group | None:
         return Group(group.name, "adam", lr, rms=step.rms)
     declared = group.group.get("adjust_lr") or group.group.get("adjust_lr_fn")
     convention = convention_of([(matrix_shape(t.param.shape), step.rms) for t, step in seen], declared)
-    return Group(
-        group.name,
-        "muon",
-        lr,
-        matrix_shape(largest.param.shape),
-        convention or "its own",
-        None if convention else step.rms,
-    )
+    named = {"convention": convention} if convention else {"convention": "its own", "rms": step.rms}
+    return Group(group.name, "muon", lr, matrix_shape(largest.param.shape), **named)
 
 
 def learning_rates(state: State) -> Iterator[Finding]:

@@ -76,12 +76,10 @@ class Steps:
             if lr is None or grad is None or grad.is_sparse or len(t.steps) >= PAIRS or (t.is_narrow and step is None):
                 continue
             lr = lr.detach().clone() if isinstance(lr, Tensor) else lr
-            if step is not None and step.shape != t.param.shape:
-                self.note(t, n, lr, t.sample(t.param).float(), t.sample(grad).float(), step)
-            elif step is not None:
-                self.note(t, n, lr, part(t.param), part(grad), part(step))
-            else:
-                self.before[id(t)] = lr, part(t.param), part(grad)
+            view = part if step is None or step.shape == t.param.shape else lambda x, t=t: t.sample(x).float()
+            self.before[id(t)] = lr, view(t.param), view(grad)
+            if step is not None:
+                self.note(t, n, *self.before.pop(id(t)), part(step) if view is part else step)
 
     def end(self, optimizer: Optimizer, n: int) -> None:
         for t in self.chosen.get(id(optimizer), ()) if self.before else ():
