@@ -176,17 +176,17 @@ class Adapted(Toy):
 
 
 def test_a_branch_without_gradient() -> None:
-    model = Detached()
+    model = toy(kind=Detached)
     watch = watched(model, adamw(model), 40)
     assert "no_gradient" in said(watch, "error")
     assert {r.name: r.gradient for r in watch.readings}["up.weight"] == "none"
-    model = Unused()
+    model = toy(kind=Unused)
     watch = watched(model, adamw(model), 40)
     assert said(watch) == ["no_gradient"] and finding(watch, "no_gradient").severity == "warning"
 
 
 def test_a_factor_that_starts_at_zero_is_waited_for() -> None:
-    model = Adapted()
+    model = toy(kind=Adapted)
     for name in ("up", "down", "norm"):
         delattr(model, name)
     watch = watched(model, adamw(model), 40)
@@ -196,7 +196,7 @@ def test_a_factor_that_starts_at_zero_is_waited_for() -> None:
 
 
 def test_adapters_on_a_declared_base_are_healthy() -> None:
-    model = Adapted()
+    model = toy(kind=Adapted)
     for name in ("up", "down", "norm"):
         delattr(model, name)
     model.embedding.requires_grad_(False)

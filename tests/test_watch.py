@@ -270,6 +270,7 @@ def test_a_long_training_is_watched_in_bounded_memory(monkeypatch) -> None:
 
 def test_a_layer_that_is_unfrozen_is_read_at_the_next_check_even_between_two_readings() -> None:
     """Gradual unfreezing: the check takes the layer in, and every rule sees a reading of it."""
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(VOCAB, 16), nn.RMSNorm(16), nn.Linear(16, 16), nn.Linear(16, VOCAB))
     model[2].requires_grad_(False)
     optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)

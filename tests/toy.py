@@ -34,10 +34,11 @@ class Toy(nn.Module):
         return self.head(x)
 
 
-def toy(seed: int = 0, dtype: torch.dtype = torch.float32, **options) -> Toy:
+def toy(seed: int = 0, dtype: torch.dtype = torch.float32, kind: type[Toy] = Toy, **options) -> Toy:
+    """Start values that do not depend on which tests ran before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Toy(**options)
+        model = kind(**options)
         nn.init.normal_(model.head.weight, std=0.02)
         return model.to(dtype)
 
