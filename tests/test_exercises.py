@@ -1,0 +1,326 @@
+"""The checks of the notebooks' exercises accept the printed solutions and refuse what a reader is likely to get wrong."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from types import SimpleNamespace
+
+import pytest
+import torch
+from checks import exercises_01
+from helpers import solved
+
+from moe_lab.failures.surface import case_lrs, shapley
+from moe_lab.health.conventions import lr_original_from_match
+from moe_lab.health.measures import is_lost, ulp
+
+DIAGNOSES = {"A": "frequencies only", "B": "another number", "C": "random tokens", "D": "beats the tables"}
+CAUSES = {"A": "rounded away", "B": "no gradient", "C": "not in the optimizer", "D": "healthy"}
+
+
+def n_attention(config) -> int:
+    return sum(not config.is_mamba(layer) for layer in range(config.n_layers))
+
+
+def depth_layer(x, scores, capacity, sublayer, bug):
+    """The solution, with one bug in it."""
+    n_chosen = math.floor(capacity * len(x)) if bug == "floor" else math.ceil(capacity * len(x))
+    best = scores.topk(n_chosen, largest=bug != "lowest").indices
+    places = best if bug == "B04" else best.sort().values
+    positions = torch.arange(len(places)) if bug == "B17" else places
+    y = sublayer(x[places], positions)
+    if bug == "softmax":
+        y = scores.softmax(dim=0)[places][:, None] * y
+    elif bug != "B05":
+        weight = scores.detach() if bug == "detached" else scores
+        y = weight[places].sigmoid()[:, None] * y
+    if bug == "B03":
+        return x + x.index_add(0, places, y)
+    if bug == "chosen only":
+        return x[places] + y
+    if bug == "zeroed":
+        return torch.zeros_like(x).index_add(0, places, x[places] + y)
+    if bug == "in place":
+        x[places] = x[places] + y
+        return x
+    return x.index_add(0, places, y)
+
+
+def other(ids: torch.Tensor, places: slice, vocab_size: int) -> torch.Tensor:
+    changed = ids.clone()
+    changed[:, places] = (changed[:, places] + 1) % vocab_size
+    return changed
+
+
+def leak(change: Callable, look: Callable) -> Callable:
+    """A search for a leak that changes ids by `change(ids, cut, vocab_size)` and looks at the differences before `cut`."""
+    return lambda fn, ids, cut, vocab_size: look(fn(change(ids, cut, vocab_size)) - fn(ids), cut)
+
+
+def largest(difference: torch.Tensor, cut: int) -> torch.Tensor:
+    return difference[:, :cut].abs().max()
+
+
+def all_from_cut(ids, cut, vocab_size):
+    return other(ids, slice(cut, None), vocab_size)
+
+
+def next_and_last(ids, cut, vocab_size):
+    return other(other(ids, slice(-1, None), vocab_size), slice(cut, min(cut + 1, ids.shape[1] - 1)), vocab_size)
+
+
+def redrawn(ids, cut, vocab_size):
+    """Random tokens: now and then the last one stays as it was, and a leak from there is missed."""
+    changed = ids.clone()
+    generator = torch.Generator().manual_seed(int(ids.sum()) + cut)
+    changed[:, cut:] = torch.randint(vocab_size, changed[:, cut:].shape, generator=generator)
+    return changed
+
+
+def outside(ids, cut, vocab_size):
+    changed = ids.clone()
+    changed[:, cut:] += 1
+    return changed
+
+
+def leak_in_place(fn, ids, cut, vocab_size):
+    before = fn(ids)
+    ids[:, cut:] = (ids[:, cut:] + 1) % vocab_size
+    return largest(fn(ids) - before, cut)
+
+
+def without_b18(deviation, peak, warmup):
+    total, n = 0.0, 0
+    while total < deviation:
+        n += 1
+        total += peak * min(n / warmup, 1.0)
+    return n
+
+
+def after_the_first(change: Callable) -> Callable:
+    """Right where one update suffices; else `change` of the right number."""
+    right = solved("04")["updates_until"]
+    return lambda deviation, peak, warmup: 1 if deviation < peak else change(right(deviation, peak, warmup))
+
+
+# of each check: wrong answers, and what the reader is told
+WRONG = {
+    "00.run_minutes": [
+        (None, "not started"),
+        (lambda steps, tokens, speed: steps * tokens / speed, "give minutes"),
+        (lambda steps, tokens, speed: steps / speed / 60, "take 1 minute"),
+        (lambda steps, tokens, speed: speed / (steps * tokens) * 60, "half the time"),
+        (lambda steps, tokens: 1, "TypeError"),
+    ],
+    "00.next_token_loss": [
+        (None, "not started"),
+        (lambda row, weights: row["losses"]["next_token"], "undo the weight"),
+        (lambda row, weights: row["losses"]["next_token"] / weights[0], "undo the weight"),
+        (lambda row, weights: sum(row["losses"].values()), "leave the routers' terms out"),
+        (lambda row, weights: row["losses"]["next_token"] * sum(weights), "the same shares"),
+        (lambda row, weights: row["losses"]["next_token"] / max(weights) * 2, "leave the routers' terms out"),
+        (lambda row, weights: row["losses"]["next_token"] * len(weights), "divide by that"),
+        (lambda row, weights: row["loss"], "KeyError"),
+    ],
+    "01.step_0_loss": [
+        (None, "not started"),
+        (lambda v, d, s: math.log(v), "whatever init_std is"),
+        (lambda v, d, s: math.log2(v) + d * s**2 / 2, "natural log"),
+        (lambda v, d, s: math.log(v) + d * s**2, "the whole variance"),
+        (lambda v, d, s: math.log(v) + d * s / 2, "init_std**2"),
+        (lambda v, d, s: math.log(v) + s**2 / 2, "init_std**2"),
+        (lambda v, d: math.log(v), "TypeError"),
+    ],
+    "01.nats_to_match": [
+        (None, "not started"),
+        (lambda bits, size: bits * size, "ln 2 nats"),
+        (lambda bits, size: bits * size / math.log(2), "ln 2 nats"),
+        (lambda bits, size: bits / size * math.log(2), "costs three bits"),
+        (lambda bits, size: bits * math.log(2), "costs three bits"),
+        (lambda bits, size: size * math.log(2), "twice the bits"),
+        (lambda bits: bits, "TypeError"),
+    ],
+    "01.diagnosis": [
+        (DIAGNOSES | {"C": "frequencies only", "A": "random tokens"}, "C: which loss"),
+        (DIAGNOSES | {"A": "beats the tables"}, "A: beside which table"),
+        (DIAGNOSES | {"B": "beats the tables"}, "B: look at its start"),
+        (DIAGNOSES | {"D": "another number"}, "D: its start is right"),
+        (DIAGNOSES | {"B": "Beats the tables!"}, "use these words"),
+        ({"A": "frequencies only"}, "name all four"),
+    ],
+    "02.kv_numbers": [
+        (lambda c, n: n_attention(c) * c.n_kv_heads * c.width_of_head * n, "keys and values"),
+        (lambda c, n: 2 * c.n_kv_heads * c.width_of_head * n, "one layer's cache"),
+        (lambda c, n: n_attention(c) * 2 * c.n_heads * c.width_of_head * n, "query heads share"),
+        (lambda c, n: c.n_layers * 2 * c.n_kv_heads * c.width_of_head * n, "Mamba layers keep no"),
+        (lambda c, n: n_attention(c) * 2 * c.n_kv_heads * (c.d_model // c.n_heads) * n, "attention layers × 2"),
+        (lambda c, n: n_attention(c) * 2 * c.n_kv_heads * c.width_of_head * 100, "twice the tokens"),
+        (lambda c, n: (c.n_layers - len(c.mamba_layers)) * 2 * c.n_kv_heads * c.width_of_head * n, "is_mamba"),
+        (None, "not started"),
+    ],
+    "02.depth_layer": [
+        (partial(depth_layer, bug=bug), hint)
+        for bug, hint in {
+            "floor": "ceil",
+            "lowest": "highest scores",
+            "B04": "(B04)",
+            "B17": "(B17)",
+            "chosen only": "all T tokens",
+            "B03": "(B03)",
+            "zeroed": "(B03)",
+            "B05": "does not multiply",
+            "softmax": "sigmoid(score)",
+            "detached": "no gradient",
+            "in place": "writes into x",
+        }.items()
+    ],
+    "02.leak": [
+        (leak(all_from_cut, lambda difference, cut: largest(difference, cut + 1)), "not cut itself"),
+        (leak(lambda ids, cut, v: other(ids, slice(cut, cut + 1), v), largest), "only the last token leaks"),
+        (leak(lambda ids, cut, v: other(ids, slice(-1, None), v), largest), "place cut - 1 sees token cut"),
+        (leak(redrawn, largest), "only the last token leaks"),
+        (leak(all_from_cut, lambda difference, cut: difference[:, :cut].max()), "whatever its sign"),
+        (leak(all_from_cut, lambda difference, cut: difference[:, cut - 1].abs().max()), "comparing scores over time"),
+        (leak(next_and_last, largest), "comparing scores over time"),
+        (leak(outside, largest), "vocab_size"),
+        (leak_in_place, "writes into ids"),
+        # what the gradient test sees where logits do not hang on a differentiable path: nothing
+        (lambda fn, ids, cut, v: torch.zeros(()), "you did not find it"),
+    ],
+    "03.gap": [
+        (None, "not started"),
+        (lambda w: 2.0 ** (math.floor(math.log2(w)) - 8), "smaller"),
+        (lambda w: w * 2**-7, "does not grow"),
+        (lambda w: 2.0**-7, "below 1"),
+        (lambda w: 2.0 ** (round(math.log2(w)) - 7), "does not grow"),
+        (lambda w: 2.0 ** (math.ceil(math.log2(w)) - 7), "does not grow"),
+        (lambda w: 2.0 ** (min(math.floor(math.log2(w)), 1) - 7), "from 4 to 8"),
+        (lambda w: torch.finfo(torch.float16).eps, "128 steps"),
+        (lambda: 1, "TypeError"),
+    ],
+    "03.lr_to_move": [
+        (None, "not started"),
+        (lambda w: 2.0 ** (math.floor(math.log2(w)) - 7), "no whole gap"),
+        (lambda w: 2.0 ** (math.floor(math.log2(w)) - 8), "at a power of two"),
+        (lambda w: w / 512, "at 1.5 the gap"),
+        (lambda w: 2.0**-8 if w > 1 else 2.0**-9, "right near 1"),
+        (lambda w: w / 0, "ZeroDivisionError"),
+    ],
+    "03.causes": [
+        (CAUSES | {"A": "no gradient", "B": "rounded away"}, "B: an optimizer"),
+        (CAUSES | {"C": "rounded away"}, "C: it has a gradient"),
+        (CAUSES | {"A": "not in the optimizer"}, "A: somebody intended"),
+        (CAUSES | {"D": "no gradient"}, "D: compare"),
+        (CAUSES | {"A": "frozen"}, "use these words"),
+        ({"A": "healthy"}, "name all four"),
+    ],
+    "04.to_original": [
+        (None, "not started"),
+        (lambda lr, rows, columns: lr, "two different steps"),
+        (lambda lr, rows, columns: lr / (0.2 * math.sqrt(columns)), "the other way round"),
+        (lambda lr, rows, columns: lr * math.sqrt(columns), "about 7.8"),
+        (lambda lr, rows, columns: 0.2 * columns * lr, "about 7.8"),
+        (lambda lr, rows, columns: 0.2 * math.sqrt(max(rows, columns)) * lr, "a tall matrix"),
+        (lambda lr, rows, columns: 0.2 * math.sqrt(rows) * lr, "a tall matrix"),
+        (lambda lr, rows, columns: 0.2 * math.sqrt(min(rows, columns)) * lr, "a fan-in of 4096"),
+        (lambda lr, columns: lr, "TypeError"),
+    ],
+    "04.updates_until": [
+        (None, "not started"),
+        (lambda deviation, peak, warmup: math.ceil(deviation / peak), "you divide by the peak"),
+        (lambda deviation, peak, warmup: int(deviation / peak), "B18"),
+        (without_b18, "B18"),
+        (after_the_first(lambda n: 4 * n), "not micro-batches"),
+        (after_the_first(lambda n: n + 1), "the 94th update"),
+        (after_the_first(lambda n: 94), "adds one peak"),
+    ],
+    "04.shares": [
+        (None, "not started"),
+        (lambda none, muon, adamw, both: (muon - none, adamw - none), "positive"),
+        (lambda none, muon, adamw, both: (none - muon, none - adamw), "leave 0.1 to nobody"),
+        (lambda none, muon, adamw, both: (none - muon, muon - both), "one order of fixing"),
+        (lambda none, muon, adamw, both: (adamw - both, none - adamw), "one order of fixing"),
+        (lambda none, muon, adamw, both: (adamw - both, muon - both), "sum to what both"),
+        (lambda none, muon, adamw, both: ((none - both) / 2,) * 2, "if it comes last"),
+        (lambda none, muon, adamw, both: ((none - both) / 7, (none - both) * 6 / 7), "if it comes last"),
+        (lambda none, muon, adamw, both: none - both, "TypeError"),
+    ],
+    "05.first_below": [
+        (lambda evals, floor: evals[-1][0], "step 200 is first"),
+        (lambda evals, floor: next((s for s, loss in evals if loss <= floor), None), "equal to the floor"),
+        (lambda evals, floor: next(s for s, loss in evals if loss < floor), "StopIteration"),
+        (None, "not started"),
+    ],
+    "05.tokens": [(40 * 8 * 64, "a step is an update"), (1, "tokens ="), (2.5, "whole")],
+    "05.verdict": [
+        (lambda loss, floors: "trigram", "4.4 is below the bigram"),
+        (lambda loss, floors: next((n for n in floors if loss < floors[n]), "nothing"), "the best table reached"),
+        (lambda loss, floors: min((n for n in floors if loss < floors[n]), key=floors.get), "ValueError"),
+    ],
+}
+
+
+def accepts(check: str, answer: object) -> bool:
+    number, _, name = check.partition(".")
+    given = (8, 2, 64, 40) if name == "tokens" else ()
+    return getattr(import_module(f"checks.exercises_{number}"), f"check_{name}")(answer, *given)
+
+
+@pytest.mark.parametrize("check", WRONG)
+def test_the_solutions_pass(check: str) -> None:
+    number, _, name = check.partition(".")
+    training = SimpleNamespace(gradient_accumulation_steps=2, batch_size=8)
+    trainer = SimpleNamespace(config=SimpleNamespace(training=training, model=SimpleNamespace(max_seq_len=64)))
+    answers = solved(number, trainer=trainer, summary={"steps": 40})
+    assert accepts(check, answers["shares_of_two" if name == "shares" else name])
+
+
+@pytest.mark.parametrize(("check", "wrong", "hint"), [(check, *row) for check, rows in WRONG.items() for row in rows])
+def test_what_a_reader_is_likely_to_get_wrong_is_refused(check: str, wrong: object, hint: str, capsys) -> None:
+    assert not accepts(check, wrong)
+    assert hint in capsys.readouterr().out
+
+
+# ---- the solutions and the package say the same ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight", [0.02001953125, 0.1, 0.25, 1.0, 1.0078125, 1.5, 3.0, 6.0])
+def test_gaps_are_those_of_the_package(weight: float) -> None:
+    kept, answers = torch.tensor(weight).bfloat16(), solved("03")
+    assert answers["gap"](kept.item()) == ulp(kept, torch.bfloat16).item()
+    limit = answers["lr_to_move"](kept.item())
+    just_below, just_above = torch.tensor(-limit * (1 - 2**-10)), torch.tensor(-limit * (1 + 2**-10))
+    assert is_lost(kept, just_below, torch.bfloat16) and not is_lost(kept, just_above, torch.bfloat16)
+
+
+def test_learning_rates_and_shares_are_those_of_the_package() -> None:
+    answers = solved("04")
+    for shape in ((96, 96), (4096, 1536), (512, 1536), (1536, 4096)):
+        assert math.isclose(answers["to_original"](3e-4, *shape), lr_original_from_match(3e-4, shape))
+    for deviation, peak in ((0.004, 9e-5), (0.05, 3e-4), (0.00008, 9e-5)):
+        n = answers["updates_until"](deviation, peak, 100)
+        assert case_lrs(n - 1, peak).sum() < deviation <= case_lrs(n, peak).sum()
+    losses = {frozenset(): 6.8, frozenset("m"): 6.7, frozenset("a"): 6.2, frozenset("ma"): 6.0}
+    shares = shapley({fixed: -loss for fixed, loss in losses.items()}, "ma")
+    assert answers["shares_of_two"](6.8, 6.7, 6.2, 6.0) == pytest.approx((shares["m"], shares["a"]))
+
+
+@pytest.mark.parametrize(  # of profiles smoke and lab, rounded
+    "floors",
+    [
+        {"uniform": 6.24, "unigram": 5.34, "bigram": 3.59, "trigram": 2.85},
+        {"uniform": 8.32, "unigram": 6.65, "bigram": 4.74, "trigram": 4.44},
+    ],
+)
+def test_each_mystery_run_shows_what_its_diagnosis_says(floors: dict) -> None:
+    step_0 = floors["uniform"] + 0.04
+    runs = exercises_01.mystery_runs(floors, step_0)
+    told = {"random tokens": "uniform", "frequencies only": "unigram"}
+    for letter, diagnosis in DIAGNOSES.items():
+        start, end = runs[letter]
+        assert (start == step_0) == (diagnosis != "another number")
+        if diagnosis in told:  # beside its table, and not beside another
+            assert min(floors, key=lambda name: abs(floors[name] - end)) == told[diagnosis]
+        else:  # both look good at the end; the start tells them apart
+            assert end < min(floors.values())
