@@ -20,7 +20,7 @@ def test_the_total_is_that_of_a_real_model(mechanism: str) -> None:
 def test_a_dense_model_is_all_active() -> None:
     for mechanism in ("attention", "mamba", "routing_mamba"):  # every expert of a Routing Mamba scans every token
         count = count_parameters(tiny(**MECHANISMS[mechanism]))
-        assert count.active == count.active_with_depth == count.total and count.depth_capacity == 1.0
+        assert count.active == count.active_with_depth == count.total
 
 
 def test_active_parameters_by_hand() -> None:
@@ -42,7 +42,6 @@ def test_active_parameters_by_hand() -> None:
     assert count.total == outside + sum(sublayers) + 3 * expert + 4 * depth
     assert count.active == outside + sum(sublayers) + 4 * depth
     assert count.active_with_depth == outside + sum(sublayers) / 2 + 4 * depth  # the router looks at every token
-    assert count.depth_capacity == 0.5
 
 
 def test_the_case_has_its_1_49_billion() -> None:

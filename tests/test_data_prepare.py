@@ -62,7 +62,7 @@ def test_the_streams_hold_every_document_whole(folder: Path) -> None:
 
 @pytest.mark.parametrize("text", WEIRD)
 def test_any_text_comes_back(folder: Path, text: str) -> None:
-    for tokenizer in (get(folder).tokenizer, Tokenizer.from_file(str(get(folder).tokenizer_path))):
+    for tokenizer in (get(folder).tokenizer, Tokenizer.from_file(str(get(folder).folder / "tokenizer.json"))):
         ids = tokenizer.encode(text).ids
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
     assert MODULE.END_OF_TEXT_ID not in get(folder).tokenizer.encode(text).ids  # only the end of a document is one

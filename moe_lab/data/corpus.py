@@ -61,7 +61,7 @@ def read_corpus(data: DataConfig, progress: bool = True) -> Corpus:
         name, content = raw(document.name), document.text.encode()
         digest.update(f"{len(name)} {len(content)} ".encode() + name + content)
     train, validation = split(documents)
-    n_bytes = sum(map(n_utf8, documents))
+    n_bytes = n_utf8(train) + n_utf8(validation)
     return Corpus(train, validation, digest.hexdigest(), len(documents), n_bytes, dict(skipped))
 
 
@@ -73,30 +73,30 @@ def split(documents: list[Document]) -> tuple[list[str], list[str]]:
     more than 20 % of the bytes, the last 5 % of every document is validation instead, cut at a line end if one is
     near, and both parts count as documents.
     """
-    held_out = [int(hashlib.sha256(raw(d.split_key)).hexdigest(), 16) % 20 == 0 for d in documents]
-    sizes = [n_utf8(document) for document in documents]
-    share = sum(size for size, held in zip(sizes, held_out, strict=True) if held) / sum(sizes)
-    if 0.02 <= share <= 0.20:
-        train = [d.text for d, held in zip(documents, held_out, strict=True) if not held]
-        return train, [d.text for d, held in zip(documents, held_out, strict=True) if held]
-    cuts = [tail_start(document.text) for document in documents]
-    tails = [d.text[cut:] for d, cut in zip(documents, cuts, strict=True)]
-    return [d.text[:cut] for d, cut in zip(documents, cuts, strict=True)], [tail for tail in tails if tail]
+    train: list[str] = []
+    validation: list[str] = []
+    for document in documents:
+        is_held_out = int(hashlib.sha256(raw(document.split_key)).hexdigest(), 16) % 20 == 0
+        (validation if is_held_out else train).append(document.text)
+    if 0.02 <= n_utf8(validation) / (n_utf8(train) + n_utf8(validation)) <= 0.20:
+        return train, validation
+    parts = [cut_near_end(document.text) for document in documents]
+    return [head for head, _ in parts], [tail for _, tail in parts if tail]
 
 
-def tail_start(text: str) -> int:
-    """Index of the character at which the last 5 % of `text` begin, moved by at most 2.5 % to a line end."""
+def cut_near_end(text: str) -> tuple[str, str]:
+    """`text` in two, cut before the last 5 % or at a line end that is at most 2.5 % away from there."""
     cut = len(text) - len(text) // 20
-    line_end = text.find("\n", cut - len(text) // 40, cut + len(text) // 40)
-    return line_end + 1 if line_end >= 0 else cut
+    cut = text.find("\n", cut - len(text) // 40, cut + len(text) // 40) + 1 or cut
+    return text[:cut], text[cut:]
 
 
 def raw(name: str) -> bytes:
     return name.encode(errors="surrogateescape")  # a file name on Linux may hold bytes that are no UTF-8
 
 
-def n_utf8(document: Document) -> int:
-    return len(document.text.encode())
+def n_utf8(texts: list[str]) -> int:
+    return sum(len(text.encode()) for text in texts)
 
 
 def count_line(skipped: dict[str, int]) -> str:
@@ -144,9 +144,9 @@ def read_files(root: Path, names: Iterable[str], max_bytes: int | None, skipped:
     """The files that hold text, in order, until `max_bytes` bytes are read; the last one may be cut."""
     left = max_bytes or sys.maxsize
     for name in names:
-        text = read_text(root / name, left)
-        if isinstance(text, Unreadable):
-            skipped[text.reason] += 1
+        text, reason = read_text(root / name, left)
+        if reason:
+            skipped[reason] += 1
             continue
         if text:
             yield Document(name, text.replace("\r\n", "\n"), split_key=name)
@@ -155,25 +155,21 @@ def read_files(root: Path, names: Iterable[str], max_bytes: int | None, skipped:
             return
 
 
-class Unreadable(NamedTuple):
-    reason: str  # as in "the file is …"
-
-
-def read_text(path: Path, max_bytes: int) -> str | Unreadable:
-    """At most `max_bytes` bytes of a file as text, whole characters only; or why it is none."""
+def read_text(path: Path, max_bytes: int) -> tuple[str, str | None]:
+    """At most `max_bytes` bytes of a file as text, whole characters only, and why there is none: "the file is …"."""
     if not path.is_file():
-        return Unreadable("unreadable")  # a broken link, or a pipe, which would wait for ever
+        return "", "unreadable"  # a broken link, or a pipe, which would wait for ever
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             content = file.read(min(size, max_bytes))
     except OSError:
-        return Unreadable("unreadable")
+        return "", "unreadable"
     if not content:
-        return Unreadable("empty")
+        return "", "empty"
     if b"\0" in content:
-        return Unreadable("binary")
+        return "", "binary"
     try:  # where max_bytes cuts the file, a character may be cut too, and that is no fault of the file
-        return codecs.getincrementaldecoder("utf-8-sig")().decode(content, final=size <= max_bytes)
+        return codecs.getincrementaldecoder("utf-8-sig")().decode(content, final=size <= max_bytes), None
     except UnicodeDecodeError:
-        return Unreadable("not UTF-8")
+        return "", "not UTF-8"

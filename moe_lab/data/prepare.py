@@ -29,7 +29,6 @@ class Dataset(NamedTuple):
     """A tokenized corpus. Both streams are 1-D, uint16 or uint32, memory-mapped and read-only."""
 
     tokenizer: Tokenizer
-    tokenizer_path: Path
     train: np.ndarray  # documents, each followed by end-of-text
     validation: np.ndarray
     vocab_size: int  # actual: at most model.vocab_size
@@ -75,17 +74,15 @@ def prepare(data: DataConfig, model: ModelConfig, cache_dir: Path | None = None,
 
 
 def open_folder(folder: Path, data: DataConfig, corpus: Corpus) -> Dataset:
-    path = folder / "tokenizer.json"
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         train, validation = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("train", "validation"))
     except Exception as error:  # tokenizers raises bare Exception
         raise ConfigError(f"{folder} is damaged ({' '.join(str(error).split())}); delete it, and run again") from error
     tokenizer.encode_special_tokens = True  # a text that spells <|endoftext|> out does not end there
     return Dataset(
         tokenizer=tokenizer,
-        tokenizer_path=path,
         train=train,
         validation=validation,
         vocab_size=meta["vocab_size"],
@@ -112,8 +109,6 @@ def write(folder: Path, corpus: Corpus, vocab_size: int, progress: bool) -> None
         meta = {
             "vocab_size": tokenizer.get_vocab_size(),
             "validation_bytes": int(n_bytes_of_tokens(tokenizer)[validation[1:]].sum()),
-            "corpus_hash": corpus.hash,
-            "format": FORMAT,
         }
         (draft / "meta.json").write_text(json.dumps(meta))
         try:

@@ -16,7 +16,6 @@ class ParameterCount(NamedTuple):
     total: int
     active: int  # of E experts, K; of a Routing Mamba all, since every expert scans every token
     active_with_depth: float  # the same on average over tokens: an MoD sublayer counts with its capacity
-    depth_capacity: float  # MoD's share of tokens computed, 1.0 without MoD
 
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
@@ -30,8 +29,7 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
             if isinstance(depth, Depth):
                 size = sum(p.numel() for module in (norm, layer) for p in module.parameters())
                 skipped += (1 - depth.capacity) * (size - (idle(layer, config) if isinstance(layer, MoE) else 0))
-    capacity = config.mod_capacity_factor if config.mod_enabled else 1.0
-    return ParameterCount(total, round(active), active - skipped, capacity)
+    return ParameterCount(total, round(active), active - skipped)
 
 
 def idle(moe: MoE, config: ModelConfig) -> float:

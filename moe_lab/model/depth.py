@@ -35,9 +35,6 @@ class Chosen(NamedTuple):
 class EveryToken(nn.Module):
     """A sublayer without MoD: all tokens, each with weight 1."""
 
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-
     def choose(self, x: Tensor, causal: bool) -> Chosen:
         positions = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
         return Chosen(x, positions, None, None, None)

@@ -26,24 +26,20 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     return torch.multinomial(probs, 1, generator=generator).squeeze(1)  # normalises by itself
 
 
-def check_options(model: nn.Module, length: int, max_new_tokens: int, temperature, top_k, top_p) -> None:
+def check_options(limit: int, length: int, max_new_tokens: int, temperature, top_k, top_p) -> None:
     """Raise ValueError, one line, for what cannot be generated."""
-    limit = model.config.max_seq_len
-    if length == 0:
-        raise ValueError("prompt is empty; give at least one token")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    if length + max_new_tokens > limit:
-        raise ValueError(
-            f"max_new_tokens={max_new_tokens} after a prompt of {length} tokens goes past model.max_seq_len={limit}; "
-            f"ask for at most {limit - length}"
-        )
-    if temperature < 0:
-        raise ValueError(f"temperature={temperature} must be 0 (greedy) or more")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k} must be at least 1")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} must be more than 0 and at most 1")
+    too_long = f"max_new_tokens={max_new_tokens} after a prompt of {length} tokens goes past model.max_seq_len={limit}"
+    problems = {
+        "prompt is empty; give at least one token": length == 0,
+        f"max_new_tokens={max_new_tokens} must be at least 1": max_new_tokens < 1,
+        f"{too_long}; ask for at most {limit - length}": length + max_new_tokens > limit,
+        f"temperature={temperature} must be 0 (greedy) or more": temperature < 0,
+        f"top_k={top_k} must be at least 1": top_k is not None and top_k < 1,
+        f"top_p={top_p} must be more than 0 and at most 1": top_p is not None and not 0 < top_p <= 1,
+    }
+    for message, is_wrong in problems.items():
+        if is_wrong:
+            raise ValueError(message)
 
 
 @torch.no_grad()
@@ -71,7 +67,7 @@ def generate(
         options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
         return tokenizer.decode(generate(model, ids, max_new_tokens, **options)[0].tolist())
     batch, length = prompt.shape
-    check_options(model, length, max_new_tokens, temperature, top_k, top_p)
+    check_options(model.config.max_seq_len, length, max_new_tokens, temperature, top_k, top_p)
     weight = model.embedding.weight
     ids = prompt.to(weight.device)
     total = length + max_new_tokens

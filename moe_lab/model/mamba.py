@@ -61,11 +61,8 @@ class Mamba(nn.Module):
         u, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, T, I) each
         u = F.silu(self.conv1d(u.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2))
         delta, B, C = self.select(u)
-        if self.kernel == "mamba_ssm":
-            y = cuda_scan(delta, self.rates(), B, C, u.float())
-        else:
-            y = selective_scan(delta, self.rates(), B, C, u.float())
-        return self.finish(y, u, gate), None
+        scan = cuda_scan if self.kernel == "mamba_ssm" else selective_scan
+        return self.finish(scan(delta, self.rates(), B, C, u.float()), u, gate), None
 
     def select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Step sizes (B, T, I), input and output projections (B, T, N), float32: what makes the scan selective."""

@@ -107,11 +107,8 @@ class MoE(nn.Module):
         rows, ends = self.arrange(expert_ids.flatten())  # (S,), (E,)
         nowhere = (expert_ids == self.n_experts).flatten().unsqueeze(1)  # (S, 1)
         slots = tokens.repeat_interleave(top_k, dim=0).masked_fill(nowhere, 0)  # (S, D)
-        dtype = (
-            torch.get_autocast_dtype(tokens.device.type)
-            if torch.is_autocast_enabled(tokens.device.type)
-            else slots.dtype
-        )
+        where = tokens.device.type
+        dtype = torch.get_autocast_dtype(where) if torch.is_autocast_enabled(where) else slots.dtype
         n_rows = slots.shape[0] + self.n_experts * ROWS  # enough however the tokens fall: no look at the counts
         grouped = slots.new_zeros(n_rows, slots.shape[1], dtype=dtype).index_copy(0, rows, slots.to(dtype))
 

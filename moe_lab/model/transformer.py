@@ -63,8 +63,7 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.ffn = MoE(config) if is_moe and not is_mamba else SwiGLU(config.d_model, config.d_ff)
         self.dropout = config.dropout
-        depth = Depth if config.mod_enabled else EveryToken
-        self.seq_depth, self.ffn_depth = depth(config), depth(config)
+        self.seq_depth, self.ffn_depth = (Depth(config) if config.mod_enabled else EveryToken() for _ in range(2))
 
     def forward(
         self, x: Tensor, generator: torch.Generator | None = None
