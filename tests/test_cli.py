@@ -368,7 +368,7 @@ def test_an_installed_package_writes_where_it_is_started_and_knows_no_commit(tmp
     for git in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", "not ours"]):
         subprocess.run(["git", *git], cwd=tmp_path / "project", check=True)
     (tmp_path / "elsewhere").mkdir()
-    code = "from moe_lab.data.prepare import CACHE; from moe_lab.train.summary import commit; print(CACHE, commit())"
+    code = "from moe_lab.data.prepare import CACHE; from moe_lab.train.record import commit; print(CACHE, commit())"
     environment = os.environ | {"PYTHONPATH": str(site)}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path / "elsewhere", env=environment, capture_output=True, text=True

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moe_lab.config import ROOT, ConfigError
-from moe_lab.train.loop import commit
-from moe_lab.train.record import write_atomically
+from moe_lab.train.record import commit, write_atomically
 
 RESULTS = ROOT / "notebooks" / "results"
 

@@ -79,20 +79,13 @@ def signals_ask_to_stop(controls: Controls) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread receives signals; whoever waits for this one passes them on
         return
-    previous = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    with contextlib.ExitStack() as earlier:  # handlers, which its close puts back
 
-    def put_back() -> None:
-        for name, handler in previous.items():
-            signal.signal(name, handler)
+        def ask(number, frame):
+            print("stopping after this update and saving; press Ctrl-C again to quit at once", file=sys.stderr)
+            controls.stop()
+            earlier.close()
 
-    def ask(number, frame):
-        print("stopping after this update and saving; press Ctrl-C again to quit at once", file=sys.stderr)
-        controls.stop()
-        put_back()
-
-    for name in previous:
-        signal.signal(name, ask)
-    try:
+        for name in (signal.SIGINT, signal.SIGTERM):
+            earlier.callback(signal.signal, name, signal.signal(name, ask))
         yield
-    finally:
-        put_back()

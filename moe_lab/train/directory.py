@@ -1,4 +1,4 @@
-"""A run's directory: who may write there, what a run begins with, and what a resumed one finds."""
+"""A run's directory: who may write there, what a run begins with, and what a resumed one finds and takes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from filelock import Timeout
 from tokenizers import Tokenizer
 
-from moe_lab.config import Config, from_dict, to_yaml
+from moe_lab.config import Config, from_dict, to_dict, to_yaml
 from moe_lab.health.sampling import start_sample
 from moe_lab.model import LanguageModel, build_model
 from moe_lab.train import checkpoint as ckpt
@@ -21,10 +21,23 @@ from moe_lab.train.checkpoint import RunError
 from moe_lab.train.controls import CONTROLS
 from moe_lab.train.device import pick_device
 from moe_lab.train.record import FINDINGS, RECORD, cut_jsonl, read_jsonl, read_record, write_atomically
-from moe_lab.train.resume import merge
 
 if TYPE_CHECKING:
     from moe_lab.train.loop import Trainer
+
+# The given config decides these: the LR and the budget, and how the run is watched. Every other stored value is kept,
+# since the stored state (data order, momenta, random numbers) only makes sense with it.
+GIVEN_WINS = {
+    "training": {
+        *("steps", "total_tokens", "max_lr", "min_lr_ratio", "warmup_steps"),
+        *("log_interval", "eval_interval", "save_interval", "keep_checkpoints", "device", "activation_checkpointing"),
+    },
+    "optimizer": {"adamw_lr_ratio", "embedding_lr_ratio"},
+}
+NOT_ARCHITECTURE = {
+    *("dropout", "init_std", "mamba_kernel", "moe_capacity_factor"),
+    *("moe_balance_weight", "moe_z_weight", "mod_predictor_weight", "aux_loss_weights"),
+}
 
 
 def refuse_used(trainer: Trainer) -> None:
@@ -40,6 +53,32 @@ def to_resume(run_dir: Path, config: Config) -> tuple[dict[str, Any], Config, li
     path, state, damaged = ckpt.latest_checkpoint(run_dir)
     config, differences = merge(state["config"], config, str(path))
     return state, config, [*damaged, f"resuming after step {state['step']} of {path}", *differences]
+
+
+def merge(stored_values: dict, given: Config, origin: str) -> tuple[Config, list[str]]:
+    """The config to go on with, and one line for every difference between stored and given, saying which one is used.
+
+    `given` still may say `auto` for precision.compute and a vocabulary that the text could not fill: then what the run
+    had found stands, without a line. Raises RunError, naming `origin`, for another architecture.
+    """
+    stored = from_dict(stored_values, origin)
+    merged, lines = to_dict(stored), []
+    for name, values in to_dict(given).items():
+        for key, new in values.items():
+            old = merged[name][key]
+            if old == new or (key == "compute" and new == "auto") or (key == "vocab_size" and new > old):
+                continue
+            if name == "model" and key not in NOT_ARCHITECTURE:
+                raise RunError(
+                    f"{origin}: model.{key} is {old} there and {new} in the config given; "
+                    "another architecture cannot resume: start in a new directory"
+                )
+            if key in GIVEN_WINS.get(name, ()):
+                merged[name][key] = new
+                lines.append(f"{name}.{key}: stored {old}, given {new}: the given value is used")
+            else:
+                lines.append(f"{name}.{key}: stored {old}, given {new}: the stored value is kept")
+    return from_dict(merged, origin), lines
 
 
 @contextlib.contextmanager

@@ -24,9 +24,7 @@ from moe_lab.train import device, directory
 from moe_lab.train.controls import CONTROLS, Controls, signals_ask_to_stop
 from moe_lab.train.evaluate import evaluate
 from moe_lab.train.readings import Readings, load_and_drops
-from moe_lab.train.record import RECORD, append_jsonl
-from moe_lab.train.summary import commit as commit  # the place where others look for it
-from moe_lab.train.summary import write_summary
+from moe_lab.train.record import RECORD, append_jsonl, write_summary
 
 
 class Report(NamedTuple):
