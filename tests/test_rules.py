@@ -7,7 +7,7 @@ from torch.optim import SGD, AdamW
 from toy import Toy, adamw, finding, said, spoken, toy, train, watched
 
 from moe_lab.health import RULES, Watch
-from moe_lab.health.during.rule import Rule, Told
+from moe_lab.health.during.rule import Rule
 from moe_lab.health.during.rules_updates import DIRECTION_BIAS
 from moe_lab.optim import Muon
 
@@ -219,8 +219,8 @@ def asked(watch: Watch, *ills: dict, severity: str = "error") -> list[str]:
     return [f.where for f in watch.findings[before:]]
 
 
-def tell_names(state, ill) -> Told:
-    return Told(" ".join(ill), "is ill", "cure it")
+def tell_names(state, ill) -> tuple:
+    return " ".join(ill), "is ill", "cure it"
 
 
 def test_a_rule_names_each_kind_once_and_a_later_one_when_it_falls_ill() -> None:

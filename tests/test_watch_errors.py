@@ -8,7 +8,7 @@ from toy import finding, said, toy, train, watched
 
 from moe_lab.health import Watch
 from moe_lab.health.during.bank import Bank
-from moe_lab.health.during.rule import Rule, Told
+from moe_lab.health.during.rule import Rule
 
 
 class Exotic(SGD):
@@ -46,7 +46,7 @@ def test_a_broken_rule_is_named_once_and_asked_again() -> None:
         return {"loss": 1}
 
     with Watch(model, optimizer) as watch:
-        watch.rules.insert(0, Rule("reach", "info", broken, lambda state, ill: Told("loss", "said at last", "")))
+        watch.rules.insert(0, Rule("reach", "info", broken, lambda state, ill: ("loss", "said at last", "")))
         losses = train(watch, model, [optimizer], 30)
     assert len(losses) == 30 and watch.last_read == 30 and asked == [10, 20, 30, 30]
     assert said(watch) == ["not_measured"] and "ZeroDivisionError" in finding(watch, "not_measured").message

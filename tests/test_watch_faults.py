@@ -19,7 +19,7 @@ from torch.optim import AdamW
 from toy import Toy, loss_of, toy
 
 from moe_lab.health import Watch
-from moe_lab.health.during import bank, rules_loss, rules_setup, rules_updates
+from moe_lab.health.during import bank, rules_loss, rules_updates
 from moe_lab.health.during import watch as watch_module
 from moe_lab.health.during.forward import ForwardProbe
 from moe_lab.health.torch_private import is_nested_step
@@ -48,8 +48,17 @@ def in_a_hurry(monkeypatch) -> None:
     """Six updates reach what hundreds would."""
     for module, limits in (
         (watch_module, {"READ_EVERY": 2, "CHECK_EVERY": 2, "WINDOW": 4, "LISTENED": 6}),
-        (rules_setup, {"WAIT": 2, "WAIT_READINGS": 1}),
-        (rules_updates, {"LOST_UPDATES": 2, "UNREPLAYED": 3, "FROZEN_READINGS": 1, "BIAS_ELEMENTS": 1}),
+        (
+            rules_updates,
+            {
+                "WAIT": 2,
+                "WAIT_READINGS": 1,
+                "LOST_UPDATES": 2,
+                "UNREPLAYED": 3,
+                "FROZEN_READINGS": 1,
+                "BIAS_ELEMENTS": 1,
+            },
+        ),
         (rules_loss, {"LR_STEADY": 2, "LR_ACTED": 2.0}),
     ):
         for name, limit in limits.items():

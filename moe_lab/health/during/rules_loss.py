@@ -1,14 +1,14 @@
-"""Rules about the loss, and about weight decay."""
+"""Rules about the loss."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from statistics import fmean, variance
+from typing import NamedTuple
 
 from ..measures import trend
-from .bank import Tracked
-from .rule import Rule, Told, by_kind, of_tensors
+from .rule import Rule
 from .state import HISTORY, LR_STEADY, PRETRAINED, State
 
 SIGMAS = 3.0  # standard errors of a difference of losses
@@ -16,10 +16,6 @@ START_OFF = 0.2  # nats between the first loss and ln V + var/2; nats by which a
 LR_ACTED = 30.0  # updates' worth of peak LR before the loss must have fallen
 LR_LATE = 0.2  # share of the peak LR below which the loss need not fall
 MOST_ACCUMULATED = 64  # the largest factor that a first loss is tried with
-
-
-def decayed_vectors(state: State) -> dict[str, list[Tracked]]:
-    return by_kind([t for t in state.tracked if t.group.get("weight_decay") and t.param.ndim <= 1])
 
 
 def initial_loss(state: State) -> dict[str, str]:
@@ -39,23 +35,21 @@ def initial_loss(state: State) -> dict[str, str]:
     return {"loss": f": it is {small or large} times too {'small' if small else 'large'}"}
 
 
-def tell_initial_loss(state: State, ill: Mapping[str, str]) -> Told:
+def tell_initial_loss(state: State, ill: Mapping[str, str]) -> tuple:
     first, expected = state.losses[0], state.expected_start
-    return Told(
-        "loss",
-        f"the first loss is {first:.3f}; an untrained model of this vocabulary shows {expected:.3f}{ill['loss']}",
-        "look for a division by the accumulation that is done twice or not at all, padding in the loss, or a wrong init",
-        first,
-        expected,
+    message = f"the first loss is {first:.3f}; an untrained model of this vocabulary shows {expected:.3f}{ill['loss']}"
+    advice = (
+        "look for a division by the accumulation that is done twice or not at all, padding in the loss, or a wrong init"
     )
+    return "loss", message, advice, first, expected
 
 
 def nonfinite_loss(state: State) -> dict[str, bool]:
-    return {} if all(math.isfinite(loss) for loss in state.losses) else {"loss": True}
+    return {} if all(map(math.isfinite, state.losses)) else {"loss": True}
 
 
-def tell_nonfinite_loss(state: State, ill: Mapping[str, Any]) -> Told:
-    return Told("loss", "the loss is not finite", "go back to a sound checkpoint with a lower LR")
+def tell_nonfinite_loss(state: State, ill: Mapping) -> tuple:
+    return "loss", "the loss is not finite", "go back to a sound checkpoint with a lower LR"
 
 
 class Change(NamedTuple):
@@ -71,12 +65,7 @@ def change(state: State) -> Change | None:
         return None
     first, last = losses[:LR_STEADY], losses[-LR_STEADY:]
     noise = math.sqrt(variance(first) / len(first) + variance(last) / len(last))
-    return Change(sum(first) / len(first), sum(last) / len(last), noise)
-
-
-def variance(values: Sequence[float]) -> float:
-    mean = sum(values) / len(values)
-    return sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)
+    return Change(fmean(first), fmean(last), noise)
 
 
 def loss_rose(state: State) -> dict[str, Change]:
@@ -85,10 +74,10 @@ def loss_rose(state: State) -> dict[str, Change]:
     return {"loss": seen} if rose else {}
 
 
-def tell_rise(state: State, ill: Mapping[str, Change]) -> Told:
+def tell_rise(state: State, ill: Mapping[str, Change]) -> tuple:
     seen = ill["loss"]
     message = f"the loss rose from {seen.first:.2f} to {seen.last:.2f}"
-    return Told("loss", message, "lower the learning rate, or lengthen the warm-up", seen.last - seen.first, START_OFF)
+    return "loss", message, "lower the learning rate, or lengthen the warm-up", seen.last - seen.first, START_OFF
 
 
 def updates_worth(state: State) -> float:
@@ -104,30 +93,17 @@ def loss_not_falling(state: State) -> dict[str, Change]:
     return {"loss": seen} if flat else {}
 
 
-def tell_not_falling(state: State, ill: Mapping[str, Any]) -> Told:
+def tell_not_falling(state: State, ill: Mapping[str, Change]) -> tuple:
     line = trend(list(state.losses)[-HISTORY:])
-    return Told(
-        "loss",
-        f"after {updates_worth(state):.0f} updates' worth of the peak LR the loss has not fallen: "
-        f"{line.slope:.1e} ± {line.error:.0e} an update",
-        "check the data first (random tokens? shuffled labels?), then the learning rate by a branch probe",
-        line.slope,
-        0.0,
-    )
+    message = f"after {updates_worth(state):.0f} updates' worth of the peak LR the loss has not fallen: "
+    message += f"{line.slope:.1e} ± {line.error:.0e} an update"
+    advice = "check the data first (random tokens? shuffled labels?), then the learning rate by a branch probe"
+    return "loss", message, advice, line.slope, 0.0
 
 
-WEIGHT_DECAY_ON_NORMS = Rule(
-    "weight_decay_on_norms",
-    "info",
-    decayed_vectors,
-    of_tensors(
-        "vectors (norm weights, biases) decay towards 0: {names}",
-        "give them a group with weight_decay=0",
-        limit=None,
-    ),
-    static=True,
+RULES = (
+    Rule("nonfinite_loss", "error", nonfinite_loss, tell_nonfinite_loss),
+    Rule("lr_too_high", "error", loss_rose, tell_rise),
+    Rule("loss_not_falling", "warning", loss_not_falling, tell_not_falling),
+    Rule("initial_loss", "warning", initial_loss, tell_initial_loss),
 )
-INITIAL_LOSS = Rule("initial_loss", "warning", initial_loss, tell_initial_loss)
-NONFINITE_LOSS = Rule("nonfinite_loss", "error", nonfinite_loss, tell_nonfinite_loss)
-LOSS_ROSE = Rule("lr_too_high", "error", loss_rose, tell_rise)
-LOSS_NOT_FALLING = Rule("loss_not_falling", "warning", loss_not_falling, tell_not_falling)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Mapping
+from functools import partial
 
 from torch import nn
 
@@ -11,6 +11,7 @@ from ..conventions import Group, convention_of, judge
 from ..findings import Finding
 from ..measures import adam_reach
 from . import intended
+from .rule import Rule
 from .state import LR_STEADY, GroupState, State, n_parameters
 from .steps import kind_of, matrix_shape
 
@@ -43,35 +44,52 @@ def measured_group(state: State, group: GroupState) -> Group | None:
     return Group(group.name, "muon", lr, matrix_shape(largest.param.shape), **named)
 
 
-def learning_rates(state: State) -> Iterator[Finding]:
-    """Peak LRs against what such models are trained with; low ones only once they stopped rising, and in a fresh model."""
+def learning_rates(rule: str, state: State) -> dict[str, Finding]:
+    """Peak LRs against what such models are trained with; low ones only once they stopped rising, and in a fresh model.
+    What is found under this rule, by the groups that it is about."""
     if not is_language_model(state.model):
-        return  # the table is of language models
+        return {}  # the table is of language models
     known = [(group, judged) for group in state.groups if (judged := measured_group(state, group))]
-    steady = all(group.is_steady for group, _ in known)
+    low_too = state.is_fresh and all(group.is_steady for group, _ in known)
+    ill = {}
     for finding in judge([judged for _, judged in known], n_parameters(state)) if known else ():
         hot = finding.rule == "lr_too_high" or (finding.rule == "muon_convention" and finding.value > 1)
-        if hot or (steady and state.is_fresh):
-            yield replace(finding, step=state.step)
+        if finding.rule == rule and (hot or low_too):
+            ill |= dict.fromkeys(finding.where.split(", "), finding)
+    return ill
 
 
-def reach(state: State) -> Iterator[Finding]:
+def tell_judged(state: State, ill: Mapping[str, Finding]) -> tuple:
+    finding = next(iter(ill.values()))
+    return finding.where, finding.message, finding.advice, finding.value, finding.limit
+
+
+def reach(state: State) -> dict[str, float]:
     """How far a weight can get within the budget, at the LRs seen so far and the last one from there on: the smallest reach
     of the groups. Only beside a finding about movement."""
     if state.budget is None or state.n_seen < LR_STEADY or not ABOUT_MOVEMENT & {f.rule for f in state.findings}:
-        return
+        return {}
     found = []
     for group in state.groups:
         if group.lrs and intended.is_adam(group.optimizer, group.group):
             lrs = [*group.lrs, *[group.peak] * max(0, state.budget - len(group.lrs))][: min(state.budget, 100_000)]
             found.append((adam_reach(lrs, group.group["betas"]), group.name))
-    if found:
-        most, name = min(found)
-        yield state.finding(
-            "reach",
-            "info",
-            name,
-            f"within {state.budget} updates no weight of {name} can move by more than {most:.2g}, whatever its gradients",
-            "compare it with the movement you expect before you call a weight frozen or slow",
-            value=most,
-        )
+    if not found:
+        return {}
+    most, name = min(found)
+    return {name: most}
+
+
+def tell_reach(state: State, ill: Mapping[str, float]) -> tuple:
+    ((name, most),) = ill.items()
+    message = (
+        f"within {state.budget} updates no weight of {name} can move by more than {most:.2g}, whatever its gradients"
+    )
+    return name, message, "compare it with the movement you expect before you call a weight frozen or slow", most
+
+
+RULES = [
+    Rule(rule, "warning", partial(learning_rates, rule), tell_judged)
+    for rule in ("muon_convention", "lr_too_low", "lr_too_high")
+]
+REACH = Rule("reach", "info", reach, tell_reach, once=True)

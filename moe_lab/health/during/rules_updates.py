@@ -1,4 +1,4 @@
-"""Rules about what becomes of the updates: lost to rounding, or never seen to move anything."""
+"""Rules about what becomes of the updates: lost to rounding, without a gradient, or never seen to move anything."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..findings import several
 from ..measures import Reading, Share, share_of
 from . import intended
 from .bank import Tracked
-from .rule import Rule, Told, by_kind, of_tensors
+from .rule import Rule, by_kind, of_tensors
 from .state import GroupState, State, kinds_of
 from .steps import kind_of
 
@@ -26,6 +26,8 @@ FROZEN_ULPS = 4.0  # expected travel of a tensor that is called frozen
 FROZEN_SHARE = 0.1  # of the sum of steps that a tensor is expected to travel: signs that alternate undo most of it
 BIAS = 0.3  # share of moved elements that fell, above the share that was meant to
 BIAS_ELEMENTS = 30  # moved elements before the bias is judged
+WAIT = 15  # updates before a missing gradient is judged: zero-initialised and adapter matrices start with exact zeros
+WAIT_READINGS = 3  # readings of the gradients until then, 5 updates apart
 UNREPLAYED = 50  # updates before 16-bit weights under an unknown optimizer are judged
 
 
@@ -51,24 +53,74 @@ def partly_lost(state: State) -> dict[str, Lost]:
     """None where an error says what the warning would, or what is missing may be carried on to later updates."""
     carrying = {id(g.optimizer) for g in state.groups if intended.keeps_lost_bits(g.optimizer)}
     carried = {t.kind for t in state.tracked if id(t.optimizer) in carrying}
-    lost = {} if LOST.when(state) else lost_updates(state, LOST_WARNING, LOST_ULPS[1])
+    lost = {} if badly_lost(state) else lost_updates(state, LOST_WARNING, LOST_ULPS[1])
     return {kind: what for kind, what in lost.items() if kind not in carried}
 
 
-def tell_lost(state: State, ill: Mapping[str, Lost], limit: float) -> Told:
+def badly_lost(state: State) -> dict[str, Lost]:
+    return lost_updates(state, LOST_ERROR, LOST_ULPS[0])
+
+
+def tell_lost(limit: float, state: State, ill: Mapping[str, Lost]) -> tuple:
     worst, (share, readings, n_sick, n_kinds) = next(iter(ill.items()))
     still = sum(r.unchanged for r in readings) / max(1, sum(r.n_touched for r in readings))
     dtype = str(readings[0].dtype).removeprefix("torch.")
-    return Told(
-        several(list(ill)),
+    message = (
         f"{dtype} rounds updates away: {worst} realised {share.rho:.0%} (± {share.error:.0%}) of the displacement "
-        f"its optimizer intended over {state.window} updates, {still:.0%} of its elements never moved; "
-        f"{n_sick} of {n_kinds} kinds of tensor are below {limit:g}",
-        "keep the parameters in float32 and compute under autocast; or use an optimizer with fp32 masters, Kahan "
-        "summation or stochastic rounding",
-        share.rho,
-        limit,
     )
+    message += f"its optimizer intended over {state.window} updates, {still:.0%} of its elements never moved; "
+    message += f"{n_sick} of {n_kinds} kinds of tensor are below {limit:g}"
+    advice = "keep the parameters in float32 and compute under autocast; or use an optimizer with fp32 masters, Kahan "
+    return several(list(ill)), message, advice + "summation or stochastic rounding", share.rho, limit
+
+
+def no_gradient(state: State, *answers: bool | None) -> dict[str, list[Tracked]]:
+    """Trainable tensors without any gradient of which `forward.matters` gives one of these answers.
+
+    That repeats a forward pass, once a kind for the whole training: no other rule computes anything.
+    """
+    if state.n_seen <= WAIT:
+        return {}
+    never = [t for t in state.tracked if t.optimizer is not None and t.param.requires_grad and not t.with_gradient]
+    never = [t for t in never if t.no_gradient + t.zero_gradient >= WAIT_READINGS]
+    never = [t for t in never if t.name not in state.frozen_on_purpose and not t.is_outside_model]
+    return {kind: ts for kind, ts in by_kind(never).items() if state.forward.matters(ts[0].param) in answers}
+
+
+def cut_off(state: State) -> dict[str, list[Tracked]]:
+    return no_gradient(state, True)
+
+
+tell_cut_off = partial(
+    of_tensors,
+    "{n} tensors shape the output but got no gradient in {updates} updates: {names}",
+    "learning is cut off there: look for detach(), no_grad, item() or an argmax between them and the loss",
+)
+
+
+def idle(state: State) -> dict[str, list[Tracked]]:
+    return {} if cut_off(state) else no_gradient(state, False, None)
+
+
+def tell_idle(state: State, ill: Mapping[str, list[Tracked]]) -> tuple:
+    known = all(state.forward.matters(ts[0].param) is False for ts in ill.values())
+    what = "do not change the output" if known else "have no gradient"
+    message = f"{{n}} trainable tensors {what} and got no gradient in {{updates}} updates: {{names}}"
+    return of_tensors(
+        message, "take them out of the model or the optimizer, or find out why nothing uses them", state, ill
+    )
+
+
+def sparse_gradient(state: State) -> dict[str, list[Tracked]]:
+    return by_kind([t for t in state.tracked if t.sparse])
+
+
+tell_sparse = partial(
+    of_tensors,
+    "sparse gradients: {names}; its lost updates are not measured",
+    "nothing to do; set sparse=False for a while to have it measured",
+    limit=None,
+)
 
 
 def bf16_parameters(state: State) -> dict[str, list[Tracked]]:
@@ -81,17 +133,13 @@ def bf16_parameters(state: State) -> dict[str, list[Tracked]]:
     return by_kind([t for t in stuck if not intended.keeps_lost_bits(t.optimizer)])
 
 
-def tell_bf16_parameters(state: State, ill: Mapping[str, list[Tracked]]) -> Told:
+def tell_bf16_parameters(state: State, ill: Mapping[str, list[Tracked]]) -> tuple:
     stuck, names = [t for mine in ill.values() for t in mine], several(sorted(ill))
     classes = " and ".join(dict.fromkeys(type(t.optimizer).__name__ for t in stuck))
-    return Told(
-        names,
-        f"16-bit parameters under {classes}, whose intended steps are not known: no sampled "
-        f"element of {names} has moved in {state.n_seen} updates",
-        "keep the parameters in float32, or make sure that this optimizer keeps what rounding loses",
-        len(stuck),
-        0,
-    )
+    message = f"16-bit parameters under {classes}, whose intended steps are not known: no sampled "
+    message += f"element of {names} has moved in {state.n_seen} updates"
+    advice = "keep the parameters in float32, or make sure that this optimizer keeps what rounding loses"
+    return names, message, advice, len(stuck), 0
 
 
 def frozen_tensor(state: State) -> dict[str, list[Tracked]]:
@@ -103,6 +151,13 @@ def frozen_tensor(state: State) -> dict[str, list[Tracked]]:
     members = {id(t.group): [other for other in state.tracked if other.group is t.group] for t, _ in stuck}
     ulps = [(t, expected_ulps(t, r, groups[id(t.group)], members[id(t.group)])) for t, r in stuck]
     return by_kind([t for t, expected in ulps if expected >= FROZEN_ULPS])
+
+
+tell_frozen = partial(
+    of_tensors,
+    "{n} tensors have gradients and a learning rate, and no sampled element has moved: {names}",
+    "the optimizer may hold another object than the model uses, or something writes the old values back",
+)
 
 
 def expected_ulps(t: Tracked, r: Reading, group: GroupState, members: Sequence[Tracked]) -> float:
@@ -135,32 +190,21 @@ def direction_bias(state: State) -> dict[str, float]:
     return found
 
 
-def tell_direction_bias(state: State, ill: Mapping[str, float]) -> Told:
+def tell_direction_bias(state: State, ill: Mapping[str, float]) -> tuple:
     kind = max(ill, key=lambda kind: abs(ill[kind]))
-    bias = ill[kind]
-    others = [other for other in ill if other != kind]
-    message = (
-        f"{kind}: {abs(bias):.0%} more of the moved elements went {'down' if bias > 0 else 'up'} than were meant to: "
-        "the other way is rounded off"
-    )
-    return Told(several([kind, *others]), message, "keep these weights in float32", bias, BIAS)
+    way = "down" if ill[kind] > 0 else "up"
+    message = f"{kind}: {abs(ill[kind]):.0%} more of the moved elements went {way} than were meant to: "
+    where = several([kind, *(ill.keys() - {kind})])
+    return where, message + "the other way is rounded off", "keep these weights in float32", ill[kind], BIAS
 
 
-LOST = Rule(
-    "lost_updates",
-    "error",
-    partial(lost_updates, limit=LOST_ERROR, ulps=LOST_ULPS[0]),
-    partial(tell_lost, limit=LOST_ERROR),
-)
-PARTLY_LOST = Rule("lost_updates", "warning", partly_lost, partial(tell_lost, limit=LOST_WARNING))
-BF16_PARAMETERS = Rule("bf16_parameters", "warning", bf16_parameters, tell_bf16_parameters)
-FROZEN_TENSOR = Rule(
-    "frozen_tensor",
-    "error",
-    frozen_tensor,
-    of_tensors(
-        "{n} tensors have gradients and a learning rate, and no sampled element has moved: {names}",
-        "the optimizer may hold another object than the model uses, or something writes the old values back",
-    ),
+RULES = (
+    Rule("lost_updates", "error", badly_lost, partial(tell_lost, LOST_ERROR)),
+    Rule("lost_updates", "warning", partly_lost, partial(tell_lost, LOST_WARNING)),
+    Rule("no_gradient", "error", cut_off, tell_cut_off),
+    Rule("no_gradient", "warning", idle, tell_idle),
+    Rule("frozen_tensor", "error", frozen_tensor, tell_frozen),
+    Rule("bf16_parameters", "warning", bf16_parameters, tell_bf16_parameters),
 )
 DIRECTION_BIAS = Rule("direction_bias", "warning", direction_bias, tell_direction_bias)
+SPARSE_GRADIENT = Rule("sparse_gradient", "info", sparse_gradient, tell_sparse)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,20 +80,6 @@ class State:
     forward: ForwardProbe
     budget: int | None
     findings: Sequence[Finding]  # made so far
-
-    def finding(
-        self, rule: str, severity: str, where: str, message: str, advice: str, value: Any = None, limit: Any = None
-    ):
-        return Finding(
-            rule=rule,
-            severity=severity,
-            where=where,
-            step=self.step,
-            value=value,
-            limit=limit,
-            message=message,
-            advice=advice,
-        )
 
     @property
     def read(self) -> list[tuple[Tracked, Reading]]:
