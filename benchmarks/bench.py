@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -29,22 +29,22 @@ from moe_lab.train.device import keep_freed_memory
 PAIRS = 7
 
 
-def seconds(call: Callable[[], object]) -> float:
+def milliseconds(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
-    return time.perf_counter() - start
+    return 1e3 * (time.perf_counter() - start)
+
+
+def row(name: str, peer: str, pairs: Sequence[tuple[float, float]]) -> dict:
+    """Medians of ours and the peer's milliseconds and, over pairs, of their ratio."""
+    ours, theirs = (round(statistics.median(times), 1) for times in zip(*pairs, strict=True))
+    ratio = round(statistics.median(b / a for a, b in pairs), 2)
+    return {"what": name, "peer": peer, "ours_ms": ours, "peer_ms": theirs, "peer_over_ours": ratio}
 
 
 def compare(name: str, ours: Callable, peer_name: str, peer: Callable) -> dict:
     ours(), peer()
-    pairs = [(seconds(ours), seconds(peer)) for _ in range(PAIRS)]
-    return {
-        "what": name,
-        "peer": peer_name,
-        "ours_ms": round(1e3 * statistics.median(a for a, _ in pairs), 1),
-        "peer_ms": round(1e3 * statistics.median(b for _, b in pairs), 1),
-        "peer_over_ours": round(statistics.median(b / a for a, b in pairs), 2),
-    }
+    return row(name, peer_name, [(milliseconds(ours), milliseconds(peer)) for _ in range(PAIRS)])
 
 
 def backward(module: Callable[[Tensor], Tensor | tuple], x: Tensor) -> Callable[[], None]:
@@ -87,21 +87,16 @@ def against_transformers() -> list[dict]:
 
     config = ModelConfig(d_model=192, moe_layers=(0,), d_ff_expert=256, ssm_state_dim=8, moe_router_hidden=0)
     x = torch.randn(8, 256, 192, requires_grad=True)
-    parts = [part(config) for part in (Mamba, MoE)]
-    theirs = [
-        MambaMixer(MambaConfig(hidden_size=192, state_size=8, num_hidden_layers=1), 0),
-        MixtralSparseMoeBlock(
-            MixtralConfig(hidden_size=192, intermediate_size=256, num_local_experts=8, num_experts_per_tok=2)
-        ),
-    ]
-    for module in (*parts, *theirs):
-        for p in module.parameters():
-            torch.nn.init.normal_(p, std=0.02)
-    names = ["Mamba block, 8 × 256 × 192", "MoE block, 8 experts top-2, 8 × 256 × 192"]
-    return [
-        compare(name, backward(ours, x), "transformers", backward(peer, x))
-        for name, ours, peer in zip(names, parts, theirs, strict=True)
-    ]
+    sizes = {"intermediate_size": 256, "num_local_experts": 8, "num_experts_per_tok": 2}
+    mamba = MambaMixer(MambaConfig(hidden_size=192, state_size=8, num_hidden_layers=1), 0)
+    mixture = MixtralSparseMoeBlock(MixtralConfig(hidden_size=192, **sizes))
+    pairs = {
+        "Mamba block, 8 × 256 × 192": (Mamba(config), mamba),
+        "MoE block, 8 experts top-2, 8 × 256 × 192": (MoE(config), mixture),
+    }
+    for p in (p for pair in pairs.values() for module in pair for p in module.parameters()):
+        torch.nn.init.normal_(p, std=0.02)
+    return [compare(name, backward(a, x), "transformers", backward(b, x)) for name, (a, b) in pairs.items()]
 
 
 def muon() -> dict:
@@ -129,30 +124,18 @@ def training_step(keep: bool) -> float:
             sum(model.losses(ids).values()).backward()
 
     step()
-    return 1e3 * statistics.median(seconds(step) for _ in range(PAIRS))
+    return statistics.median(milliseconds(step) for _ in range(PAIRS))
 
 
 def allocator() -> dict:
     """A process with and one without glibc keeping freed memory, in turn."""
 
     def in_a_process(keep: bool) -> float:
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.bench", "step", str(int(keep))],
-            capture_output=True,
-            text=True,
-            check=True,
-            cwd=ROOT,
-        )
-        return float(done.stdout)
+        command = [sys.executable, "-m", "benchmarks.bench", "step", str(int(keep))]
+        return float(subprocess.check_output(command, text=True, cwd=ROOT))
 
     pairs = [(in_a_process(True), in_a_process(False)) for _ in range(3)]
-    return {
-        "what": "training step of the lab's model",
-        "peer": "glibc's default allocator",
-        "ours_ms": round(statistics.median(a for a, _ in pairs), 1),
-        "peer_ms": round(statistics.median(b for _, b in pairs), 1),
-        "peer_over_ours": round(statistics.median(b / a for a, b in pairs), 2),
-    }
+    return row("training step of the lab's model", "glibc's default allocator", pairs)
 
 
 def main() -> None:

@@ -2,8 +2,8 @@
 
 Every row of detection_rows.py is a training of 100 updates, three seeds each, watched at the defaults. The rows are in two
 halves: the thresholds in moe_lab/health were chosen while only the first half was run (`--half calibration`); the second
-half judges them. Prints a table and writes benchmarks/detection.json. On two cores it takes about a quarter of an hour.
-`--missing` runs only the rows that the file does not have, and adds them.
+half judges them. Prints a table and writes benchmarks/detection.json. On two cores it takes about a quarter
+of an hour.
 """
 
 from __future__ import annotations
@@ -93,24 +93,17 @@ def print_row(name: str, results: Sequence[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--half", choices=HALVES, help="only one half of the rows")
-    parser.add_argument("--only", help="only rows whose name contains this; prints, and writes nothing")
-    parser.add_argument("--missing", action="store_true", help="only rows that benchmarks/detection.json lacks")
-    args = parser.parse_args()
-    order = [row.name for row in ROWS]
-    stored = [r for r in json.loads(FILE.read_text())["runs"] if r["row"] in order] if args.missing else []
-    there = {r["row"] for r in stored}
-    wanted = [row for row in ROWS if args.half in (None, row.half) and (args.only or "") in row.name]
-    chosen = [row.name for row in wanted if row.name not in there]
+    parser.add_argument("--half", choices=HALVES, help="only one half of the rows; prints, and writes nothing")
+    half = parser.parse_args().half
+    chosen = {i: row.name for i, row in enumerate(ROWS) if half in (None, row.half)}
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(watched, order.index(name), seed) for name in chosen for seed in SEEDS]
+        futures = [pool.submit(watched, i, seed) for i in chosen for seed in SEEDS]
         results = [future.result() for future in tqdm(futures, unit="run", desc="detection")]
-    for name in chosen:
+    for name in chosen.values():
         print_row(name, results)
-    results = sorted(stored + results, key=lambda r: (order.index(r["row"]), r["seed"]))
     halves = {half: summary(results, half) for half in HALVES}
     print(json.dumps(halves, indent=2))
-    if args.only is None and args.half is None:
+    if half is None:
         made = provenance()
         origin = {"torch": made["torch"], "python": made["python"], "steps": STEPS}
         lines = ",\n".join(json.dumps(r) for r in results)

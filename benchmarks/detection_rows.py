@@ -25,6 +25,7 @@ from moe_lab.optim import build_optimizers
 
 LRS = (0.01, 0.003)  # Muon's and AdamW's LR of the healthy recipe; what is "10 times low" is counted from here
 BASE = with_lrs(study_config(96), *LRS)
+MATCHED = "match_rms_adamw"  # the other convention of Muon's LR
 
 
 class Run(NamedTuple):
@@ -200,6 +201,11 @@ def in_bf16(lrs: tuple[float, float]) -> Make:
     return partial(language, config=with_lrs(study_config(96), *lrs, parameters="bfloat16"))
 
 
+def muon(d_model: int, lr: float, convention: str = "original", compute: str = "bfloat16") -> Make:
+    """The healthy recipe with another LR for Muon, at any width."""
+    return partial(language, config=with_lrs(study_config(d_model, compute=compute), lr, LRS[1], convention))
+
+
 def lab(seed: int, folder: Path) -> Run:
     config = load_config(ROOT / "configs" / "lab.yaml")
     return language(seed, folder, varied(config, warmup_steps=20, min_lr_ratio=1.0))
@@ -228,20 +234,16 @@ ROWS = [
     Row("AdamW alone 10 × low", "LR too low", "judged", partial(one_adamw, lr=1e-4)),
     Row("learning rates 20 × high", "LR too high", "calibration", times(20)),
     Row("AdamW alone 20 × high", "LR too high", "judged", partial(one_adamw, lr=4e-2)),
-    Row("AdamW's LR for Muon in `original`", "conventions mixed up", "calibration",
-        partial(language, config=with_lrs(study_config(192), 1e-3, LRS[1]))),
+    Row("AdamW's LR for Muon in `original`", "conventions mixed up", "calibration", muon(192, 1e-3)),
     # judged first, and missed by the limit of that day (Muon at 30 × in either convention); then moved to this half
-    Row("an `original` 0.03 in match_rms_adamw", "conventions mixed up", "calibration",
-        partial(language, config=with_lrs(study_config(192), 0.03, LRS[1], "match_rms_adamw"))),
-    Row("an `original` 0.05 in match_rms_adamw, width 96", "conventions mixed up", "judged",
-        partial(language, config=with_lrs(study_config(96), 0.05, LRS[1], "match_rms_adamw"))),
-    Row("the published 0.02 in match_rms_adamw, width 288", "conventions mixed up", "judged",
-        partial(language, config=with_lrs(study_config(288), 0.02, LRS[1], "match_rms_adamw"))),
+    Row("an `original` 0.03 in match_rms_adamw", "conventions mixed up", "calibration", muon(192, 0.03, MATCHED)),
+    Row("an `original` 0.05 in match_rms_adamw, width 96", "conventions mixed up", "judged", muon(96, 0.05, MATCHED)),
+    Row("the published 0.02 in match_rms_adamw, width 288", "conventions mixed up", "judged", muon(288, 0.02, MATCHED)),
     # wider, where the conventions are further apart; in float32, because they were run where bf16 products are slow
     Row("AdamW's 3e-4 for Muon in `original`, width 384", "conventions mixed up", "judged",
-        partial(language, config=with_lrs(study_config(384, compute="float32"), 3e-4, LRS[1]))),
+        muon(384, 3e-4, compute="float32")),
     Row("the published 0.02 in match_rms_adamw, width 384", "conventions mixed up", "judged",
-        partial(language, config=with_lrs(study_config(384, compute="float32"), 0.02, LRS[1], "match_rms_adamw"))),
+        muon(384, 0.02, MATCHED, compute="float32")),
     Row("embeddings and heads in no optimizer", "group missing", "calibration", partial(without_group, name="adamw_decayed")),
     Row("norms in no optimizer", "group missing", "judged", partial(without_group, name="adamw")),
     Row("a feed-forward branch detached", "branch detached", "calibration", partial(with_detached, path="layers.1.ffn")),
@@ -250,9 +252,8 @@ ROWS = [
     Row("the embedding frozen by accident", "frozen by accident", "judged", partial(with_frozen, prefix="embedding.")),
     Row("tuned Muon: the lab's default run", None, "calibration", lab),
     Row("plain AdamW", None, "judged", one_adamw),
-    Row("match_rms_adamw", None, "judged", partial(language, config=with_lrs(study_config(96), 3e-3, LRS[1], "match_rms_adamw"))),
-    Row("a warm-up of 200 updates", None, "calibration",
-        partial(language, config=varied(warmup_steps=200))),
+    Row("match_rms_adamw", None, "judged", muon(96, 3e-3, MATCHED)),
+    Row("a warm-up of 200 updates", None, "calibration", partial(language, config=varied(warmup_steps=200))),
     Row("the end of a cosine", None, "judged", cosine_end),
     Row("fine-tuning at 1e-5", None, "judged", fine_tuning),
     Row("adapters on a frozen base", None, "calibration", adapters),

@@ -14,7 +14,7 @@ from pathlib import Path
 import nbformat
 
 from moe_lab.config import ROOT
-from moe_lab.course.machine import MINUTES
+from moe_lab.course.machine import read_minutes
 from moe_lab.course.runner import all_notebooks
 from moe_lab.failures.results import load_results
 from moe_lab.health import RULES, SICKNESSES
@@ -106,7 +106,7 @@ def health_pages() -> dict[Path, str]:
 def main() -> None:
     for path, text in health_pages().items():
         write_atomically(path, text)
-    minutes_of = json.loads(MINUTES.read_text(encoding="utf-8"))
+    minutes_of = read_minutes()
     rows = ["| notebook | question | minutes: smoke | lab |", "| --- | --- | --- | --- |"]
     for path in all_notebooks():
         notebook = nbformat.read(path, as_version=4)

@@ -81,8 +81,10 @@ def fit_watched(trainer: Trainer) -> dict[str, Any]:
 
 
 def notebook(args: argparse.Namespace) -> None:
-    from moe_lab.course import runner
-
+    try:
+        from moe_lab.course import runner
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"notebooks need {error.name}; `make setup` in a clone installs it") from error
     runner.notebook_command(args.arguments)
 
 

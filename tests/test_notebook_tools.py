@@ -130,7 +130,7 @@ def test_parameters_are_cast_to_what_the_notebook_declares(tmp_path) -> None:
     path = write(tmp_path / "n.ipynb")
     given = {"resume": "false", "lr": "1e-3", "n_seeds": "2", "overrides": "training.steps=3"}
     expected = {"resume": False, "lr": 0.001, "n_seeds": 2, "overrides": ["training.steps=3"]}
-    assert notebook.validate_parameters(path, given) == expected
+    assert runner.validate_parameters(path, given) == expected
 
 
 @pytest.mark.parametrize(
@@ -147,10 +147,25 @@ def test_parameters_are_cast_to_what_the_notebook_declares(tmp_path) -> None:
 def test_wrong_parameters_stop_before_a_kernel_starts(tmp_path, parameters, message, capsys) -> None:
     path = write(tmp_path / "n.ipynb")
     with pytest.raises(ConfigError, match=re.escape(message)):
-        notebook.validate_parameters(path, parameters)
+        runner.validate_parameters(path, parameters)
     arguments = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
     assert main(["notebook", str(path), *arguments]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("word", ["05", "all"])
+def test_where_no_notebooks_are_installed_one_line_says_so(word, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(runner, "NOTEBOOKS", tmp_path)
+    assert main(["notebook", word]) == 2
+    assert re.fullmatch(r"error: .+: no notebooks; an installed package has none: .+ clone\n", capsys.readouterr().err)
+
+
+def test_a_package_that_notebooks_need_is_named(monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "papermill", None)  # importing it raises ModuleNotFoundError
+    monkeypatch.delitem(sys.modules, "moe_lab.course.runner")
+    monkeypatch.delattr("moe_lab.course.runner")
+    assert main(["notebook", "05"]) == 2
+    assert re.fullmatch("error: notebooks need papermill; .+\n", capsys.readouterr().err)
 
 
 def test_headless_leaves_one_picture_and_no_widget(tmp_path) -> None:

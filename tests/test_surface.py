@@ -36,7 +36,7 @@ def test_an_exact_quadratic_is_found_again() -> None:
     assert fit.stationary == pytest.approx((-1.8, -2.7))
     assert fit.is_minimum
     assert fit.is_inside
-    assert (len(fit.losses), fit.n_dropped, fit.box) == (13, 0, ((-3.4, -0.6), (-4.4, -1.6)))
+    assert (len(fit.losses), fit.box) == (13, ((-3.4, -0.6), (-4.4, -1.6)))
     assert fit.residual_sd == pytest.approx(0, abs=1e-12)
     elsewhere = np.array([[0.3, -5.0], [-2.2, 1.0]])
     np.testing.assert_allclose(fit.predict(elsewhere), bowl(elsewhere))
@@ -59,11 +59,11 @@ def test_residuals_have_n_minus_6_degrees_of_freedom() -> None:
     assert math.isnan(fit_quadratic(POINTS[[0, 1, 3, 4, 8, 9]], bowl(POINTS[[0, 1, 3, 4, 8, 9]])).residual_sd)
 
 
-def test_diverged_points_are_dropped_and_counted() -> None:
+def test_diverged_points_are_dropped() -> None:
     y = bowl(POINTS)
     y[[6, 8]] = np.inf
     fit = fit_quadratic(POINTS, y)
-    assert (len(fit.losses), fit.n_dropped) == (11, 2)
+    assert len(fit.losses) == 11
     assert fit.stationary == pytest.approx((-1.8, -2.7))
     y[POINTS[:, 0] > -1.5] = np.inf
     assert fit_quadratic(POINTS, y).box[0] == (-3.4, -2.0)
@@ -154,7 +154,7 @@ def test_a_parabola_through_the_best_of_a_grid() -> None:
     best = best_on_grid(lrs, [losses + 0.1, losses - 0.1])
     assert (best.at_edge, best.lr) == (False, 1e-3)
     assert best.loss == pytest.approx(losses[2])
-    assert (best.optimum_lr, best.optimum_loss) == pytest.approx((6e-4, 4.2))
+    assert best.optimum_lr == pytest.approx(6e-4)
 
 
 def test_an_optimum_at_the_edge_or_beside_a_divergence_is_not_interpolated() -> None:
@@ -280,9 +280,8 @@ def test_the_reports_norm_deviation_is_75_to_85_percent_of_what_any_run_shows() 
     assert adam_reach(fixed) < 0.05
 
 
-def test_the_warm_up_with_and_without_its_bug() -> None:
+def test_the_warm_up_with_its_bug() -> None:
     assert case_lrs(7, 8.0, warmup=4).tolist() == [8, 2, 4, 6, 8, 8, 8]
-    assert case_lrs(7, 8.0, warmup=4, first_at_full=False).tolist() == [2, 4, 6, 8, 8, 8, 8]
     assert case_lrs(0, 1.0).tolist() == []
     # the same bug in torch: the optimizer's own LR stands until the scheduler has stepped once
     weight = torch.zeros(1, requires_grad=True)
@@ -294,13 +293,6 @@ def test_the_warm_up_with_and_without_its_bug() -> None:
         optimizer.step()
         optimizer.param_groups[0]["lr"] = 9e-5 * min(n / 100, 1)
     np.testing.assert_allclose(case_lrs(105, 9e-5), seen, rtol=1e-12)
-
-
-def test_the_healthy_warm_up_is_the_packages() -> None:
-    from moe_lab.optim.schedule import lr_share
-
-    ours = case_lrs(120, 1.0, first_at_full=False)
-    np.testing.assert_allclose(ours, [lr_share(n, 24_414_062, 100, 0.1) for n in range(1, 121)], rtol=1e-9)
 
 
 @pytest.mark.parametrize("lrs", [[1e-3, -1e-3], [math.nan], [math.inf]])

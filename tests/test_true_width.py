@@ -250,27 +250,8 @@ def test_a_prediction_then_a_measurement(tiny, tmp_path, capsys):
     assert "must precede" in capsys.readouterr().err
 
 
-def test_the_experts_pair_alone_gives_back_what_the_measurement_had(after_prediction, tmp_path, capsys):
-    """On a machine that has none of the runs: the same numbers again, and a provenance of their own."""
-    assert main("experts", "--width", "192") == 2
-    assert "no measurement to add to" in capsys.readouterr().err
-    main("measure", "--width", "192")
-    whole, path = load_true_width(result_path(192)), tmp_path / "true_width" / "result_192.json"
-    stored = json.loads(path.read_text())
-    stored["measured"]["nats"]["moe"], stored["measured"]["displacement"]["moe"] = {}, {}
-    path.write_text(json.dumps(stored))
-    assert load_true_width(result_path(192)).nats != whole.nats
-    shutil.rmtree(tmp_path / "runs")
-    assert main("experts", "--width", "192") == 0
-    again = load_true_width(result_path(192))
-    assert again[:4] == whole[:4]
-    assert whole.provenance in again.provenance and "the experts' pair from" in again.provenance
-    shares = {f"{r['lr']:g}": r["measured"] for r in whole.shares if (r["block"], r["kind"]) == ("moe", "Muon")}
-    assert json.loads(path.read_text())["measured"]["experts"]["rho_again"] == pytest.approx(shares, rel=1e-4)
-
-
 def test_a_run_older_than_the_prediction_is_refused(after_prediction, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(true_width, "true_runs", lambda width: true_width.experts_pair(width)[:1])
+    monkeypatch.setattr(true_width, "true_runs", lambda width: [OneBlock(block="moe", d_model=width, steps=STEPS)])
     path = tmp_path / "true_width" / "result_192.json"
     path.write_text(path.read_text().replace('"written": "20', '"written": "21'))
     assert main("measure", "--width", "192") == 2

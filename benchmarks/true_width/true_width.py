@@ -2,7 +2,6 @@
 
     python -m benchmarks.true_width.true_width predict     # widths 192, 384, 768 → the prediction, in notebooks/results
     python -m benchmarks.true_width.true_width measure     # width 1536; refuses to start without the prediction
-    python -m benchmarks.true_width.true_width experts     # of that, only what bf16 costs the block with experts; into the same file
 
 One block in a one-layer language model (dense, or 8 experts top-2), real text, real gradients, the report's cure as LRs
 (`designs.CURE`), constant after 20 updates of warm-up. The trajectory is float32; at each update and for several LRs, a
@@ -75,12 +74,6 @@ def true_runs(width: int) -> list[OneBlock]:
     dense, moe = (OneBlock(block=block, d_model=width, steps=MARKS[-1]) for block in BLOCKS)
     runs = [dense, replace(dense, parameters="bfloat16"), replace(dense, std="fan_in", steps=MARKS[0])]
     return [*runs, moe, replace(moe, parameters="bfloat16", steps=PAIR["moe"])]
-
-
-def experts_pair(width: int) -> list[OneBlock]:
-    """The block with experts, float32 and bf16, as far as the bf16 run goes."""
-    sound = OneBlock(block="moe", d_model=width, steps=PAIR["moe"])
-    return [sound, replace(sound, parameters="bfloat16")]
 
 
 def those(rows: Rows, **wanted: Any) -> list[dict[str, Any]]:
@@ -233,24 +226,6 @@ def write_measured(width: int) -> None:
     save(width, stored | {"measured": measured})
 
 
-def measure_experts(width: int) -> None:
-    """Run the pair with experts alone, as a machine does that has none of the other runs, and put what it shows into the
-    result, with a provenance of its own. Raises ConfigError if there is no measurement to add it to."""
-    stored = stored_result(width)
-    if "measured" not in stored:
-        command = "python -m benchmarks.true_width.true_width measure"
-        raise ConfigError(f"{result_path(width)}: no measurement to add to; run: {command}")
-    for _ in run_all(experts_pair(width)):
-        pass
-    rows = sound, sick = rows_of(experts_pair(width))
-    check = {f"{lr:g}": by_part(at_lr(sound["shadow"][str(MARKS[0])], lr))["Muon"]["rho"] for lr in LRS}
-    measured = stored["measured"]
-    measured["nats"]["moe"] = nats(width, "moe", rows)
-    measured["displacement"]["moe"] = {"updates": sick["updates"], "kinds": by_part(sick["displacement"])}
-    measured["experts"] = provenance(rows) | {"rho_again": check}
-    save(width, stored)
-
-
 def save(width: int, result: dict[str, Any]) -> None:
     """As JSON with a line for each row of shares, numbers to 5 digits."""
     path = result_path(width)
@@ -267,10 +242,7 @@ def save(width: int, result: dict[str, Any]) -> None:
 
 def command(argv: Sequence[str] | None = None) -> None:
     """Raises ConfigError for wrong input. Ctrl-C: finished runs are kept, the same command goes on."""
-    name, phases = (
-        "python -m benchmarks.true_width.true_width",
-        {"predict": predict, "measure": measure, "experts": measure_experts},
-    )
+    name, phases = "python -m benchmarks.true_width.true_width", {"predict": predict, "measure": measure}
     parser = argparse.ArgumentParser(prog=name, description=__doc__.split("\n\n")[0])
     parser.add_argument("phase", choices=phases)
     parser.add_argument("--width", type=int, default=TRUE_WIDTH, help="a multiple of 192; default: %(default)s")

@@ -11,18 +11,16 @@ no more than a warning. All three are settled here, before anything runs.
 
 from __future__ import annotations
 
-import ast
 import itertools
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import torch
 
 from moe_lab.config import ROOT, Config, ConfigError, load_config, suggestion
@@ -150,43 +148,3 @@ def claim(id: str, holds: Any, statement: str) -> None:
     if not bool(holds):
         raise AssertionError(f"{id} does not hold: {statement}")
     print(f"{id} holds: {statement}")
-
-
-def declared_parameters(path: str | Path) -> dict[str, tuple[type | None, Any]]:
-    """Name → (type, default) of the cell tagged `parameters`; the type is None where neither annotation nor default
-    tells it. Raises ConfigError if the notebook cannot be read."""
-    try:
-        cells = nbformat.read(path, as_version=4).cells
-    except (OSError, ValueError) as error:  # a file that is no notebook is a ValueError too
-        raise ConfigError(f"{path}: not a notebook that can be read: {str(error).splitlines()[0]}") from None
-    source = next((c.source for c in cells if "parameters" in c.metadata.get("tags", [])), "")
-    kinds = {kind.__name__: kind for kind in WORDS}
-    declared = {}
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.AnnAssign):
-            target, noted = node.target, ast.unparse(node.annotation).split("|")[0].split("[")[0].strip()
-        elif isinstance(node, ast.Assign):
-            target, noted = node.targets[0], ""
-        else:
-            continue
-        default = ast.literal_eval(node.value) if node.value else None
-        declared[target.id] = (kinds.get(noted, type(default) if type(default) in WORDS else None), default)
-    return declared
-
-
-def validate_parameters(notebook_path: str | Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters for papermill: names known to the notebook, values of its types, and a config that holds together.
-
-    Raises ConfigError before a kernel starts. A parameter that is None is passed on as it is.
-    """
-    declared = declared_parameters(notebook_path)
-    values = {}
-    for name, value in parameters.items():
-        if name not in declared:
-            near = suggestion(name, declared) or (f"; it has {', '.join(declared)}" if declared else "; it has none")
-            raise ConfigError(f"{Path(notebook_path).name}: unknown parameter {name!r}{near}")
-        kind = KINDS.get(name) or declared[name][0]
-        values[name] = value if value in (None, "") or kind is None else cast(name, value, kind)
-    given = {name: default for name, (_, default) in declared.items()} | values
-    resolve(**{name: value for name, value in given.items() if name in KINDS})
-    return values

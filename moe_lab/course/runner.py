@@ -9,6 +9,7 @@ that cell; a second one ends it at once.
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import signal
@@ -25,7 +26,7 @@ from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 
 from moe_lab.config import ROOT, ConfigError, suggestion
-from moe_lab.course.notebook import declared_parameters, new_run_dir, resolve, validate_parameters
+from moe_lab.course.notebook import KINDS, WORDS, cast, new_run_dir, resolve
 from moe_lab.train import RunError
 from moe_lab.train.record import RECORD
 
@@ -96,6 +97,37 @@ def execute(path: Path, output: Path, parameters: Mapping[str, Any], **environme
         os.environ.update(before)
 
 
+def declared_parameters(path: str | Path) -> dict[str, tuple[type | None, Any]]:
+    """Name → (type, default) of the cell tagged `parameters`; the type is None where neither annotation nor default
+    tells it. Raises ConfigError if the notebook cannot be read."""
+    try:
+        found = papermill.inspect_notebook(str(path))
+    except (OSError, ValueError) as error:  # a file that is no notebook is a ValueError too
+        raise ConfigError(f"{path}: not a notebook that can be read: {str(error).splitlines()[0]}") from None
+    kinds = {kind.__name__: kind for kind in WORDS}
+    defaults = {name: ast.literal_eval(parameter["default"]) for name, parameter in found.items()}
+    noted = {name: parameter["inferred_type_name"] for name, parameter in found.items()}  # "None": no annotation
+    return {name: (kinds.get(noted[name], kinds.get(type(value).__name__)), value) for name, value in defaults.items()}
+
+
+def validate_parameters(notebook_path: str | Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters for papermill: names known to the notebook, values of its types, and a config that holds together.
+
+    Raises ConfigError before a kernel starts. A parameter that is None is passed on as it is.
+    """
+    declared = declared_parameters(notebook_path)
+    values = {}
+    for name, value in parameters.items():
+        if name not in declared:
+            near = suggestion(name, declared) or (f"; it has {', '.join(declared)}" if declared else "; it has none")
+            raise ConfigError(f"{Path(notebook_path).name}: unknown parameter {name!r}{near}")
+        kind = KINDS.get(name) or declared[name][0]
+        values[name] = value if value in (None, "") or kind is None else cast(name, value, kind)
+    given = {name: default for name, (_, default) in declared.items()} | values
+    resolve(**{name: value for name, value in given.items() if name in KINDS})
+    return values
+
+
 def run_notebook(
     path: str | Path, parameters: Mapping[str, Any] | None = None, run_dir: str | Path | None = None
 ) -> Path:
@@ -149,7 +181,10 @@ def find_notebook(path: str | Path) -> Path:
 
 
 def all_notebooks() -> list[Path]:
-    return sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
+    """Raises ConfigError where there are none."""
+    if paths := sorted(NOTEBOOKS.glob("[0-9]*.ipynb")):
+        return paths
+    raise ConfigError(f"{NOTEBOOKS}: no notebooks; an installed package has none: run this in a clone")
 
 
 def run_all(parameters: Mapping[str, Any]) -> None:

@@ -79,18 +79,16 @@ def horizon_96() -> Experiment:
 def attribution(d_model: int) -> Experiment:
     """The three points in float32, in bf16 and in bf16 with fp32 masters, and every corner between failure and each
     other point, so that shares can be taken over all orders of fixing. Arms: `failure → muon of cure, bf16`, …"""
-    config = study_config(d_model)
-    arms = {}
-    for name, (muon, adamw) in POINTS.items():
-        arms[f"{name}, float32"] = Arm(with_lrs(config, muon, adamw))
-        arms[f"{name}, bf16"] = Arm(with_lrs(config, muon, adamw, parameters="bfloat16"))
-        arms[f"{name}, masters"] = Arm(with_lrs(config, muon, adamw, parameters="bfloat16"), remedy="masters")
+    settings = dict(POINTS)
     for name in ("cure", "tuned"):
-        mixed = {"Muon": (POINTS[name][0], FAILURE[1]), "AdamW": (FAILURE[0], POINTS[name][1])}
-        for which, (muon, adamw) in mixed.items():
-            for parameters, label in (("float32", "float32"), ("bfloat16", "bf16")):
-                mixture = with_lrs(config, muon, adamw, parameters=parameters)
-                arms[f"failure with {which} of {name}, {label}"] = Arm(mixture)
+        settings[f"failure with Muon of {name}"] = (POINTS[name][0], FAILURE[1])
+        settings[f"failure with AdamW of {name}"] = (FAILURE[0], POINTS[name][1])
+    config, arms = study_config(d_model), {}
+    for name, lrs in settings.items():
+        cast = with_lrs(config, *lrs, parameters="bfloat16")
+        arms |= {f"{name}, float32": Arm(with_lrs(config, *lrs)), f"{name}, bf16": Arm(cast)}
+        if name in POINTS:
+            arms[f"{name}, masters"] = Arm(cast, remedy="masters")
     return Experiment(name=f"attribution_{d_model}", arms=arms)
 
 

@@ -122,12 +122,11 @@ def load_true_width(path: Path = RESULTS / "true_width.json") -> TrueWidth:
             found = {"measured": same[0]["rho"], "error": same[0]["error"], "lost": same[0]["lost"]}
             found |= {"measured_last": same[-1]["rho"], "updates": same[-1]["updates"]}
             shares.append({**row, "predicted": row["rho"], **found})
-    for block, table in measured["nats"].items():
-        for mark, values in table.items():
-            predicted = prediction["nats"][block][mark]
-            for loss in ("training", "validation"):
-                pair = {"predicted": predicted[loss], "measured": values[loss]}
-                costs.append({"block": block, "mark": int(mark), "loss": loss, **pair})
+    for block, mark in ((block, mark) for block, table in measured["nats"].items() for mark in table):
+        predicted, found = (phase["nats"][block][mark] for phase in (prediction, measured))
+        for loss in ("training", "validation"):
+            row = {"block": block, "mark": int(mark), "loss": loss}
+            costs.append(row | {"predicted": predicted[loss], "measured": found[loss]})
     line = (
         f"width {stored['width']}: predicted {prediction['written']} (commit {', '.join(prediction['commit'])}), measured from "
         f"{measured['begun']} (commit {', '.join(measured['commit'])}); 1 seed, "

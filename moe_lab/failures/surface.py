@@ -25,7 +25,6 @@ class Quadratic(NamedTuple):
     coefficients: NDArray  # (6,)
     points: NDArray  # (n, 2), those with a finite loss
     losses: NDArray  # (n,)
-    n_dropped: int  # points whose loss was infinite
 
     @property
     def box(self) -> Box:
@@ -82,13 +81,12 @@ class GridBest(NamedTuple):
     lr: float  # on the grid
     loss: float  # mean over seeds
     optimum_lr: float | None = None  # of the parabola; None at an edge or beside a run that diverged
-    optimum_loss: float | None = None
 
 
 def fit_quadratic(x: ArrayLike, y: ArrayLike) -> Quadratic:
     """Least squares of losses y (n,) on points x (n, 2): in the lab, log10 of Muon's and of AdamW's learning rate.
 
-    Points with an infinite loss are dropped and counted. Raises ConfigError for NaN, for unequal lengths, and if the
+    Points with an infinite loss are dropped. Raises ConfigError for NaN, for unequal lengths, and if the
     points that are left cannot determine six coefficients.
     """
     points, losses = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
@@ -105,7 +103,7 @@ def fit_quadratic(x: ArrayLike, y: ArrayLike) -> Quadratic:
     if np.linalg.matrix_rank(terms(points - points.mean(axis=0))) < TERMS:
         raise ConfigError(f"{len(points)} points with finite losses do not determine a quadratic; add settings")
     coefficients = np.linalg.lstsq(terms(points), losses, rcond=None)[0]
-    return Quadratic(coefficients, points, losses, n_dropped=int((~kept).sum()))
+    return Quadratic(coefficients, points, losses)
 
 
 def bootstrap_optimum(x: ArrayLike, y: ArrayLike, n_resamples: int = 2000, seed: int = 0) -> Optimum:
@@ -148,9 +146,8 @@ def best_on_grid(lrs: ArrayLike, losses_by_seed: ArrayLike) -> GridBest:
     near = slice(i - 1, i + 2)
     if best.at_edge or not np.isfinite(mean[near]).all() or not np.ptp(mean[near]):
         return best
-    parabola = np.poly1d(np.polyfit(np.log(grid[near]), mean[near], 2))
-    lowest = (-parabola[1] / (2 * parabola[2])).item()
-    return best._replace(optimum_lr=math.exp(lowest), optimum_loss=parabola(lowest).item())
+    square, linear, _ = np.polyfit(np.log(grid[near]), mean[near], 2)
+    return best._replace(optimum_lr=math.exp(-linear / (2 * square)))
 
 
 def shapley(values: Mapping[frozenset[str], float], factors: Collection[str]) -> dict[str, float]:
@@ -171,21 +168,18 @@ def shapley(values: Mapping[frozenset[str], float], factors: Collection[str]) ->
     return shares
 
 
-def case_lrs(n_updates: int, peak: float, warmup: int = 100, first_at_full: bool = True) -> NDArray:
+def case_lrs(n_updates: int, peak: float, warmup: int = 100) -> NDArray:
     """Learning rates (n_updates,) of the case's warm-up, constant at `peak` after it.
 
-    `first_at_full` is the case's bug B18: a scheduler sets the LR only after an update, so update 1 still runs at the
-    optimizer's own, which is the peak; then update n runs at (n - 1) / warmup of it, and the warm-up ends one update
-    late. Without the bug, update n runs at n / warmup, as `moe_lab.optim.schedule.lr_share`.
-    With it 102 updates sum to 1 + (0.01 + … + 1.00) + 1 = 52.5 peaks. The case's cosine after the warm-up spans 24
-    million updates: over the few that were run it takes off less than 1e-9 of the peak, and is left out.
+    By the case's bug B18 a scheduler sets the LR only after an update: update 1 still runs at the optimizer's own, which is
+    the peak, then update n at (n - 1) / warmup of it, so that 102 updates sum to 1 + (0.01 + … + 1.00) + 1 = 52.5 peaks.
+    The case's cosine after the warm-up spans 24 million updates: over the few that were run it takes off less than 1e-9 of
+    the peak, and is left out.
     """
     if n_updates < 0 or warmup < 1:
         raise ConfigError(f"n_updates={n_updates} must be 0 or more and warmup={warmup} 1 or more")
-    n = np.arange(1, n_updates + 1)
-    shares = np.minimum((n - first_at_full) / warmup, 1.0)
-    if first_at_full:
-        shares[:1] = 1.0
+    shares = np.minimum(np.arange(n_updates) / warmup, 1.0)
+    shares[:1] = 1.0
     return peak * shares
 
 
