@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -47,15 +45,14 @@ def run(args: argparse.Namespace) -> int:
     for finding in before:
         print(line_of(finding), file=sys.stderr)
     with trainer.opened():  # from here on no other process writes there
-        summary = fit_watched(trainer)
-    print(f"{summary['status']}: {summary['steps']} steps in {trainer.run_dir}; see record.jsonl and summary.json")
-    severities = [finding["severity"] for finding in summary["findings"]]
-    print(counts(severities) + (f": see {trainer.run_dir / FINDINGS}" if severities else ""))
-    return int("error" in severities or any(finding.severity == "error" for finding in before))
+        status, findings = fit_watched(trainer)
+    print(f"{status}: {trainer.step} steps in {trainer.run_dir}; see record.jsonl and summary.json")
+    print(counts(findings) + (f": see {trainer.run_dir / FINDINGS}" if findings else ""))
+    return has_error(before + findings)
 
 
-def fit_watched(trainer: Trainer) -> dict[str, Any]:
-    """`trainer.fit()` under a Watch that writes findings.jsonl, with a progress bar."""
+def fit_watched(trainer: Trainer) -> tuple[str, list[Finding]]:
+    """`trainer.fit()` under a Watch that writes findings.jsonl, with a progress bar: how it ended, what was found."""
     plan = {"budget": trainer.n_steps, "start_step": trainer.step, "log": trainer.run_dir / FINDINGS}
     try:
         watch = Watch(trainer.model, trainer.optimizers, **plan)
@@ -77,7 +74,7 @@ def fit_watched(trainer: Trainer) -> dict[str, Any]:
                 bar.write(f"step {row['step']}: validation loss {row['validation_loss']:.4f}", file=sys.stderr)
 
         trainer.listeners.append(show)
-        return trainer.fit()
+        return trainer.fit()["status"], watch.findings
 
 
 def notebook(args: argparse.Namespace) -> None:
@@ -105,17 +102,21 @@ def check_file(args: argparse.Namespace) -> int:
         raise ConfigError(str(error)) from error
     for finding in findings:
         print(line_of(finding))
-    severities = [finding.severity for finding in findings]
-    print(counts(severities))
-    return int("error" in severities)
+    print(counts(findings))
+    return has_error(findings)
+
+
+def has_error(findings: list[Finding]) -> int:
+    return int(any(finding.severity == "error" for finding in findings))
 
 
 def line_of(f: Finding) -> str:
     return " ".join(f"{f.severity}: {f.rule}: {f.where}: {f.message}. {f.advice}".split())
 
 
-def counts(severities: Sequence[str]) -> str:
+def counts(findings: list[Finding]) -> str:
     """`0 errors, 2 warnings, 1 info`."""
+    severities = [finding.severity for finding in findings]
     numbers = [(severities.count(name), name) for name in SEVERITIES]
     return ", ".join(f"{n} {name}" + ("s" if n != 1 and name != "info" else "") for n, name in numbers)
 

@@ -75,6 +75,7 @@ class Trainer:
             model = build_model(model_config, training.seed, self.device)
         self.model = device.place(model, optimizers, precision, self.device)
         self.model.recompute_blocks = training.activation_checkpointing
+        self.products = device.bfloat16_products(self.model, precision.compute, self.device)
         self.optimizers = optimizers or build_optimizers(self.model, config.optimizer, training.max_lr)
         for index, group in enumerate(groups_of(self.optimizers)):  # a caller's own optimizers lack these
             group.setdefault("initial_lr", group["lr"])
@@ -191,7 +192,7 @@ class Trainer:
             with self.autocast():
                 ids = ids.to(self.device, non_blocking=True)
                 terms, routings, _ = self.model.report(ids, generator=self.dropout_noise)
-            with self.products():
+            with self.products:
                 (sum(terms.values()) / n_micro).backward()
             for name, term in terms.items():
                 means[name] = means.get(name, 0.0) + term.detach() / n_micro
@@ -291,8 +292,5 @@ class Trainer:
     def autocast(self):
         """The context of a forward pass; a backward pass wants `products` alone."""
         enabled = self.config.precision.compute == "bfloat16"
-        with self.products(), torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
+        with self.products, torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
             yield
-
-    def products(self):
-        return device.bfloat16_products(self.model, self.config.precision.compute, self.device)
