@@ -25,7 +25,7 @@ from moe_lab.health.during.forward import ForwardProbe
 from moe_lab.health.torch_private import is_nested_step
 from moe_lab.optim import Muon
 
-GUARDS = {"Hook.__call__", "Watch.failed", "Watch.forward_failed", "Published.whatever_is_broken"}  # what catches
+GUARDS = {"Hook.__call__", "Watch.failed", "Watch.forward_failed", "Watch.give_up"}  # what catches
 # the model's own code is called there, and may not like it: no answer is an answer
 ASKING_THE_MODEL = {"tensors_of", "ForwardProbe.try_changed.<locals>.outputs"}
 OTHER_WAYS = {"replay_elements"}  # whole tensors are tried then

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from statistics import geometric_mean, linear_regression
 from typing import NamedTuple
 
-from .findings import Finding
+from .findings import Finding, found
 
 CONVENTIONS = ("original", "match_rms_adamw")
 ADAMW_RMS = 0.2  # RMS of AdamW's update over its LR, as Liu et al. 2025 measured it: sec. 2.2, "Matching update RMS"
@@ -143,37 +143,22 @@ def judge(groups: Iterable[Group], n_parameters: float) -> list[Finding]:
             says = f"{ratios['muon']:.2g} × the usual; {compared}. Read as {name} the same number is {ratio:.2g} × the usual: "
             advice = f"keep the number and set the convention to {name}, or keep {muon[0].convention} and try about {fitting:.2g}"
             says += "it seems meant for that, or for AdamW"
-            return [
-                warning(
-                    "muon_convention",
-                    muon,
-                    ratios["muon"],
-                    says,
-                    advice,
-                    LOW if ratios["muon"] < LOW else muon[0].limit,
-                )
-            ]
+            limit = LOW if ratios["muon"] < LOW else muon[0].limit
+            return [warning("muon_convention", muon, says, advice, ratios["muon"], limit)]
         if distance(ratio) < distance(ratios["muon"]):
             hint = f". Read as {name}, Muon's would be {ratio:.2g} × the usual"
     findings = []
     if low := [group for group in muon + adam if ratios[group.kind] < LOW]:
         worst = min(ratios[group.kind] for group in low)
         says = f"up to {1 / worst:.2g} times below the usual; {compared}" + hint * (low[0].kind == "muon")
-        findings.append(warning("lr_too_low", low, worst, says, RAISE, LOW))
+        findings.append(warning("lr_too_low", low, says, RAISE, worst, LOW))
     if high := [group for group in muon + adam if ratios[group.kind] > group.limit]:
         worst = max(high, key=lambda group: ratios[group.kind])
         says = f"up to {ratios[worst.kind]:.2g} times above the usual; {compared}" + hint * (high[0].kind == "muon")
-        findings.append(warning("lr_too_high", high, ratios[worst.kind], says, LOWER, worst.limit))
+        findings.append(warning("lr_too_high", high, says, LOWER, ratios[worst.kind], worst.limit))
     return findings
 
 
-def warning(rule: str, groups: Sequence[Group], value: float, says: str, advice: str, limit: float) -> Finding:
-    return Finding(
-        rule=rule,
-        severity="warning",
-        where=", ".join(group.name for group in groups),
-        value=value,
-        limit=limit,
-        message=f"learning rate {', '.join(group.described for group in groups)} is {says}",
-        advice=advice,
-    )
+def warning(rule: str, groups: Sequence[Group], says: str, advice: str, value: float, limit: float) -> Finding:
+    message = f"learning rate {', '.join(group.described for group in groups)} is {says}"
+    return found(rule, "warning", ", ".join(group.name for group in groups), message, advice, value, limit)

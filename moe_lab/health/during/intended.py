@@ -17,7 +17,7 @@ import enum
 import re
 import types
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -189,12 +189,13 @@ class Replays:
                 stride = max(1, -(-len(alike) // self.n_matrices))
                 self.few |= {id(t) for t in alike[stride // 2 :: stride]}
 
-    def add(self, optimizer: Optimizer, tell: Callable[[Exception], None]) -> None:
-        """Add the step that is about to be taken. If it cannot be replayed, it is given up, and `tell` is called."""
+    def add(self, optimizer: Optimizer) -> Exception | None:
+        """Add the step that is about to be taken. An optimizer whose step cannot be replayed is given up: the error is returned,
+        unless it keeps what rounding loses."""
         self.last = {}
         mine = self.of.get(id(optimizer))
         if not mine:
-            return
+            return None
         random_state = RandomState({bank.device for bank, _ in mine})  # a replayed step may round stochastically
         try:
             self.replay(optimizer)
@@ -203,10 +204,10 @@ class Replays:
             self.last = {}
             for _, t in self.of.pop(id(optimizer)):
                 t.intended_known = False
-            if not keeps_lost_bits(optimizer):
-                tell(error)
+            return None if keeps_lost_bits(optimizer) else error
         finally:
             random_state.put_back()
+        return None
 
     def replay(self, optimizer: Optimizer) -> None:
         batches: dict[tuple, list[tuple[Bank, Tracked]]] = {}  # one replay for a group's tensors of the same age

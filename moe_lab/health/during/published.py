@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
-from ..findings import SEVERITIES, Finding
+from ..findings import SEVERITIES, Finding, found
 
 ADVICE = "what was found before stands; the training itself is not affected"
-LAST_WORDS = Finding(  # made before anything can go wrong
-    rule="not_measured",
-    severity="warning",
-    where="the watch",
-    message="the watch failed, and failed again while it said so",
-    advice=ADVICE,
-)
+FAILED_TWICE = "the watch failed, and failed again while it said so"
+LAST_WORDS = found("not_measured", "warning", "the watch", FAILED_TWICE, ADVICE)  # made before anything can go wrong
 
 
 class Published:
@@ -28,9 +22,8 @@ class Published:
 
     def __init__(self, log: str | Path | None, start_step: int):
         self.log, self.findings = (None, []) if log is None else open_log(log, start_step)
-        self.gravest: dict[
-            tuple[str, str | None], int
-        ] = {}  # by rule and subject (None: all): the gravest severity told
+        # by rule and subject (None: all), the gravest severity told
+        self.gravest: dict[tuple[str, str | None], int] = {}
         for finding in self.findings:
             self.note(finding, finding.where if finding.rule == "not_measured" else None)
 
@@ -42,9 +35,6 @@ class Published:
     def is_news(self, rule: str, severity: str, subject: str) -> bool:
         before = min(self.gravest.get((rule, key), len(SEVERITIES)) for key in (subject, None))
         return SEVERITIES.index(severity) < before
-
-    def has_spoken(self, rule: str) -> bool:
-        return any(rule == name for name, _ in self.gravest)
 
     def add(self, finding: Finding, *subjects: str) -> None:
         """Keep and write a finding about these subjects."""
@@ -62,16 +52,7 @@ class Published:
         """Say once for each `where` what cannot be measured."""
         if self.is_news("not_measured", severity, where):
             message = f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            known = {"rule": "not_measured", "severity": severity, "where": where, "step": step}
-            self.add(Finding(**known, message=message, advice=ADVICE), where)
-
-    def whatever_is_broken(self, *actions: Callable[[], None]) -> None:
-        """Do these, and if one fails, say so without a word that could fail."""
-        try:
-            for action in actions:
-                action()
-        except Exception:
-            self.findings.append(LAST_WORDS)
+            self.add(found("not_measured", severity, where, message, ADVICE, step=step), where)
 
 
 def open_log(path: str | Path, start_step: int) -> tuple[Path, list[Finding]]:
@@ -95,6 +76,4 @@ def open_log(path: str | Path, start_step: int) -> tuple[Path, list[Finding]]:
     except OSError as error:
         raise ValueError(f"log={str(path)!r} cannot be written: {error.strerror}") from error
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"log={str(path)!r} holds no findings: {error}; give another file, or move this one"
-        ) from error
+        raise ValueError(f"log={str(path)!r} holds no findings: {error}; give another, or move it") from error

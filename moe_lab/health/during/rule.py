@@ -23,7 +23,6 @@ class Rule(NamedTuple):
     when: Callable[[State], Mapping[str, Any]]
     tell: Callable[[State, Mapping[str, Any]], tuple]
     static: bool = False  # needs no update: asked when the watch begins, too
-    once: bool = False  # has nothing to add once it has spoken
 
     def finding(self, state: State, ill: Mapping[str, Any]) -> Finding:
         return found(self.id, self.severity, *self.tell(state, ill), step=state.step)

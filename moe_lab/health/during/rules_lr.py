@@ -64,7 +64,7 @@ def tell_judged(state: State, ill: Mapping[str, Finding]) -> tuple:
     return finding.where, finding.message, finding.advice, finding.value, finding.limit
 
 
-def reach(state: State) -> dict[str, float]:
+def reach(state: State) -> dict[str, tuple[float, str]]:
     """How far a weight can get within the budget, at the LRs seen so far and the last one from there on: the smallest reach
     of the groups. Only beside a finding about movement."""
     if state.budget is None or state.n_seen < LR_STEADY or not ABOUT_MOVEMENT & {f.rule for f in state.findings}:
@@ -74,14 +74,11 @@ def reach(state: State) -> dict[str, float]:
         if group.lrs and intended.is_adam(group.optimizer, group.group):
             lrs = [*group.lrs, *[group.peak] * max(0, state.budget - len(group.lrs))][: min(state.budget, 100_000)]
             found.append((adam_reach(lrs, group.group["betas"]), group.name))
-    if not found:
-        return {}
-    most, name = min(found)
-    return {name: most}
+    return {"the smallest": min(found)} if found else {}
 
 
-def tell_reach(state: State, ill: Mapping[str, float]) -> tuple:
-    ((name, most),) = ill.items()
+def tell_reach(state: State, ill: Mapping[str, tuple[float, str]]) -> tuple:
+    most, name = ill["the smallest"]
     message = (
         f"within {state.budget} updates no weight of {name} can move by more than {most:.2g}, whatever its gradients"
     )
@@ -92,4 +89,4 @@ RULES = [
     Rule(rule, "warning", partial(learning_rates, rule), tell_judged)
     for rule in ("muon_convention", "lr_too_low", "lr_too_high")
 ]
-REACH = Rule("reach", "info", reach, tell_reach, once=True)
+REACH = Rule("reach", "info", reach, tell_reach)

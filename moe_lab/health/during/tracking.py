@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,35 +14,26 @@ from ..torch_private import has_step_hooks
 from .bank import Tracked
 
 
-def check_input(model: nn.Module, optimizers: list[Any], expect_frozen: Sequence[str]) -> list[str]:
-    """Names of the model's parameters. Raises ValueError for what cannot be watched."""
+def refusals(model: nn.Module, optimizers: list[Any], expect_frozen: Sequence[str]) -> Iterator[str]:
+    """Why these cannot be watched, and what to do; only the first is sure."""
     for optimizer in optimizers:
+        kind = type(optimizer).__name__
         if not isinstance(optimizer, Optimizer) or not has_step_hooks(optimizer):
-            raise ValueError(
-                f"optimizer={type(optimizer).__name__} is not a torch.optim.Optimizer; pass one, or a list of them"
-            )
+            yield f"optimizer={kind} is not a torch.optim.Optimizer; pass one, or a list of them"
         if not any(group["params"] for group in optimizer.param_groups):
-            raise ValueError(
-                f"optimizer {type(optimizer).__name__} has no parameters; pass the one that trains the model"
-            )
+            yield f"optimizer {kind} has no parameters; pass the one that trains the model"
     if not optimizers:
-        raise ValueError("optimizer=[] is empty; pass the optimizer that trains the model")
+        yield "optimizer=[] is empty; pass the optimizer that trains the model"
     if isinstance(expect_frozen, str):
-        raise ValueError(f"expect_frozen={expect_frozen!r} must be a list of names, such as [{expect_frozen!r}]")
-    names = [name for name, _ in model.named_parameters()]
-    if not names:
-        raise ValueError(f"model={type(model).__name__} has no parameters")
-    for name, p in model.named_parameters():
-        if p.device.type == "meta":
-            raise ValueError(
-                f"{name} is on the meta device and holds no values; materialise the model before watching it"
-            )
+        yield f"expect_frozen={expect_frozen!r} must be a list of names, such as [{expect_frozen!r}]"
+    named = dict(model.named_parameters())
+    if not named:
+        yield f"model={type(model).__name__} has no parameters"
+    for name in (name for name, p in named.items() if p.device.type == "meta"):
+        yield f"{name} is on the meta device and holds no values; materialise the model before watching it"
     for prefix in expect_frozen:
-        if not any(name.startswith(prefix) for name in names):
-            raise ValueError(
-                f"expect_frozen: no parameter's name starts with {prefix!r}; the first one is {names[0]!r}"
-            )
-    return names
+        if not any(name.startswith(prefix) for name in named):
+            yield f"expect_frozen: no parameter's name starts with {prefix!r}; the first one is {next(iter(named))!r}"
 
 
 def innermost(optimizer: Any) -> Any:
@@ -103,9 +94,7 @@ def track(model: nn.Module, optimizers: list[Optimizer]) -> tuple[list[Tracked],
             outside.append(name)
             tracked.append(Tracked(name, p, None, 0, ""))
     if len(outside) == len(tracked):
-        raise ValueError(
-            "no parameter of the model is in the optimizer; build the optimizer from this model's parameters"
-        )
+        raise ValueError("no parameter of the model is in the optimizer; build it from this model's parameters")
     ranks: dict[str, set[int]] = {}
     for t in tracked:
         ranks.setdefault(t.kind, set()).add(t.param.ndim)

@@ -15,7 +15,7 @@ changes no number of the training, and an error of its own ends the watch, with 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -29,12 +29,12 @@ from .bank import Bank, Tracked, banks_of
 from .forward import ForwardProbe, Hook
 from .gradients import Gradients
 from .intended import N_MATRICES, Replays
-from .published import Published
+from .published import LAST_WORDS, Published
 from .report import table
 from .rules import ALL
 from .state import HISTORY, GroupState, State, fetch
 from .steps import Steps
-from .tracking import check_input, innermost, named_groups, track
+from .tracking import innermost, named_groups, refusals, track
 
 READ_EVERY = 5  # updates between looks at the gradients
 CHECK_EVERY = 10  # updates between checks of the rules: the only transfers from the device
@@ -74,8 +74,10 @@ class Watch:
         self.model, self.budget, self.start_step = model, budget, start_step
         given = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
         self.optimizers = [innermost(o) for o in given]
-        names = check_input(model, self.optimizers, expect_frozen)
+        for refusal in refusals(model, self.optimizers, expect_frozen):
+            raise ValueError(refusal)
         self.published = Published(log, start_step)
+        names = [name for name, _ in model.named_parameters()]
         self.frozen_on_purpose = {name for name in names if name.startswith(tuple(expect_frozen))}
         self.findings: list[Finding] = self.published.findings
         self.rules = list(ALL)
@@ -181,7 +183,10 @@ class Watch:
                 group.note_lr()
         if not has_closure(args, kwargs):
             self.read_gradients(optimizer)
-            self.replays.add(optimizer, lambda error: self.replay_failed(optimizer, error))
+            name, error = type(optimizer).__name__, self.replays.add(optimizer)
+            if error is not None:
+                what = f"{name}'s steps cannot be replayed: what rounding loses is not measured"
+                self.publish_failure("info", name, what, error)
             self.steps.begin(optimizer, self.counts[id(optimizer)], self.replays.last)
 
     def after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
@@ -204,26 +209,21 @@ class Watch:
             self.gradients.read([t for t in self.tracked if t.optimizer in owners], self.banks, optimizer)
 
     def failed(self, error: Exception) -> None:
-        """Stop and say so, whatever else is broken by now; the training goes on."""
-
-        def say() -> None:
-            self.publish_failure("warning", "the watch", f"the watch stopped at update {self.step}", error)
-
-        self.published.whatever_is_broken(say, self.close)
+        """Stop and say so; the training goes on."""
+        self.give_up("the watch", "the watch stopped", error, self.close)
 
     def forward_failed(self, error: Exception) -> None:
         """Go on without listening to forward passes."""
+        what = "forward passes are no longer listened to: the first loss and missing gradients are judged by less"
+        self.give_up("the forward pass", what, error, self.forward.close)
 
-        def say() -> None:
-            what = "forward passes are no longer listened to: the first loss and missing gradients are judged by less"
-            self.publish_failure("warning", "the forward pass", what, error)
-
-        self.published.whatever_is_broken(say, self.forward.close)
-
-    def replay_failed(self, optimizer: Optimizer, error: Exception) -> None:
-        name = type(optimizer).__name__
-        what = f"{name}'s steps cannot be replayed: what rounding loses is not measured"
-        self.publish_failure("info", name, what, error)
+    def give_up(self, where: str, what: str, error: Exception, stop: Callable[[], None]) -> None:
+        """Say so and stop, whatever else is broken by now."""
+        try:
+            self.publish_failure("warning", where, what, error)
+            stop()
+        except Exception:
+            self.findings.append(LAST_WORDS)
 
     # ---- readings ----------------------------------------------------------------------------------------------------
 
@@ -299,7 +299,7 @@ class Watch:
     def apply(self, state: State, at_start: bool = False) -> None:
         """Ask each rule, and publish what it has to say of what it did not name before."""
         for rule in self.rules:
-            if (at_start and not rule.static) or (rule.once and self.published.has_spoken(rule.id)):
+            if at_start and not rule.static:
                 continue
             try:
                 ill = rule.when(state)
