@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -91,6 +93,14 @@ def assert_agreement(ours: dict[str, Tensor], theirs: dict[str, Tensor], toleran
 def assert_nonzero(tensors: dict[str, Tensor]) -> None:
     """Agreement about nothing proves nothing: every tensor must hold something."""
     assert not [name for name, t in tensors.items() if not t.any()]
+
+
+@contextmanager
+def refused(error: type[Exception], match: str) -> Iterator[pytest.ExceptionInfo]:
+    """What users are told: an error of this class, one line that holds `match`."""
+    with pytest.raises(error, match=match) as caught:
+        yield caught
+    assert "\n" not in str(caught.value)
 
 
 def solved(number: str, **names) -> dict:

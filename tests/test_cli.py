@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from tiny_run import CONFIGS, tiny, train
+from tiny_run import CONFIGS, contents, tiny, train
 
 from moe_lab import Trainer
 from moe_lab import __main__ as command_line
@@ -212,11 +212,11 @@ def test_nothing_is_written_into_a_run_that_another_process_holds(tmp_path: Path
     (tmp_path / "c.yaml").write_text(to_yaml(config))
     train(config, tmp_path / "run")
     monkeypatch.setattr(command_line, "Watch", lambda *given, **options: pytest.fail("a watch opened its log"))
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    before = contents(tmp_path / "run")
     with FileLock(tmp_path / "run" / ".lock"):
         assert main(["run", str(tmp_path / "c.yaml"), "--run-dir", str(tmp_path / "run"), "--resume"]) == 2
     assert "another process trains here; wait for it" in capsys.readouterr().err
-    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    assert contents(tmp_path / "run") == before
 
 
 def test_overrides_may_follow_an_option(tmp_path: Path, capsys) -> None:

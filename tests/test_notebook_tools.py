@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from helpers import refused
 
 from benchmarks import outputs
 from moe_lab.__main__ import main
@@ -63,7 +64,7 @@ def test_cast_takes_what_says_the_same(kind, value, expected) -> None:
     [(bool, "flase"), (bool, 1), (int, "1.5"), (int, True), (int, "many"), (float, "nan"), (str, 3), (list, [1])],
 )
 def test_cast_refuses_the_rest_in_one_line(kind, value) -> None:
-    with pytest.raises(ConfigError, match=f"^parameter name={re.escape(repr(value))} must be .+$"):
+    with refused(ConfigError, match=f"^parameter name={re.escape(repr(value))} must be .+$"):
         notebook.cast("name", value, kind)
 
 
@@ -106,9 +107,8 @@ def test_begin_resolves_the_run_from_any_directory(tmp_path, monkeypatch, capsys
     ids=str,
 )
 def test_begin_refuses_in_one_line(parameters, message) -> None:
-    with pytest.raises(ConfigError, match=message) as caught:
+    with refused(ConfigError, match=message):
         notebook.begin(**parameters)
-    assert "\n" not in str(caught.value)
 
 
 def test_a_run_directory_named_automatically_makes_room_for_another_run(tmp_path) -> None:
@@ -146,7 +146,7 @@ def test_parameters_are_cast_to_what_the_notebook_declares(tmp_path) -> None:
 )
 def test_wrong_parameters_stop_before_a_kernel_starts(tmp_path, parameters, message, capsys) -> None:
     path = write(tmp_path / "n.ipynb")
-    with pytest.raises(ConfigError, match=re.escape(message)):
+    with refused(ConfigError, match=re.escape(message)):
         runner.validate_parameters(path, parameters)
     arguments = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
     assert main(["notebook", str(path), *arguments]) == 2
@@ -193,7 +193,7 @@ def test_a_failing_worker_fails_the_cell_with_its_own_words(tmp_path, capsys) ->
 
 def test_a_directory_with_a_run_is_not_overwritten(tmp_path) -> None:
     (tmp_path / "record.jsonl").touch()
-    with pytest.raises(ConfigError, match="holds a run already.*resume=true"):
+    with refused(ConfigError, match="holds a run already.*resume=true"):
         runner.run_notebook(write(tmp_path / "n.ipynb"), {}, tmp_path)
 
 
@@ -228,6 +228,6 @@ def test_refresh_writes_clean_outputs_in_place_and_nothing_when_a_cell_fails(tmp
     assert all("papermill" not in cell.metadata for cell in done.cells)
     assert "widget-view" not in path.read_text()
     before = write(path, "1 / 0").read_text()
-    with pytest.raises(RunError, match="n.ipynb, cell .2.: ZeroDivisionError: division by zero"):
+    with refused(RunError, match="n.ipynb, cell .2.: ZeroDivisionError: division by zero"):
         outputs.write_outputs(outputs.executed(path, "lab"), path)
     assert path.read_text() == before

@@ -10,7 +10,7 @@ import struct
 import numpy as np
 import pytest
 import torch
-from helpers import seeded
+from helpers import refused, seeded
 from tiny_run import write_text
 from torch import nn
 
@@ -222,7 +222,7 @@ def test_a_prediction_then_a_measurement(tiny, tmp_path, capsys):
     assert "no prediction yet" in capsys.readouterr().err
     assert main("predict", "--width", "192") == 0
     assert {run.d_model for run in tiny} == {24, 48, 96}
-    with pytest.raises(ConfigError, match="no measurement yet"):
+    with refused(ConfigError, match="no measurement yet"):
         load_true_width(result_path(192))
     n_before = len(tiny)
     assert main("measure", "--width", "192") == 0

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import refused
 from torch import nn
 from torch.optim import SGD, AdamW
 from toy import VOCAB, loss_of, said, toy, train, watched
@@ -205,29 +206,27 @@ def test_a_sharded_model_is_watched_by_its_own_part(tmp_path) -> None:
 # ---- input that cannot be watched ------------------------------------------------------------------------------------
 
 
-def refused(match: str, *args, **kwargs) -> None:
-    with pytest.raises(ValueError, match=match) as caught:
-        Watch(*args, **kwargs)
-    assert "\n" not in str(caught.value)
-
-
 def test_bad_input_is_refused_in_one_line(tmp_path) -> None:
+    def refused_as(match: str, *args, **kwargs) -> None:
+        with refused(ValueError, match=match):
+            Watch(*args, **kwargs)
+
     model = toy()
     optimizer = AdamW(model.parameters())
     emptied = AdamW(model.parameters())
     emptied.param_groups[0]["params"] = []
-    refused("AdamW has no parameters", model, emptied)
-    refused("empty", model, [])
-    refused("not a torch.optim.Optimizer", model, [model])
-    refused("meta device", nn.Linear(2, 2, device="meta"), optimizer)
-    refused("no parameters", nn.ReLU(), optimizer)
-    refused("no parameter of the model is in the optimizer", model, AdamW(toy(1, width=8).parameters()))
+    refused_as("AdamW has no parameters", model, emptied)
+    refused_as("empty", model, [])
+    refused_as("not a torch.optim.Optimizer", model, [model])
+    refused_as("meta device", nn.Linear(2, 2, device="meta"), optimizer)
+    refused_as("no parameters", nn.ReLU(), optimizer)
+    refused_as("no parameter of the model is in the optimizer", model, AdamW(toy(1, width=8).parameters()))
     copied = copy.deepcopy(model)  # the optimizer trains another object than the one that is used
-    refused("no parameter of the model is in the optimizer", model, AdamW(copied.parameters()))
-    refused("no parameter's name starts with 'lm_head'", model, optimizer, expect_frozen=["lm_head"])
-    refused("must be a list", model, optimizer, expect_frozen="head")
+    refused_as("no parameter of the model is in the optimizer", model, AdamW(copied.parameters()))
+    refused_as("no parameter's name starts with 'lm_head'", model, optimizer, expect_frozen=["lm_head"])
+    refused_as("must be a list", model, optimizer, expect_frozen="head")
     (tmp_path / "file").touch()
-    refused("cannot be written", model, optimizer, log=tmp_path / "file" / "log.jsonl")
+    refused_as("cannot be written", model, optimizer, log=tmp_path / "file" / "log.jsonl")
 
 
 def test_a_parameter_in_two_optimizers_is_an_error_at_once() -> None:

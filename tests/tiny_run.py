@@ -47,5 +47,10 @@ def parameters(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Of every file in it: what must not change."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def without_times(rows: list[dict]) -> list[dict]:
     return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
