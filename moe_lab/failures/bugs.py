@@ -1,7 +1,7 @@
-"""The named bugs, each a patch from outside on a healthy model or its optimizers. Nothing here is on by default.
+"""Bugs planted on purpose, each a patch from outside on a healthy model or its optimizers. Nothing here is on by default.
 
-An id such as B01 is one of CASE's (`moe_lab.course.case.bug("B01")` says it in words); the others are common ones that the
-case did not have.
+B01 and B02 are course/case.yaml's (`moe_lab.course.case.bug("B01")` says it in words); the others are common ones that the
+case did not have. Notebooks 01 and 02 plant B08, B03, B05 and B19 in cells of their own.
 """
 
 from __future__ import annotations

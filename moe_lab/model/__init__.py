@@ -10,6 +10,11 @@ heads.py         multi-token prediction and its loss
 layers.py        what blocks share: SwiGLU, the routers' MLP, dropout
 generate.py      text, a token a step
 count.py         how many parameters a config has
+
+A new mechanism is a file here with the contract that `Block` states, and: its fields in config.py; the choice of layer in
+`Block`; start values in `init_weights`; its matrices in `MATRICES` of optim/groups.py; an entry in `MECHANISMS` of
+tests/helpers.py, which puts it through the tests of causality, generation, counting and gradients; a comparison under
+tests/peers; what the study model leaves out in failures/designs.py.
 """
 
 from moe_lab.model.count import ParameterCount, count_parameters
