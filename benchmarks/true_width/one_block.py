@@ -6,7 +6,7 @@ cells of `moe_lab.failures.experiments`, which keeps the finished ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from benchmarks.true_width.shadow import Shadow, displacement
 from moe_lab.config import Config, ModelConfig
 from moe_lab.failures.designs import CURE, study_config, with_lrs
-from moe_lab.failures.experiments import Cell, rows_so_far, run_cells, validation_loss
+from moe_lab.failures.experiments import Cell, run_cells, validation_loss
 from moe_lab.health import Watch
 from moe_lab.model import LanguageModel, build_model
 from moe_lab.train import Trainer, read_record
@@ -49,35 +49,30 @@ class OneBlock:
         return Cell(config=self.config(), probe=rounding, options={"run": asdict(self)})
 
 
-def run_all(runs: Sequence[OneBlock]) -> Iterator[object]:
-    """Run those that the cache does not hold, in order; yields after each. Ctrl-C leaves the finished ones in the cache."""
-    return run_cells([run.cell() for run in runs], workers=0)
-
-
 def rows_of(runs: Sequence[OneBlock]) -> list[dict[str, Any]]:
-    """Rows of the runs that are finished or have begun."""
-    return rows_so_far([run.cell() for run in runs])
+    """Rows of the runs, in order; those that the cache does not hold are run first. Ctrl-C leaves the finished ones there."""
+    cells = [run.cell() for run in runs]
+    rows = dict(run_cells(cells, workers=0))
+    return [rows[cell.key] for cell in cells]
 
 
-def rounding(trainer: Trainer, run: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The probe: training losses every 10 updates; at each mark also the validation loss and what rounding keeps."""
+def rounding(trainer: Trainer, run: Mapping[str, Any]) -> dict[str, Any]:
+    """The probe: training losses; at each mark also the validation loss and what rounding keeps."""
     scale(trainer.model, run["std"], trainer.config.model)
     shadow = watch = None
     if run["parameters"] == "float32":
         shadow = Shadow(trainer.model, trainer.optimizers, run["lrs"])
     else:
         watch = Watch(trainer.model, trainer.optimizers, n_matrices=10**6)
-    row: dict[str, Any] = {"run": run, "validation": {}, "shadow": {}, "displacement": {}}
-    marks = {mark for mark in MARKS if mark < trainer.n_steps} | {trainer.n_steps}
-    for until in sorted({*range(10, trainer.n_steps, 10), *marks}):
-        for _ in trainer.steps(until):
+    row: dict[str, Any] = {"run": run, "validation": {}, "shadow": {}}
+    for mark in sorted({mark for mark in MARKS if mark < trainer.n_steps} | {trainer.n_steps}):
+        for _ in trainer.steps(mark):
             pass
-        row["next_token"] = [r["losses"]["next_token"] for r in read_record(trainer.run_dir) if "loss" in r]
-        if until in marks:
-            row["validation"][str(until)] = validation_loss(trainer, VALIDATION_TOKENS)
-            row["shadow"] |= {str(until): shadow.read()} if shadow else {}
-        row["displacement"] = displacement(watch) if watch else {}
-        yield row
+        row["validation"][str(mark)] = validation_loss(trainer, VALIDATION_TOKENS)
+        row["shadow"] |= {str(mark): shadow.read()} if shadow else {}
+    row["displacement"] = displacement(watch) if watch else {}
+    row["next_token"] = [r["losses"]["next_token"] for r in read_record(trainer.run_dir) if "loss" in r]
+    return row
 
 
 def start_values(config: ModelConfig, std: str, seed: int = 0) -> LanguageModel:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.true_width.one_block import LRS, MARKS, OneBlock, has_fan_in, rows_of, run_all, start_values
+from benchmarks.true_width.one_block import LRS, MARKS, OneBlock, has_fan_in, rows_of, start_values
 from benchmarks.true_width.shadow import at_lr, by_part, part_of
 from moe_lab.config import ConfigError
 from moe_lab.data.prepare import CACHE
@@ -158,8 +158,6 @@ def predict(width: int) -> None:
     if "measured" in stored_result(width):
         held = "holds a measurement already, which a prediction must precede; move it away first"
         raise ConfigError(f"{result_path(width)}: {held}")
-    for _ in run_all(narrow_runs(width)):
-        pass
     rows = rows_of(narrow_runs(width))
     shares = [
         row for block, stds in BLOCKS.items() for std in stds for row in predicted_shares(width, block, std, rows)
@@ -180,25 +178,15 @@ def predict(width: int) -> None:
 
 
 def measure(width: int) -> None:
-    """Run the true width and write what it shows beside the prediction, anew after every run, and after Ctrl-C.
+    """Run the true width and write what it shows beside the prediction. After Ctrl-C it goes on with the runs that are left.
 
     Raises ConfigError if there is no prediction, or if a run is older than it.
     """
-    if not stored_result(width):
+    stored = stored_result(width)
+    if not stored:
         command = "python -m benchmarks.true_width.true_width predict"
         raise ConfigError(f"{result_path(width)}: no prediction yet; write it first: {command}")
-    try:
-        for _ in run_all(true_runs(width)):
-            write_measured(width)
-    finally:
-        write_measured(width)
-
-
-def write_measured(width: int) -> None:
-    """Put what the runs at `width` have shown so far into the result; an unfinished run counts with the updates it has."""
-    stored, rows = stored_result(width), rows_of(true_runs(width))
-    if not rows:
-        return
+    rows = rows_of(true_runs(width))
     facts, made = provenance(rows), stored["prediction"]["written"]
     if facts["begun"] < made:
         ages = f"the prediction ({made}) is younger than a run ({facts['begun']})"

@@ -46,12 +46,12 @@ FORMAT = 1  # raise it whenever the same cell would give other numbers
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One run. `probe(trainer, **options)` is a generator function of a module, since it is sent to another process: it
-    drives the trainer by `trainer.steps(until)` and yields what it has measured so far; what it yields last is the row.
-    `options` are plain values. `remedy` is a key of `optim.rounding.REMEDIES`, for bf16 parameters."""
+    """One run. `probe(trainer, **options)` drives the trainer by `trainer.steps(until)` and returns the row; a function of a
+    module, since it is sent to another process. `options` are plain values. `remedy` is a key of `optim.rounding.REMEDIES`,
+    for bf16 parameters."""
 
     config: Config
-    probe: Callable[..., Iterator[dict[str, Any]]]
+    probe: Callable[..., dict[str, Any]]
     options: Mapping[str, Any]
     remedy: str | None = None
 
@@ -110,24 +110,15 @@ def run_cells(
 
     An error in a cell, or Ctrl-C, ends the running ones and is raised; what is finished stays in the cache.
     """
-    paths = paths_of(cells)
+    hashes = {
+        data: read_corpus(data, progress=False).hash for data in {cell.config.data for cell in cells}
+    }  # the text too
+    paths = {cell.key: CACHE / "runs" / f"{cell.key}_{hashes[cell.config.data][:12]}.json" for cell in cells}
     jobs = {cell.key: (cell, paths[cell.key]) for cell in cells if not paths[cell.key].exists()}.values()
     done = in_processes(jobs, workers) if jobs and workers != 0 else (run_cell(*job) for job in jobs)
     there = [path for path in paths.values() if path.exists()]
     for path in tqdm(chain(there, done), name, len(paths), unit="run", disable=not progress):
         yield path.name.split("_")[0], json.loads(path.read_text())
-
-
-def rows_so_far(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """Rows of the cells that are finished or have begun; what is not finished has what was measured so far."""
-    found = (next(filter(Path.exists, (path, path.with_suffix(".part"))), None) for path in paths_of(cells).values())
-    return [json.loads(path.read_text()) for path in found if path]
-
-
-def paths_of(cells: Sequence[Cell]) -> dict[str, Path]:
-    """Where the cache holds each cell's row, by key. The text belongs to what it is computed from, too."""
-    hashes = {data: read_corpus(data, progress=False).hash for data in {cell.config.data for cell in cells}}
-    return {cell.key: CACHE / "runs" / f"{cell.key}_{hashes[cell.config.data][:12]}.json" for cell in cells}
 
 
 def in_processes(jobs: Collection[tuple[Cell, Path]], workers: int | None) -> Iterator[Path]:
@@ -155,16 +146,16 @@ def start_worker(parent: Connection) -> None:
 
 
 def run_cell(cell: Cell, path: Path) -> Path:
-    """Train one cell and measure it. The row so far is in `path` with .part, the whole one in `path`, which is returned."""
+    """Train one cell, and write what its probe measured to `path`, which is returned."""
     start, began = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(cell.config, cell.remedy, folder)
         made = provenance() | {"corpus": trainer.dataset.corpus_hash, "started": began}
-        for measured in cell.probe(trainer, **cell.options):
-            wall = {"wall_s": round(time.perf_counter() - start, 1), "updates": trainer.step}
-            write_atomically(path.with_suffix(".part"), json.dumps(measured | made | wall))
-    return path.with_suffix(".part").replace(path)
+        row = cell.probe(trainer, **cell.options)
+    wall = {"wall_s": round(time.perf_counter() - start, 1), "updates": trainer.step}
+    write_atomically(path, json.dumps(row | made | wall))
+    return path
 
 
 def make_trainer(config: Config, remedy: str | None, folder: str | Path) -> Trainer:
@@ -176,23 +167,21 @@ def make_trainer(config: Config, remedy: str | None, folder: str | Path) -> Trai
     return Trainer(config, folder, model=model, optimizers=optimizers)
 
 
-def losses_at(trainer: Trainer, evaluate_at: Sequence[int]) -> Iterator[dict[str, Any]]:
+def losses_at(trainer: Trainer, evaluate_at: Sequence[int]) -> dict[str, Any]:
     """Validation losses after these updates, and how the run went. A run that diverges is a result too: its later losses
     are null, as JSON has no NaN."""
-    validation: dict[str, float | None] = {str(step): None for step in evaluate_at}
-    diverged = None
+    validation, diverged = dict.fromkeys(map(str, evaluate_at)), None
     try:
         for step in evaluate_at:
             for _ in trainer.steps(step):
                 pass
             validation[str(step)] = finite(validation_loss(trainer))
-            yield {"validation": validation}
     except RunError:
         diverged = trainer.step
     rows = [row for row in read_record(trainer.run_dir) if "loss" in row]
     weights = trainer.config.model.aux_loss_weights
     tenths = {str(row["step"]): row["losses"]["next_token"] * sum(weights) / weights[0] for row in rows[::10]}
-    yield {
+    return {
         "steps": trainer.n_steps,
         "tokens": trainer.tokens(),
         "validation": validation,
