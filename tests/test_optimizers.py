@@ -174,9 +174,9 @@ def full_rank(model: nn.Module) -> Callable[[int], None]:
 def test_a_number_meant_for_the_other_convention_is_told_from_a_right_one(make: Make, lr, number, other) -> None:
     """At width 256 the conventions are 3.2 apart. 0.002 was reported of Moonlight's, which is called Muon and is right."""
     model = toy(width=256)
-    assert said(watched(model, make(model, lr), 21, before_step=full_rank(model))) == []
+    assert said(watched(model, make(model, lr), 11, before_step=full_rank(model))) == []
     model = toy(width=256)
-    found = finding(watched(model, make(model, number), 21, before_step=full_rank(model)), "muon_convention")
+    found = finding(watched(model, make(model, number), 11, before_step=full_rank(model)), "muon_convention")
     assert f"set the convention to {other}" in found.advice and found.where.endswith("[0]")
 
 

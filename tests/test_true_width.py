@@ -173,8 +173,9 @@ def predicted(tmp_path_factory):
     """A folder with the runs that predict width 192, made once, and the prediction."""
     folder = tmp_path_factory.mktemp("predicted")
     with pytest.MonkeyPatch.context() as context:
-        make_small(context, folder, write_text(folder))
+        made = make_small(context, folder, write_text(folder))
         assert main("predict", "--width", "192") == 0
+    assert {run.d_model for run in made} == {24, 48, 96}
     return folder
 
 
@@ -216,16 +217,16 @@ def after_prediction(tiny, tmp_path, predicted):
     return tiny
 
 
-def test_a_prediction_then_a_measurement(tiny, tmp_path, capsys):
+def test_a_prediction_comes_first(tiny, capsys):
     assert main("measure", "--width", "192") == 2
     assert "no prediction yet" in capsys.readouterr().err
-    assert main("predict", "--width", "192") == 0
-    assert {run.d_model for run in tiny} == {24, 48, 96}
+
+
+def test_a_prediction_then_a_measurement(after_prediction, tmp_path, capsys):
     with refused(ConfigError, match="no measurement yet"):
         load_true_width(result_path(192))
-    n_before = len(tiny)
     assert main("measure", "--width", "192") == 0
-    assert {run.d_model for run in tiny[n_before:]} == {192}
+    assert {run.d_model for run in after_prediction} == {192}
     found = load_true_width(result_path(192))
     keys = {(row["block"], row["std"]) for row in found.shares}
     assert keys == {("dense", "0.02"), ("dense", "fan_in"), ("moe", "0.02")}
