@@ -160,7 +160,8 @@ def goes_on(functions: Sequence[types.FunctionType], error: Exception, log=None)
     assert sys.faults_raised, f"{name} was not called"
     assert all(torch.equal(a, b) for a, b in zip(weights, trained.untouched, strict=True)), name
     told = [f for f in watch.findings if f.rule == "not_measured"]
-    assert (told or name in OTHER_WAYS) and len(told) <= 8, f"{name}: {len(told)} findings"
+    assert told or name in OTHER_WAYS, name
+    assert len(told) <= 10, f"{name}: {len(told)} findings"  # one of each rule that needs the function
 
 
 @pytest.fixture(autouse=True)

@@ -46,7 +46,7 @@ class Group(NamedTuple):
 
     @property
     def limit(self) -> float:
-        return HIGH[self.kind if self.kind == "adam" else self.convention if self.convention in HIGH else "original"]
+        return HIGH["adam"] if self.kind == "adam" else HIGH.get(self.convention, HIGH["original"])
 
     @property
     def adamw_lr(self) -> float:

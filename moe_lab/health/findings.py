@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +12,14 @@ SEVERITIES = ("error", "warning", "info")
 def several(names: Sequence[str]) -> str:
     """`a`, or `a and 3 more`."""
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def grouped(things: Iterable, key: Callable) -> dict[Any, list]:
+    """Things by their `key(thing)`, in the order of their first."""
+    groups: dict[Any, list] = {}
+    for thing in things:
+        groups.setdefault(key(thing), []).append(thing)
+    return groups
 
 
 @dataclass(frozen=True, kw_only=True)

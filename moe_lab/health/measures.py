@@ -35,9 +35,8 @@ def is_lost(weight: Tensor, update: Tensor, dtype: torch.dtype) -> Tensor:
 
 def realised_share(realised: Tensor, intended: Tensor) -> float:
     """ρ = ⟨realised, intended⟩ / ⟨intended, intended⟩: 1 when every update arrived, 0 when none did. NaN for no intent."""
-    realised, intended = (
-        t.detach().flatten().cpu().double() for t in (realised, intended)
-    )  # no float64 on Apple's GPUs
+    # float64 on the CPU: Apple's GPUs have none
+    realised, intended = (t.detach().flatten().cpu().double() for t in (realised, intended))
     square = (intended @ intended).item()
     return (realised @ intended).item() / square if square else math.nan
 

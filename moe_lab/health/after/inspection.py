@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..before.plan import Plan
 from ..before.preflight import entries_of_mapping, judged_rates, limited
-from ..findings import Finding, found, several
+from ..findings import Finding, found, grouped, several
 from ..sampling import is_evenly_spaced, tensor_kind
 from . import checkpoint_file as file
 from .checkpoint_file import is_readable, numbers, wide
@@ -109,13 +109,6 @@ def kind_of(name: str) -> str:
     return tensor_kind(name)
 
 
-def by_kind(names: Iterable[str]) -> dict[str, list[str]]:
-    kinds: dict[str, list[str]] = {}
-    for name in names:
-        kinds.setdefault(kind_of(name), []).append(name)
-    return kinds
-
-
 def never_moved(
     weights: Mapping[str, Tensor], sample: Mapping[str, Start], updates: int | None, rates: Mapping[str, float]
 ) -> Iterator[Finding]:
@@ -125,7 +118,7 @@ def never_moved(
     should_move = bool(updates) and len(stuck) < len(sample) and max(rates.values(), default=0.0) > 0
     after = f"in {updates} updates" if updates else "since the start"
     slow: dict[str, float] = {}
-    for kind, names in by_kind(sample).items():
+    for kind, names in grouped(sample, kind_of).items():
         frozen = [name for name in names if name in stuck]
         n_sampled = {name: len(sample[name].index) for name in names}
         share = sum(unchanged[name] * n for name, n in n_sampled.items()) / sum(n_sampled.values())
@@ -169,7 +162,7 @@ def constants(weights: Mapping[str, Tensor]) -> Iterator[Finding]:
         first = wide(t.flatten()[:1])
         if bool((wide(t) == first).all()):
             values[name] = first.item()
-    for kind, names in by_kind(floating).items():
+    for kind, names in grouped(floating, kind_of).items():
         constant = [name for name in names if name in values]
         if constant:
             levels = sorted({values[name] for name in constant})
@@ -179,9 +172,7 @@ def constants(weights: Mapping[str, Tensor]) -> Iterator[Finding]:
             yield found("never_moved", "warning", several(constant), message, advice, listed)
     message = f"no start values in the file: of its {len(weights)} tensors only constant ones can be told to have stood still. "
     message += "A comparison with a freshly drawn start proves nothing, since any two draws differ"
-    advice = (
-        "keep health.start_sample(model) of step 0 in each, as `initial_sample`; or compare with the run's first one"
-    )
+    advice = "keep health.start_sample(model) of step 0 in each, as `initial_sample`; or compare with the run's first"
     yield found("never_moved", "info", "every other tensor", message, advice)
 
 

@@ -244,8 +244,6 @@ def dead_keys(plan: Plan, schema: Mapping[str, Any]) -> Iterator[Finding]:
         return
     for entry in plan.entries:
         if entry.name in instead:
-            message, advice = (
-                f"nothing reads {entry.name}: changing it changes nothing",
-                f"set {instead[entry.name]} instead",
-            )
+            message = f"nothing reads {entry.name}: changing it changes nothing"
+            advice = f"set {instead[entry.name]} instead"
             yield found("unread_key", "warning", plan.where(entry), message, advice, str(entry.value))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..findings import grouped
 from ..measures import Reading, Sums, ulp
 from ..sampling import elements, plain, sample_positions, tensor_kind
 
@@ -35,13 +36,16 @@ class Tracked:
         self.intended_known = False
         self.steps: list = []  # what its measured steps were like: `Step`s
         self.is_outside_model = False  # a master copy: its gradient is made by whoever copies
-        # updates with gradient
-        self.age = 0 if optimizer is None else int(optimizer.state.get(param, {}).get("step", 0))
+        self.age = int(self.state.get("step", 0))  # updates with gradient
 
     @property
     def group(self) -> dict:
         """The optimizer's own group: looked up, since load_state_dict puts others in their place."""
         return {} if self.optimizer is None else self.optimizer.param_groups[self.group_number]
+
+    @property
+    def state(self) -> dict:
+        return {} if self.optimizer is None else self.optimizer.state.get(self.param, {})
 
     @property
     def device(self) -> torch.device:
@@ -53,8 +57,7 @@ class Tracked:
 
     def state_dtypes(self) -> tuple[torch.dtype, ...]:
         """Number formats of what the optimizer keeps for each element: moments, masters, compensation."""
-        state = {} if self.optimizer is None else self.optimizer.state.get(self.param, {})
-        kept = [v for v in state.values() if isinstance(v, Tensor) and v.ndim and v.shape == self.param.shape]
+        kept = [v for v in self.state.values() if isinstance(v, Tensor) and v.ndim and v.shape == self.param.shape]
         return tuple(dict.fromkeys(v.dtype for v in kept))
 
 
@@ -97,9 +100,8 @@ class Bank:
         t.intended_known = True
 
     def n_bytes(self) -> int:
-        kept = [self.start, self.last, self.touched, self.owner, self.firsts, *[t.index for t in self.tensors]]
-        kept += [self.origin, self.intended, self.ulp] if self.watches_intent else []
-        return sum(t.numel() * t.element_size() for t in kept)
+        kept = [*vars(self).values(), *(t.index for t in self.tensors)]
+        return sum(value.nbytes for value in kept if isinstance(value, Tensor))
 
     def restart_window(self) -> None:
         """Begin a new window of intended against realised displacement."""
@@ -147,10 +149,7 @@ class Bank:
 
 def banks_of(tensors: Sequence[Tracked]) -> list[Bank]:
     """A bank for each device and width."""
-    kept: dict[tuple, list[Tracked]] = {}
-    for t in tensors:
-        kept.setdefault((t.device, t.param.dtype in WIDE), []).append(t)
-    return [Bank(mine) for mine in kept.values()]
+    return [Bank(mine) for mine in grouped(tensors, lambda t: (t.device, t.param.dtype in WIDE)).values()]
 
 
 def reading(t: Tracked, row: Sequence[float]) -> Reading:

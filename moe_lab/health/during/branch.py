@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import torch
@@ -82,7 +83,7 @@ def branch_probe(
                 evaluated = [loss_fn(model, batch).float() for batch in batches[n_updates:]]
             losses[name] = torch.stack(evaluated).tolist()
     base = losses.pop("")
-    return [Branch(name, sum(mine) / len(mine), *paired(base, mine)) for name, mine in losses.items()]
+    return [Branch(name, fmean(mine), *paired(base, mine)) for name, mine in losses.items()]
 
 
 def lr_branches(optimizers: Sequence[Optimizer], factor: float = FACTOR) -> dict[str, Change]:
@@ -116,8 +117,7 @@ def paired(base: Sequence[float], other: Sequence[float]) -> tuple[float, float]
     gains = [a - b for a, b in zip(base, other, strict=True)]
     if not all(map(math.isfinite, gains)):
         return -math.inf, math.inf
-    mean = sum(gains) / len(gains)
-    return mean, math.sqrt(sum((g - mean) ** 2 for g in gains) / (len(gains) - 1) / len(gains))
+    return fmean(gains), stdev(gains) / math.sqrt(len(gains))
 
 
 def leave_alone(optimizers: list[Optimizer]) -> None:

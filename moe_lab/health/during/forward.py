@@ -55,15 +55,12 @@ class ForwardProbe:
         tables = [m for m in embeddings if m.weight.shape in shapes] or embeddings
         table = max(tables, key=lambda m: m.num_embeddings, default=None)
         self.vocab_size = None if table is None else table.num_embeddings
-        inputs, ids, variance = (
-            Hook(function, failed) for function in (self.keep_inputs, self.keep_ids, self.keep_variance)
-        )
-        self.handles = [model.register_forward_pre_hook(inputs, with_kwargs=True)]
+        self.handles = [model.register_forward_pre_hook(Hook(self.keep_inputs, failed), with_kwargs=True)]
         if table is not None:
-            self.handles.append(table.register_forward_pre_hook(ids))
+            self.handles.append(table.register_forward_pre_hook(Hook(self.keep_ids, failed)))
         # of a model that has been trained the variance says nothing about a first loss
         heads = [m for m in linears if m.out_features == self.vocab_size and is_new]
-        self.handles += [heads[0].register_forward_hook(variance)] if heads else []
+        self.handles += [heads[0].register_forward_hook(Hook(self.keep_variance, failed))] if heads else []
 
     def keep_inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Without their graphs: those would stay in memory."""
@@ -132,9 +129,8 @@ class ForwardProbe:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside of what runs it on several devices, whose forward pass waits for the other processes, or compiled."""
-    inner = (
-        model.module if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else uncompiled(model)
-    )
+    parallel = nn.DataParallel, nn.parallel.DistributedDataParallel
+    inner = model.module if isinstance(model, parallel) else uncompiled(model)
     return model if inner is model else unwrapped(inner)
 
 
@@ -148,8 +144,6 @@ def tensors_of(output: Any) -> list[Tensor]:
     """All tensors of an output, however they are wrapped."""
     if isinstance(output, Tensor):
         return [output]
-    if isinstance(output, dict):
-        output = output.values()
-    if isinstance(output, (list, tuple)) or hasattr(output, "__iter__"):
-        return [t for part in output for t in tensors_of(part)] if not isinstance(output, str) else []
-    return []
+    parts = output.values() if isinstance(output, dict) else output
+    is_many = hasattr(parts, "__iter__") and not isinstance(parts, str)
+    return [t for part in parts for t in tensors_of(part)] if is_many else []

@@ -10,10 +10,9 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from ..measures import Reading, share_of
-from .state import kinds_of
+from .state import by_kind
 
-COLUMNS = ("n", "format", "grad", "norm", "moved", "still", "lately", "arrived")
-WIDTHS = (3, 9, 4, 7, 7, 5, 6, 7)
+WIDTHS = {"n": 3, "format": 9, "grad": 4, "norm": 7, "moved": 7, "still": 5, "lately": 6, "arrived": 7}
 LEGEND = (
     "format: of parameters/optimizer state. grad: zero, none, or lost: it arrives and nothing moves. norm: the largest seen, "
     "of a tensor. moved: displacement over weight, RMS. still, lately: share of elements with a gradient that are as they "
@@ -25,12 +24,11 @@ def table(readings: Sequence[Reading], step: int, width: int | None = None) -> s
     """What the last reading says, in lines of at most `width` characters (the terminal's, 80 to 120; 100 in a notebook or a
     file); long names are cut."""
     width = width or min(120, max(80, shutil.get_terminal_size((100, 24)).columns))
-    kinds = kinds_of(readings)
-    room = min(max([*map(len, kinds), 6]), width - sum(WIDTHS) - len(WIDTHS))
-    rows = [("tensor", *COLUMNS), *((shortened(kind, room), *cells(mine)) for kind, mine in kinds.items())]
-    lines = [
-        f"{name:{room}} " + " ".join(f"{c:>{w}}" for c, w in zip(cells, WIDTHS, strict=True)) for name, *cells in rows
-    ]
+    kinds = by_kind(readings)
+    room = min(max([*map(len, kinds), 6]), width - sum(WIDTHS.values()) - len(WIDTHS))
+    layout = " ".join([f"{{:{room}}}", *(f"{{:>{n}}}" for n in WIDTHS.values())])
+    rows = [("tensor", *WIDTHS), *((shortened(kind, room), *cells(mine)) for kind, mine in kinds.items())]
+    lines = [layout.format(*row) for row in rows]
     return "\n".join([f"after {step} updates", *lines, *textwrap.wrap(LEGEND, width)])
 
 
@@ -39,11 +37,11 @@ def cells(mine: Sequence[Reading]) -> tuple[str, ...]:
     touched = sum(r.n_touched for r in mine)
     weight = math.sqrt(sum(r.weight_square for r in mine) / sum(r.n_elements for r in mine))
     moved = math.sqrt(sum(r.moved_square for r in mine) / touched) if touched else 0.0
-    share = share_of(mine)
+    share, gradients = share_of(mine), {r.gradient for r in mine}
     return (
         str(len(mine)),
         f"{formats(r.dtype for r in mine)}/{formats(d for r in mine for d in r.state_dtypes)}",
-        gradient(mine),
+        gradients.pop() if len(gradients) == 1 else "some",
         f"{max(r.grad_norm for r in mine):.1e}",
         f"{moved / (weight or 1.0):.1e}" if touched else "-",
         f"{sum(r.unchanged for r in mine) / touched:.0%}" if touched else "-",
@@ -56,12 +54,6 @@ def formats(dtypes: Iterable[torch.dtype]) -> str:
     """`bf16`, or `fp32+bf16`; `-` for none."""
     names = {str(d).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp"): None for d in dtypes}
     return "+".join(names) or "-"
-
-
-def gradient(readings: Sequence[Reading]) -> str:
-    """The gradient of tensors of one kind, `some` where they differ."""
-    states = {r.gradient for r in readings}
-    return states.pop() if len(states) == 1 else "some"
 
 
 def shortened(name: str, room: int) -> str:

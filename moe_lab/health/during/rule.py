@@ -28,13 +28,6 @@ class Rule(NamedTuple):
         return found(self.id, self.severity, *self.tell(state, ill), step=state.step)
 
 
-def by_kind(tensors: Sequence[Tracked]) -> dict[str, list[Tracked]]:
-    kinds: dict[str, list[Tracked]] = {}
-    for t in tensors:
-        kinds.setdefault(t.kind, []).append(t)
-    return kinds
-
-
 def of_tensors(
     message: str, advice: str, state: State, ill: Mapping[str, Sequence[Tracked]], limit: float | None = 0
 ) -> tuple:

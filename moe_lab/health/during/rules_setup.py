@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..findings import several
 from .bank import Tracked
-from .rule import Rule, by_kind, of_tensors
-from .state import State, n_parameters
+from .rule import Rule, of_tensors
+from .state import State, by_kind, n_parameters
 
 ON_PURPOSE = 0.5  # share of the parameters from which on frozen ones look like an adapter's base
 

@@ -13,8 +13,8 @@ from ..findings import several
 from ..measures import Reading, Share, share_of
 from . import intended
 from .bank import Tracked
-from .rule import Rule, by_kind, of_tensors
-from .state import GroupState, State, kinds_of
+from .rule import Rule, of_tensors
+from .state import GroupState, State, by_kind
 from .steps import kind_of
 
 LOST_ERROR, LOST_WARNING = 0.5, 0.95  # ρ, realised over intended displacement
@@ -42,7 +42,7 @@ def lost_updates(state: State, limit: float, ulps: float) -> dict[str, Lost]:
     """16-bit weights: realised against intended displacement, kind by kind, the worst first."""
     if state.window < LOST_UPDATES:
         return {}
-    kinds = kinds_of([r for r in state.readings if r.intended_square and r.dtype.itemsize < 4])
+    kinds = by_kind([r for r in state.readings if r.intended_square and r.dtype.itemsize < 4])
     shares = {kind: share_of(mine) for kind, mine in kinds.items()}
     sick = {k: s for k, s in shares.items() if s.rho + SIGMAS * s.error < limit and s.intended_ulps >= ulps}
     worst_first = sorted(sick, key=lambda kind: sick[kind].rho)
@@ -180,7 +180,7 @@ def direction_bias(state: State) -> dict[str, float]:
     """16-bit weights next to a power of two: the spacing differs on both sides, and one direction survives rounding."""
     narrow = [r for r in state.readings if r.dtype.itemsize < 4 and r.intended_square and r.constant]
     found = {}
-    for kind, mine in kinds_of(narrow).items():
+    for kind, mine in by_kind(narrow).items():
         moved = sum(r.up + r.down for r in mine)
         if moved < BIAS_ELEMENTS:
             continue

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..findings import Finding
+from ..findings import Finding, grouped
 from ..measures import Reading, expected_start
 from .bank import Tracked
 from .forward import ForwardProbe
@@ -111,8 +112,6 @@ def n_parameters(state: State) -> int:
     return sum(p.numel() for p in state.model.parameters())
 
 
-def kinds_of(readings: Sequence[Reading]) -> dict[str, list[Reading]]:
-    kinds: dict[str, list[Reading]] = {}
-    for r in readings:
-        kinds.setdefault(r.kind, []).append(r)
-    return kinds
+def by_kind(things: Iterable[Tracked | Reading]) -> dict[str, list]:
+    """Tensors, or their readings, by the tensor's kind."""
+    return grouped(things, attrgetter("kind"))
