@@ -8,7 +8,6 @@ time inside the watch's own functions, which holds no noise and no effects on wh
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -24,7 +23,7 @@ from moe_lab.config import ROOT
 from moe_lab.failures.results import provenance
 from moe_lab.health import Watch
 
-STRETCH = 10  # updates
+STRETCH, PAIRS = 10, 16  # updates of a stretch, pairs of stretches
 LIMITS = {"time": 0.03, "bytes": 0.02}  # shares that the watch may cost
 
 
@@ -60,14 +59,14 @@ def n_bytes(trainer: Trainer) -> int:
     return sum(t.numel() * t.element_size() for t in kept)
 
 
-def measure(n_pairs: int, folder: str) -> dict:
+def measure(folder: str) -> dict:
     config = load_config(ROOT / "configs" / "lab.yaml")
     # each stretch ends with one write of its ten rows, with the watch and without
     trainer = Trainer(config.with_(training={"log_interval": STRETCH}), folder)
     watch = Timed(trainer.model, trainer.optimizers)
     stretch(trainer, watch)  # warm: caches, the optimizers' state
     pairs, inside = [], []
-    for pair in tqdm(range(n_pairs), unit="pair", desc="watch cost"):
+    for pair in tqdm(range(PAIRS), unit="pair", desc="watch cost"):
         seconds = {}
         for attached in (True, False) if pair % 2 else (False, True):  # whatever drifts, drifts for both
             if attached:
@@ -99,21 +98,15 @@ def interval(values: list[float]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=16, help="of stretches; fewer than 10 print, and write nothing")
-    n_pairs = parser.parse_args().pairs
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(n_pairs, folder)
-    for name, text in (("cost", "stretch against stretch"), ("cost_inside", "inside the watch")):
-        found = result[name]
-        print(
-            f"{text}: {found['median']:+.2%} of the time of an update (95 %: {found['low']:+.2%} to {found['high']:+.2%})"
-        )
+        result = measure(folder)
+    for name in ("cost", "cost_inside"):
+        median, low, high = (f"{result[name][key]:+.2%}" for key in ("median", "low", "high"))
+        print(f"{name}: {median} of the time of an update (95 %: {low} to {high})")
     print(f"memory: {result['bytes_share']:.2%} of the model's and the optimizers' bytes")
-    if n_pairs >= 10:
-        made = provenance() | {"threads": torch.get_num_threads()}
-        text = json.dumps({"provenance": made, **result}, indent=2) + "\n"
-        (ROOT / "benchmarks" / "watch_cost.json").write_text(text)
+    made = provenance() | {"threads": torch.get_num_threads()}
+    text = json.dumps({"provenance": made, **result}, indent=2) + "\n"
+    (ROOT / "benchmarks" / "watch_cost.json").write_text(text)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,15 @@ def notebook(args: argparse.Namespace) -> None:
         from moe_lab.course import runner
     except ModuleNotFoundError as error:
         raise ConfigError(f"notebooks need {error.name}; `make setup` in a clone installs it") from error
-    runner.notebook_command(args.arguments)
+    parameters = dict(args.parameters)
+    for word in args.overrides:
+        name, equals, parameters[name] = word.partition("=")
+        if not equals:
+            raise ConfigError(f"{word!r} is not understood; write: notebook PATH [-p NAME VALUE ...] [NAME=VALUE ...]")
+    if args.path == "all":
+        runner.run_all(parameters)
+    else:
+        runner.run_notebook(args.path, parameters)
 
 
 def preflight_of(path: str) -> list[Finding]:
@@ -143,13 +151,15 @@ def command(argv: list[str] | None) -> int | None:
     after = commands.add_parser("inspect", help="look into a checkpoint; nothing in it is executed", description=codes)
     after.add_argument("file", help="a checkpoint, such as runs/demo/checkpoints/step_000200.pt")
     after.set_defaults(call=check_file, check=inspect_checkpoint)
-    many = commands.add_parser("notebook", help="execute a notebook headlessly", add_help=False)
-    many.add_argument("arguments", nargs=argparse.REMAINDER)
+    many = commands.add_parser("notebook", help="execute a notebook headlessly")
+    many.add_argument("path", help="a notebook's path or name, or all")
+    many.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="its parameters, as is -p NAME VALUE")
+    many.add_argument("-p", nargs=2, action="append", default=[], dest="parameters", metavar=("NAME", "VALUE"))
     many.set_defaults(call=notebook)
     args, rest = parser.parse_known_args(argv)  # argparse leaves over what follows an option
-    if rest and (args.call is not run or any(word.startswith("-") for word in rest)):
+    if rest and ("overrides" not in args or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if args.call is run:
+    if rest:
         args.overrides += rest
     return args.call(args)
 

@@ -14,7 +14,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -200,25 +200,3 @@ def run_all(parameters: Mapping[str, Any]) -> None:
         print(f"{path.stem} …", file=sys.stderr, flush=True)
         run_notebook(path, {name: value for name, value in parameters.items() if name in names}, parent / path.stem)
     print(parent)
-
-
-def notebook_command(arguments: Sequence[str]) -> None:
-    """`PATH [-p NAME VALUE] [NAME=VALUE]`, or `all` in place of a path. Raises ConfigError, and what a run raises."""
-    words, paths, parameters = list(arguments), [], {}
-    while words:
-        word = words.pop(0)
-        if word == "-p" and len(words) >= 2:
-            name, value = words.pop(0), words.pop(0)
-            parameters[name] = value
-        elif not word.startswith("-") and "=" in word:
-            name, _, parameters[name] = word.partition("=")
-        else:
-            paths.append(word)
-    wrong = [word for word in paths if word.startswith("-")] + paths[1:]
-    if wrong or not paths:
-        found = f"{wrong[0]!r} is not understood" if wrong else "no notebook is named"
-        raise ConfigError(f"{found}; write: notebook PATH [-p NAME VALUE ...] [NAME=VALUE ...]")
-    if paths == ["all"]:
-        run_all(parameters)
-    else:
-        run_notebook(paths[0], parameters)

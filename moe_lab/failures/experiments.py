@@ -110,9 +110,8 @@ def run_cells(
 
     An error in a cell, or Ctrl-C, ends the running ones and is raised; what is finished stays in the cache.
     """
-    hashes = {
-        data: read_corpus(data, progress=False).hash for data in {cell.config.data for cell in cells}
-    }  # the text too
+    # the text belongs to what a row is computed from, too
+    hashes = {data: read_corpus(data, progress=False).hash for data in {cell.config.data for cell in cells}}
     paths = {cell.key: CACHE / "runs" / f"{cell.key}_{hashes[cell.config.data][:12]}.json" for cell in cells}
     jobs = {cell.key: (cell, paths[cell.key]) for cell in cells if not paths[cell.key].exists()}.values()
     done = in_processes(jobs, workers) if jobs and workers != 0 else (run_cell(*job) for job in jobs)

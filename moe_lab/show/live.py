@@ -188,10 +188,8 @@ class LiveRun:
     def _redraw(self) -> None:
         if self._picture is None:  # a plain script: there is nowhere to show it
             return
-        rows = list(self.rows)
-        floors = self.floors or getattr(self.trainer, "floors", None)
-        figure, text = training_figure(rows, floors, self.trainer.config)
-        self._picture.update(to_html(figure, text), raw=True)
+        rows, floors = list(self.rows), self.floors or getattr(self.trainer, "floors", None)
+        self._picture.update(to_html(*training_figure(rows, floors, self.trainer.config)), raw=True)
         self._drawn = len(rows)
 
     def _close(self) -> None:
@@ -226,14 +224,14 @@ class LiveRun:
             button.description = "Resume" if controls.paused else "Pause"
 
         row = []
-        for text, tooltip, act in (
-            ("Pause", "Pause after this step, or resume", pause),
-            ("Stop", "Stop after this step and save", lambda _: self.trainer.stop()),
-            ("Checkpoint", "Save a checkpoint after this step", lambda _: controls.save()),
-        ):
-            style = "danger" if text == "Stop" else ""
-            row.append(widgets.Button(description=text, tooltip=tooltip, button_style=style, layout={"width": "110px"}))
+        for text, (tooltip, act) in {
+            "Pause": ("Pause after this step, or resume", pause),
+            "Stop": ("Stop after this step and save", lambda _: self.trainer.stop()),
+            "Checkpoint": ("Save a checkpoint after this step", lambda _: controls.save()),
+        }.items():
+            row.append(widgets.Button(description=text, tooltip=tooltip, layout={"width": "110px"}))
             row[-1].on_click(act)
+        row[1].button_style = "danger"
         options = {"description": "LR ×", "readout_format": ".2f", "continuous_update": False}
         slider = widgets.FloatLogSlider(1.0, base=2, min=-4, max=2, step=0.5, **options)
         slider.observe(lambda change: controls.set_lr_scale(change["new"]), names="value")
