@@ -7,8 +7,8 @@ from torch.optim import SGD, AdamW
 from toy import Toy, adamw, finding, said, spoken, toy, train, watched
 
 from moe_lab.health import RULES, Watch
-from moe_lab.health.during.rule import Rule
 from moe_lab.health.during.rules_updates import DIRECTION_BIAS
+from moe_lab.health.during.state import Rule
 from moe_lab.optim import Muon
 
 

@@ -8,7 +8,7 @@ from toy import finding, said, toy, train, watched
 
 from moe_lab.health import Watch
 from moe_lab.health.during.bank import Bank
-from moe_lab.health.during.rule import Rule
+from moe_lab.health.during.state import Rule
 
 
 class Exotic(SGD):

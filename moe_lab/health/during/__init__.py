@@ -2,12 +2,11 @@
 
 watch.py         the Watch: hooks, checks, report
 rules.py         the rules in the order in which they are asked
-rule.py          what a rule is: an id, a severity, when it speaks, what it says
 rules_setup.py   who is updated at all: optimizers, frozen parts, broken gradients, decay of norms
 rules_updates.py what becomes of updates: lost to rounding, without gradient, one direction only
 rules_lr.py      learning rates, measured steps against the usual ones; reach
 rules_loss.py    the first loss, a loss that rises, stands still or is NaN
-state.py         what rules see: readings, learning rates, losses
+state.py         what a rule is, and what it sees: readings, learning rates, losses
 tracking.py      which tensors are followed, and under which names
 bank.py          their sampled elements: where they were, are, and were meant to go
 gradients.py     who gets a gradient, and how large

@@ -157,15 +157,13 @@ def reading(t: Tracked, row: Sequence[float]) -> Reading:
     sums = dict(zip(SUMS, row, strict=True))
     if not t.intended_known:
         sums |= {"realised_intended": None, "intended_square": None}
-    counted = {key: getattr(t, key) for key in ("grad_norm", "with_gradient", "zero_gradient", "no_gradient")}
+    counted = ("name", "kind", "grad_norm", "with_gradient", "zero_gradient", "no_gradient")
     return Reading(
-        name=t.name,
-        kind=t.kind,
         group=t.group_name,
         dtype=t.param.dtype,
         state_dtypes=t.state_dtypes(),
         shape=tuple(t.param.shape),
         n_elements=len(t.index),
-        **counted,
+        **{key: getattr(t, key) for key in counted},
         **sums,
     )

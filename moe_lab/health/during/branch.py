@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
@@ -88,18 +89,16 @@ def branch_probe(
 
 def lr_branches(optimizers: Sequence[Optimizer], factor: float = FACTOR) -> dict[str, Change]:
     """Each parameter group's LR times `factor`, and all together: `muon × 3`, `adamw × 3`, `all × 3`."""
-
-    def scale(chosen: set[int]) -> Change:
-        def change(optimizers: list[Optimizer]) -> None:
-            for index, group in enumerate(group for o in optimizers for group in o.param_groups):
-                if index in chosen:
-                    group["lr"] = group["lr"] * factor
-
-        return change
-
     groups = [group for o in optimizers for group in o.param_groups]
-    named = {f"{group.get('name') or f'group {i}'} × {factor:g}": scale({i}) for i, group in enumerate(groups)}
-    return named | ({f"all × {factor:g}": scale(set(range(len(groups))))} if len(groups) > 1 else {})
+    chosen = {group.get("name") or f"group {i}": {i} for i, group in enumerate(groups)}
+    chosen |= {"all": set(range(len(groups)))} if len(groups) > 1 else {}
+    return {f"{name} × {factor:g}": partial(scale_lrs, indices, factor) for name, indices in chosen.items()}
+
+
+def scale_lrs(chosen: set[int], factor: float, optimizers: list[Optimizer]) -> None:
+    for index, group in enumerate(group for o in optimizers for group in o.param_groups):
+        if index in chosen:
+            group["lr"] = group["lr"] * factor
 
 
 def branch_findings(branches: Sequence[Branch], step: int | None = None) -> list[Finding]:

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..findings import grouped
 from ..random_state import RandomState
 from ..sampling import elements, plain
 from ..torch_private import unhooked_step
@@ -179,15 +180,13 @@ class Replays:
 
     def choose(self, tracked: Sequence[Tracked], banks: Sequence[Bank]) -> None:
         bank_of = {id(t): bank for bank in banks for t in bank.tensors}
-        self.of, self.few = {}, set()
-        for t in tracked:
-            if t.optimizer is not None and t.is_narrow and id(t.optimizer) not in self.failed:
-                self.of.setdefault(id(t.optimizer), []).append((bank_of[id(t)], t))
-        for mine in self.of.values():
-            for is_matrix in (True, False):
-                alike = [t for _, t in mine if (t.param.ndim > 1) == is_matrix]
-                stride = max(1, -(-len(alike) // self.n_matrices))
-                self.few |= {id(t) for t in alike[stride // 2 :: stride]}
+        live = [t for t in tracked if t.optimizer is not None and id(t.optimizer) not in self.failed]
+        replayed = [t for t in live if t.is_narrow]
+        self.of = grouped(((bank_of[id(t)], t) for t in replayed), lambda pair: id(pair[1].optimizer))
+        self.few = set()
+        for alike in grouped(replayed, lambda t: (id(t.optimizer), t.param.ndim > 1)).values():
+            stride = -(-len(alike) // self.n_matrices)
+            self.few |= {id(t) for t in alike[stride // 2 :: stride]}
 
     def add(self, optimizer: Optimizer) -> Exception | None:
         """Add the step that is about to be taken. An optimizer whose step cannot be replayed is given up: the error is returned,

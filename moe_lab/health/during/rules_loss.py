@@ -8,8 +8,7 @@ from statistics import fmean, variance
 from typing import NamedTuple
 
 from ..measures import trend
-from .rule import Rule
-from .state import HISTORY, LR_STEADY, PRETRAINED, State
+from .state import HISTORY, LR_STEADY, PRETRAINED, Rule, State
 
 SIGMAS = 3.0  # standard errors of a difference of losses
 START_OFF = 0.2  # nats between the first loss and ln V + var/2; nats by which a loss rose

@@ -11,8 +11,7 @@ from ..conventions import Group, convention_of, judge
 from ..findings import Finding
 from ..measures import adam_reach
 from . import intended
-from .rule import Rule
-from .state import LR_STEADY, GroupState, State, n_parameters
+from .state import LR_STEADY, GroupState, Rule, State, n_parameters
 from .steps import kind_of, matrix_shape
 
 # findings that ask how far weights move: without one of them, how far they can is noise

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ..findings import several
 from .bank import Tracked
-from .rule import Rule, of_tensors
-from .state import State, by_kind, n_parameters
+from .state import Rule, State, by_kind, n_parameters, of_tensors
 
 ON_PURPOSE = 0.5  # share of the parameters from which on frozen ones look like an adapter's base
 

@@ -13,8 +13,7 @@ from ..findings import several
 from ..measures import Reading, Share, share_of
 from . import intended
 from .bank import Tracked
-from .rule import Rule, of_tensors
-from .state import GroupState, State, by_kind
+from .state import GroupState, Rule, State, by_kind, of_tensors
 from .steps import kind_of
 
 LOST_ERROR, LOST_WARNING = 0.5, 0.95  # ρ, realised over intended displacement

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..findings import grouped
 from ..sampling import plain
 from ..torch_private import has_step_hooks
 from .bank import Tracked
@@ -95,9 +97,8 @@ def track(model: nn.Module, optimizers: list[Optimizer]) -> tuple[list[Tracked],
             tracked.append(Tracked(name, p, None, 0, ""))
     if len(outside) == len(tracked):
         raise ValueError("no parameter of the model is in the optimizer; build it from this model's parameters")
-    ranks: dict[str, set[int]] = {}
-    for t in tracked:
-        ranks.setdefault(t.kind, set()).add(t.param.ndim)
-    for t in tracked:  # an nn.Sequential calls its norms and its matrices alike
-        t.kind += f" ({t.param.ndim}-d)" if len(ranks[t.kind]) > 1 else ""
+    for alike in grouped(tracked, attrgetter("kind")).values():
+        if len({t.param.ndim for t in alike}) > 1:  # an nn.Sequential calls its norms and its matrices alike
+            for t in alike:
+                t.kind += f" ({t.param.ndim}-d)"
     return tracked, outside
