@@ -399,7 +399,7 @@ def test_an_evaluation_puts_each_modules_mode_back(run: Trainer) -> None:
     model = build_model(run.config.model)
     model.layers[0].eval()  # a part that somebody froze
     before = [module.training for module in model.modules()]
-    evaluate(model, run.dataset.validation[:50], 16, 2, contextlib.nullcontext)
+    evaluate(model, run.dataset.validation[:50], 2, contextlib.nullcontext)
     assert [module.training for module in model.modules()] == before and 0 < sum(before) < len(before)
 
 

@@ -195,7 +195,7 @@ def losses_at(trainer: Trainer, evaluate_at: Sequence[int]) -> dict[str, Any]:
 def validation_loss(trainer: Trainer, n_tokens: int | None = None) -> float:
     """Now, over the first `n_tokens` of the split, or all of it."""
     tokens = trainer.dataset.validation[: n_tokens and n_tokens + 1]
-    loss = evaluate(trainer.model, tokens, trainer.config.model.max_seq_len, 16, trainer.autocast)
+    loss = evaluate(trainer.model, tokens, 16, trainer.autocast)
     return loss["validation_loss"]
 
 

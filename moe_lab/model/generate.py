@@ -60,12 +60,11 @@ def generate(
     its mode, which is neither asked nor changed: another thread may be training it. The prompt is read step by step too: one code path, whose work per token grows with nothing but
     attention's cache. Raises ValueError past max_seq_len and for options out of range.
     """
-    if isinstance(prompt, str):
+    is_text = isinstance(prompt, str)
+    if is_text:
         if tokenizer is None:
             raise ValueError("a text prompt needs tokenizer=…; load_run returns it beside the model")
-        ids = torch.tensor([tokenizer.encode(prompt).ids], dtype=torch.int64)
-        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
-        return tokenizer.decode(generate(model, ids, max_new_tokens, **options)[0].tolist())
+        prompt = torch.tensor([tokenizer.encode(prompt).ids], dtype=torch.int64)
     batch, length = prompt.shape
     check_options(model.config.max_seq_len, length, max_new_tokens, temperature, top_k, top_p)
     weight = model.embedding.weight
@@ -76,7 +75,7 @@ def generate(
         logits = step(model, ids[:, position : position + 1], position, caches)
         if position >= length - 1:
             ids = torch.cat([ids, choose(logits, temperature, top_k, top_p, generator).unsqueeze(1)], dim=1)
-    return ids
+    return tokenizer.decode(ids[0].tolist()) if is_text else ids
 
 
 def step(model: nn.Module, token: Tensor, position: int, caches: list) -> Tensor:

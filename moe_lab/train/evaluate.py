@@ -17,12 +17,7 @@ from moe_lab.train.controls import Controls
 
 @torch.no_grad()
 def evaluate(
-    model: LanguageModel,
-    tokens: np.ndarray,
-    seq_len: int,
-    batch_size: int,
-    autocast: Callable,
-    controls: Controls | None = None,
+    model: LanguageModel, tokens: np.ndarray, batch_size: int, autocast: Callable, controls: Controls | None = None
 ) -> dict[str, float | list[float]] | None:
     """`validation_loss` in nats per token and, with MoD, `mod_agreement` of each router; None if a stop is asked of `controls`.
 
@@ -35,7 +30,7 @@ def evaluate(
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        for ids in validation_windows(tokens, seq_len, batch_size):
+        for ids in validation_windows(tokens, model.config.max_seq_len, batch_size):
             if controls is not None and controls.stopped:
                 return None
             ids = ids.to(device)

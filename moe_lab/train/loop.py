@@ -238,8 +238,8 @@ class Trainer:
         if not due or self.step in self.evaluated:
             return
         self.flush()
-        sizes = self.config.model.max_seq_len, self.config.training.batch_size
-        result = evaluate(self.model, self.dataset.validation, *sizes, self.autocast, self.controls)
+        batch_size = self.config.training.batch_size
+        result = evaluate(self.model, self.dataset.validation, batch_size, self.autocast, self.controls)
         if result is not None:
             row = {"event": "eval", "step": self.step, "tokens": self.tokens(), **result}
             self.report_rows([row | {"seconds": round(self.seconds(), 3)}])
