@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from tiny_run import CONFIGS, contents, tiny, train
+from tiny_run import CONFIGS, contents, tiny
 
 from moe_lab import Trainer
 from moe_lab import __main__ as command_line
@@ -163,19 +163,21 @@ def test_the_process_ends_with_code_2_and_one_line(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def command_of(folder: Path, **changes: dict) -> list[str]:
+    """`run` of a tiny config in `folder`, in its folder `run`."""
+    (folder / "c.yaml").write_text(to_yaml(tiny(folder, **changes)))
+    return ["run", str(folder / "c.yaml"), "--run-dir", str(folder / "run")]
+
+
 def test_a_run_says_where_it_is(tmp_path: Path, capsys) -> None:
-    (tmp_path / "c.yaml").write_text(to_yaml(tiny(tmp_path)))
-    run_dir = tmp_path / "run"
-    assert (
-        main(["run", str(tmp_path / "c.yaml"), "training.steps=2", "training.max_lr=1e-2", "--run-dir", str(run_dir)])
-        == 0
-    )
+    command, run_dir = command_of(tmp_path), tmp_path / "run"
+    assert main([*command, "training.steps=2", "training.max_lr=1e-2"]) == 0  # overrides may follow an option
     assert capsys.readouterr().out == (
         f"finished: 2 steps in {run_dir}; see record.jsonl and summary.json\n0 errors, 0 warnings, 0 info\n"
     )
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["steps"] == 2 and summary["findings"] == []  # watched, and nothing found
-    assert main(["run", str(tmp_path / "c.yaml"), "--run-dir", str(run_dir)]) == 2
+    assert main(command) == 2
     assert "resume" in capsys.readouterr().err
     assert main(["run", str(tmp_path / "c.yaml"), "training.steps=3", "--run-dir", str(run_dir), "--resume"]) == 0
     out, err = capsys.readouterr()
@@ -183,12 +185,8 @@ def test_a_run_says_where_it_is(tmp_path: Path, capsys) -> None:
 
 
 def test_a_sick_run_is_told_while_it_runs(tmp_path: Path, capsys) -> None:
-    config = tiny(
-        tmp_path, precision={"parameters": "bfloat16"}, training={"steps": 40, "max_lr": 1e-3, "eval_interval": 10}
-    )
-    (tmp_path / "c.yaml").write_text(to_yaml(config))
-    run_dir = tmp_path / "run"
-    assert main(["run", str(tmp_path / "c.yaml"), "--run-dir", str(run_dir)]) == 1
+    training, run_dir = {"steps": 40, "max_lr": 1e-3, "eval_interval": 10}, tmp_path / "run"
+    assert main(command_of(tmp_path, precision={"parameters": "bfloat16"}, training=training)) == 1
     out, err = capsys.readouterr()
     before_training = err[: err.index("step 0: validation loss")]
     assert re.search(rf"^error: bf16_parameters: {tmp_path}/c.yaml:\d+: \S", before_training, re.MULTILINE)
@@ -201,46 +199,30 @@ def test_a_sick_run_is_told_while_it_runs(tmp_path: Path, capsys) -> None:
 
 def test_a_run_ends_with_1_for_what_preflight_found_alone(tmp_path: Path, capsys) -> None:
     """Two updates are too few for the watch to find anything."""
-    (tmp_path / "c.yaml").write_text(to_yaml(tiny(tmp_path, precision={"parameters": "bfloat16"})))
-    assert main(["run", str(tmp_path / "c.yaml"), "training.steps=2", "--run-dir", str(tmp_path / "run")]) == 1
+    assert main(command_of(tmp_path, precision={"parameters": "bfloat16"}, training={"steps": 2})) == 1
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["findings"] == []
     assert capsys.readouterr().out.endswith("0 errors, 0 warnings, 0 info\n")
 
 
 def test_nothing_is_written_into_a_run_that_another_process_holds(tmp_path: Path, capsys, monkeypatch) -> None:
-    config = tiny(tmp_path, training={"steps": 2})
-    (tmp_path / "c.yaml").write_text(to_yaml(config))
-    train(config, tmp_path / "run")
+    command = command_of(tmp_path, training={"steps": 2})
+    assert main(command) == 0
     monkeypatch.setattr(command_line, "Watch", lambda *given, **options: pytest.fail("a watch opened its log"))
     before = contents(tmp_path / "run")
     with FileLock(tmp_path / "run" / ".lock"):
-        assert main(["run", str(tmp_path / "c.yaml"), "--run-dir", str(tmp_path / "run"), "--resume"]) == 2
+        assert main([*command, "--resume"]) == 2
     assert "another process trains here; wait for it" in capsys.readouterr().err
     assert contents(tmp_path / "run") == before
 
 
-def test_overrides_may_follow_an_option(tmp_path: Path, capsys) -> None:
-    (tmp_path / "c.yaml").write_text(to_yaml(tiny(tmp_path)))
-    assert main(["run", str(tmp_path / "c.yaml"), "--run-dir", str(tmp_path / "run"), "training.steps=1"]) == 0
-    assert "finished: 1 steps" in capsys.readouterr().out
-
-
-ODD_KEYS = {
-    "a list": "[a, b]: 1\n",
-    "a mapping": "model:\n  ? {a: 1}\n  : 2\n",
-    "two lines": 'model: {"a\\nb": 1}\n',
-}
-
-
-@pytest.mark.parametrize("text", ODD_KEYS.values(), ids=ODD_KEYS)
+@pytest.mark.parametrize("text", ["[a, b]: 1\n", "model:\n  ? {a: 1}\n  : 2\n", 'model: {"a\\nb": 1}\n'])
 def test_a_key_that_is_no_word(error, tmp_path: Path, text: str) -> None:
     (tmp_path / "config.yaml").write_text(text)
     assert "config.yaml" in error(str(tmp_path / "config.yaml"))
 
 
 def test_resume_needs_a_directory(tmp_path: Path, capsys) -> None:
-    (tmp_path / "c.yaml").write_text(to_yaml(tiny(tmp_path)))
-    assert main(["run", str(tmp_path / "c.yaml"), "--resume"]) == 2
+    assert main([*command_of(tmp_path)[:2], "--resume"]) == 2
     assert capsys.readouterr().err == "error: --resume needs --run-dir: the directory of the run to go on with\n"
 
 
@@ -257,10 +239,7 @@ def look(capsys, *argv: str) -> tuple[int, list[str], str]:
 @pytest.mark.parametrize(
     ("name", "code", "counts"),
     [
-        ("smoke", 0, "0 errors, 0 warnings, 1 info"),
-        ("lab", 0, "0 errors, 0 warnings, 1 info"),
-        ("gpu", 0, "0 errors, 0 warnings, 1 info"),
-        ("training_1.5b", 0, "0 errors, 0 warnings, 1 info"),
+        *((name, 0, "0 errors, 0 warnings, 1 info") for name in ("smoke", "lab", "gpu", "training_1.5b")),
         ("training_1.5b_as_reported", 1, "1 error, 2 warnings, 1 info"),
     ],
 )
@@ -289,12 +268,8 @@ def test_inspect(tmp_path: Path, capsys) -> None:
     code, lines, err = look(capsys, "inspect", str(tmp_path / "b.pt"))
     assert (code, lines[-1], err) == (1, "1 error, 0 warnings, 1 info", "")
     assert look(capsys, "inspect", str(tmp_path / "c.pt"))[0] == 1
-    none = tmp_path / "none.pt"
-    assert look(capsys, "inspect", str(none)) == (
-        2,
-        [],
-        f"error: {none}: no such file; give the path of a checkpoint\n",
-    )
+    error = f"error: {tmp_path}/none.pt: no such file; give the path of a checkpoint\n"
+    assert look(capsys, "inspect", str(tmp_path / "none.pt")) == (2, [], error)
 
 
 @pytest.mark.parametrize("command", ["preflight", "inspect"])
@@ -339,9 +314,7 @@ main(sys.argv[2:])
 def test_a_run_that_was_killed_has_the_findings_of_one_that_was_not(tmp_path: Path, capsys) -> None:
     """Steps count from the run's first update; nothing is told twice; what came after the checkpoint, at 48, is cut."""
     training = {"steps": 60, "max_lr": 1e-3, "eval_interval": 60, "save_interval": 24}
-    config = tiny(tmp_path, precision={"parameters": "bfloat16"}, training=training)
-    (tmp_path / "c.yaml").write_text(to_yaml(config))
-    command = ["run", str(tmp_path / "c.yaml"), "--run-dir"]
+    command = command_of(tmp_path, precision={"parameters": "bfloat16"}, training=training)[:-1]
     assert main([*command, str(tmp_path / "whole")]) == 1
     whole = (tmp_path / "whole" / "findings.jsonl").read_text()
     found_at = {json.loads(line)["step"] for line in whole.splitlines()}
