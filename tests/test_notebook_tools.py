@@ -130,7 +130,7 @@ def test_parameters_are_cast_to_what_the_notebook_declares(tmp_path) -> None:
     path = write(tmp_path / "n.ipynb")
     given = {"resume": "false", "lr": "1e-3", "n_seeds": "2", "overrides": "training.steps=3"}
     expected = {"resume": False, "lr": 0.001, "n_seeds": 2, "overrides": ["training.steps=3"]}
-    assert runner.validate_parameters(path, given) == expected
+    assert runner.validate_parameters(path, given)[0] == expected
 
 
 @pytest.mark.parametrize(

@@ -54,10 +54,9 @@ def estimated_minutes(measured: Mapping[str, Any], profile: str, speed: float) -
     `measured` is the content of MINUTES: minutes of the notebooks and tokens per second on a reference machine, by
     profile. `speed` is this machine's, in tokens per second. Everything is taken to scale with the training speed.
     """
-    reference = measured["reference"]["tokens_per_s"].get(profile)
-    minutes = {name: by_profile.get(profile) for name, by_profile in measured["notebooks"].items()}
-    known = {name: m for name, m in minutes.items() if reference is not None and m is not None}
-    return {name: known[name] * reference / speed if name in known else None for name in minutes}
+    factor = (measured["reference"]["tokens_per_s"].get(profile) or 0) / speed
+    minutes = {name: by_profile.get(profile) or 0 for name, by_profile in measured["notebooks"].items()}
+    return {name: factor * here or None for name, here in minutes.items()}
 
 
 def read_minutes() -> dict[str, Any]:

@@ -26,7 +26,7 @@ from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 
 from moe_lab.config import ROOT, ConfigError, suggestion
-from moe_lab.course.notebook import KINDS, WORDS, cast, new_run_dir, resolve
+from moe_lab.course.notebook import KINDS, WORDS, Lab, cast, new_run_dir, resolve
 from moe_lab.train import RunError
 from moe_lab.train.record import RECORD
 
@@ -110,8 +110,8 @@ def declared_parameters(path: str | Path) -> dict[str, tuple[type | None, Any]]:
     return {name: (kinds.get(noted[name], kinds.get(type(value).__name__)), value) for name, value in defaults.items()}
 
 
-def validate_parameters(notebook_path: str | Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters for papermill: names known to the notebook, values of its types, and a config that holds together.
+def validate_parameters(notebook_path: str | Path, parameters: Mapping[str, Any]) -> tuple[dict[str, Any], Lab]:
+    """Parameters for papermill: names known to the notebook, values of its types; and the config and the run that they mean.
 
     Raises ConfigError before a kernel starts. A parameter that is None is passed on as it is.
     """
@@ -124,8 +124,7 @@ def validate_parameters(notebook_path: str | Path, parameters: Mapping[str, Any]
         kind = KINDS.get(name) or declared[name][0]
         values[name] = value if value in (None, "") or kind is None else cast(name, value, kind)
     given = {name: default for name, (_, default) in declared.items()} | values
-    resolve(**{name: value for name, value in given.items() if name in KINDS})
-    return values
+    return values, resolve(**{name: value for name, value in given.items() if name in KINDS})
 
 
 def run_notebook(
@@ -137,11 +136,9 @@ def run_notebook(
     Raises ConfigError before a kernel starts, else as `execute`.
     """
     path = find_notebook(path)
-    parameters = validate_parameters(path, parameters or {})
-    given = run_dir or parameters.get("run_dir")
-    profile = resolve(**{name: parameters[name] for name in ("profile", "config") if name in parameters}).profile
-    directory = ROOT / given if given else new_run_dir(profile)
-    if (directory / RECORD).exists() and not parameters.get("resume"):  # before its notebook is written over
+    parameters, lab = validate_parameters(path, parameters or {})
+    directory = ROOT / run_dir if run_dir else lab.run_dir
+    if (directory / RECORD).exists() and not lab.resume:  # before its notebook is written over
         raise ConfigError(f"{directory}: holds a run already; go on with resume=true, or take another run_dir")
     if "run_dir" in declared_parameters(path):
         parameters["run_dir"] = str(directory)
@@ -163,11 +160,10 @@ def print_files(output: Path) -> None:
     lines = [("notebook", output), ("HTML", output.with_suffix(".html"))]
     lines += [("checkpoint", path) for path in sorted((output.parent / "checkpoints").glob("*.pt"))]
     lines = [(label, path) for label, path in [*lines, ("summary", summary)] if path.exists()]
-    if summary.exists():
-        values = json.loads(summary.read_text(encoding="utf-8"))
-        for key in ("status", "validation_loss", "trigram_loss", "bits_per_byte"):
-            value = values.get(key)
-            lines.append((key.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else value))
+    values = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
+    for key in (key for key in ("status", "validation_loss", "trigram_loss", "bits_per_byte") if key in values):
+        value = values[key]
+        lines.append((key.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else value))
     for label, value in lines:
         print(f"{label:16}{value}")
 

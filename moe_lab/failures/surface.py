@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from itertools import permutations
+from itertools import permutations, product
 from typing import NamedTuple
 
 import numpy as np
@@ -206,15 +206,11 @@ def least_in_box(coefficients: NDArray, box: Box) -> NDArray:
     """(R, 6) → (R, 3): a, b and the least value in the box. It lies where the surface or one of the four edges is level, or
     in a corner; every candidate counts, since none within the box can be too low."""
     _, a1, b1, aa, ab, bb = coefficients.T
-    candidates = [stationary_points(coefficients)]
     with np.errstate(divide="ignore", invalid="ignore"):
-        for end in (0, 1):
-            a, b = (np.full(len(coefficients), axis[end]) for axis in box)
-            candidates += [
-                np.stack(pair, axis=1) for pair in ((a, -(b1 + ab * a) / (2 * bb)), (-(a1 + ab * b) / (2 * aa), b))
-            ]
-    candidates += [np.broadcast_to((a, b), (len(coefficients), 2)) for a in box[0] for b in box[1]]
-    points = np.clip(np.nan_to_num(np.stack(candidates, axis=1)), *np.array(box).T)  # (R, 9, 2)
+        on_edges = [(a, -(b1 + ab * a) / (2 * bb)) for a in box[0]] + [(-(a1 + ab * b) / (2 * aa), b) for b in box[1]]
+    pairs = [stationary_points(coefficients).T, *on_edges, *product(*box)]
+    candidates = np.array([np.broadcast_arrays(a, b, aa)[:2] for a, b in pairs])  # (9, 2, R)
+    points = np.clip(np.nan_to_num(candidates.transpose(2, 0, 1)), *np.array(box).T)  # (R, 9, 2)
     values = np.einsum("rct,rt->rc", terms(points), coefficients)
     best = np.arange(len(points)), values.argmin(axis=1)
     return np.concatenate([points[best], values[best][:, None]], axis=1)
