@@ -9,11 +9,11 @@ from typing import NamedTuple
 from ..findings import Finding, found
 from .plan import FAMILIES, Entry, family
 
-NUMBER = r"(?<![\w.])(\d+(?:\.\d*)?(?:e[+-]?\d+)?)(?![\w.]*\w)"
+NUMBER = r"(?<![\w.])(?P<{}>\d+(?:\.\d*)?(?:e[+-]?\d+)?)(?![\w.]*\w)"  # to be named
 TO = r"\s*(?:-|–|to|and|…|\.\.\.?)\s*"
 NOT_A_RATE = rf"(?!\s*(?:[x×%]|times\b|steps?\b|{TO}\d))"  # "Muon takes 3–10 × the LR" names no value
-RANGE = rf"{NUMBER}(?:{TO}{NUMBER})?{NOT_A_RATE}"
-NAME = rf"\b((?:{'|'.join(FAMILIES)})\w*)"
+RANGE = rf"{NUMBER.format('low')}(?:{TO}{NUMBER.format('high')})?{NOT_A_RATE}"
+NAME = rf"\b(?P<name>(?:{'|'.join(FAMILIES)})\w*)"
 SAYS = r"(?::|=|->|→|,|uses?|wants?|needs?|likes?|takes?|at|is|should be|lr|\s)*"
 VALUE_FOR_NAME = re.compile(
     rf"{RANGE}\s*[(#,]?\s*(?:is\s+)?(?:for|with|under|in case of|if|when using)\s+(?:the\s+)?{NAME}", re.I
@@ -41,20 +41,18 @@ def statements(comment: str) -> list[Statement]:
     """Every "X for NAME", "NAME: X" and "for NAME" of a comment, where NAME is an optimizer and nothing negates it."""
     stated: list[Statement] = []
     taken: list[tuple[int, int]] = []
-    for pattern, order in ((VALUE_FOR_NAME, (2, 0, 1)), (NAME_VALUE, (0, 1, 2)), (FOR_NAME, None)):
+    for pattern in (VALUE_FOR_NAME, NAME_VALUE, FOR_NAME):
         for match in pattern.finditer(comment):
             if any(match.start() < end and start < match.end() for start, end in taken):
                 continue
             taken.append(match.span())
             if NEGATED.search(comment[: match.start()]):
                 continue
-            if order is None:
-                stated.append(Statement(family(match.group(1))))
-                continue
-            name, first, second = (match.groups()[index] for index in order)
-            ends = sorted(float(number) for number in (first, second or first))
-            if ends[1] <= 1:  # a larger number is a count
-                stated.append(Statement(family(name), *ends))
+            parts = match.groupdict()
+            low, high = parts.get("low"), parts.get("high")
+            ends = sorted(map(float, (low, high or low))) if low else []
+            if not ends or ends[1] <= 1:  # a larger number is a count
+                stated.append(Statement(family(parts["name"]), *ends))
     return stated
 
 

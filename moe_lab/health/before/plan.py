@@ -137,7 +137,7 @@ class Plan:
         rates = []
         for entry in self.entries:
             number = as_number(entry.value)
-            if PEAK_LR.fullmatch(entry.path[-1].lower()) and number is not None and number > 0:
+            if PEAK_LR.fullmatch(entry.path[-1].lower()) and (number or 0) > 0:
                 own = next(filter(None, map(family, reversed(entry.path))), None)
                 rates.append((entry, number, own or self.optimizer()))
         return rates
@@ -155,10 +155,9 @@ class Plan:
             judged = name in ("muon", "adam") and not UNLIKE_MATRICES.search(entry.path[-1].lower())
             kind = name if judged else "other"
             groups.append((Group(entry.path[-1], kind, lr, (width, width), self.convention()), entry))
-            ratios = [e for e in self.entries if RATIO.fullmatch(e.path[-1])] if kind == "muon" else []
-            for beside in ratios:
-                ratio = as_number(beside.value)
-                if ratio is not None and ratio > 0:
+            for beside in self.entries if kind == "muon" else ():
+                ratio = as_number(beside.value) or 0.0
+                if RATIO.fullmatch(beside.path[-1]) and ratio > 0:
                     groups.append((Group(f"{entry.path[-1]} · {beside.path[-1]}", "adam", ratio * lr), beside))
         return groups
 

@@ -122,11 +122,12 @@ def read_entries(path: Path) -> list[Entry]:
             line = root.start_mark.line + 1
             raise ValueError(f"{path}, line {line}: no keys and values; write sections such as `model:`")
         return limited(walk(root, (), ()), path)
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ValueError(f"{path}{line}: not valid YAML: {' '.join(str(error.problem).split())}; correct it") from None
     except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}; correct it") from None
+        mark, problem = (getattr(error, name, None) for name in ("problem_mark", "problem"))
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ValueError(
+            f"{path}{line}: not valid YAML: {' '.join(str(problem or error).split())}; correct it"
+        ) from None
 
 
 def limited(entries: Iterator[Entry], origin: str | Path) -> list[Entry]:
