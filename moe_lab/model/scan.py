@@ -38,13 +38,13 @@ class SelectiveScan(Function):
 
     @staticmethod
     def forward(ctx, delta, A, B, C, x, chunk):
-        in_chunks = lambda t: t.unflatten(1, (-1, chunk))  # noqa: E731  (B, T, …) → (B, K, L, …)
+        in_chunks = (-1, chunk)  # of T: (B, T, …) → (B, K, L, …)
         decay = (delta.unsqueeze(2) * A).exp_()  # (B, T, N, D)
         states = B.unsqueeze(3) * (delta * x).unsqueeze(2)
-        local, step = in_chunks(states), in_chunks(decay)  # views: the loops write into `states`
+        local, step = states.unflatten(1, in_chunks), decay.unflatten(1, in_chunks)  # views: loops write into `states`
         for i in range(1, chunk):
             local[:, :, i].addcmul_(step[:, :, i], local[:, :, i - 1])
-        elapsed = in_chunks(delta).cumsum(2)  # (B, K, L, D): sum of Δ since the chunk began
+        elapsed = delta.unflatten(1, in_chunks).cumsum(2)  # (B, K, L, D): sum of Δ since the chunk began
         whole = (elapsed[:, :, -1].unsqueeze(2) * A).exp_()  # (B, K, N, D)
         carried = torch.zeros_like(whole)  # the state with which each chunk starts
         for k in range(1, carried.shape[1]):
@@ -58,9 +58,8 @@ class SelectiveScan(Function):
     def backward(ctx, grad_y):
         """The adjoint g_t = C_t ∂y_t + exp(Δ_{t+1} A) g_{t+1} is the same scan run backwards."""
         delta, A, B, C, x, decay, states, elapsed = ctx.saved_tensors
-        in_chunks = lambda t: t.unflatten(1, (-1, ctx.chunk))  # noqa: E731
         adjoint = C.unsqueeze(3) * grad_y.unsqueeze(2)  # (B, T, N, D)
-        local, step = in_chunks(adjoint), in_chunks(decay)
+        local, step = adjoint.unflatten(1, (-1, ctx.chunk)), decay.unflatten(1, (-1, ctx.chunk))
         for i in range(ctx.chunk - 2, -1, -1):
             local[:, :, i].addcmul_(step[:, :, i + 1], local[:, :, i + 1])
         reach = ((elapsed[:, :, -1:] - elapsed).unsqueeze(3) * A).exp_()  # (B, K, L, N, D): decay to the chunk's end
