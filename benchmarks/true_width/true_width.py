@@ -20,6 +20,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -159,21 +160,15 @@ def predict(width: int) -> None:
         held = "holds a measurement already, which a prediction must precede; move it away first"
         raise ConfigError(f"{result_path(width)}: {held}")
     rows = rows_of(narrow_runs(width))
-    shares = [
-        row for block, stds in BLOCKS.items() for std in stds for row in predicted_shares(width, block, std, rows)
-    ]
+    kinds = [(block, std) for block, stds in BLOCKS.items() for std in stds]
+    shares = [row for block, std in kinds for row in predicted_shares(width, block, std, rows)]
     costs, narrow = {}, {}
-    for block in BLOCKS:
+    for block, last in PAIR.items():
         widths = sorted({row["run"]["d_model"] for row in rows})
         by_width = narrow[block] = {d: table for d in widths if (table := nats(d, block, rows))}
-        costs[block] = {
-            mark: {
-                loss: line_at(width, [(d, table[mark][loss]) for d, table in by_width.items()])
-                for loss in ("training", "validation")
-            }
-            for mark in map(str, MARKS)
-            if int(mark) <= PAIR[block]
-        }
+        costs[block] = {str(mark): {} for mark in MARKS if mark <= last}
+        for mark, loss in product(costs[block], ("training", "validation")):
+            costs[block][mark][loss] = line_at(width, [(d, table[mark][loss]) for d, table in by_width.items()])
     save(width, {"width": width, "prediction": provenance(rows) | {"nats": costs, "narrow": narrow, "shares": shares}})
 
 
@@ -191,24 +186,19 @@ def measure(width: int) -> None:
     if facts["begun"] < made:
         ages = f"the prediction ({made}) is younger than a run ({facts['begun']})"
         raise ConfigError(f"{result_path(width)}: {ages}; delete that run")
-    shares, displacements = [], {}
+    shares, displacements, widths = [], {}, []
     for row in rows:
         run, marks = row["run"], sorted(row["shadow"], key=int)
         if row["displacement"]:
             displacements[run["block"]] = {"updates": row["updates"], "kinds": by_part(row["displacement"])}
-        for mark in dict.fromkeys([*marks[:1], *marks[-1:]]):
-            for lr in LRS:
-                for part, values in by_part(at_lr(row["shadow"][mark], lr)).items():
-                    key = {"block": run["block"], "std": run["std"], "kind": part, "lr": lr, "updates": int(mark)}
-                    shares.append(key | values)
-    widths = [
-        {key: row["run"][key] for key in ("block", "std", "d_model")}
-        | {"lr": lr}
-        | by_part(at_lr(row["shadow"][str(MARKS[0])], lr))["Muon"]
-        for row in [*rows_of(narrow_runs(width)), *rows]
-        if str(MARKS[0]) in row["shadow"]
-        for lr in LRS
-    ]
+        for mark, lr in product(dict.fromkeys([*marks[:1], *marks[-1:]]), LRS):
+            key = {"block": run["block"], "std": run["std"], "lr": lr, "updates": int(mark)}
+            parts = by_part(at_lr(row["shadow"][mark], lr))
+            shares += [key | {"kind": part} | values for part, values in parts.items()]
+    for row, lr in product([*rows_of(narrow_runs(width)), *rows], LRS):
+        if table := row["shadow"].get(str(MARKS[0])):
+            key = {name: row["run"][name] for name in ("block", "std", "d_model")}
+            widths.append(key | {"lr": lr} | by_part(at_lr(table, lr))["Muon"])
     costs = {block: nats(width, block, rows) for block in BLOCKS}
     measured = facts | {"nats": costs, "displacement": displacements, "widths": widths, "shares": shares}
     save(width, stored | {"measured": measured})
