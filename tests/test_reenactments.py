@@ -10,7 +10,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
+from helpers import MECHANISMS, random_ids, tiny
 
+from moe_lab import build_model
 from moe_lab.failures import bugs
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
@@ -46,3 +49,16 @@ def test_a_no_op_in_the_bugs_place_turns_a_claim_red(name: str, bug: str, claim:
     with pytest.raises(AssertionError, match=f"^{re.escape(claim)}$"):
         run_cells(name)
     assert calls, f"{name} does not call bugs.{bug}"
+
+
+@pytest.mark.parametrize("path", ["layers.0.seq_layer", "layers.0.ffn", "layers.1.seq_layer", "layers.1.ffn"])
+def test_a_detached_branch_computes_and_learns_nothing(path: str) -> None:
+    """Whatever the layer returns beside its output: a routing, or nothing."""
+    model, ids = build_model(tiny(**MECHANISMS["all"])), random_ids(2, 9)
+    before = model.losses(ids)
+    bugs.detach_output(model.get_submodule(path))
+    after = model.losses(ids)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    sum(after.values()).backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if name.startswith(path) and "router" not in name}
+    assert grads and not [name for name, grad in grads.items() if grad is not None and grad.any()]

@@ -43,6 +43,8 @@ def detach_output(module: nn.Module) -> Any:
 
 
 def detached(output: Any) -> Any:
+    if output is None:
+        return None  # a layer without experts has no routing
     if isinstance(output, Tensor):
         return output.detach()
     return type(output)(*map(detached, output)) if hasattr(output, "_fields") else tuple(map(detached, output))
