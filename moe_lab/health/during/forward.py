@@ -52,8 +52,9 @@ class ForwardProbe:
         linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
         # the token table has a head of its shape; a table of positions may be longer
         shapes = {m.weight.shape for m in linears}
-        tables = [m for m in embeddings if m.weight.shape in shapes] or embeddings
-        table = max(tables, key=lambda m: m.num_embeddings, default=None)
+        tables = [m for m in embeddings if m.weight.shape in shapes]
+        self.is_language_model = bool(tables)
+        table = max(tables or embeddings, key=lambda m: m.num_embeddings, default=None)
         self.vocab_size = None if table is None else table.num_embeddings
         self.handles = [model.register_forward_pre_hook(Hook(self.keep_inputs, failed), with_kwargs=True)]
         if table is not None:

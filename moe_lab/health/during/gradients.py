@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..findings import grouped
 from ..sampling import plain
 from ..torch_private import norms
 from .bank import Bank, Tracked
@@ -33,10 +34,8 @@ class Gradients:
         # a fused optimizer under a loss scaler is handed scaled gradients, and skips its step if one is infinite
         scale, skipped = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         for bank in banks:
-            for narrow in (True, False):
-                here = [t for t in bank.tensors if id(t) in dense and (t.param.grad.dtype.itemsize < 4) == narrow]
-                if not here:
-                    continue
+            mine = [t for t in bank.tensors if id(t) in dense]
+            for narrow, here in grouped(mine, lambda t: t.param.grad.dtype.itemsize < 4).items():
                 bank.touch(here)
                 # the norm of a float16 gradient may be beyond float16
                 grads = [plain(t.param.grad) for t in here]

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
-from torch import nn
-
 from ..conventions import Group, convention_of, judge
 from ..findings import Finding
 from ..measures import adam_reach
@@ -17,12 +15,6 @@ from .steps import kind_of, matrix_shape
 # findings that ask how far weights move: without one of them, how far they can is noise
 ABOUT_MOVEMENT = {"lost_updates", "bf16_parameters", "frozen_tensor", "lr_too_low"}
 ABOUT_MOVEMENT |= {"muon_convention", "loss_not_falling"}
-
-
-def is_language_model(model: nn.Module) -> bool:
-    """Whether it has a head of the shape of an embedding table."""
-    shapes = {module.weight.shape for module in model.modules() if isinstance(module, nn.Embedding)}
-    return any(isinstance(module, nn.Linear) and module.weight.shape in shapes for module in model.modules())
 
 
 def measured_group(state: State, group: GroupState) -> Group | None:
@@ -46,7 +38,7 @@ def measured_group(state: State, group: GroupState) -> Group | None:
 def learning_rates(rule: str, state: State) -> dict[str, Finding]:
     """Peak LRs against what such models are trained with; low ones only once they stopped rising, and in a fresh model.
     What is found under this rule, by the groups that it is about."""
-    if not is_language_model(state.model):
+    if not state.forward.is_language_model:
         return {}  # the table is of language models
     known = [(group, judged) for group in state.groups if (judged := measured_group(state, group))]
     low_too = state.is_fresh and all(group.is_steady for group, _ in known)

@@ -81,16 +81,14 @@ def track(model: nn.Module, optimizers: list[Optimizer]) -> tuple[list[Tracked],
     for name, p in model.named_parameters():
         if plain(p).numel():
             named.setdefault(storage(p), (name, p))
-    foreign = [key for key in owners if key not in named]
+    masters = {key: owners.pop(key) for key in list(owners) if key not in named}
     tracked, outside = [], []
     for key, (name, p) in named.items():
+        copy = None if key in owners else next((k for k, (q, *_) in masters.items() if is_master(q, p)), None)
         if key in owners:
             tracked.append(Tracked(name, *owners[key]))
-            continue
-        master = next((key for key in foreign if is_master(owners[key][0], p)), None)
-        if master is not None:
-            foreign.remove(master)
-            tracked.append(Tracked(name, *owners[master]))
+        elif copy is not None:
+            tracked.append(Tracked(name, *masters.pop(copy)))
             tracked[-1].is_outside_model = True
         elif p.requires_grad:
             outside.append(name)
