@@ -51,6 +51,12 @@ def edited(path: Path, tmp_path: Path, change) -> Path:
     return tmp_path / "edited.pt"
 
 
+def inspected(content: object, folder: Path, **options) -> list[Finding]:
+    """What is found in a file of torch.save with this content."""
+    torch.save(content, folder / "f.pt", **options)
+    return inspect_checkpoint(folder / "f.pt")
+
+
 # ---- runs of this package --------------------------------------------------------------------------------------------
 
 
@@ -192,7 +198,6 @@ def test_kinds() -> None:
 
 def foreign(n_norms: int = 49) -> dict[str, torch.Tensor]:
     """The shape of the case's first checkpoint: norms at exactly 1, everything else random."""
-    torch.manual_seed(0)
     weights = {f"layers.{i}.seq_norm.weight": torch.ones(8, dtype=torch.bfloat16) for i in range(n_norms)}
     weights |= {f"layers.{i}.q_proj.weight": torch.randn(8, 8).bfloat16() for i in range(3)}
     return weights | {"head.bias": torch.zeros(8), "other.bias": torch.full((4,), 0.5), "scale": torch.ones(())}
@@ -201,8 +206,7 @@ def foreign(n_norms: int = 49) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("key", ["model_state_dict", "state_dict", "model", None])
 def test_constants_of_a_foreign_file(tmp_path: Path, key: str | None) -> None:
     weights = foreign()
-    torch.save({key: weights, "step": 754} if key else weights, tmp_path / "f.pt")
-    findings = inspect_checkpoint(tmp_path / "f.pt")
+    findings = inspected({key: weights, "step": 754} if key else weights, tmp_path)
     assert [f.message for f in by_rule(findings)["never_moved"]] == [
         "49 of 49 norm weights: exactly 1 in every element, as at a start",
         "1 of 1 head.bias: exactly 0 in every element, as at a start",
@@ -217,51 +221,38 @@ def test_norms_that_moved_are_not_constant(tmp_path: Path) -> None:
     weights = foreign()
     for name in list(weights)[:48]:
         weights[name][5] = 0.996
-    torch.save(weights, tmp_path / "f.pt")
-    assert by_rule(inspect_checkpoint(tmp_path / "f.pt"))["never_moved"][0].message.startswith("1 of 49 norm weights")
+    assert by_rule(inspected(weights, tmp_path))["never_moved"][0].message.startswith("1 of 49 norm weights")
 
 
 @pytest.mark.parametrize(("state", "severity"), [({}, "error"), ({"master": torch.ones(8)}, None)])
 def test_the_optimizer_of_a_foreign_file(tmp_path: Path, state: dict, severity: str | None) -> None:
     moments = {0: {"step": torch.tensor(188.0), "exp_avg": torch.zeros(8), **state}}
     optimizer = {"state": moments, "param_groups": [{"lr": 9e-5, "params": [0]}]}
-    torch.save(
-        {"model": foreign(), "optimizer": optimizer, "step": 754, "lr_scheduler": {"base_lrs": [3e-4]}},
-        tmp_path / "f.pt",
-    )
-    findings = inspect_checkpoint(tmp_path / "f.pt")
+    content = {"model": foreign(), "optimizer": optimizer, "step": 754, "lr_scheduler": {"base_lrs": [3e-4]}}
+    findings = inspected(content, tmp_path)
     assert [f.severity for f in findings if f.rule == "bf16_parameters"] == ([severity] if severity else [])
-    assert (
-        by_rule(findings)["step_counters"][0].message
-        == "the checkpoint says step 754 and its optimizer has made 188 updates"
-    )
+    (found,) = by_rule(findings)["step_counters"]
+    assert found.message == "the checkpoint says step 754 and its optimizer has made 188 updates"
     assert by_rule(findings, "info")["lr_baked_in"][0].value == "group_0 9e-05, scheduler base_lrs 0.0003"
 
 
 def test_odd_contents_do_not_stop_it(tmp_path: Path) -> None:
-    odd = {
-        "optimizer": {"state": [1], "param_groups": "x"},
-        "scheduler": 3,
-        "config": [1],
-        "step": "many",
-        "tokens_seen": None,
-    }
+    odd = {"scheduler": 3, "config": [1], "step": "many", "tokens_seen": None}
+    odd |= {"optimizer": {"state": [1], "param_groups": "x"}}
     odd |= {"optimizer_b": {"state": {0: 3}, "param_groups": [4, {"lr": "x"}]}, "initial_sample": "none"}
     fp8 = {"a": torch.ones(4).to(torch.float8_e4m3fn), "b": torch.tensor([1, 1]), "c": torch.empty(0)}
-    torch.save({"model": fp8, **odd}, tmp_path / "f.pt")
-    assert [f.message for f in inspect_checkpoint(tmp_path / "f.pt") if f.severity != "info"] == [
+    assert [f.message for f in inspected({"model": fp8, **odd}, tmp_path) if f.severity != "info"] == [
         "1 of 1 a: exactly 1 in every element, as at a start"
     ]
 
 
 def test_an_old_format_is_read(tmp_path: Path) -> None:
-    torch.save(foreign(), tmp_path / "f.pt", _use_new_zipfile_serialization=False)
-    assert len(by_rule(inspect_checkpoint(tmp_path / "f.pt"))["never_moved"]) == 3
+    findings = inspected(foreign(), tmp_path, _use_new_zipfile_serialization=False)
+    assert len(by_rule(findings)["never_moved"]) == 3
 
 
 def test_a_trainer_of_its_own_keeps_the_sample(tmp_path: Path) -> None:
     """What the advice says: any model's start values, under the key, and the file alone tells what stood still."""
-    torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
     optimizer = torch.optim.AdamW(model[0].parameters(), lr=1e-2)
     sample = health.start_sample(model)
@@ -270,14 +261,11 @@ def test_a_trainer_of_its_own_keeps_the_sample(tmp_path: Path) -> None:
         model(torch.randn(5, 4)).square().sum().backward()
         optimizer.step()
     state = {"state_dict": model.state_dict(), "optimizer": optimizer.state_dict(), "initial_sample": sample}
-    torch.save(state, tmp_path / "f.pt")
-    found = by_rule(inspect_checkpoint(tmp_path / "f.pt"))["never_moved"]
+    found = by_rule(inspected(state, tmp_path))["never_moved"]
     assert [(f.where, f.severity) for f in found] == [("1.weight", "error"), ("1.bias", "error")]
     del state["initial_sample"]
-    torch.save(state, tmp_path / "f.pt")
-    assert (
-        "health.start_sample(model)" in by_rule(inspect_checkpoint(tmp_path / "f.pt"), "info")["never_moved"][0].advice
-    )
+    (found,) = by_rule(inspected(state, tmp_path), "info")["never_moved"]
+    assert "health.start_sample(model)" in found.advice
 
 
 def test_an_older_sample_says_how_few_columns_it_saw(tmp_path: Path) -> None:
@@ -287,25 +275,23 @@ def test_an_older_sample_says_how_few_columns_it_saw(tmp_path: Path) -> None:
     for name, t in weights.items():
         index = torch.arange(256) * (t.numel() // 256)
         sample[name] = {"index": index, "value": t.flatten()[index]}
-    torch.save({"model": weights, "step": 3, "initial_sample": sample}, tmp_path / "f.pt")
-    (found,) = [f for f in inspect_checkpoint(tmp_path / "f.pt") if "evenly spaced" in f.message]
+    content = {"model": weights, "step": 3, "initial_sample": sample}
+    (found,) = [f for f in inspected(content, tmp_path) if "evenly spaced" in f.message]
     seen = {name: len(set((sample[name]["index"] % 192).tolist())) for name in ("table", "other")}
     assert seen["table"] == 1 and "table 1 of 192. " in found.message and found.severity == "info"
     assert found.message.startswith(f"the start values of {sum(n < 192 for n in seen.values())} matrices")
     for name, t in weights.items():
         index = sample_positions(t.shape)
         sample[name] = {"index": index, "value": t.flatten()[index]}
-    torch.save({"model": weights, "step": 3, "initial_sample": sample}, tmp_path / "f.pt")
-    assert not [f for f in inspect_checkpoint(tmp_path / "f.pt") if "evenly spaced" in f.message]
+    assert not [f for f in inspected(content, tmp_path) if "evenly spaced" in f.message]
 
 
 def test_tokens_are_counted_by_whatever_names_a_config_has(tmp_path: Path) -> None:
     config = {"data": {"block_size": 8, "batch_size": 4}, "trainer": {"grad_accum_steps": 2}}
-    torch.save({"model": foreign(), "step": 3, "n_tokens": 64, "config": config}, tmp_path / "f.pt")
-    (found,) = by_rule(inspect_checkpoint(tmp_path / "f.pt"))["step_counters"]
+    content = {"model": foreign(), "step": 3, "n_tokens": 64, "config": config}
+    (found,) = by_rule(inspected(content, tmp_path))["step_counters"]
     assert (found.where, found.value, found.limit) == ("n_tokens", 64, 3 * 8 * 4 * 2)
-    torch.save({"model": foreign(), "step": 1, "n_tokens": 64, "config": config}, tmp_path / "f.pt")
-    assert "step_counters" not in by_rule(inspect_checkpoint(tmp_path / "f.pt"))
+    assert "step_counters" not in by_rule(inspected(content | {"step": 1}, tmp_path))
 
 
 @pytest.mark.parametrize("sizes", [{"d_model": 768, "n_layers": 12}, {}, None])
@@ -313,9 +299,8 @@ def test_stored_rates_are_judged_by_the_weights_that_are_there(tmp_path: Path, s
     """By the tensors' own count; and not at all where the config is no transformer's, or none."""
     config = None if sizes is None else {**sizes, "lr": 1.0, "optimizer": "adamw"}
     optimizer = {"state": {}, "param_groups": [{"lr": 1.0, "params": [0]}]}
-    weights = {"a": torch.randn(2000, 1000)}
-    torch.save({"model": weights, "optimizer": optimizer, "config": config}, tmp_path / "f.pt")
-    (found,) = (f for f in inspect_checkpoint(tmp_path / "f.pt") if f.rule == "lr_baked_in")
+    content = {"model": {"a": torch.randn(2000, 1000)}, "optimizer": optimizer, "config": config}
+    (found,) = (f for f in inspected(content, tmp_path) if f.rule == "lr_baked_in")
     assert ("a transformer of 2e+06 parameters" in found.message) == (found.severity == "warning") == bool(sizes)
 
 
@@ -325,10 +310,8 @@ def test_a_config_that_is_none_does_not_stop_it(tmp_path: Path) -> None:
         nested = {"a": nested}
     optimizer = {"state": {}, "param_groups": [{"lr": 1.0, "params": [0]}]}
     for config in (nested, {str(i): i for i in range(10_001)}):
-        torch.save(
-            {"model": foreign(), "optimizer": optimizer, "config": config, "step": 1, "n_tokens": 1}, tmp_path / "f"
-        )
-        assert "lr_baked_in" in by_rule(inspect_checkpoint(tmp_path / "f"), "info")
+        content = {"model": foreign(), "optimizer": optimizer, "config": config, "step": 1, "n_tokens": 1}
+        assert "lr_baked_in" in by_rule(inspected(content, tmp_path), "info")
 
 
 # ---- files that are no checkpoints -----------------------------------------------------------------------------------

@@ -45,14 +45,8 @@ def give_gradients(params: list[Tensor], seed: int) -> None:
 def twin_of(optimizer, params: list[Tensor]) -> tuple[torch.optim.Optimizer, list[Tensor]]:
     """The same optimizer in float32, with weights, gradients and state as they are."""
     copies = [p.detach().float().requires_grad_() for p in params]
-    twin = type(optimizer)(
-        copies,
-        **{
-            k: v
-            for k, v in optimizer.param_groups[0].items()
-            if k in optimizer.defaults and k != "decoupled_weight_decay"
-        },
-    )
+    known = optimizer.defaults.keys() - {"decoupled_weight_decay"}
+    twin = type(optimizer)(copies, **{k: v for k, v in optimizer.param_groups[0].items() if k in known})
     for p, copy in zip(params, copies, strict=True):
         copy.grad = p.grad.float()
         for key, value in optimizer.state.get(p, {}).items():

@@ -254,7 +254,9 @@ def test_the_bound_rises_from_1_to_its_closed_form_limit() -> None:
     limit = 0.1 / math.sqrt(0.05 * (1 - 0.81 / 0.95))
     assert bounds[0] == pytest.approx(1)
     assert (np.diff(bounds) > -1e-12).all()
-    assert bounds[-1] == pytest.approx(limit)
+    assert bounds[-1] == pytest.approx(limit) == adam_ratio_bound(math.inf, (0.9, 0.95))
+    assert adam_reach([1.0] * 1000, (0.9, 0.95)) <= 1000 * limit
+    assert math.isinf(adam_ratio_bound(math.inf, (0.99, 0.9)))
     assert limit == pytest.approx(1.165, abs=5e-4)
 
 

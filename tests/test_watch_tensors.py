@@ -33,7 +33,6 @@ class Odd(nn.Module):
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_odd_tensors_are_watched(fused) -> None:
-    torch.manual_seed(0)
     model = Odd()
     optimizer = AdamW(
         [p for p in model.parameters() if p.is_floating_point() or p.is_complex()], lr=1e-2, foreach=not fused

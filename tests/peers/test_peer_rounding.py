@@ -65,7 +65,6 @@ def test_stochastic_rounding_is_torchaos_with_the_noise_turned_over(monkeypatch)
 
 
 def test_stochastic_trajectories_have_torchaos_mean_and_spread() -> None:
-    torch.manual_seed(0)
     p = nn.Parameter(torch.ones(40_000))
     ours = Rounded(torch.optim.SGD([p], lr=1e-4), "stochastic")
     theirs = torch.ones(40_000).bfloat16()

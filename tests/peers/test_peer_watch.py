@@ -55,7 +55,6 @@ def trained(model: nn.Module, optimizer, n: int = 80) -> Watch:
 
 @pytest.mark.parametrize("make", [llama, gpt2])
 def test_a_transformers_model_in_float32_is_healthy(make) -> None:
-    torch.manual_seed(0)
     model = make()
     watch = trained(model, AdamW(model.parameters(), lr=1e-3))
     assert [f for f in watch.findings if f.severity != "info"] == []
@@ -66,7 +65,6 @@ def test_a_transformers_model_in_float32_is_healthy(make) -> None:
 
 @pytest.mark.parametrize("make", [llama, gpt2])
 def test_a_transformers_model_in_bfloat16_loses_updates(make) -> None:
-    torch.manual_seed(0)
     model = make().bfloat16()
     watch = trained(model, AdamW(model.parameters(), lr=1e-3))
     serious = [f for f in watch.findings if f.severity != "info"]
@@ -77,7 +75,6 @@ def test_a_transformers_model_in_bfloat16_loses_updates(make) -> None:
 
 def test_kahan_summation_of_optimi_realises_all() -> None:
     optimi = pytest.importorskip("optimi")
-    torch.manual_seed(0)
     model = llama().bfloat16()
     watch = trained(model, optimi.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0), 60)
     assert [f for f in watch.findings if f.rule in ("lost_updates", "bf16_parameters", "frozen_tensor")] == []
