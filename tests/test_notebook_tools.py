@@ -153,7 +153,7 @@ def test_wrong_parameters_stop_before_a_kernel_starts(tmp_path, parameters, mess
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize("word", ["05", "all"])
+@pytest.mark.parametrize("word", ["05", "all", str(runner.NOTEBOOKS / "00_start_here.ipynb")])
 def test_where_no_notebooks_are_installed_one_line_says_so(word, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(runner, "NOTEBOOKS", tmp_path)
     assert main(["notebook", word]) == 2

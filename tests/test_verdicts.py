@@ -163,7 +163,7 @@ def test_two_notebooks_at_once_lose_nothing(path) -> None:
         process.start()
     for process in processes:
         process.join(60)
-    assert list(verdicts.read_verdicts(path)) == [f"C{n:02d}" for n in range(1, 21)]
+    assert list(verdicts.read_verdicts()) == [f"C{n:02d}" for n in range(1, 21)]
 
 
 def test_the_committed_verdicts_are_in_the_case() -> None:

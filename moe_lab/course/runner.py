@@ -170,10 +170,11 @@ def print_files(output: Path) -> None:
 
 def find_notebook(path: str | Path) -> Path:
     """A notebook by its path (from here or from the repository's root) or its name."""
+    known = ", ".join(notebook.stem for notebook in all_notebooks())
     for candidate in (Path(path), ROOT / path, NOTEBOOKS / path, NOTEBOOKS / f"{path}.ipynb"):
         if candidate.is_file():
             return candidate.resolve()
-    raise ConfigError(f"{path}: no such notebook; there are {', '.join(p.stem for p in all_notebooks())}")
+    raise ConfigError(f"{path}: no such notebook; there are {known}")
 
 
 def all_notebooks() -> list[Path]:

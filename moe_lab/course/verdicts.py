@@ -12,7 +12,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
-from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
@@ -73,20 +72,17 @@ def check(
     return true[0]
 
 
-def read_verdicts(path: Path | None = None) -> dict[str, dict[str, Any]]:
-    """Entries by claim id, in order, each with the FIELDS; empty before the first.
-
-    `path`: VERDICTS unless given. Raises ConfigError if the file is not one that `check` writes.
-    """
-    path = path or VERDICTS
-    if not path.exists():
+def read_verdicts() -> dict[str, dict[str, Any]]:
+    """Entries by claim id, in order, each with the FIELDS; empty before the first. Raises ConfigError if VERDICTS is not a
+    file that `check` writes."""
+    if not VERDICTS.exists():
         return {}
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(VERDICTS.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read: {str(error).splitlines()[0]}; restore it from git") from None
+        raise ConfigError(f"{VERDICTS}: cannot be read: {str(error).splitlines()[0]}; restore it from git") from None
     if not isinstance(entries, dict) or not all(isinstance(e, dict) and {*FIELDS} <= {*e} for e in entries.values()):
-        raise ConfigError(f"{path}: not a file of verdicts; restore it from git")
+        raise ConfigError(f"{VERDICTS}: not a file of verdicts; restore it from git")
     return entries
 
 
