@@ -1,5 +1,8 @@
 import pytest
 import torch
+from tiny_run import tiny, train
+
+from moe_lab import Trainer
 
 torch.set_num_threads(1)  # on a busy machine with few cores, small tests run ten times faster with one thread
 
@@ -15,3 +18,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_setup() -> None:
     """Before the fixtures, shared ones too: what a test draws does not depend on which tests ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    """A finished run of six steps, to look at and to copy."""
+    folder = tmp_path_factory.mktemp("run")
+    return train(tiny(folder), folder / "run")

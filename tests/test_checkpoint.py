@@ -27,12 +27,6 @@ KEYS = {"model_state_dict", "optimizer_state_dict", "scheduler_state_dict", "ste
 KEYS |= {"data_state", "config", "initial_sample"}
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Trainer:
-    folder = tmp_path_factory.mktemp("run")
-    return train(tiny(folder), folder / "run")
-
-
 @pytest.fixture
 def copied(run: Trainer, tmp_path: Path) -> Path:
     """The run's directory, to change and to train on in."""

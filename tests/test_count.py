@@ -25,14 +25,8 @@ def test_a_dense_model_is_all_active() -> None:
 
 def test_active_parameters_by_hand() -> None:
     """Two layers, the second with 4 experts of which 1 works; MoD computes half of the tokens of each sublayer."""
-    config = tiny(
-        moe_layers=(1,),
-        moe_top_k=1,
-        mod_enabled=True,
-        mod_capacity_factor=0.5,
-        n_pred_tokens=1,
-        aux_loss_weights=(1.0,),
-    )
+    changes = {"moe_layers": (1,), "moe_top_k": 1, "n_pred_tokens": 1, "aux_loss_weights": (1.0,)}
+    config = tiny(**changes, mod_enabled=True, mod_capacity_factor=0.5)
     attention = 16 * 16 + 2 * 16 * 8 + 16 * 16  # q; k and v, with 2 of 4 heads; o
     dense, expert, router = 3 * 16 * 24, 3 * 16 * 16, 16 * 8 + 8 * 4
     depth = 2 * (16 * 8 + 8 * 1)  # a router and a predictor for each sublayer

@@ -77,9 +77,8 @@ def test_evaluation_asks_the_predictor() -> None:
         for t in range(20):
             weight = torch.sigmoid(depth.router(x[row, t]))
             expected = x[row, t] + weight * 3 * x[row, t] if t in kept else x[row, t]
-            torch.testing.assert_close(
-                y[row, t], expected, rtol=1e-6 if t in kept else 0, atol=1e-6 if t in kept else 0
-            )
+            tolerance = 1e-6 if t in kept else 0
+            torch.testing.assert_close(y[row, t], expected, rtol=tolerance, atol=tolerance)
 
 
 @torch.no_grad()

@@ -58,15 +58,7 @@ def test_it_does_what_its_readme_says_where_nothing_but_torch_can_be_imported(wh
     with zipfile.ZipFile(wheel) as file:
         file.extractall(tmp_path / "site")
     # -I: no PYTHONPATH, no user packages, and the folder must be named
-    command = [
-        sys.executable,
-        "-I",
-        "-c",
-        ALONE,
-        str(tmp_path / "site"),
-        str(health_wheel.CHECKS),
-        str(HEALTH / "README.md"),
-    ]
+    command = [sys.executable, "-I", "-c", ALONE, tmp_path / "site", health_wheel.CHECKS, HEALTH / "README.md"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert run.returncode == 0, run.stderr
     assert run.stdout.endswith(": the wheel does what it says\n")

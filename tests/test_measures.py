@@ -33,16 +33,8 @@ def test_ulp_is_frexps_for_every_power_of_two_and_below_the_smallest_normal_numb
     info = torch.finfo(dtype)
     smallest, largest = (math.frexp(limit)[1] for limit in (info.smallest_normal, info.max))
     powers = torch.exp2(torch.arange(smallest - 1, largest, dtype=torch.float64))
-    x = torch.cat(
-        [
-            powers,
-            powers * (2 - info.eps),
-            powers * 1.37,
-            -powers,
-            torch.tensor([0.0, info.tiny / 2, info.max], dtype=torch.float64),
-        ]
-    )
-    x = x.to(dtype)
+    ends = torch.tensor([0.0, info.tiny / 2, info.max], dtype=torch.float64)
+    x = torch.cat([powers, powers * (2 - info.eps), powers * 1.37, -powers, ends]).to(dtype)
     wide = x.double() if dtype == torch.float64 else x.float()
     exponent = torch.frexp(wide.abs().clamp(min=info.tiny)).exponent - 1
     assert torch.equal(measures.ulp(x, dtype), info.eps * torch.exp2(exponent.to(wide.dtype)))

@@ -304,10 +304,8 @@ def test_reach_is_that_of_the_case() -> None:
 
 def test_a_warm_up_longer_than_the_run() -> None:
     finding = preflight({"training": {"steps": 40, "warmup_steps": 100}})[0]
-    assert (finding.rule, finding.severity) == (
-        "lr_too_low",
-        "warning",
-    ) and "end at 40% of their peak" in finding.message
+    assert (finding.rule, finding.severity) == ("lr_too_low", "warning")
+    assert "end at 40% of their peak" in finding.message
 
 
 def test_dead_keys_of_the_case(tmp_path: Path) -> None:

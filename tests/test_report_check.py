@@ -2,17 +2,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import tiny, train
 
-from moe_lab import RunError, load_run
+from moe_lab import RunError, Trainer, load_run
 from moe_lab.train.checkpoint import step_path
 
 
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
-    train(tiny(folder), folder / "run")
-    return folder / "run"
+@pytest.fixture
+def run_dir(run: Trainer) -> Path:
+    return run.run_dir
 
 
 def test_the_check_of_the_report_runs_unchanged(run_dir: Path, capsys) -> None:

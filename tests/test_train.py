@@ -47,12 +47,6 @@ def descent(model: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     return [torch.optim.SGD([group], lr=lr)]
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Trainer:
-    folder = tmp_path_factory.mktemp("run")
-    return train(tiny(folder), folder / "run")
-
-
 # ---- the update -----------------------------------------------------------------------------------------------------
 
 
