@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from moe_lab import build_model
 from moe_lab.config import ModelConfig
+from moe_lab.model.generate import step
 
 BASE = ModelConfig(
     vocab_size=257,
@@ -67,6 +69,21 @@ def perturb(module: nn.Module, seed: int = 0, std: float = 0.2) -> nn.Module:
         for p in module.parameters():
             p.add_(torch.randn(p.shape, generator=generator).to(p) * std)
     return module
+
+
+def model_with(mechanism: str, **changes):
+    """A tiny model with one of MECHANISMS, off its start values."""
+    return perturb(build_model(tiny(**MECHANISMS[mechanism], **changes)))
+
+
+def caches_of(model: nn.Module, batch: int, length: int) -> list:
+    return [block.seq_layer.new_cache(batch, length, torch.device("cpu"), torch.float32) for block in model.layers]
+
+
+def cached_logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """The logits of each token of (B, T), one token a step: (B, T, V)."""
+    caches = caches_of(model, *ids.shape)
+    return torch.stack([step(model, ids[:, t : t + 1], t, caches) for t in range(ids.shape[1])], dim=1)
 
 
 def random_ids(*shape: int, seed: int = 0, vocab_size: int = BASE.vocab_size) -> Tensor:

@@ -3,15 +3,10 @@ discrete choice, which neither a gradient nor a tolerance need see."""
 
 import pytest
 import torch
-from helpers import MECHANISMS, perturb, random_ids, tiny
+from helpers import MECHANISMS, cached_logits, caches_of, model_with, random_ids
 from torch import Tensor
 
-from moe_lab import build_model
 from moe_lab.model.generate import step
-
-
-def model_with(name: str, **changes):
-    return perturb(build_model(tiny(**MECHANISMS[name], **changes))).eval()
 
 
 def all_logits(model, ids: Tensor) -> Tensor:
@@ -31,7 +26,7 @@ def changed_from(ids: Tensor, position: int, seed: int = 1) -> Tensor:
 @pytest.mark.parametrize("length", [1, 5, 12, 33])
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_evaluation_is_causal_at_every_position(name: str, length: int, batch: int) -> None:
-    model, ids = model_with(name), random_ids(batch, length)
+    model, ids = model_with(name).eval(), random_ids(batch, length)
     before = all_logits(model, ids)
     for position in range(length):
         after = all_logits(model, changed_from(ids, position, seed=position))
@@ -43,7 +38,7 @@ def test_evaluation_is_causal_at_every_position(name: str, length: int, batch: i
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_one_token_is_seen_later_on(name: str) -> None:
     """A model without any memory would pass every test of causality."""
-    model, ids = model_with(name), random_ids(1, 12)
+    model, ids = model_with(name).eval(), random_ids(1, 12)
     changed = ids.clone()
     changed[:, 0] += 1
     difference = (model(changed).logits - model(ids).logits).abs().amax(dim=(0, 2))
@@ -55,7 +50,7 @@ def test_one_token_is_seen_later_on(name: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_two_sequences_of_a_batch_do_not_meet(name: str) -> None:
-    model, ids = model_with(name), random_ids(3, 12)
+    model, ids = model_with(name).eval(), random_ids(3, 12)
     changed = ids.clone()
     changed[1] = changed_from(ids, 0)[1]
     before, after = all_logits(model, ids), all_logits(model, changed)
@@ -66,7 +61,7 @@ def test_two_sequences_of_a_batch_do_not_meet(name: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["moe", "all"])
 def test_expert_capacity_does_not_reach_evaluation(name: str) -> None:
-    model = model_with(name, moe_capacity_factor=0.5)
+    model = model_with(name, moe_capacity_factor=0.5).eval()
     ids = random_ids(1, 12)
     before = all_logits(model, ids)
     for position in range(12):
@@ -79,24 +74,18 @@ def test_expert_capacity_does_not_reach_evaluation(name: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_cached_steps_are_causal(name: str) -> None:
-    model, ids = model_with(name), random_ids(3, 12)
-
-    def cached(tokens: Tensor) -> Tensor:
-        caches = [block.seq_layer.new_cache(3, 12, torch.device("cpu"), torch.float32) for block in model.layers]
-        return torch.stack([step(model, tokens[:, t : t + 1], t, caches) for t in range(12)], dim=1)
-
-    before = cached(ids)
+    model, ids = model_with(name).eval(), random_ids(3, 12)
+    before = cached_logits(model, ids)
     for position in range(12):
-        after = cached(changed_from(ids, position))
+        after = cached_logits(model, changed_from(ids, position))
         assert torch.equal(after[:, :position], before[:, :position])
         assert (after != before)[:, position].any(dim=-1).all()
 
 
 @torch.no_grad()
 def test_what_lies_ahead_in_the_cache_is_not_read() -> None:
-    model, ids = model_with("attention"), random_ids(2, 6)
-    clean = [block.seq_layer.new_cache(2, 9, torch.device("cpu"), torch.float32) for block in model.layers]
-    dirty = [block.seq_layer.new_cache(2, 9, torch.device("cpu"), torch.float32) for block in model.layers]
+    model, ids = model_with("attention").eval(), random_ids(2, 6)
+    clean, dirty = (caches_of(model, 2, 9) for _ in "ab")
     for cache in dirty:
         cache.keys.fill_(7.0)
         cache.values.fill_(7.0)

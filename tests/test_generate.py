@@ -5,15 +5,10 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import MECHANISMS, perturb, random_ids, tiny
+from helpers import MECHANISMS, cached_logits, caches_of, model_with, random_ids
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from moe_lab import build_model
 from moe_lab.model.generate import choose, step
-
-
-def model_with(name: str, **changes):
-    return perturb(build_model(tiny(**MECHANISMS[name], **changes)))
 
 
 @torch.no_grad()
@@ -27,10 +22,7 @@ def test_caches_change_nothing(name: str, length: int) -> None:
     for _ in range(14):
         ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(dim=-1)], dim=1)
     assert torch.equal(generated, ids)
-
-    caches = [block.seq_layer.new_cache(3, 48, torch.device("cpu"), torch.float32) for block in model.layers]
-    cached = torch.stack([step(model, ids[:, t : t + 1], t, caches) for t in range(ids.shape[1])], dim=1)
-    torch.testing.assert_close(cached, model(ids).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(cached_logits(model, ids), model(ids).logits, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -39,7 +31,7 @@ def test_the_state_of_mamba_does_not_grow(name: str) -> None:
     model = model_with(name).eval()
     sizes = []
     for length in (4, 40):
-        caches = [block.seq_layer.new_cache(2, length, torch.device("cpu"), torch.float32) for block in model.layers]
+        caches = caches_of(model, 2, length)
         states = [state for cache in caches for state in (cache if isinstance(cache, list) else [cache])]
         shapes = [tensor.shape for state in states for tensor in state]
         for t in range(length):
@@ -110,11 +102,7 @@ def test_sampling_repeats_with_its_generator_and_spares_the_global_one() -> None
     [
         (0, {}, "prompt is empty; give at least one token"),
         (4, {"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
-        (
-            40,
-            {"max_new_tokens": 9},
-            "max_new_tokens=9 after a prompt of 40 tokens goes past model.max_seq_len=48; ask for at most 8",
-        ),
+        (40, {}, "max_new_tokens=9 after a prompt of 40 tokens goes past model.max_seq_len=48; ask for at most 8"),
         (4, {"temperature": -0.1}, "temperature=-0.1 must be 0 (greedy) or more"),
         (4, {"top_k": 0}, "top_k=0 must be at least 1"),
         (4, {"top_p": 0.0}, "top_p=0.0 must be more than 0 and at most 1"),
@@ -123,7 +111,7 @@ def test_sampling_repeats_with_its_generator_and_spares_the_global_one() -> None
 )
 def test_errors_say_what_to_do(length: int, options: dict, message: str) -> None:
     with pytest.raises(ValueError) as error:
-        model_with("attention").generate(random_ids(1, length), **{"max_new_tokens": 4, **options})
+        model_with("attention").generate(random_ids(1, length), **{"max_new_tokens": 9, **options})
     assert str(error.value) == message
 
 
