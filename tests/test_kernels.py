@@ -89,7 +89,7 @@ def watched_updates(dtype: torch.dtype, calls: Calls) -> Iterator[torch.nn.Modul
     model = build_model(tiny(**MECHANISMS["all"]), seed=0).to(dtype)
     optimizers = build_optimizers(model, OptimizerConfig(), 1e-3)
     with calls, Watch(model, optimizers, budget=100) as watch:
-        for step in range(31):
+        for step in range(21):
             terms = model.losses(random_ids(2, 16, seed=step))
             sum(terms.values()).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -99,7 +99,7 @@ def watched_updates(dtype: torch.dtype, calls: Calls) -> Iterator[torch.nn.Modul
             watch.observe(loss=terms["next_token"].detach())
         with redirect_stdout(StringIO()):
             watch.report()
-        assert watch.step == 31 and watch.readings
+        assert watch.step == 21 and watch.readings
         yield model
 
 
