@@ -28,7 +28,7 @@ run: setup
 test: setup browser
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(TWO) --dist loadscope tests
+	$(TWO) --dist loadscope --no-loadscope-reorder tests
 	MOE_LAB_PROFILE=smoke MOE_LAB_INTERACTIVE=0 $(TWO) --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout=300 notebooks
 
 # The live dashboard is tested with real clicks. Any Chromium will do; else Debian's package or Playwright's build.

@@ -7,7 +7,7 @@ import pytest
 from tiny_run import parameters, tiny, train, without_times
 
 from moe_lab import Trainer
-from moe_lab.train import read_record
+from moe_lab.train import checkpoint, read_record
 from moe_lab.train.checkpoint import load_checkpoint, step_path
 from moe_lab.train.controls import Controls
 from moe_lab.train.record import read_jsonl
@@ -47,6 +47,22 @@ def test_actions_are_written_with_their_update(tmp_path: Path) -> None:
     cosine = 0.1 + 0.9 * (1 + 0.5) / 2  # one of three updates after the warm-up: cos(60°) = 0.5
     assert share == pytest.approx([1 / 3, 2 / 3, 0.5, 0.5 * cosine])  # from the update after the asking on
     assert rows[3]["lr"]["adamw"] / rows[3]["lr"]["muon"] == pytest.approx(0.08)
+
+
+def test_what_is_asked_during_a_save_is_written_too(tmp_path: Path, monkeypatch) -> None:
+    """The loop has taken what was asked by then; a stop must not end it before the next taking."""
+    trainer = Trainer(tiny(tmp_path, training={"log_interval": 1, "save_interval": 100}), tmp_path / "run")
+    trainer.listeners.append(lambda row: row["step"] == 2 and trainer.controls.save())
+    save = checkpoint.save_atomically
+
+    def saved_and_stopped(state: dict, path: Path) -> None:
+        save(state, path)
+        trainer.stop()
+
+    monkeypatch.setattr(checkpoint, "save_atomically", saved_and_stopped)
+    trainer.fit()
+    actions = [row["action"] for row in read_jsonl(tmp_path / "run" / "controls.jsonl")]
+    assert trainer.step == 2 and actions == ["save", "stop"]
 
 
 def test_a_replay_gives_the_same_curve(tmp_path: Path) -> None:

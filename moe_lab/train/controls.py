@@ -66,6 +66,11 @@ class Controls:
             self.asked.clear()
             return rows
 
+    def decision(self) -> bool | None:
+        """Whether to stop; None while paused, or while something is asked that nobody has taken yet."""
+        with self.lock:
+            return None if self.paused or self.asked else self.stopped
+
     def wait_while_paused(self, seconds: float) -> None:
         """Wait at most `seconds` for the pause to end."""
         with self.lock:

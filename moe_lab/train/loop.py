@@ -254,8 +254,9 @@ class Trainer:
                 append_jsonl(self.run_dir / CONTROLS, actions)
             if any(row["action"] == "save" for row in actions):
                 self.save(ckpt.step_path(self.run_dir, self.step))
-            if not self.controls.paused:
-                return self.controls.stopped
+            stop = self.controls.decision()
+            if stop is not None:
+                return stop
             self.flush()  # who pauses looks at what there is
             with self.off_the_clock():
                 self.controls.wait_while_paused(0.1)
