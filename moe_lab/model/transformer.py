@@ -140,8 +140,9 @@ class LanguageModel(nn.Module):
     def forward(self, ids: Tensor) -> Output:
         """ids (B, T) int64, 0 ≤ id < V → logits of every head and the routing. Any T from 1."""
         hidden, routing, _ = self.trunk(ids)
-        logits = torch.stack([head(hidden) for head in self.lm_heads])
-        return Output(logits[0], logits[1:], routing)
+        logits = [head(hidden) for head in self.lm_heads]
+        future = torch.stack(logits[1:]) if len(logits) > 1 else logits[0].new_zeros(0, *logits[0].shape)
+        return Output(logits[0], future, routing)
 
     def report(self, ids: Tensor, mask: Tensor | None = None, generator: torch.Generator | None = None) -> Losses:
         """The training loss of windows ids (B, T + 1) int64, term by term, and what the routers did on the way.
