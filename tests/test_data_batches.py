@@ -64,12 +64,6 @@ def test_resume_refuses_other_data_or_another_seed() -> None:
         Batches(TOKENS, 7, 4, seed=4).load_state_dict(state)
 
 
-def test_too_few_tokens_for_one_window() -> None:
-    assert Batches(TOKENS[:8], 7, 1, seed=0).n_windows == 1
-    with refused(ConfigError, match=r"^data.source gives 7 training tokens, fewer than one window .* = 8; give "):
-        Batches(TOKENS[:7], 7, 1, seed=0)
-
-
 @pytest.mark.parametrize("n_tokens", [2, 7, 8, 9, 15, 16, 99, 100])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_validation_makes_each_token_but_the_first_a_target_once(n_tokens: int, batch_size: int) -> None:

@@ -19,38 +19,32 @@ class Batches:
     Window i covers `tokens[i * T : i * T + T + 1]`, so that each token but the first is a target once. An epoch is a
     permutation of all whole windows and follows from (seed, epoch) alone; the tokens after the last whole window are
     not used. A batch may span two epochs, so that no window is dropped or repeated.
-    Raises ConfigError if `tokens` (1-D, whole numbers) hold not even one window.
+    `tokens` (1-D, whole numbers) hold one window at least, which `prepare` makes sure of.
     """
 
     def __init__(self, tokens: np.ndarray, seq_len: int, batch_size: int, seed: int):
-        self.tokens, self.seq_len, self.batch_size, self.seed = tokens, seq_len, batch_size, seed
-        self.n_windows = (len(tokens) - 1) // seq_len
-        if self.n_windows < 1:
-            raise ConfigError(
-                f"data.source gives {len(tokens):,} training tokens, fewer than one window of model.max_seq_len + 1 = "
-                f"{seq_len + 1:,}; give more text or lower model.max_seq_len"
-            )
-        self.epoch = self.position = 0  # position: windows of this epoch that are handed out
-        self.order = self.permutation()
+        self.windows, self.batch_size, self.seed = whole_windows(tokens, seq_len), batch_size, seed
+        self.n_windows = len(self.windows)
+        self.go_to(epoch=0, position=0)
 
-    def permutation(self) -> np.ndarray:
-        """Order of the windows in the current epoch, (n_windows,) int64."""
+    def go_to(self, epoch: int, position: int) -> None:
+        """Stand where `position` windows of an epoch are handed out."""
         # A hash, since torch's CPU generator uses only the low 32 bits of a seed: seed and epoch side by side in 64
         # bits would give every seed the same order.
-        digest = hashlib.sha256(f"{self.seed} {self.epoch}".encode()).digest()
+        digest = hashlib.sha256(f"{self.seed} {epoch}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
-        return torch.randperm(self.n_windows, generator=generator).numpy()
+        self.order = torch.randperm(self.n_windows, generator=generator).tolist()
+        self.epoch, self.position = epoch, position
 
     def next_batch(self) -> torch.Tensor:
         """The next windows, (B, T + 1) int64 on the CPU."""
-        return read_windows(self.tokens, [self.next_window() for _ in range(self.batch_size)], self.seq_len)
+        return as_batch(self.windows[[self.next_window() for _ in range(self.batch_size)]])
 
     def next_window(self) -> int:
         if self.position == self.n_windows:
-            self.epoch, self.position = self.epoch + 1, 0
-            self.order = self.permutation()
+            self.go_to(self.epoch + 1, 0)
         self.position += 1
-        return int(self.order[self.position - 1])
+        return self.order[self.position - 1]
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "position": self.position, "seed": self.seed, "n_windows": self.n_windows}
@@ -63,8 +57,7 @@ class Batches:
                     f"the stored data state has {name}={state[name]}, this run {getattr(self, name)}: {cause} changed; "
                     "restore it or start a new run"
                 )
-        self.epoch, self.position = state["epoch"], state["position"]
-        self.order = self.permutation()
+        self.go_to(state["epoch"], state["position"])
 
 
 def validation_windows(tokens: np.ndarray, seq_len: int, batch_size: int) -> Iterator[torch.Tensor]:
@@ -72,14 +65,18 @@ def validation_windows(tokens: np.ndarray, seq_len: int, batch_size: int) -> Ite
 
     The last window, if shorter, comes alone. The targets `window[:, 1:]` of all batches are `len(tokens) - 1`.
     """
-    n_windows = max(0, (len(tokens) - 1) // seq_len)
-    for first in range(0, n_windows, batch_size):
-        yield read_windows(tokens, range(first, min(first + batch_size, n_windows)), seq_len)
-    rest = tokens[n_windows * seq_len :]
+    whole = whole_windows(tokens, seq_len) if len(tokens) > seq_len else tokens[:0, None]
+    for first in range(0, len(whole), batch_size):
+        yield as_batch(whole[first : first + batch_size])
+    rest = tokens[len(whole) * seq_len :]
     if len(rest) > 1:
-        yield torch.from_numpy(rest.astype(np.int64))[None]
+        yield as_batch(rest[None])
 
 
-def read_windows(tokens: np.ndarray, indices, seq_len: int) -> torch.Tensor:
-    windows = [tokens[i * seq_len : i * seq_len + seq_len + 1] for i in indices]
-    return torch.from_numpy(np.stack(windows).astype(np.int64))
+def whole_windows(tokens: np.ndarray, seq_len: int) -> np.ndarray:
+    """A view, (n_windows, T + 1): the last token of a window is the first of the next."""
+    return np.lib.stride_tricks.sliding_window_view(tokens, seq_len + 1)[::seq_len]
+
+
+def as_batch(windows: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(windows.astype(np.int64))

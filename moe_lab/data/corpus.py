@@ -8,9 +8,12 @@ import os
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
+
+from tqdm import tqdm
 
 from moe_lab.config import ConfigError, DataConfig
 from moe_lab.data.hugging_face import stream_texts
@@ -22,12 +25,6 @@ NOT_IN_STDLIB |= {"encodings", "pydoc_data", "turtledemo"}
 BUILD_PRODUCTS = ("_sysconfigdata", "config-")
 
 
-class Document(NamedTuple):
-    name: str  # path relative to the source, with forward slashes
-    text: str
-    split_key: str  # what the split rule hashes
-
-
 class Corpus(NamedTuple):
     train: list[str]
     validation: list[str]
@@ -36,98 +33,96 @@ class Corpus(NamedTuple):
     n_bytes: int  # UTF-8 bytes of all documents
     skipped: dict[str, int]  # reason -> files (rows of a Hugging Face data set)
 
+    def describe(self) -> str:
+        size = f"{self.n_documents:,} documents, {self.n_bytes:,} bytes"
+        return f"{size}, corpus {self.hash[:12]}{count_line(self.skipped)}"
+
 
 def read_corpus(data: DataConfig, progress: bool = True) -> Corpus:
     """Read `data.source`, at most `data.max_bytes` bytes of it, and split it. See `split` for the rule.
 
-    Files are UTF-8 (a byte-order mark is dropped) and CRLF becomes LF. Inside a folder, files that are binary (hold
-    a NUL byte), not UTF-8, unreadable, empty or hidden are skipped and counted in `skipped`.
+    Text is UTF-8 (a byte-order mark is dropped) and CRLF becomes LF. What is binary (holds a NUL byte), not UTF-8,
+    unreadable, empty, or hidden in a folder is skipped and counted in `skipped`.
     Raises ConfigError, one line, if the source does not exist, cannot be read, or yields no text.
     """
     skipped: Counter[str] = Counter()
-    if data.source.startswith("hf:"):
-        texts = stream_texts(data, skipped, progress)
-        documents = [Document(f"{data.source}/{index}", text, split_key=text) for index, text in enumerate(texts)]
-    elif data.source == "stdlib":
-        root = Path(sysconfig.get_paths()["stdlib"])
-        documents = list(read_files(root, stdlib_names(root), data.max_bytes, skipped))
-    else:
-        documents = read_path(data, skipped)
+    documents: dict[str, str] = {}  # name -> text
+    left = data.max_bytes or sys.maxsize
+    for name, content in tqdm(contents_of(data, skipped), desc="reading", delay=2, disable=not progress):
+        text, reason = decode(content, left)
+        if reason:
+            skipped[reason] += 1
+            continue
+        if text:
+            documents[name] = text
+        left -= len(content)
+        if left <= 0:
+            break
     if not documents:
-        reasons = f" ({count_line(skipped)})" if skipped else ""
-        raise ConfigError(f"data.source={data.source} yields no text{reasons}; name a source that holds UTF-8 text")
+        message = f"data.source={data.source} yields no text{count_line(skipped)}"
+        raise ConfigError(f"{message}; name a source that holds UTF-8 text")
     digest = hashlib.sha256()
-    for document in documents:
-        name, content = raw(document.name), document.text.encode()
+    for name, content in ((raw(name), raw(text)) for name, text in documents.items()):
         digest.update(f"{len(name)} {len(content)} ".encode() + name + content)
-    train, validation = split(documents)
-    n_bytes = n_utf8(train) + n_utf8(validation)
-    return Corpus(train, validation, digest.hexdigest(), len(documents), n_bytes, dict(skipped))
+    train, validation = split(documents, by_text=data.source.startswith("hf:"))
+    return Corpus(train, validation, digest.hexdigest(), len(documents), n_utf8(train + validation), dict(+skipped))
 
 
-def split(documents: list[Document]) -> tuple[list[str], list[str]]:
-    """Training and validation text.
+def contents_of(data: DataConfig, skipped: Counter[str]) -> Iterator[tuple[str, bytes | None]]:
+    """Name and bytes (None: unreadable) of each document, read as they are asked for.
 
-    A document is validation if sha256 of its relative path (for a Hugging Face data set: of its text), read as a
-    number, is 0 modulo 20. Few documents may give a lopsided split: where validation would hold less than 2 % or
-    more than 20 % of the bytes, the last 5 % of every document is validation instead, cut at a line end if one is
-    near, and both parts count as documents.
+    A name is a path relative to the source, with forward slashes, or the number of a row. Of a file, at most one byte
+    more than `data.max_bytes` is read, so that a cut can be seen.
     """
-    train: list[str] = []
-    validation: list[str] = []
-    for document in documents:
-        is_held_out = int(hashlib.sha256(raw(document.split_key)).hexdigest(), 16) % 20 == 0
-        (validation if is_held_out else train).append(document.text)
-    if 0.02 <= n_utf8(validation) / (n_utf8(train) + n_utf8(validation)) <= 0.20:
-        return train, validation
-    parts = [cut_near_end(document.text) for document in documents]
-    return [head for head, _ in parts], [tail for _, tail in parts if tail]
+    if data.source.startswith("hf:"):
+        for row, text in enumerate(stream_texts(data)):
+            yield f"{data.source}/{row}", text.encode()
+        return
+    folder, names = files_of(data.source, skipped)
+    for name in names:
+        path, content = folder / name, None
+        if path.is_file():  # else a broken link, or a pipe, which would wait for ever
+            with suppress(OSError), path.open("rb") as file:
+                content = file.read(min(path.stat().st_size, (data.max_bytes or sys.maxsize) + 1))
+        yield name, content
 
 
-def cut_near_end(text: str) -> tuple[str, str]:
-    """`text` in two, cut before the last 5 % or at a line end that is at most 2.5 % away from there."""
-    cut = len(text) - len(text) // 20
-    cut = text.find("\n", cut - len(text) // 40, cut + len(text) // 40) + 1 or cut
-    return text[:cut], text[cut:]
+def decode(content: bytes | None, max_bytes: int) -> tuple[str, str | None]:
+    """The first `max_bytes` bytes as text, whole characters only, and why there is none: "it is …"."""
+    if content is None:
+        return "", "unreadable"
+    kept = content[:max_bytes]
+    if not kept:
+        return "", "empty"
+    if b"\0" in kept:
+        return "", "binary"
+    try:  # where max_bytes cuts a document, a character may be cut too, and that is no fault of the document
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(kept, final=len(content) <= max_bytes)
+    except UnicodeDecodeError:
+        return "", "not UTF-8"
+    return text.replace("\r\n", "\n"), None
 
 
-def raw(name: str) -> bytes:
-    return name.encode(errors="surrogateescape")  # a file name on Linux may hold bytes that are no UTF-8
-
-
-def n_utf8(texts: list[str]) -> int:
-    return sum(len(text.encode()) for text in texts)
-
-
-def count_line(skipped: dict[str, int]) -> str:
-    """`skipped 2 binary, 1 empty`."""
-    return "skipped " + ", ".join(f"{n:,} {reason}" for reason, n in sorted(skipped.items()))
+def files_of(source: str, skipped: Counter[str]) -> tuple[Path, list[str]]:
+    """A folder, and the relative paths in it of what the source has: of a user's folder, all that is not hidden."""
+    if source == "stdlib":
+        library = Path(sysconfig.get_paths()["stdlib"])
+        return library, stdlib_names(library)
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path.parent, [path.name]
+    if not path.is_dir():
+        raise ConfigError(f"data.source={source}: no such file or folder; write stdlib, a path, or hf:NAME")
+    names = file_names(path)
+    visible = [name for name in names if not name.startswith(".") and "/." not in name]
+    skipped["hidden"] = len(names) - len(visible)
+    return path, visible
 
 
 def stdlib_names(root: Path) -> list[str]:
     """The standard library's own .py files: no tests, near-copies, tables or products of the build."""
-    paths = [PurePosixPath(name) for name in file_names(root) if name.endswith(".py")]
-    paths = [path for path in paths if not path.parts[0].startswith(BUILD_PRODUCTS)]
-    return [str(path) for path in paths if not NOT_IN_STDLIB.intersection(path.parts[:-1])]
-
-
-def read_path(data: DataConfig, skipped: Counter[str]) -> list[Document]:
-    """The user's file, or every file below the user's folder; hidden files and folders are left out."""
-    path = Path(data.source).expanduser()
-    if path.is_file():
-        documents = list(read_files(path.parent, [path.name], data.max_bytes, skipped))
-        if skipped:
-            raise ConfigError(f"data.source={data.source} is {next(iter(skipped))}; name a file that holds UTF-8 text")
-        return documents
-    if not path.is_dir():
-        raise ConfigError(f"data.source={data.source}: no such file or folder; write stdlib, a path, or hf:NAME")
-    names = file_names(path)
-    if not names:
-        raise ConfigError(f"data.source={data.source} is a folder without files; put UTF-8 text files into it")
-    visible = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
-    if len(names) > len(visible):
-        skipped["hidden"] = len(names) - len(visible)
-    return list(read_files(path, visible, data.max_bytes, skipped))
+    names = [name for name in file_names(root) if name.endswith(".py") and not name.startswith(BUILD_PRODUCTS)]
+    return [name for name in names if not NOT_IN_STDLIB.intersection(name.split("/")[:-1])]
 
 
 def file_names(root: Path) -> list[str]:
@@ -140,36 +135,41 @@ def file_names(root: Path) -> list[str]:
     return sorted((Path(folder) / name).relative_to(root).as_posix() for folder, _, names in found for name in names)
 
 
-def read_files(root: Path, names: Iterable[str], max_bytes: int | None, skipped: Counter[str]) -> Iterator[Document]:
-    """The files that hold text, in order, until `max_bytes` bytes are read; the last one may be cut."""
-    left = max_bytes or sys.maxsize
-    for name in names:
-        text, reason = read_text(root / name, left)
-        if reason:
-            skipped[reason] += 1
-            continue
-        if text:
-            yield Document(name, text.replace("\r\n", "\n"), split_key=name)
-        left -= (root / name).stat().st_size  # not the text's size: a file that was cut must be the last one
-        if left <= 0:
-            return
+def split(documents: dict[str, str], by_text: bool) -> tuple[list[str], list[str]]:
+    """Training and validation text of {name: text}.
+
+    A document is validation if sha256 of its name (`by_text`, for a Hugging Face data set: of its text), read as a
+    number, is 0 modulo 20. Few documents may give a lopsided split: where validation would hold less than 2 % or
+    more than 20 % of the bytes, the last 5 % of every document is validation instead, cut at a line end if one is
+    near, and both parts count as documents.
+    """
+    train: list[str] = []
+    validation: list[str] = []
+    for name, text in documents.items():
+        digest = hashlib.sha256(raw(text if by_text else name)).hexdigest()
+        (validation if int(digest, 16) % 20 == 0 else train).append(text)
+    if 0.02 <= n_utf8(validation) / (n_utf8(train) + n_utf8(validation)) <= 0.20:
+        return train, validation
+    parts = [cut_near_end(text) for text in documents.values()]
+    return [head for head, _ in parts], [tail for _, tail in parts if tail]
 
 
-def read_text(path: Path, max_bytes: int) -> tuple[str, str | None]:
-    """At most `max_bytes` bytes of a file as text, whole characters only, and why there is none: "the file is …"."""
-    if not path.is_file():
-        return "", "unreadable"  # a broken link, or a pipe, which would wait for ever
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            content = file.read(min(size, max_bytes))
-    except OSError:
-        return "", "unreadable"
-    if not content:
-        return "", "empty"
-    if b"\0" in content:
-        return "", "binary"
-    try:  # where max_bytes cuts the file, a character may be cut too, and that is no fault of the file
-        return codecs.getincrementaldecoder("utf-8-sig")().decode(content, final=size <= max_bytes), None
-    except UnicodeDecodeError:
-        return "", "not UTF-8"
+def cut_near_end(text: str) -> tuple[str, str]:
+    """`text` in two, cut before the last 5 % or at a line end that is at most 2.5 % away from there."""
+    cut = len(text) - len(text) // 20
+    cut = text.find("\n", cut - len(text) // 40, cut + len(text) // 40) + 1 or cut
+    return text[:cut], text[cut:]
+
+
+def raw(text: str) -> bytes:
+    return text.encode(errors="surrogateescape")  # a file name on Linux may hold bytes that are no UTF-8
+
+
+def n_utf8(texts: list[str]) -> int:
+    return sum(len(text.encode()) for text in texts)
+
+
+def count_line(skipped: dict[str, int]) -> str:
+    """`; skipped 2 binary, 1 empty`, or nothing."""
+    reasons = ", ".join(f"{n:,} {reason}" for reason, n in sorted(skipped.items()) if n)
+    return f"; skipped {reasons}" if reasons else ""

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
-
-from tqdm import tqdm
 
 from moe_lab.config import ConfigError, DataConfig
 
@@ -14,25 +11,17 @@ from moe_lab.config import ConfigError, DataConfig
 FILE_LOADERS = {"arrow", "csv", "hdf5", "json", "lance", "pandas", "parquet", "text", "vortex", "webdataset", "xml"}
 
 
-def stream_texts(data: DataConfig, skipped: Counter[str], progress: bool) -> Iterator[str]:
-    """Texts of the `train` split until `data.max_bytes` UTF-8 bytes are read; the last one may be cut.
-
-    Rows without text are counted in `skipped`. Raises ConfigError, one line, whatever the library stumbles over.
-    """
-    left = data.max_bytes
-    with tqdm(total=left, desc="reading", unit="B", unit_scale=True, delay=2, disable=not progress) as bar:
-        for row in rows(data):
-            content = text_of(row, data).encode()
-            if not content:
-                skipped["empty"] += 1
-                continue
-            text = content[:left].decode(errors="ignore")  # "ignore" drops at most a character that the cut halved
-            if text:
-                yield text
-            bar.update(min(len(content), left))
-            left -= len(content)
-            if left <= 0:
-                return
+def stream_texts(data: DataConfig) -> Iterator[str]:
+    """The texts of the `train` split, "" where a row has none. Raises ConfigError, whatever the library stumbles over."""
+    for row in rows(data):
+        if data.text_field not in row:
+            columns = ", ".join(map(str, row))
+            raise ConfigError(f"data.text_field={data.text_field} is no column of {data.source}; it has {columns}")
+        text = row[data.text_field]
+        if not isinstance(text, str | None):
+            kind = type(text).__name__
+            raise ConfigError(f"data.text_field={data.text_field} of {data.source} holds {kind}, not text")
+        yield text or ""
 
 
 def rows(data: DataConfig) -> Iterator[dict[str, Any]]:
@@ -52,14 +41,3 @@ def rows(data: DataConfig) -> Iterator[dict[str, Any]]:
         reason = " ".join(str(error).split())[:300]
         message = f"data.source={data.source} cannot be read ({type(error).__name__}: {reason})"
         raise ConfigError(f"{message}; check the name, data.subset, data.data_files and the network") from error
-
-
-def text_of(row: dict[str, Any], data: DataConfig) -> str:
-    """The row's text; a missing value is no text."""
-    if data.text_field not in row:
-        columns = ", ".join(map(str, row))
-        raise ConfigError(f"data.text_field={data.text_field} is no column of {data.source}; it has {columns}")
-    text = row[data.text_field]
-    if not isinstance(text, str | None):
-        raise ConfigError(f"data.text_field={data.text_field} of {data.source} holds {type(text).__name__}, not text")
-    return text or ""

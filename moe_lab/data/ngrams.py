@@ -6,14 +6,11 @@ import json
 import math
 import os
 import uuid
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moe_lab.config import ConfigError
-
-if TYPE_CHECKING:
-    from moe_lab.data.prepare import Dataset
+from moe_lab.data.prepare import Dataset
 
 
 def loss_floors(dataset: Dataset) -> dict[str, float]:

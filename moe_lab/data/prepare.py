@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import uuid
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 from moe_lab.config import ROOT, ConfigError, DataConfig, ModelConfig
-from moe_lab.data.corpus import Corpus, count_line, read_corpus
+from moe_lab.data.corpus import Corpus, read_corpus
 
 CACHE = ROOT / ".cache"
 FORMAT = 1  # raise it whenever the same text would give other files
@@ -31,22 +29,15 @@ class Dataset(NamedTuple):
     tokenizer: Tokenizer
     train: np.ndarray  # documents, each followed by end-of-text
     validation: np.ndarray
-    vocab_size: int  # actual: at most model.vocab_size
-    corpus_hash: str  # sha256 over names and bytes of all documents, hex
-    validation_bytes: int  # UTF-8 bytes that validation[1:] stands for; an end-of-text stands for none
-    skipped: dict[str, int]  # reason -> files
     folder: Path  # what was written for this corpus and vocabulary
-    source: str
-    n_documents: int
-    n_bytes: int  # UTF-8 bytes of all documents
+    corpus_hash: str  # sha256 over names and bytes of all documents, hex
+    was_read: str  # source, documents, bytes, corpus, what was skipped
+    vocab_size: int  # actual: at most model.vocab_size
+    validation_bytes: int  # UTF-8 bytes that validation[1:] stands for; an end-of-text stands for none
 
     def describe(self) -> str:
-        skipped = f"; {count_line(self.skipped)}" if self.skipped else ""
-        return (
-            f"{self.source}: {self.n_documents:,} documents, {self.n_bytes:,} bytes, corpus {self.corpus_hash[:12]}"
-            f"{skipped}\n{len(self.train):,} training and {len(self.validation):,} validation tokens, "
-            f"vocabulary {self.vocab_size:,}"
-        )
+        tokens = f"{len(self.train):,} training and {len(self.validation):,} validation tokens"
+        return f"{self.was_read}\n{tokens}, vocabulary {self.vocab_size:,}"
 
 
 def prepare(data: DataConfig, model: ModelConfig, cache_dir: Path | None = None, progress: bool = True) -> Dataset:
@@ -62,18 +53,6 @@ def prepare(data: DataConfig, model: ModelConfig, cache_dir: Path | None = None,
     folder = Path(cache_dir or CACHE) / "data" / key
     if not folder.exists():
         write(folder, corpus, model.vocab_size, progress)
-    dataset = open_folder(folder, data, corpus)
-    n_train, n_validation = len(dataset.train), len(dataset.validation)
-    if n_train < model.max_seq_len + 1 or n_validation < 2:
-        raise ConfigError(
-            f"data.source={data.source} is too little text: {n_train:,} training tokens (model.max_seq_len + 1 = "
-            f"{model.max_seq_len + 1:,} are needed) and {n_validation:,} validation tokens (2 are needed); "
-            "give more text, raise data.max_bytes or lower model.max_seq_len"
-        )
-    return dataset
-
-
-def open_folder(folder: Path, data: DataConfig, corpus: Corpus) -> Dataset:
     try:
         meta = json.loads((folder / "meta.json").read_text())
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -81,43 +60,37 @@ def open_folder(folder: Path, data: DataConfig, corpus: Corpus) -> Dataset:
     except Exception as error:  # tokenizers raises bare Exception
         raise ConfigError(f"{folder} is damaged ({' '.join(str(error).split())}); delete it, and run again") from error
     tokenizer.encode_special_tokens = True  # a text that spells <|endoftext|> out does not end there
-    return Dataset(
-        tokenizer=tokenizer,
-        train=train,
-        validation=validation,
-        vocab_size=meta["vocab_size"],
-        corpus_hash=corpus.hash,
-        validation_bytes=meta["validation_bytes"],
-        skipped=corpus.skipped,
-        folder=folder,
-        source=data.source,
-        n_documents=corpus.n_documents,
-        n_bytes=corpus.n_bytes,
-    )
+    if len(train) < model.max_seq_len + 1 or len(validation) < 2:
+        raise ConfigError(
+            f"data.source={data.source} is too little text: {len(train):,} training tokens (model.max_seq_len + 1 = "
+            f"{model.max_seq_len + 1:,} are needed) and {len(validation):,} validation tokens (2 are needed); "
+            "give more text, raise data.max_bytes or lower model.max_seq_len"
+        )
+    was_read = f"{data.source}: {corpus.describe()}"
+    return Dataset(tokenizer, train, validation, folder, corpus.hash, was_read, **meta)
 
 
 def write(folder: Path, corpus: Corpus, vocab_size: int, progress: bool) -> None:
     """Make the files of `folder`, which appears at once and whole; a process that was faster wins."""
-    draft = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}")
-    draft.mkdir(parents=True)
-    try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent) as temporary:
+        draft = Path(temporary) / "draft"
+        draft.mkdir()
         tokenizer = train_tokenizer(corpus.train, vocab_size, progress)
         tokenizer.save(str(draft / "tokenizer.json"))
         np.save(draft / "train.npy", encode(tokenizer, corpus.train, progress))
         validation = encode(tokenizer, corpus.validation, progress)
         np.save(draft / "validation.npy", validation)
-        meta = {
-            "vocab_size": tokenizer.get_vocab_size(),
-            "validation_bytes": int(n_bytes_of_tokens(tokenizer)[validation[1:]].sum()),
-        }
+        # the byte-level alphabet writes each byte as one character; an end-of-text stands for none
+        sizes = np.array([len(tokenizer.id_to_token(i)) for i in range(tokenizer.get_vocab_size())])
+        sizes[END_OF_TEXT_ID] = 0
+        meta = {"vocab_size": len(sizes), "validation_bytes": int(sizes[validation[1:]].sum())}
         (draft / "meta.json").write_text(json.dumps(meta))
         try:
-            os.replace(draft, folder)
+            draft.rename(folder)
         except OSError:
             if not folder.exists():  # else another process made the same files meanwhile
                 raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, progress: bool) -> Tokenizer:
@@ -149,24 +122,9 @@ def pieces(text: str) -> list[str]:
 def encode(tokenizer: Tokenizer, texts: list[str], progress: bool) -> np.ndarray:
     """Each text's tokens followed by end-of-text, in one 1-D stream of uint16 or uint32."""
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
-    todo, ends = [], []  # a text's last piece is followed by end-of-text
-    for text in texts:
-        todo += pieces(text)
-        ends += [[]] * (len(todo) - len(ends) - 1) + [[END_OF_TEXT_ID]]
+    todo = [piece for text in texts for piece in (*pieces(text), "")]  # "" ends a text
     parts = [np.array([], dtype=dtype)]
-    n_characters = sum(map(len, todo))
-    with tqdm(total=n_characters, desc="encoding", unit="char", unit_scale=True, delay=2, disable=not progress) as bar:
-        for first in range(0, len(todo), PIECES_AT_ONCE):
-            batch = todo[first : first + PIECES_AT_ONCE]
-            for encoding, end in zip(tokenizer.encode_batch_fast(batch), ends[first:], strict=False):
-                parts.append(np.array(encoding.ids + end, dtype=dtype))
-            bar.update(sum(map(len, batch)))
+    for first in tqdm(range(0, len(todo), PIECES_AT_ONCE), desc="encoding", delay=2, disable=not progress):
+        encodings = tokenizer.encode_batch_fast(todo[first : first + PIECES_AT_ONCE])
+        parts += [np.array(encoding.ids or [END_OF_TEXT_ID], dtype=dtype) for encoding in encodings]
     return np.concatenate(parts)
-
-
-def n_bytes_of_tokens(tokenizer: Tokenizer) -> np.ndarray:
-    """Bytes that each token stands for, (vocab_size,) int64."""
-    # the byte-level alphabet writes each byte as one character
-    sizes = np.array([len(tokenizer.id_to_token(i)) for i in range(tokenizer.get_vocab_size())])
-    sizes[END_OF_TEXT_ID] = 0
-    return sizes
