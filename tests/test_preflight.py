@@ -13,11 +13,10 @@ from moe_lab import load_config
 from moe_lab.__main__ import preflight_of
 from moe_lab.config import Config, to_dict
 from moe_lab.health.before.comments import Statement, statements
-from moe_lab.health.before.plan import Entry, Plan, sum_of_shares
-from moe_lab.health.before.preflight import SAMPLE, entries_of_mapping, preflight
+from moe_lab.health.before.plan import Plan
+from moe_lab.health.before.preflight import SAMPLE, entries_of_mapping, preflight, read_entries
 from moe_lab.health.conventions import usual_adamw_lr
 from moe_lab.model.count import count_parameters
-from moe_lab.optim import lr_share
 from moe_lab.schema import HEALTH_SCHEMA
 
 CASE = CONFIGS / "training_1.5b_as_reported.yaml"
@@ -33,34 +32,26 @@ def rules(findings: list, *severities: str) -> list[str]:
 
 @pytest.mark.parametrize("name", ["smoke", "lab", "gpu", "training_1.5b"])
 def test_a_healthy_profile_is_left_in_peace(name: str) -> None:
-    assert rules(preflight(CONFIGS / f"{name}.yaml")) == []
-    assert rules(preflight(str(CONFIGS / f"{name}.yaml")), "info") == ["reach"]
-    assert rules(preflight(to_dict(load_config(CONFIGS / f"{name}.yaml")))) == []
+    path = CONFIGS / f"{name}.yaml"
+    assert preflight(path) == preflight(str(path)) == preflight(to_dict(load_config(path))) == []
 
 
 def test_the_case_is_named_with_its_line_and_its_comment() -> None:
     findings = preflight(CASE)
     assert rules(findings) == ["bf16_parameters", "muon_convention", "lr_too_low"]
-    lines = CASE.read_text().splitlines()
-    at = {f.rule: int(f.where.removeprefix(f"{CASE}:")) for f in findings}
-    assert lines[at["bf16_parameters"] - 1] == "  parameters: bfloat16"
-    for finding in findings[1:3]:
-        assert lines[at[finding.rule] - 1].startswith("  max_lr: 0.0003")
-        assert "`max_lr: 0.0003 # Lower for AdamW (use 0.001 for Muon)`" in finding.message
     assert findings[0].severity == "error"
     assert all("\n" not in f.message + f.advice for f in findings)
-
-
-def test_without_lines_the_key_is_named() -> None:
-    findings = preflight(to_dict(load_config(CASE)))
-    assert [(f.rule, f.where) for f in findings if f.severity != "info"] == [
-        ("bf16_parameters", "precision.parameters"),
-        ("muon_convention", "training.max_lr"),
-    ]
+    lines = CASE.read_text().splitlines()
+    of_format, *of_rates = [lines[int(f.where.removeprefix(f"{CASE}:")) - 1] for f in findings]
+    assert of_format == "  parameters: bfloat16"
+    assert [line.startswith("  max_lr: 0.0003") for line in of_rates] == [True, True]
+    assert all("`max_lr: 0.0003 # Lower for AdamW (use 0.001 for Muon)`" in f.message for f in findings[1:])
+    without_lines = [(f.rule, f.where) for f in preflight(to_dict(load_config(CASE)))]
+    assert without_lines == [("bf16_parameters", "precision.parameters"), ("muon_convention", "training.max_lr")]
 
 
 def estimate(config: Config) -> float:
-    return Plan(list(entries_of_mapping(to_dict(config)))).n_parameters()
+    return Plan(entries_of_mapping(to_dict(config))).n_parameters()
 
 
 # of the lab's mechanisms the general transformer has experts; without the others the counts agree
@@ -89,12 +80,12 @@ def test_experts_are_in_every_layer_unless_a_list_says_where() -> None:
     sizes |= {"intermediate_size": 16, "vocab_size": 10, "num_local_experts": 3, "tie_word_embeddings": True}
     attention, feed_forward = 8 * 8 + 2 * 8 * 4 + 8 * 8, 3 * 8 * 16
 
-    def count(config: dict) -> float:
-        return Plan(list(entries_of_mapping(config))).n_parameters()
-
-    assert count(sizes) == 4 * (attention + 3 * feed_forward) + 80
-    assert count(sizes | {"moe_layers": [1]}) == 4 * attention + 6 * feed_forward + 80
-    assert count(sizes | {"tie_word_embeddings": False}) == count(sizes) + 80
+    for change, expected in (
+        ({}, 4 * (attention + 3 * feed_forward) + 80),
+        ({"moe_layers": [1]}, 4 * attention + 6 * feed_forward + 80),
+        ({"tie_word_embeddings": False}, 4 * (attention + 3 * feed_forward) + 160),
+    ):
+        assert Plan(entries_of_mapping(sizes | change)).n_parameters() == expected
 
 
 def test_the_size_that_is_handed_in_counts() -> None:
@@ -208,12 +199,6 @@ def test_statements(comment: str, expected: list) -> None:
     assert [s for s in statements(comment) if s.family] == expected
 
 
-def written(tmp_path: Path, line: str, optimizer: str) -> Path:
-    path = tmp_path / "c.yaml"
-    path.write_text(f"training:\n{line}\noptimizer:\n  type: {optimizer}\n", encoding="utf-8")
-    return path
-
-
 COMMENTS = [
     ("  max_lr: 0.0003  # Lower for AdamW (use 0.001 for Muon)", "muon", "lr_too_low"),
     ("  max_lr: 0.0003  # Lower for AdamW (use 0.001 for Muon)", '"muon"', "lr_too_low"),
@@ -238,23 +223,20 @@ COMMENTS = [
     ("  max_lr: 0.02\n  warmup_steps: 3  # for AdamW", "muon", None),
     ("  max_lr: 0.02  # the usual\n  # use 0.001 for Muon", "muon", None),  # belongs to what follows
     ("  max_lr: 0.0003  # for AdamW", "unheard_of", None),
+    ('  max_lr: "0.0003 # for AdamW"', "muon", None),  # no comment
 ]
 
 
 @pytest.mark.parametrize(("line", "optimizer", "expected"), COMMENTS)
 def test_a_comment_beside_or_above_a_learning_rate(tmp_path: Path, line: str, optimizer: str, expected) -> None:
-    path = written(tmp_path, line, optimizer)
+    path = tmp_path / "c.yaml"
+    path.write_text(f"training:\n{line}\noptimizer:\n  type: {optimizer}\n", encoding="utf-8")
     found = [f for f in preflight(path) if f.severity != "info"]
     assert [f.rule for f in found] == ([expected] if expected else [])
     for finding in found:
         place, _, number = finding.where.rpartition(":")
         assert place == str(path) and "max_lr" in path.read_text().splitlines()[int(number) - 1]
         assert re.search(r"# .*(Muon|AdamW|SGD)", finding.message)
-
-
-def test_a_hash_in_a_text_is_no_comment(tmp_path: Path) -> None:
-    path = written(tmp_path, '  max_lr: "0.0003 # for AdamW"', "muon")
-    assert preflight(path) == []
 
 
 # ---- other projects, schedules, dead keys ----------------------------------------------------------------------------
@@ -286,26 +268,11 @@ def test_other_projects(config: dict, expected: list) -> None:
     assert rules(preflight(config)) == expected
 
 
-@pytest.mark.parametrize(("n", "warmup", "ratio"), [(50, 5, 0.1), (50, 0, 0.0), (40, 40, 0.5), (7, 1, 1.0)])
-def test_the_sum_of_the_schedule(n: int, warmup: int, ratio: float) -> None:
-    for until in range(n + 1):
-        expected = sum(lr_share(step, n, warmup, ratio) for step in range(1, until + 1))
-        assert sum_of_shares(until, n, warmup, ratio) == pytest.approx(expected)
-
-
-def test_reach_is_that_of_the_case() -> None:
-    """500 of the case's steps are 125 updates; at AdamW 3e-4 the norms cannot reach 0.95 (C13)."""
-    training = {"steps": 125, "warmup_steps": 100, "max_lr": 1e-3, "min_lr_ratio": 1.0}
-    optimizer = {"type": "muon", "adamw_lr_ratio": 0.3, "betas": [0.9, 0.95]}
-    finding = next(f for f in preflight({"training": training, "optimizer": optimizer}) if f.rule == "reach")
-    assert "0.026 after all 125" in finding.message  # 1.165 · 3e-4 · (50.5 + 25)
-    assert finding.severity == "info" and finding.value == pytest.approx(1.165 * 3e-4 * 50.5, rel=1e-3)
-
-
 def test_a_warm_up_longer_than_the_run() -> None:
-    finding = preflight({"training": {"steps": 40, "warmup_steps": 100}})[0]
+    (finding,) = preflight({"training": {"steps": 40, "warmup_steps": 100}})
     assert (finding.rule, finding.severity) == ("lr_too_low", "warning")
     assert "end at 40% of their peak" in finding.message
+    assert preflight({"training": {"steps": 40, "warmup_steps": 40}}) == []
 
 
 def test_dead_keys_of_the_case(tmp_path: Path) -> None:
@@ -313,14 +280,15 @@ def test_dead_keys_of_the_case(tmp_path: Path) -> None:
     values["training"]["weight_decay"] = 0.1
     values["optimizer"]["newton_iters"] = 5
     values["model"]["moe"] = {"capacity_factor": 1.25}
-    found = [f for f in preflight(values, schema=HEALTH_SCHEMA) if f.rule == "unread_key"]
-    assert [f.where for f in found] == ["model.moe.capacity_factor", "training.weight_decay", "optimizer.newton_iters"]
-    assert {f.severity for f in found} == {"warning"} and "optimizer.ns_steps" in found[2].advice
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(values))
-    assert [f.where.rpartition(":")[0] for f in preflight_of(str(path)) if f.rule == "unread_key"] == [str(path)] * 3
+    found = preflight(values, schema=HEALTH_SCHEMA)
+    assert [f.where for f in found] == ["model.moe.capacity_factor", "training.weight_decay", "optimizer.newton_iters"]
+    assert {(f.rule, f.severity) for f in found} == {("unread_key", "warning")}
+    assert "optimizer.ns_steps" in found[2].advice
+    assert {f.message for f in preflight_of(str(path))} == {f.message for f in found}
     values["extra"] = {"another": "project"}  # which may well read those keys
-    assert rules(preflight(values, schema=HEALTH_SCHEMA)) == []
+    assert preflight(values, schema=HEALTH_SCHEMA) == []
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
@@ -328,11 +296,8 @@ def test_dead_keys_of_the_case(tmp_path: Path) -> None:
 BAD = {
     "not closed": ("model:\n  d: [1, 2\ntraining:\n", r", line 3: not valid YAML: .*; correct it"),
     "an object": ("a: !!python/object/apply:os.system [x]\n", r", line 1: not valid YAML: could not determine a con.*"),
-    "an impossible date": (
-        "a: 1\nb: 2024-13-45\n",
-        r", line 2: not valid YAML: '2024-13-45' is no timestamp; correct it",
-    ),
-    "an alias of itself": ("a: &x\n  b: *x\n", r", line 1: not valid YAML: an alias refers to itself; correct it"),
+    "no date": ("a: 1\nb: 2024-13-45\n", r", line 2: not valid YAML: '2024-13-45' is no timestamp; correct it"),
+    "an alias of itself": ("a: &x\n  b: *x\n", r": a is nested more than 50 deep, or holds itself"),
     "a NUL": ("a: \x00\n", r": not valid YAML: unacceptable character.*; correct it"),
     "two documents": ("--- {}\n--- {}\n", r", line 2: not valid YAML: .*; correct it"),
     "deep": ("a: " + "[" * 3000, r": not valid YAML: .*"),
@@ -360,17 +325,14 @@ def test_what_is_no_file_and_no_mapping(tmp_path: Path) -> None:
         preflight(load_config(CASE))
     loop: dict = {}
     loop["a"] = loop
-    with pytest.raises(ValueError, match=r"^a is nested more than 50 deep, or holds itself; give plain nested values$"):
+    with pytest.raises(ValueError, match=r"^config: a is nested more than 50 deep, or holds itself$"):
         preflight(loop)
 
 
 def test_entries_keep_lines_and_comments(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("# top\na:\n  # above\n  b: [1, 2]  # beside\n  c:\nd: {e: 1.5} # last")
-    from moe_lab.health.before.preflight import read_entries
-
     entries = {entry.name: entry for entry in read_entries(path)}
     assert {name: entry.value for name, entry in entries.items()} == {"a.b": [1, 2], "a.c": None, "d.e": 1.5}
-    assert [(c.line, c.text) for c in entries["a.b"].comments] == [(3, "above"), (4, "beside")]
-    assert entries["a.b"].line == 4 and [c.text for c in entries["d.e"].comments] == ["last"]
-    assert entries["a.b"] != Entry(("a", "b"), [1, 2])
+    assert (entries["a.b"].where, entries["a.b"].comments) == (f"{path}:4", ("above", "beside"))
+    assert entries["d.e"].comments == ("last",)

@@ -1,11 +1,11 @@
-"""Which elements a sample sees: rows and columns counted, and samples of the old kind recognised."""
+"""Which elements a sample sees: rows and columns counted, and elements taken in any layout."""
 
 import pytest
 import torch
 from torch import nn
 
 from moe_lab import health
-from moe_lab.health.sampling import SAMPLE, WHOLE, elements, is_evenly_spaced, sample_positions, tensor_kind
+from moe_lab.health.sampling import SAMPLE, WHOLE, elements, sample_positions, tensor_kind
 
 SHAPES = {
     "a vector": (100_000,),
@@ -69,16 +69,6 @@ def test_the_start_sample_holds_each_parameters_values_on_the_cpu() -> None:
             assert value.dtype == torch.bfloat16 and torch.equal(value, before.flatten()[index])
             assert torch.equal(sample[name]["value"], value)  # a copy: training does not change it
     assert len(sample["norm.bias"]["index"]) == 8 and len(sample["table.weight"]["index"]) == SAMPLE
-
-
-def test_a_sample_of_the_old_kind_is_recognised() -> None:
-    def old(n: int) -> torch.Tensor:  # as checkpoints of be5cd36 hold it
-        return torch.arange(min(n, 256)) * max(1, n // 256)
-
-    assert all(is_evenly_spaced(old(n), n) for n in (257, 511, 512, 1024, 192 * 8192, 256 * 192 + 17))
-    assert not any(is_evenly_spaced(old(n), n) for n in (1, 2, 256))  # whole: nothing is left out
-    assert not any(is_evenly_spaced(sample_positions(shape), torch.Size(shape).numel()) for shape in SHAPES.values())
-    assert not is_evenly_spaced(sample_positions((300,)), 300) and not is_evenly_spaced(torch.tensor([4]), 900)
 
 
 def test_kinds_of_tensors() -> None:

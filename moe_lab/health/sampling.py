@@ -47,12 +47,6 @@ def start_sample(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     return sample
 
 
-def is_evenly_spaced(index: Tensor, n_elements: int) -> bool:
-    """Whether a stored sample is of the old kind: flat positions an even stride apart, which may all lie in one column."""
-    steps = index.diff()
-    return 1 < len(index) < n_elements and bool((steps == steps[0]).all())
-
-
 def plain(tensor: Tensor) -> Tensor:
     """The numbers behind a tensor, as a view: a sharded one's own part, a complex one's real and imaginary parts."""
     tensor = tensor.detach()

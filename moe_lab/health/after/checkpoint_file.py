@@ -6,14 +6,12 @@ import errno
 import math
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from ..during.intended import keeps_bits
 
 WEIGHTS = ("model_state_dict", "state_dict", "model")  # where trainers keep the tensors; or the file is the mapping
 NO_MEMORY = re.compile(r"can(?:'t|not) allocate|not enough memory", re.IGNORECASE)
@@ -34,7 +32,7 @@ def load(path: Path) -> tuple[Any, str]:
             raise ValueError(f"{path}: cannot be read: {reason}") from error
         asked = re.search(r"GLOBAL (\S+)", str(error))  # how torch names what it refused to look up
         if asked:
-            return None, f"it asks for {asked.group(1)}, no plain value: reading it could run code, so it was not read"
+            return None, f"it asks for {asked[1]}, no plain value: reading it could run code, so it was not read"
         return None, f"it is cut short, damaged, or no file of torch.save ({type(error).__name__})"
 
 
@@ -48,25 +46,23 @@ def weights_of(state: Any) -> dict[str, Tensor]:
     return {}
 
 
-def is_readable(t: Tensor) -> bool:
-    return t.layout is torch.strided and t.device.type == "cpu" and not t.is_quantized
+def is_readable(t: Any) -> bool:
+    return isinstance(t, Tensor) and t.layout is torch.strided and t.device.type == "cpu" and not t.is_quantized
 
 
-def parts(state: Mapping, word: str) -> Iterator[Mapping]:
-    """The mappings that a checkpoint keeps under keys with `word`, singly or in lists."""
-    for key, value in state.items():
-        if word in str(key).lower():
-            yield from mappings(value if isinstance(value, (list, tuple)) else [value])
+def wide(t: Tensor) -> Tensor:
+    """8-bit floats, which have few operations, as float32; every other tensor as it is."""
+    return t.float() if t.is_floating_point() and t.itemsize == 1 else t
 
 
-def numbers(values: Iterable[Any]) -> list[float]:
+def numbers(*values: Any) -> list[float]:
     """The finite numbers among values, single ones in tensors and in lists included."""
     finite = []
     for value in values:
+        if is_readable(value) and value.numel() == 1:
+            value = value.item()
         if isinstance(value, (list, tuple)):
-            finite += numbers(value)
-        elif isinstance(value, Tensor) and value.numel() == 1 and is_readable(value):
-            finite += numbers([value.item()])
+            finite += numbers(*value)
         elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             finite.append(float(value))
     return finite
@@ -78,6 +74,12 @@ def mappings(values: Any) -> list[Mapping]:
     return [value for value in values if isinstance(value, Mapping)]
 
 
+def parts(state: Mapping, word: str) -> list[Mapping]:
+    """The mappings that a checkpoint keeps under keys with `word`, singly or in lists."""
+    named = [value for key, value in state.items() if word in str(key).lower()]
+    return [part for value in named for part in mappings(value if isinstance(value, (list, tuple)) else [value])]
+
+
 def in_optimizers(state: Mapping, key: str) -> list[Mapping]:
     """The `param_groups` of all stored optimizers, or the `state` of each of their tensors."""
     return [inner for part in parts(state, "optim") for inner in mappings(part.get(key))]
@@ -85,32 +87,12 @@ def in_optimizers(state: Mapping, key: str) -> list[Mapping]:
 
 def stored_rates(state: Mapping) -> dict[str, float]:
     """Peak LR of each optimizer group: `initial_lr` where there is one, else `lr`."""
-    rates = {}
-    for index, group in enumerate(in_optimizers(state, "param_groups")):
-        lr = numbers([group.get("initial_lr"), group.get("lr")])
-        if lr:
-            rates[str(group.get("name", f"group_{index}"))] = lr[0]
-    return rates
+    groups = enumerate(in_optimizers(state, "param_groups"))
+    rates = {g.get("name", f"group_{i}"): numbers(g.get("initial_lr"), g.get("lr")) for i, g in groups}
+    return {str(name): lr[0] for name, lr in rates.items() if lr}
 
 
 def optimizer_steps(state: Mapping) -> int | None:
     """The most updates that an optimizer counted for one tensor; None if none counts."""
-    counted = numbers(entry.get("step") for entry in in_optimizers(state, "state"))
+    counted = numbers(*(entry.get("step") for entry in in_optimizers(state, "state")))
     return int(max(counted)) if counted else None
-
-
-def updates_of(state: Mapping) -> int | None:
-    """Updates done: what the optimizer counted, else the checkpoint's own step; None if neither is there."""
-    steps = numbers([optimizer_steps(state), state.get("step"), state.get("global_step")])
-    return int(steps[0]) if steps else None
-
-
-def wide(t: Tensor) -> Tensor:
-    """8-bit floats, which have few operations, as float32; every other tensor as it is."""
-    return t.float() if t.is_floating_point() and t.itemsize == 1 else t
-
-
-def keeps_lost_bits(state: Mapping) -> bool:
-    """Whether a stored optimizer has float32 masters or Kahan compensation, or says that it rounds stochastically."""
-    kept = [*parts(state, "optim"), *in_optimizers(state, "state")]
-    return keeps_bits(kept, in_optimizers(state, "param_groups"))

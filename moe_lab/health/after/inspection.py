@@ -5,31 +5,24 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..before.plan import Plan
-from ..before.preflight import entries_of_mapping, judged_rates, limited
+from ..before.preflight import entries_of_mapping, judged_rates
+from ..during.intended import keeps_bits
 from ..findings import Finding, found, grouped, several
-from ..sampling import is_evenly_spaced, tensor_kind
+from ..sampling import tensor_kind
 from . import checkpoint_file as file
 from .checkpoint_file import is_readable, numbers, wide
 
 MANY_UNCHANGED = 0.5  # share of a kind's sampled elements from which on it is worth a line
+FEW_COLUMNS = 0.8  # of those that a sample could see; health.start_sample sees more
 TOKENS = ("tokens_seen", "n_tokens", "consumed_tokens")
 
-
-class Start(NamedTuple):
-    """What the checkpoint kept of one tensor's start."""
-
-    index: Tensor  # flat positions, int64
-    value: Tensor
-
-    def unchanged(self, now: Tensor) -> float:
-        """Share that is bit-identical now; of a run that was cast after its start, counted from the cast values."""
-        return (wide(now.flatten()[self.index]) == wide(self.value.to(now.dtype))).float().mean().item()
+Start = tuple[Tensor, Tensor]  # of a tensor: flat positions, int64, and the values there when the run began
 
 
 def inspect_checkpoint(path: str | Path) -> list[Finding]:
@@ -44,16 +37,29 @@ def inspect_checkpoint(path: str | Path) -> list[Finding]:
     if not path.is_file():
         raise ValueError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}; give the path of a checkpoint")
     state, problem = file.load(path)
-    weights = {} if problem else file.weights_of(state)
+    weights = file.weights_of(state)
     if not weights:
         reason = problem or "it holds no tensors by name, neither itself nor under " + ", ".join(file.WEIGHTS)
         message = f"not a checkpoint that can be inspected: {reason}"
         return [found("unreadable", "error", str(path), message, "use another checkpoint")]
     readable = {name: t for name, t in weights.items() if is_readable(t)}
-    findings = [*nonfinite(readable), *held_against_start(readable, state)]
-    unread = weights.keys() - readable.keys()
-    findings += unexpected(unread, "warning", "sparse, quantised or without values: not inspected")
-    return [*findings, *sixteen_bits(readable, state), *baked_in(state, weights), *counters(state)]
+    plan = plan_of(state.get("config"))
+    return [
+        *nonfinite(readable),
+        *held_against_start(readable, state),
+        *unexpected(weights.keys() - readable.keys(), "warning", "sparse, quantised or without values: not inspected"),
+        *sixteen_bits(readable, state),
+        *baked_in(state, plan, sum(t.numel() for t in weights.values())),
+        *counters(state, plan),
+    ]
+
+
+def plan_of(config: Any) -> Plan:
+    """What the stored config plans: nothing if there is none, or one of a size that is no config's."""
+    try:
+        return Plan(entries_of_mapping(config) if isinstance(config, Mapping) else [])
+    except ValueError:
+        return Plan([])
 
 
 def nonfinite(weights: Mapping[str, Tensor]) -> Iterator[Finding]:
@@ -73,7 +79,8 @@ def unexpected(names: Iterable[str], severity: str, what: str) -> Iterator[Findi
 
 def held_against_start(weights: Mapping[str, Tensor], state: Mapping) -> Iterator[Finding]:
     """What has moved, by the start values in the file, or by the constants that a start leaves."""
-    sample, updates = state.get("initial_sample"), file.updates_of(state)
+    sample = state.get("initial_sample")
+    updates = next(iter(numbers(file.optimizer_steps(state), state.get("step"), state.get("global_step"))), None)
     if isinstance(sample, Mapping):
         starts = {str(name): start_of(kept, weights.get(name)) for name, kept in sample.items()}
         misfits = [name for name, start in starts.items() if start is None]
@@ -84,21 +91,21 @@ def held_against_start(weights: Mapping[str, Tensor], state: Mapping) -> Iterato
         message = "the checkpoint was written before the first update: it cannot show what moves"
         yield found("never_moved", "info", "every tensor", message, "inspect a later one")
     elif isinstance(sample, Mapping):
-        starts = {name: start for name, start in starts.items() if start is not None and start.index.numel()}
-        yield from never_moved(weights, starts, updates, file.stored_rates(state))
-        yield from sampled_evenly(weights, starts)
+        starts = {name: start for name, start in starts.items() if start and len(start[0])}
+        yield from never_moved(weights, starts, updates, any(file.stored_rates(state).values()))
+        yield from few_columns(weights, starts)
     else:
         yield from constants(weights)
 
 
 def start_of(kept: Any, now: Tensor | None) -> Start | None:
     """What is kept of a tensor's start, if it can be held against the tensor now."""
-    index, value = (kept.get("index"), kept.get("value")) if isinstance(kept, Mapping) else (None, None)
-    if now is None or not (isinstance(index, Tensor) and isinstance(value, Tensor)):
+    index, value = (kept.get(key) if isinstance(kept, Mapping) else None for key in ("index", "value"))
+    if now is None or not (is_readable(index) and is_readable(value)):
         return None
-    if index.dtype != torch.int64 or index.shape != value.shape or not (is_readable(index) and is_readable(value)):
+    if index.dtype != torch.int64 or index.shape != value.shape:
         return None
-    return Start(index, value) if bool(((index >= 0) & (index < now.numel())).all()) else None
+    return (index, value) if bool(((index >= 0) & (index < now.numel())).all()) else None
 
 
 def kind_of(name: str) -> str:
@@ -110,20 +117,20 @@ def kind_of(name: str) -> str:
 
 
 def never_moved(
-    weights: Mapping[str, Tensor], sample: Mapping[str, Start], updates: int | None, rates: Mapping[str, float]
+    weights: Mapping[str, Tensor], starts: Mapping[str, Start], updates: float | None, has_rates: bool
 ) -> Iterator[Finding]:
     """Per kind, the tensors of which no sampled element has moved; and the kinds of which most elements have not."""
-    unchanged = {name: start.unchanged(weights[name]) for name, start in sample.items()}
-    stuck = {name for name, share in unchanged.items() if share == 1}
-    should_move = bool(updates) and len(stuck) < len(sample) and max(rates.values(), default=0.0) > 0
-    after = f"in {updates} updates" if updates else "since the start"
+    same = {}  # elements that are bit-identical now; of a run that was cast after its start, to the cast values
+    for name, (index, value) in starts.items():
+        same[name] = wide(weights[name].flatten()[index]) == wide(value.to(weights[name].dtype))
+    stuck = {name for name, elements in same.items() if elements.all()}
+    severity = "error" if updates and has_rates and len(stuck) < len(starts) else "warning"
+    after = f"in {updates:.0f} updates" if updates else "since the start"
     slow: dict[str, float] = {}
-    for kind, names in grouped(sample, kind_of).items():
+    for kind, names in grouped(starts, kind_of).items():
         frozen = [name for name in names if name in stuck]
-        n_sampled = {name: len(sample[name].index) for name in names}
-        share = sum(unchanged[name] * n for name, n in n_sampled.items()) / sum(n_sampled.values())
+        share = torch.cat([same[name] for name in names]).float().mean().item()
         if frozen:
-            severity = "error" if should_move else "warning"
             message = f"{len(frozen)} of {len(names)} {kind}: no sampled element has moved {after}"
             advice = "see whether their updates are rounded away (16-bit parameters), get no gradient or no optimizer"
             yield found("never_moved", severity, several(frozen), message, advice, len(frozen) / len(names), 0)
@@ -137,18 +144,17 @@ def never_moved(
         yield found("never_moved", "info", several(worst), message, advice, slow[worst[0]], MANY_UNCHANGED)
 
 
-def sampled_evenly(weights: Mapping[str, Tensor], sample: Mapping[str, Start]) -> Iterator[Finding]:
-    """Samples of the old kind, which see few columns of a matrix: what stands there need not stand elsewhere."""
+def few_columns(weights: Mapping[str, Tensor], starts: Mapping[str, Start]) -> Iterator[Finding]:
+    """Samples that see few columns of a matrix, as those that are evenly spaced: others may have moved."""
     seen: dict[str, int] = {}
-    for name, (index, _) in sample.items():
-        now = weights[name]
-        if now.ndim > 1 and is_evenly_spaced(index, now.numel()):
-            columns = len((index % now.shape[-1]).unique())
-            if columns < min(len(index), now.shape[-1]):
-                seen[name] = columns
+    for name, (index, _) in starts.items():
+        n_columns = weights[name].shape[-1] if weights[name].ndim > 1 else 1
+        columns = len((index % n_columns).unique())
+        if columns < FEW_COLUMNS * min(len(index), n_columns):
+            seen[name] = columns
     if seen:
         worst = min(seen, key=seen.get)
-        message = f"the start values of {len(seen)} matrices are an older, evenly spaced sample that sees few of their columns: "
+        message = f"the start values of {len(seen)} matrices see few of their columns, as evenly spaced ones do: "
         message += f"{worst} {seen[worst]} of {weights[worst].shape[-1]}. What never moved is known of these alone"
         advice = "take the next run's with health.start_sample(model), which spreads over rows and columns"
         yield found("never_moved", "info", several(sorted(seen)), message, advice, seen[worst])
@@ -157,11 +163,7 @@ def sampled_evenly(weights: Mapping[str, Tensor], sample: Mapping[str, Start]) -
 def constants(weights: Mapping[str, Tensor]) -> Iterator[Finding]:
     """Of a file without start values: tensors that are one number throughout, as norms and biases are at their start."""
     floating = {name: t for name, t in weights.items() if t.is_floating_point() and t.numel() > 1}
-    values = {}
-    for name, t in floating.items():
-        first = wide(t.flatten()[:1])
-        if bool((wide(t) == first).all()):
-            values[name] = first.item()
+    values = {name: t.flatten()[0].item() for name, t in floating.items() if (wide(t) == wide(t.flatten()[0])).all()}
     for kind, names in grouped(floating, kind_of).items():
         constant = [name for name in names if name in values]
         if constant:
@@ -179,10 +181,11 @@ def constants(weights: Mapping[str, Tensor]) -> Iterator[Finding]:
 def sixteen_bits(weights: Mapping[str, Tensor], state: Mapping) -> Iterator[Finding]:
     """16-bit weights without anything in the optimizer's state that keeps what rounding loses."""
     narrow = [name for name, t in weights.items() if t.dtype in (torch.bfloat16, torch.float16)]
-    if not narrow or file.keeps_lost_bits(state):
+    kept = [*file.parts(state, "optim"), *file.in_optimizers(state, "state")]
+    if not narrow or keeps_bits(kept, file.in_optimizers(state, "param_groups")):
         return
     formats = " and ".join(sorted({str(weights[name].dtype).removeprefix("torch.") for name in narrow}))
-    if any(part.get("state") for part in file.parts(state, "optim")):
+    if file.in_optimizers(state, "state"):
         severity, why = "error", "the optimizer's state keeps nothing of what rounding loses"
         advice = "train float32 parameters and compute under autocast"
     else:
@@ -192,19 +195,18 @@ def sixteen_bits(weights: Mapping[str, Tensor], state: Mapping) -> Iterator[Find
     yield found("bf16_parameters", severity, several(narrow), message, advice, len(narrow) / len(weights), 0)
 
 
-def baked_in(state: Mapping, weights: Mapping[str, Tensor]) -> Iterator[Finding]:
+def baked_in(state: Mapping, plan: Plan, n_parameters: int) -> Iterator[Finding]:
     """The learning rates that a plain load_state_dict would bring back; a warning if they are out of the usual range."""
     rates = file.stored_rates(state)
     for part in file.parts(state, "sched"):
         for key in ("max_lr", "max_lrs", "base_lrs"):
-            for lr in numbers([part.get(key)])[:1]:
-                rates[f"scheduler {key}"] = lr
+            rates |= {f"scheduler {key}": lr for lr in numbers(part.get(key))[:1]}
     if not rates:
         return
-    severity, where, plan = "info", "optimizer and scheduler state", plan_of(state)
+    severity, where = "info", "optimizer and scheduler state"
     listed = ", ".join(f"{name} {lr:.3g}" for name, lr in rates.items())
     message = f"the checkpoint stores learning rates: {listed}. A plain load_state_dict brings them back over a corrected config"
-    size = plan.n_parameters() and sum(t.numel() for t in weights.values())  # a transformer's, or not to be judged
+    size = plan.n_parameters() and n_parameters  # a transformer's, or not to be judged
     for wrong in [f for f in judged_rates(plan, size) if f.severity != "info"][:1]:
         severity, where = "warning", wrong.where
         message += f", and they look wrong: {wrong.rule}: {wrong.message}"
@@ -212,28 +214,19 @@ def baked_in(state: Mapping, weights: Mapping[str, Tensor]) -> Iterator[Finding]
     yield found("lr_baked_in", severity, where, message, advice, listed)
 
 
-def plan_of(state: Mapping) -> Plan:
-    """What the stored config plans: nothing if there is none, or one of a size that is no config's."""
-    config = state.get("config")
-    try:
-        return Plan(limited(entries_of_mapping(config), "config") if isinstance(config, Mapping) else [])
-    except ValueError:
-        return Plan([])
-
-
-def counters(state: Mapping) -> Iterator[Finding]:
+def counters(state: Mapping, plan: Plan) -> Iterator[Finding]:
     """The checkpoint's step and tokens against the updates that its optimizer counted."""
-    step, counted = numbers([state.get("step")]), file.optimizer_steps(state)
-    if step and counted is not None and int(step[0]) != counted:
-        message = f"the checkpoint says step {step[0]:g} and its optimizer has made {counted} updates"
-        advice = "see whether steps count micro-batches: then schedules and intervals end too early or never come"
-        yield found("step_counters", "warning", "step", message, advice, step[0], counted)
-    name = next((name for name in TOKENS if numbers([state.get(name)])), None)
-    at_once = plan_of(state).tokens_per_update()
-    if not step or name is None or at_once is None:
-        return
-    tokens, expected = numbers([state[name]])[0], step[0] * at_once
-    if tokens != expected:
-        message = f"{name} is {tokens:g} and {step[0]:g} updates of the stored config are {expected:g} tokens"
-        advice = "see whether steps count micro-batches, or whether the batch was changed on the way"
-        yield found("step_counters", "warning", name, message, advice, tokens, expected)
+    counted, at_once = file.optimizer_steps(state), plan.tokens_per_update()
+    for step in numbers(state.get("step"))[:1]:
+        if counted is not None and int(step) != counted:
+            message = f"the checkpoint says step {step:g} and its optimizer has made {counted} updates"
+            advice = "see whether steps count micro-batches: then schedules and intervals end too early or never come"
+            yield found("step_counters", "warning", "step", message, advice, step, counted)
+        told = [(name, tokens) for name in TOKENS for tokens in numbers(state.get(name))]
+        for name, tokens in told[:1]:
+            if at_once is not None and tokens != step * at_once:
+                message = (
+                    f"{name} is {tokens:g} and {step:g} updates of the stored config are {step * at_once:g} tokens"
+                )
+                advice = "see whether steps count micro-batches, or whether the batch was changed on the way"
+                yield found("step_counters", "warning", name, message, advice, tokens, step * at_once)

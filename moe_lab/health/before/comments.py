@@ -4,85 +4,80 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..findings import Finding, found
-from .plan import FAMILIES, Entry, family
+from .plan import FAMILIES, Entry, Plan, family
 
 NUMBER = r"(?<![\w.])(?P<{}>\d+(?:\.\d*)?(?:e[+-]?\d+)?)(?![\w.]*\w)"  # to be named
 TO = r"\s*(?:-|–|to|and|…|\.\.\.?)\s*"
 NOT_A_RATE = rf"(?!\s*(?:[x×%]|times\b|steps?\b|{TO}\d))"  # "Muon takes 3–10 × the LR" names no value
 RANGE = rf"{NUMBER.format('low')}(?:{TO}{NUMBER.format('high')})?{NOT_A_RATE}"
 NAME = rf"\b(?P<name>(?:{'|'.join(FAMILIES)})\w*)"
+FOR = r"\s*[(#,]?\s*(?:is\s+)?(?:for|with|under|in case of|if|when using)\s+(?:the\s+)?"
 SAYS = r"(?::|=|->|→|,|uses?|wants?|needs?|likes?|takes?|at|is|should be|lr|\s)*"
-VALUE_FOR_NAME = re.compile(
-    rf"{RANGE}\s*[(#,]?\s*(?:is\s+)?(?:for|with|under|in case of|if|when using)\s+(?:the\s+)?{NAME}", re.I
-)
-NAME_VALUE = re.compile(rf"{NAME}\s*{SAYS}\s*{RANGE}", re.I)
-FOR_NAME = re.compile(rf"\bfor\s+(?:the\s+)?{NAME}", re.I)
+# a value for a name, a name and its value, or a name alone: what one has matched is not asked of the next
+FORMS = [re.compile(form, re.I) for form in (RANGE + FOR + NAME, NAME + SAYS + RANGE, rf"\bfor\s+(?:the\s+)?{NAME}")]
 NEGATED = re.compile(r"(?:\b(?:not|never|no|than|unlike|was|were|instead of|too \w+)|n't)\W+(?:\w+\W+){0,2}$", re.I)
 
 
 class Statement(NamedTuple):
-    """What a comment says about a value: from `low` to `high` for an optimizer; no numbers where it gives none."""
+    """What a comment says about a value: from `low` to `high` for an optimizer; any where it gives no number."""
 
     family: str
-    low: float | None = None
-    high: float | None = None
+    low: float = 0.0
+    high: float = math.inf
 
     def allows(self, value: float) -> bool:
-        if self.low is None:
-            return False
-        near = any(math.isclose(value, end, rel_tol=1e-6) for end in (self.low, self.high))
-        return near or self.low <= value <= self.high
+        return self.low * (1 - 1e-6) <= value <= self.high * (1 + 1e-6)
 
 
 def statements(comment: str) -> list[Statement]:
     """Every "X for NAME", "NAME: X" and "for NAME" of a comment, where NAME is an optimizer and nothing negates it."""
-    stated: list[Statement] = []
-    taken: list[tuple[int, int]] = []
-    for pattern in (VALUE_FOR_NAME, NAME_VALUE, FOR_NAME):
-        for match in pattern.finditer(comment):
-            if any(match.start() < end and start < match.end() for start, end in taken):
-                continue
-            taken.append(match.span())
-            if NEGATED.search(comment[: match.start()]):
-                continue
-            parts = match.groupdict()
-            low, high = parts.get("low"), parts.get("high")
-            ends = sorted(map(float, (low, high or low))) if low else []
-            if not ends or ends[1] <= 1:  # a larger number is a count
-                stated.append(Statement(family(parts["name"]), *ends))
+    stated = []
+
+    def note(match: re.Match) -> str:
+        named = match.groupdict()
+        ends = sorted(float(named[end]) for end in ("low", "high") if named.get(end))
+        # a number over 1 is a count
+        if not NEGATED.search(match.string[: match.start()]) and not (ends and ends[-1] > 1):
+            stated.append(Statement(family(named["name"]), *(ends[:1] + ends[-1:])))
+        return "|" * len(match[0])
+
+    for form in FORMS:
+        comment = form.sub(note, comment)
     return stated
 
 
-def contradiction(entry: Entry, value: float, optimizer: str | None, where: str) -> Finding | None:
-    """A warning if the comments beside or above a learning rate say otherwise; `optimizer` is the family it is for.
+def contradictions(plan: Plan) -> Iterator[Finding]:
+    """A warning for each learning rate that the comments beside or above it gainsay.
 
-    Another number for this optimizer; or no word about it, and the value is said to be for another one (only told where
-    Muon is one of the two, whose LRs are numbers of another scale). A comment that agrees anywhere ends the matter.
+    They give another number for its optimizer; or no word about it, and the value is said to be for another one (only
+    told where Muon is one of the two, whose LRs are numbers of another scale). One that agrees anywhere ends the matter.
     """
-    stated = [statement for comment in entry.comments for statement in statements(comment.text)]
-    mine = [statement for statement in stated if statement.family == optimizer]
-    if optimizer is None or any(statement.low is None or statement.allows(value) for statement in mine):
-        return None
-    quoted = f"the comment at {entry.name}: {value:g} says otherwise: `{quotation(entry)}`"
-    if mine:
-        low, high = mine[0].low, mine[0].high
-        span = f"{low:g}" if low == high else f"{low:g} to {high:g}"
-        message = f"{quoted}; the optimizer is {optimizer}, for which it gives {span}"
-        advice = f"set {entry.name} to {span}, or correct the comment"
-        return found("lr_too_low" if value < low else "lr_too_high", "warning", where, message, advice, value, span)
-    others = [statement.family for statement in stated if statement.low is None or statement.allows(value)]
-    named = [family(word) for comment in entry.comments for word in re.findall(NAME, comment.text, re.I)]
-    if not others or optimizer in named or "muon" not in (optimizer, others[0]):
-        return None
-    message = f"{quoted}; it means the value for {others[0]}, and the optimizer is {optimizer}"
-    advice = f"give {optimizer} a learning rate of its own, or correct the comment"
-    return found("muon_convention", "warning", where, message, advice, value)
+    for entry, value, optimizer in plan.peak_rates():
+        stated = [statement for comment in entry.comments for statement in statements(comment)]
+        mine = [statement for statement in stated if statement.family == optimizer]
+        if optimizer is None or any(statement.allows(value) for statement in mine):
+            continue
+        others = [statement.family for statement in stated if statement.allows(value)]
+        named = [family(match[0]) for comment in entry.comments for match in re.finditer(NAME, comment, re.I)]
+        quoted = f"the comment at {entry.name}: {value:g} says otherwise: `{quotation(entry)}`"
+        if mine:
+            _, low, high = mine[0]
+            span = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+            message = f"{quoted}; the optimizer is {optimizer}, for which it gives {span}"
+            advice = f"set {entry.name} to {span}, or correct the comment"
+            rule = "lr_too_low" if value < low else "lr_too_high"
+            yield found(rule, "warning", entry.where, message, advice, value, span)
+        elif others and optimizer not in named and "muon" in (optimizer, others[0]):
+            message = f"{quoted}; it means the value for {others[0]}, and the optimizer is {optimizer}"
+            advice = f"give {optimizer} a learning rate of its own, or correct the comment"
+            yield found("muon_convention", "warning", entry.where, message, advice, value)
 
 
 def quotation(entry: Entry) -> str:
     """The entry's line, and before it those comment lines above it that name an optimizer."""
-    above = [f"# {c.text}" for c in entry.comments if c.line != entry.line and statements(c.text)]
-    return " ".join(" / ".join([*above, entry.text.strip()]).split())
+    above = [f"# {comment}" for comment in entry.comments if comment not in entry.line and statements(comment)]
+    return " ".join(" / ".join([*above, entry.line.strip()]).split())

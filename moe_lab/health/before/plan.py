@@ -1,10 +1,10 @@
-"""What a config plans, read off its keys, by whichever name a project calls them: sizes, optimizers, LRs, the schedule."""
+"""What a config plans, read off its keys, by whichever name a project calls them: sizes, optimizers, LRs, updates."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..conventions import CONVENTIONS, Group
@@ -37,32 +37,27 @@ NOT_FROM_SCRATCH = re.compile(r"pretrained|finetune|fine_tune|from_checkpoint|in
 OFF = (None, False, "", 0, "none", "scratch")
 
 
-class Comment(NamedTuple):
-    line: int  # from 1
-    text: str  # without the #
-
-
 class Entry(NamedTuple):
-    """One key of a config with a plain value, and the comments beside it and right above it."""
+    """One key of a config with a plain value."""
 
     path: tuple[str, ...]  # ("training", "max_lr")
     value: Any  # a scalar or a list of scalars
-    line: int | None = None  # from 1; None where the config is no file
-    text: str = ""  # the line
-    comments: tuple[Comment, ...] = ()
+    where: str  # file:line, or the key's name where the config is no file
+    line: str = ""  # as it stands in the file
+    comments: tuple[str, ...] = ()  # right above it, and beside it; without the #
 
     @property
     def name(self) -> str:
         return ".".join(self.path)
 
 
-def as_number(value: Any) -> float | None:
-    """A finite number, also one that YAML takes for text (3e-4); None for everything else."""
+def as_number(value: Any) -> float:
+    """A finite number, also one that YAML takes for text (3e-4); NaN for everything else."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
+        return math.nan
+    return number if math.isfinite(number) else math.nan
 
 
 def family(name: str) -> str | None:
@@ -73,31 +68,23 @@ def family(name: str) -> str | None:
 class Plan:
     """A config's entries and the questions that the rules ask. Answers are None where the keys do not tell."""
 
-    def __init__(self, entries: Sequence[Entry], origin: str | None = None, aliases: Mapping = ALIASES):
-        self.entries, self.origin, self.aliases = list(entries), origin, aliases
-        self.by_key: dict[str, Entry] = {}
-        for entry in self.entries:
-            self.by_key.setdefault(entry.path[-1], entry)
-
-    def where(self, entry: Entry) -> str:
-        """`file:line`, or the key's name where there is no file."""
-        return f"{self.origin}:{entry.line}" if entry.line else entry.name
+    def __init__(self, entries: Sequence[Entry], aliases: Mapping[str, Sequence[str]] = ALIASES):
+        self.entries, self.aliases = entries, aliases
+        self.by_key = {entry.path[-1]: entry for entry in reversed(entries)}  # the first of each
 
     def find(self, key: str) -> Entry | None:
         """The first entry of that key, at any depth, or of one of its aliases."""
         return next((self.by_key[name] for name in (key, *self.aliases.get(key, ())) if name in self.by_key), None)
 
-    def number(self, key: str, default: float | None = None) -> float | None:
-        """A number of at least 0, else the default."""
+    def number(self, key: str) -> float | None:
+        """A number of at least 0."""
         entry = self.find(key)
-        number = as_number(entry.value) if entry else None
-        return default if number is None or number < 0 else number
+        number = as_number(entry.value) if entry else math.nan
+        return number if number >= 0 else None
 
-    def from_scratch(self) -> bool:
-        """Whether no key names weights to start from."""
-        return not any(NOT_FROM_SCRATCH.search(e.name.lower()) and e.value not in OFF for e in self.entries)
-
-    # ---- sizes -------------------------------------------------------------------------------------------------------
+    def says(self, names: re.Pattern) -> bool:
+        """Whether a key of such a name is there and not off."""
+        return any(names.search(entry.name.lower()) and entry.value not in OFF for entry in self.entries)
 
     def n_parameters(self) -> float | None:
         """About how many parameters a transformer of these sizes has; None unless width and depth are given.
@@ -105,23 +92,20 @@ class Plan:
         Norms, biases and routers are left out. A feed-forward layer counts as SwiGLU; where its width is missing, as
         8 d_model². With experts every layer has them, unless a list `moe_layers` says which.
         """
-        width, depth, heads = self.number("d_model"), self.number("n_layers"), self.number("n_heads")
+        width, depth, heads = map(self.number, ("d_model", "n_layers", "n_heads"))
         if not width or not depth:
             return None
-        kv_share = self.number("n_kv_heads", heads) / heads if heads else 1.0
-        inner = (self.number("head_dim") or width / heads) * heads if heads else width
+        kv_share = (self.number("n_kv_heads") or heads) / heads if heads else 1
+        inner = heads * (self.number("head_dim") or width / heads) if heads else width
         attention = 2 * width * inner * (1 + kv_share)
         feed_forward = 3 * width * (self.number("d_ff") or 8 / 3 * width)
-        n_experts, moe_layers = self.number("n_experts", 0.0), self.find("moe_layers")
-        listed = moe_layers and isinstance(moe_layers.value, list)
-        n_moe = (len(moe_layers.value) if listed else depth) if n_experts else 0
-        experts = n_experts * (3 * width * self.number("d_ff_expert", 0.0) or feed_forward)
+        expert = 3 * width * (self.number("d_ff_expert") or 0) or feed_forward
+        n_experts, listed = self.number("n_experts") or 0, self.find("moe_layers")
+        n_moe = len(listed.value) if listed and isinstance(listed.value, list) else depth
+        n_moe = n_moe if n_experts else 0
+        layers = depth * attention + (depth - n_moe) * feed_forward + n_moe * n_experts * expert
         tied = self.find("tie_word_embeddings")
-        tables = 1 if tied and tied.value is True else 2
-        layers = depth * attention + (depth - n_moe) * feed_forward + n_moe * experts
-        return layers + tables * self.number("vocab_size", 0.0) * width
-
-    # ---- optimizers --------------------------------------------------------------------------------------------------
+        return layers + (1 if tied and tied.value is True else 2) * (self.number("vocab_size") or 0) * width
 
     def optimizer(self) -> str | None:
         """The family of the config's optimizer: muon where Muon is one of several; None if the config does not say."""
@@ -132,61 +116,34 @@ class Plan:
                 return family(str(entry.value))
         return "adam" if any(key in self.by_key for key in ("betas", "beta1", "beta2", "adam_beta1")) else None
 
-    def peak_rates(self) -> list[tuple[Entry, float, str | None]]:
+    def peak_rates(self) -> Iterator[tuple[Entry, float, str | None]]:
         """Each peak LR: its entry, its value > 0, and the family that it is for (by the key's own name, then the config's)."""
-        rates = []
         for entry in self.entries:
-            number = as_number(entry.value)
-            if PEAK_LR.fullmatch(entry.path[-1].lower()) and (number or 0) > 0:
+            lr = as_number(entry.value)
+            if PEAK_LR.fullmatch(entry.path[-1].lower()) and lr > 0:
                 own = next(filter(None, map(family, reversed(entry.path))), None)
-                rates.append((entry, number, own or self.optimizer()))
-        return rates
+                yield entry, lr, own or self.optimizer()
 
-    def convention(self) -> str:
-        """Muon's convention; where the config does not say, torch.optim.Muon's default."""
-        entry = self.find("adjust_lr")
-        return entry.value if entry and entry.value in CONVENTIONS else CONVENTIONS[0]
-
-    def groups(self) -> list[tuple[Group, Entry]]:
-        """The learning rates to judge, each with the entry that sets it."""
-        width = int(self.number("d_model") or 1)
-        groups = []
-        for entry, lr, name in self.peak_rates():
-            judged = name in ("muon", "adam") and not UNLIKE_MATRICES.search(entry.path[-1].lower())
-            kind = name if judged else "other"
-            groups.append((Group(entry.path[-1], kind, lr, (width, width), self.convention()), entry))
+    def groups(self) -> Iterator[tuple[Group, Entry]]:
+        """The learning rates to judge, of Muon and Adam, each with the entry that sets it."""
+        width, declared = int(self.number("d_model") or 1), self.find("adjust_lr")
+        convention = declared.value if declared and declared.value in CONVENTIONS else CONVENTIONS[0]  # torch's default
+        for entry, lr, kind in self.peak_rates():
+            key = entry.path[-1]
+            if kind not in ("muon", "adam") or UNLIKE_MATRICES.search(key):
+                continue
+            yield Group(key, kind, lr, (width, width), convention), entry
             for beside in self.entries if kind == "muon" else ():
-                ratio = as_number(beside.value) or 0.0
-                if RATIO.fullmatch(beside.path[-1]) and ratio > 0:
-                    groups.append((Group(f"{entry.path[-1]} · {beside.path[-1]}", "adam", ratio * lr), beside))
-        return groups
-
-    # ---- the schedule ------------------------------------------------------------------------------------------------
+                share = as_number(beside.value)
+                if RATIO.fullmatch(beside.path[-1]) and share > 0:
+                    yield Group(f"{key} · {beside.path[-1]}", "adam", share * lr), beside
 
     def n_updates(self) -> int | None:
         """Optimizer updates of the run."""
-        steps = self.number("steps")
-        if steps:
-            return int(steps)
-        tokens, at_once = self.number("total_tokens"), self.tokens_per_update()
-        return math.ceil(tokens / at_once) if tokens and at_once else None
+        steps, tokens, at_once = self.number("steps"), self.number("total_tokens"), self.tokens_per_update()
+        return int(steps) if steps else math.ceil(tokens / at_once) if tokens and at_once else None
 
     def tokens_per_update(self) -> float | None:
         """Of one process."""
         batch, length = self.number("batch_size"), self.number("max_seq_len")
-        return batch * length * self.number("gradient_accumulation_steps", 1.0) if batch and length else None
-
-
-def sum_of_shares(until: int, n_updates: int, warmup: int, min_ratio: float) -> float:
-    """Σ LR / peak over updates 1 … until: linear warm-up (update n runs at n / warmup), then a cosine to min_ratio.
-
-    In closed form, since a planned run may have millions of updates. `until` is at most n_updates.
-    """
-    warm = min(until, warmup)
-    total = warm * (warm + 1) / 2 / max(1, warmup)
-    n_cosine, done = n_updates - warmup, until - warm
-    if done <= 0:
-        return total
-    angle = math.pi / n_cosine
-    cosines = (math.sin((done + 0.5) * angle) / math.sin(angle / 2) - 1) / 2  # Σ cos(k · angle), k = 1 … done
-    return total + done * min_ratio + (1 - min_ratio) * (done + cosines) / 2
+        return batch * length * (self.number("gradient_accumulation_steps") or 1) if batch and length else None

@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..conventions import ADAMW_RMS, judge, muon_element_step
+from ..conventions import ADAMW_RMS, judge
 from ..findings import Finding, found
 from ..measures import adam_ratio_bound, predict_lost
-from .comments import contradiction
-from .plan import ALIASES, Comment, Entry, Plan, as_number, sum_of_shares
+from .comments import contradictions
+from .plan import ALIASES, NOT_FROM_SCRATCH, Entry, Plan, as_number
 
 MOST_KEYS = 10_000  # a file with more is no config; aliases of aliases can make one line hold billions
-SAMPLE = 100_000  # weights drawn to predict a share: good to a third of a percent
 DEEPEST = 50  # levels of nested mappings
-EARLY = 100  # updates by which a sick run should be told from a healthy one
+SAMPLE = 100_000  # weights drawn to predict a share: good to a third of a percent
 
 # Who names the format of the weights. An error where nothing else can be meant; others' optimizers may keep float32 masters.
 FORMAT_KEYS = {
     "precision.parameters": "error",
     **dict.fromkeys(("param_dtype", "params_dtype", "parameter_dtype", "model_dtype", "torch_dtype"), "warning"),
 }
-REMEDIES = ("kahan", "stochastic_round", "master_weight", "master_param", "fp32_master", "remedy")
+REMEDIES = re.compile(r"kahan|stochastic_round|master_weight|master_param|fp32_master|remedy")
 SCHEMA_KEYS = ("aliases", "sections", "dead_keys")
 
 
@@ -47,18 +47,18 @@ def preflight(
     if unknown:
         raise ValueError(f"schema has {', '.join(unknown)}; it takes {', '.join(SCHEMA_KEYS)}")
     if isinstance(source, Mapping):
-        origin, entries = None, limited(entries_of_mapping(source), "config")
+        entries = entries_of_mapping(source)
     elif isinstance(source, (str, Path)):
-        origin, entries = str(source), read_entries(Path(source))
+        entries = read_entries(Path(source))
     else:
         raise ValueError(f"preflight takes a YAML file or a mapping, got {type(source).__name__}; try a dict of it")
     own = schema.get("aliases", {})
-    plan = Plan(entries, origin, {**ALIASES, **{key: (*names, *ALIASES.get(key, ())) for key, names in own.items()}})
+    plan = Plan(entries, ALIASES | {key: (*names, *ALIASES.get(key, ())) for key, names in own.items()})
     return [
         *parameter_formats(plan),
         *judged_rates(plan, n_parameters or plan.n_parameters()),
-        *contradicted_comments(plan),
-        *schedule(plan),
+        *contradictions(plan),
+        *long_warm_up(plan),
         *dead_keys(plan, schema),
     ]
 
@@ -66,18 +66,37 @@ def preflight(
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def entries_of_mapping(values: Mapping, path: tuple[str, ...] = ()) -> Iterator[Entry]:
+def leaves(
+    origin: str | Path, tree: Any, inside: Callable[[Any], Iterable | None]
+) -> list[tuple[tuple[str, ...], Any]]:
+    """Path and value of each leaf of a tree, in order; `inside(value)` gives keys and values, or None for a leaf."""
+
+    def walk(value: Any, path: tuple[str, ...]) -> Iterator[tuple]:
+        if len(path) > DEEPEST:
+            raise ValueError(f"{origin}: {path[0]} is nested more than {DEEPEST} deep, or holds itself")
+        pairs = inside(value)
+        if pairs is None:
+            yield path, value
+        for key, inner in pairs or ():
+            yield from walk(inner, (*path, str(key)))
+
+    found = list(islice(walk(tree, ()), MOST_KEYS + 1))
+    if len(found) > MOST_KEYS:
+        raise ValueError(f"{origin}: more than {MOST_KEYS} keys; is this a config?")
+    return found
+
+
+def entries_of_mapping(values: Mapping) -> list[Entry]:
     """The plain values of nested mappings and of lists of mappings, in order."""
-    if len(path) > DEEPEST:
-        raise ValueError(f"{path[0]} is nested more than {DEEPEST} deep, or holds itself; give plain nested values")
-    for key, value in values.items():
-        inner = (*path, str(key))
+
+    def inside(value: Any) -> Iterable | None:
         if isinstance(value, Mapping):
-            yield from entries_of_mapping(value, inner)
-        elif isinstance(value, (list, tuple)) and any(isinstance(item, Mapping) for item in value):
-            yield from entries_of_mapping({index: item for index, item in enumerate(value)}, inner)
-        else:
-            yield Entry(inner, list(value) if isinstance(value, tuple) else value)
+            return value.items()
+        is_list = isinstance(value, (list, tuple)) and any(isinstance(item, Mapping) for item in value)
+        return enumerate(value) if is_list else None
+
+    found = leaves("config", values, inside)
+    return [Entry(path, list(v) if isinstance(v, tuple) else v, ".".join(path)) for path, v in found]
 
 
 def read_entries(path: Path) -> list[Entry]:
@@ -94,60 +113,45 @@ def read_entries(path: Path) -> list[Entry]:
         raise ValueError(f"{path}: cannot be read as UTF-8 text: {error}") from None
     lines = text.splitlines() + [""]  # an empty value at the end of a file stands in the line after it
 
-    def walk(node: yaml.Node, path_to: tuple[str, ...], ancestors: tuple[int, ...]) -> Iterator[Entry]:
-        if id(node) in ancestors:
-            raise yaml.MarkedYAMLError(problem="an alias refers to itself", problem_mark=node.start_mark)
-        inner = (*ancestors, id(node))
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                yield from walk(value, (*path_to, str(key.value)), inner)
-        elif isinstance(node, yaml.SequenceNode) and not all(isinstance(v, yaml.ScalarNode) for v in node.value):
-            for index, value in enumerate(node.value):
-                yield from walk(value, (*path_to, str(index)), inner)
-        else:
-            try:
-                value = loader.construct_object(node, deep=True)
-            except (ValueError, KeyError, AttributeError, OverflowError) as error:  # a 13th month, `!!bool maybe`
-                problem = f"{node.value!r} is no {node.tag.rpartition(':')[2]}"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
-            line, end = node.start_mark.line, node.end_mark
-            yield Entry(path_to, value, line + 1, lines[line], comments_of(lines, line, end.line, end.column))
+    def inside(node: yaml.Node) -> Iterable | None:
+        if node.id == "mapping":
+            return [(key.value, value) for key, value in node.value]
+        is_list = node.id == "sequence" and any(inner.id != "scalar" for inner in node.value)
+        return enumerate(node.value) if is_list else None
+
+    def entry(keys: tuple[str, ...], node: yaml.Node) -> Entry:
+        try:
+            value = loader.construct_object(node, deep=True)
+        except (ValueError, KeyError, AttributeError, OverflowError) as error:  # a 13th month, `!!bool maybe`
+            problem = f"{node.value!r} is no {node.tag.rpartition(':')[2]}"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
+        line, end = node.start_mark.line, node.end_mark
+        comments = comments_of(lines[:line], lines[end.line][end.column :])
+        return Entry(keys, value, f"{path}:{line + 1}", lines[line], comments)
 
     try:
         loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
         if root is None:
             raise ValueError(f"{path}: the file is empty; a config holds sections such as `model:`")
-        if not isinstance(root, yaml.MappingNode):
+        if root.id != "mapping":
             line = root.start_mark.line + 1
             raise ValueError(f"{path}, line {line}: no keys and values; write sections such as `model:`")
-        return limited(walk(root, (), ()), path)
+        return [entry(*leaf) for leaf in leaves(path, root, inside)]
     except (yaml.YAMLError, RecursionError) as error:
         mark, problem = (getattr(error, name, None) for name in ("problem_mark", "problem"))
         line = f", line {mark.line + 1}" if mark else ""
-        raise ValueError(
-            f"{path}{line}: not valid YAML: {' '.join(str(problem or error).split())}; correct it"
-        ) from None
+        problem = " ".join(str(problem or error).split())
+        raise ValueError(f"{path}{line}: not valid YAML: {problem}; correct it") from None
 
 
-def limited(entries: Iterator[Entry], origin: str | Path) -> list[Entry]:
-    taken = list(islice(entries, MOST_KEYS + 1))
-    if len(taken) > MOST_KEYS:
-        raise ValueError(f"{origin}: more than {MOST_KEYS} keys; is this a config?")
-    return taken
-
-
-def comments_of(lines: list[str], first: int, last: int, column: int) -> tuple[Comment, ...]:
-    """The comment lines right above line `first` and the comment after `column` of line `last`; lines count from 0."""
-    comments = []
-    above = first - 1
-    while above >= 0 and lines[above].lstrip().startswith("#"):
-        comments.insert(0, Comment(above + 1, lines[above].strip().lstrip("# ")))
-        above -= 1
-    before, mark, beside = lines[last][column:].partition("#") if last < len(lines) else ("", "", "")
+def comments_of(above: list[str], rest: str) -> tuple[str, ...]:
+    """The comment lines right above a value, and the comment in the rest of its own line."""
+    comments = list(takewhile(lambda line: line.lstrip().startswith("#"), reversed(above)))[::-1]
+    before, mark, beside = rest.partition("#")
     if mark and (before == "" or before[-1].isspace() or before.strip() in ("}", "]", ",")):
-        comments.append(Comment(last + 1, beside.strip()))
-    return tuple(comments)
+        comments.append(beside)
+    return tuple(comment.strip().lstrip("# ") for comment in comments)
 
 
 # ---- rules -----------------------------------------------------------------------------------------------------------
@@ -156,86 +160,61 @@ def comments_of(lines: list[str], first: int, last: int, column: int) -> tuple[C
 def parameter_formats(plan: Plan) -> Iterator[Finding]:
     """Parameters kept in bfloat16, unless a key names masters, Kahan summation or stochastic rounding."""
     named = ((key, e) for key in FORMAT_KEYS for e in plan.entries if f".{e.name}".endswith(f".{key}"))
-    key, entry = next(named, (None, None))
-    if entry is None or str(entry.value).lower().removeprefix("torch.") not in ("bfloat16", "bf16"):
-        return
-    if any(word in e.name.lower() and e.value not in (None, False, "") for word in REMEDIES for e in plan.entries):
-        return
-    message = f"{entry.name}: {entry.value} keeps the weights in 16 bits{predicted_losses(plan)}"
-    advice = f"keep float32 parameters ({entry.name}: float32) and compute under autocast"
-    advice += ", unless the optimizer has float32 masters" if FORMAT_KEYS[key] == "warning" else ""
-    yield found("bf16_parameters", FORMAT_KEYS[key], plan.where(entry), message, advice, str(entry.value), "float32")
+    key, entry = next(named, ("", None))
+    bf16 = entry and str(entry.value).lower().removeprefix("torch.") in ("bfloat16", "bf16")
+    if bf16 and not plan.says(REMEDIES):
+        message = f"{entry.name}: {entry.value} keeps the weights in 16 bits{predicted_losses(plan)}"
+        advice = f"keep float32 parameters ({entry.name}: float32) and compute under autocast"
+        advice += ", unless the optimizer has float32 masters" if FORMAT_KEYS[key] == "warning" else ""
+        yield found("bf16_parameters", FORMAT_KEYS[key], entry.where, message, advice, str(entry.value), "float32")
 
 
 def predicted_losses(plan: Plan) -> str:
     """What bfloat16 would cost at the planned peak learning rates, as a clause; empty if no learning rate is known."""
     groups, parts = [group for group, _ in plan.groups()], []
     adam, muon = ([group for group in groups if group.kind == kind] for kind in ("adam", "muon"))
-    most = adam_ratio_bound(math.inf, betas_of(plan)) * min((group.lr for group in adam), default=math.inf)
+    betas = plan.find("betas")
+    betas = [as_number(beta) for beta in betas.value] if betas and isinstance(betas.value, list) else []
+    known = len(betas) == 2 and 0 <= betas[0] < 1 and 0 < betas[1] < 1
+    most = adam_ratio_bound(math.inf, betas if known else (0.9, 0.95)) * min((g.lr for g in adam), default=math.inf)
     if most <= 2.0**-9:
         parts.append(f"a norm weight at 1.0 loses every update (at most {most:.1e}; it takes more than 2^-9 = 2.0e-03)")
     elif most <= 2.0**-8:
         parts.append(f"a norm weight at 1.0 can only shrink (at most {most:.1e} a step; up takes more than 3.9e-03)")
     if muon and plan.number("d_model") or adam and not muon:
-        std = plan.number("init_std") or 0.02
-        step = muon_element_step(*muon[0][2:5]) if muon else ADAMW_RMS * adam[0].lr
+        std, step = plan.number("init_std") or 0.02, ADAMW_RMS * (muon or adam)[0].adamw_lr
         weights = torch.randn(SAMPLE, generator=torch.Generator().manual_seed(1)) * std
         share = f"{predict_lost(weights, step).lost:.0%} of their updates at first (RMS {step:.1e} a step)"
         parts.append(f"matrices with deviation {std:g} lose {share}")
     return ": expect that " + ", and ".join(parts) if parts else ""
 
 
-def betas_of(plan: Plan) -> tuple[float, float]:
-    entry = plan.find("betas")
-    betas = [as_number(beta) for beta in entry.value] if entry and isinstance(entry.value, list) else []
-    known = len(betas) == 2 and all(b is not None and 0 <= b < 1 for b in betas) and betas[1]
-    return tuple(betas) if known else (0.9, 0.95)
-
-
 def judged_rates(plan: Plan, n_parameters: float | None) -> Iterator[Finding]:
     """The learning rates against their conventions and the model's size; not for a run that starts from trained weights."""
-    judged = [(group, entry) for group, entry in plan.groups() if group.kind != "other"]
-    if not judged or not plan.from_scratch():
+    judged = list(plan.groups())
+    if not judged or plan.says(NOT_FROM_SCRATCH):
         return
     if not n_parameters:
         message = "learning rates were not judged: the width and depth of a transformer are not among the keys"
         advice = "give d_model and n_layers, or watch the first updates of the run"
-        yield found("lr_too_low", "info", plan.where(judged[0][1]), message, advice)
+        yield found("lr_too_low", "info", judged[0][1].where, message, advice)
         return
     for finding in judge([group for group, _ in judged], n_parameters):
-        first = next((entry for group, entry in judged if group.name == finding.where.split(", ")[0]), judged[0][1])
-        quoted = f"; line {first.line} reads `{' '.join(first.text.split())}`" if first.line else ""
-        yield replace(finding, where=plan.where(first), message=finding.message + quoted)
+        first = next(entry for group, entry in judged if group.name == finding.where.split(", ")[0])
+        number, line = first.where.rpartition(":")[2], " ".join(first.line.split())
+        quoted = f"; line {number} reads `{line}`" if line else ""
+        yield replace(finding, where=first.where, message=finding.message + quoted)
 
 
-def contradicted_comments(plan: Plan) -> Iterator[Finding]:
-    judged = (contradiction(entry, lr, family, plan.where(entry)) for entry, lr, family in plan.peak_rates())
-    yield from filter(None, judged)
-
-
-def schedule(plan: Plan) -> Iterator[Finding]:
-    """A warm-up that the run does not outlive, and how far a weight under AdamW can travel."""
-    n_updates, warmup = plan.n_updates(), plan.number("warmup_steps")
-    if not n_updates or warmup is None or warmup != int(warmup):
-        return
-    warmup = int(warmup)
-    if warmup > n_updates:
-        message = f"the warm-up takes {warmup} updates and the run has {n_updates}: "
-        message += f"the learning rates end at {n_updates / warmup:.0%} of their peak"
-        where, advice = plan.where(plan.find("warmup_steps")), "shorten the warm-up or lengthen the run"
-        yield found("lr_too_low", "warning", where, message, advice, warmup, n_updates)
-    adam = [(group, entry) for group, entry in plan.groups() if group.kind == "adam"]
-    if not adam:
-        return
-    group, entry = min(adam, key=lambda pair: pair[0].lr)
-    ratio = min(plan.number("min_lr_ratio", 1.0), 1.0)  # unknown: no decay, which is still an upper bound
-    step = adam_ratio_bound(math.inf, betas_of(plan))
-    ends = (min(EARLY, n_updates), n_updates)
-    early, all_of_it = (step * group.lr * sum_of_shares(end, n_updates, min(warmup, n_updates), ratio) for end in ends)
-    message = f"{group.name} {group.lr:.3g}: AdamW moves a weight by at most {step:.3g} × the learning rate, so a norm weight "
-    message += f"can be at most {early:.2g} from 1 after {ends[0]} updates and {all_of_it:.2g} after all {n_updates}"
-    advice = "hold what the run shows against this, not against a wish"
-    yield found("reach", "info", plan.where(entry), message, advice, early)
+def long_warm_up(plan: Plan) -> Iterator[Finding]:
+    """A warm-up that the run does not outlive."""
+    n_updates, warmup = plan.n_updates(), plan.find("warmup_steps")
+    n_warmup = int(plan.number("warmup_steps") or 0)
+    if n_updates and n_warmup > n_updates:
+        message = f"the warm-up takes {n_warmup} updates and the run has {n_updates}: "
+        message += f"the learning rates end at {n_updates / n_warmup:.0%} of their peak"
+        advice = "shorten the warm-up or lengthen the run"
+        yield found("lr_too_low", "warning", warmup.where, message, advice, n_warmup, n_updates)
 
 
 def dead_keys(plan: Plan, schema: Mapping[str, Any]) -> Iterator[Finding]:
@@ -247,4 +226,4 @@ def dead_keys(plan: Plan, schema: Mapping[str, Any]) -> Iterator[Finding]:
         if entry.name in instead:
             message = f"nothing reads {entry.name}: changing it changes nothing"
             advice = f"set {instead[entry.name]} instead"
-            yield found("unread_key", "warning", plan.where(entry), message, advice, str(entry.value))
+            yield found("unread_key", "warning", entry.where, message, advice, str(entry.value))
