@@ -4,7 +4,7 @@ import IPython.display
 import ipywidgets
 import pytest
 
-from moe_lab.course.lessons import Predictions, check_exercise
+from moe_lab.course.lessons import Predictions, exercise
 
 OPTIONS = ["falls", "rises", "stays"]
 
@@ -77,7 +77,11 @@ def test_an_answer_that_is_no_option_is_a_mistake_of_the_notebook() -> None:
         (4, "right", True),
     ],
 )
-def test_the_first_test_that_fails_gives_its_hint(answer, said, right, capsys) -> None:
-    tests = [(lambda a: a % 2 == 0 if a != "x" else len(3), "it is even"), (lambda a: a < 5, "it is below 5")]
-    assert check_exercise(answer, tests) is right
+def test_the_first_assertion_that_fails_gives_its_hint(answer, said, right, capsys) -> None:
+    @exercise
+    def check(answer) -> None:
+        assert answer % 2 == 0, "it is even"
+        assert answer < 5, "it is below 5"
+
+    assert check(answer) is right
     assert said in capsys.readouterr().out

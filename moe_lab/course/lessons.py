@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import html
 from collections.abc import Callable, Sequence
 
@@ -51,21 +52,26 @@ class Predictions:
         print(f"{right} of {len(self.answers)} predictions were right")
 
 
-def check_exercise(answer: object, tests: Sequence[tuple[Callable[[object], bool], str]]) -> bool:
-    """Judge a reader's answer: `None` is not started; else the first test that fails prints its hint.
+def exercise(check: Callable[..., None]) -> Callable[..., bool]:
+    """Make a judge of a reader's answer from assertions about it: the first that fails is printed as a hint.
 
-    Each test is a function of the answer and what to say when it is false. Returns whether all hold.
+    The judge returns whether all hold; `None` in the answer's place is not started.
     """
-    if answer is None:
-        print("not started: replace None by your answer and run this cell again")
-        return False
-    for test, hint in tests:
-        try:
-            wrong = None if test(answer) else hint
-        except Exception as error:  # the reader's code may raise anything; say it, and go on
-            wrong = f"your code raised {type(error).__name__}: {error}"
-        if wrong:
-            print(f"not yet: {wrong}")
+
+    @functools.wraps(check)
+    def judge(answer: object, *facts: object) -> bool:
+        if answer is None:
+            print("not started: replace None by your answer and run this cell again")
             return False
-    print("right")
-    return True
+        try:
+            check(answer, *facts)
+        except AssertionError as error:
+            print(f"not yet: {error}")
+        except Exception as error:  # the reader's code may raise anything; say it, and go on
+            print(f"not yet: your code raised {type(error).__name__}: {error}")
+        else:
+            print("right")
+            return True
+        return False
+
+    return judge
