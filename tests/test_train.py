@@ -601,7 +601,7 @@ def test_a_device_that_is_not_there(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with refused(ConfigError, match=r"^training.device=cuda is not available here; this machine has .*cpu"):
         Trainer(tiny(tmp_path, training={"device": "cuda"}), tmp_path / "run")
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.mps, "is_available", lambda: False)
     assert device.pick_device("auto").type == "cpu"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from torch.optim import Optimizer
 from moe_lab.config import to_dict
 from moe_lab.health.sampling import WHOLE
 from moe_lab.train.device import is_out_of_memory
+from moe_lab.train.record import replacing
 
 if TYPE_CHECKING:
     from moe_lab.train.loop import Trainer
@@ -51,30 +53,23 @@ def checkpoint_bytes(model: nn.Module, optimizers: list[Optimizer]) -> int:
     return total
 
 
-def check_disk(folder: Path, n_bytes: int) -> None:
-    """Raise RunError unless the folder's disk has `n_bytes` free."""
-    free = shutil.disk_usage(folder).free
-    if free < n_bytes:
+def check_disk(trainer: Trainer, n_checkpoints: int = 1) -> None:
+    """Raise RunError unless the disk has room for as many checkpoints."""
+    needed = n_checkpoints * checkpoint_bytes(trainer.model, trainer.optimizers)
+    free = shutil.disk_usage(trainer.run_dir).free
+    if free < needed:
         raise RunError(
-            f"{folder}: a checkpoint needs {n_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; "
+            f"{trainer.run_dir}: a checkpoint needs {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; "
             "free some space, or lower training.keep_checkpoints or the model's size"
         )
 
 
 def save_atomically(state: dict[str, Any], path: Path) -> None:
-    """Write beside the place and rename: a crash at any moment leaves the old file or the new one, never half of one."""
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("wb") as file:
+    """Write a checkpoint, and wait until the disk has it."""
+    with replacing(path) as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
-    if os.name == "posix":  # the rename itself must reach the disk; Windows opens no folder, and needs no such thing
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def step_path(run_dir: Path, step: int) -> Path:
@@ -123,33 +118,31 @@ def step_of(path: Path) -> int:
     return state["step"]
 
 
-def latest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any], list[str]]:
-    """The whole checkpoint with the highest step, its content, and a line for each file that is damaged.
+def latest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any]]:
+    """The whole checkpoint with the highest step, and its content; prints a line for each file that is damaged.
 
     Files are read from the highest step down, and only until one is whole. Raises RunError if there is none, or if a
     file cannot be read: to go on from an older one would lose what it holds.
     """
-    steps, damaged = {}, []
+    steps = {}
     for path in sorted((run_dir / FOLDER).glob("*.pt")):
         try:
             steps[path] = step_of(path)
         except DamagedError as error:
-            damaged.append(str(error))
+            print(error, file=sys.stderr)
     for path in sorted(steps, key=steps.__getitem__, reverse=True):
         try:
-            return path, load_checkpoint(path), damaged
+            return path, load_checkpoint(path)
         except DamagedError as error:
-            damaged.append(str(error))
+            print(error, file=sys.stderr)
     raise RunError(f"{run_dir}: nothing to resume from, {FOLDER}/ holds no whole checkpoint; start in a new directory")
-
-
-def stamps(run_dir: Path) -> set[tuple[str, int]]:
-    """Name and time of change (ns) of each checkpoint: whether another process has written one meanwhile."""
-    return {(path.name, path.stat().st_mtime_ns) for path in (run_dir / FOLDER).glob("*.pt")}
 
 
 def snapshot(trainer: Trainer) -> dict[str, Any]:
     """What a checkpoint holds: tensors and plain Python values, from which `restore` brings the run back."""
+    rng = {"cpu": torch.get_rng_state(), "dropout": trainer.dropout_noise.get_state()}
+    if trainer.device.type == "cuda":
+        rng["cuda"] = torch.cuda.get_rng_state(trainer.device)
     return {
         "model_state_dict": trainer.model.state_dict(),
         "optimizer_state_dict": [optimizer.state_dict() for optimizer in trainer.optimizers],
@@ -157,7 +150,7 @@ def snapshot(trainer: Trainer) -> dict[str, Any]:
         | {"n_steps": trainer.n_steps, "lr_scale": trainer.controls.lr_scale},
         "step": trainer.step,
         "tokens_seen": trainer.tokens(),
-        "rng_state": rng_state(trainer.device, trainer.dropout_noise),
+        "rng_state": rng,
         "data_state": trainer.batches.state_dict() | {"corpus": trainer.dataset.corpus_hash},
         "config": to_dict(trainer.config),
         "initial_sample": trainer.initial_sample,
@@ -187,15 +180,10 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
     trainer.initial_sample, trainer.rng_state = state["initial_sample"], state["rng_state"]
 
 
-def rng_state(device: torch.device, dropout_noise: torch.Generator) -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state(), "dropout": dropout_noise.get_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-def restore_rng(state: dict[str, Tensor], device: torch.device, dropout_noise: torch.Generator) -> None:
+def restore_rng(trainer: Trainer, state: dict[str, Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
-    own = state.get("dropout", state.get(device.type))  # once, dropout drew from the process's generator
+    if trainer.device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], trainer.device)
+    own = state.get("dropout", state.get(trainer.device.type))  # once, dropout drew from the process's generator
     if own is not None:
-        dropout_noise.set_state(own)
+        trainer.dropout_noise.set_state(own)

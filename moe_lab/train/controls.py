@@ -23,20 +23,18 @@ class Controls:
 
     def __init__(self) -> None:
         self.lock = threading.Condition()
-        self.asked: list[tuple[str, float | None]] = []
+        self.asked: list[dict] = []
         self.scheduled: list[dict] = []
-        self.paused = False
-        self.stopped = False
+        self.paused = self.stopped = False
         self.lr_scale = 1.0
 
-    def ask(self, action: str, value: float | None = None) -> None:
+    def ask(self, action: str, **value: float) -> None:
         with self.lock:
-            self.asked.append((action, value))
-            if action in ("pause", "resume"):
+            self.asked.append({"action": action, **value})
+            if action in ("pause", "resume", "stop"):
                 self.paused = action == "pause"
-            if action == "stop":
-                self.stopped, self.paused = True, False
-            self.lock.notify_all()
+                self.stopped = self.stopped or action == "stop"
+                self.lock.notify_all()
 
     stop, pause = partialmethod(ask, "stop"), partialmethod(ask, "pause")
     resume, save = partialmethod(ask, "resume"), partialmethod(ask, "save")
@@ -45,7 +43,7 @@ class Controls:
         """Multiply every learning rate with `scale` > 0 from the next update on."""
         if not scale > 0:
             raise ValueError(f"lr_scale={scale} must be more than 0")
-        self.ask("lr_scale", float(scale))
+        self.ask("lr_scale", value=float(scale))
 
     def replay(self, path: str | Path) -> None:
         """Schedule the actions of a controls.jsonl at the steps at which they happened."""
@@ -54,17 +52,12 @@ class Controls:
     def take(self, step: int) -> list[dict]:
         """Rows for what was asked since the last call, `step` updates done; applies LR changes."""
         with self.lock:
-            due = [(row["action"], row.get("value")) for row in self.scheduled if row["step"] == step]
-            self.scheduled = [row for row in self.scheduled if row["step"] > step]
-            rows = []
-            for action, value in self.asked + due:
-                if action == "lr_scale":
-                    self.lr_scale = value
-                if action == "stop":
-                    self.stopped = True
-                rows.append({"step": step, "action": action} | ({} if value is None else {"value": value}))
-            self.asked.clear()
-            return rows
+            asked = self.asked + [row for row in self.scheduled if row["step"] == step]
+            self.asked, self.scheduled = [], [row for row in self.scheduled if row["step"] > step]
+            for row in asked:
+                self.lr_scale = row.get("value", self.lr_scale)
+                self.stopped = self.stopped or row["action"] == "stop"
+            return [{"step": step, **row} for row in asked]
 
     def decision(self) -> bool | None:
         """Whether to stop; None while paused, or while something is asked that nobody has taken yet."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import sys
-import time
+import platform
+import timeit
 
 import torch
 from torch import nn
@@ -19,13 +19,11 @@ WORTH_IT = 1.3  # bfloat16 is taken where it is at least this many times faster:
 
 def pick_device(name: str) -> torch.device:
     """`auto` takes CUDA, else MPS, else the CPU. Raises ConfigError for a device that is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if there[kind]))
-    if not there[name]:
-        found = ", ".join(kind for kind, is_there in there.items() if is_there)
+    there = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
+    if name not in ("auto", *there):
+        found = ", ".join(there)
         raise ConfigError(f"training.device={name} is not available here; this machine has {found}; or set auto")
-    return torch.device(name)
+    return torch.device(there[0] if name == "auto" else name)
 
 
 def place(model: nn.Module, optimizers: list[Optimizer] | None, precision: PrecisionConfig, device: torch.device):
@@ -53,20 +51,19 @@ def pick_compute(config: Config, device: torch.device) -> str:
     rows = max(64, min(config.training.batch_size * model.max_seq_len, 4096))
     a = torch.ones(rows, model.d_model, device=device)
     b = torch.ones(model.d_model, max(model.d_ff, model.d_model), device=device)
-    seconds = {dtype: seconds_per_product(a.to(dtype), b.to(dtype)) for dtype in (torch.float32, torch.bfloat16)}
-    return "bfloat16" if seconds[torch.float32] >= WORTH_IT * seconds[torch.bfloat16] else "float32"
+    plain, half = (seconds_per_product(a.to(dtype), b.to(dtype)) for dtype in (torch.float32, torch.bfloat16))
+    return "bfloat16" if plain >= WORTH_IT * half else "float32"
 
 
 def seconds_per_product(a: torch.Tensor, b: torch.Tensor) -> float:
     """Best of several timed bunches of a @ b."""
-    best = float("inf")
-    for _ in range(7):
-        start = time.perf_counter()
+
+    def bunch() -> None:
         for _ in range(5):
             product = a @ b
         product[0, 0].item()  # waits for the device
-        best = min(best, time.perf_counter() - start)
-    return best / 5
+
+    return min(timeit.repeat(bunch, number=1, repeat=7)) / 5
 
 
 def bfloat16_products(model: nn.Module, compute: str, device: torch.device) -> contextlib.AbstractContextManager:
@@ -82,15 +79,12 @@ def keep_freed_memory() -> bool:
     step goes into page faults (`make bench` measures how much). The price: it holds for the whole process and for good,
     so that a notebook's kernel keeps the memory of its largest run until it is restarted. Other systems: nothing.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:  # musl
+    if platform.libc_ver()[0] != "glibc":
         return False
     M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
     # one arena, since a training thread's own arena cannot grow past 64 MB; no mmap; no trim; grow in steps of 64 MB
     settings = ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 64 << 20))
-    return all(mallopt(name, value) for name, value in settings)
+    return all(ctypes.CDLL(None).mallopt(name, value) for name, value in settings)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -26,7 +26,7 @@ def evaluate(
     device = model.embedding.weight.device
     total = torch.zeros((), device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
     agreed: Tensor | float = 0.0
-    n_targets = 0
+    n_targets = len(tokens) - 1
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -41,7 +41,6 @@ def evaluate(
             total += token_loss(logits, targets_of(ids, None, 1)) * count
             if trunk.depth:
                 agreed = agreed + torch.stack([agreement(report) for report in trunk.depth]) * count
-            n_targets += count
     finally:
         for module, was_training in modes.items():
             module.training = was_training

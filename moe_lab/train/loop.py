@@ -57,11 +57,11 @@ class Trainer:
         optimizers: list[Optimizer] | None = None,
         listeners: Iterable[Callable[[dict], None]] = (),
     ):
-        self.run_dir, self.resume, self.begun = Path(run_dir), resume, False
+        self.run_dir, self.begun = Path(run_dir), False
         self.lock = FileLock(self.run_dir / ".lock", thread_local=False)  # `opened` on one thread, `fit` on another
+        self.record_time = directory.last_written(self.run_dir) if resume else None
         directory.refuse_used(self)
-        self.stamps = ckpt.stamps(self.run_dir)
-        stored, config, self.notices = directory.to_resume(self.run_dir, config) if resume else (None, config, [])
+        stored, config = directory.to_resume(self.run_dir, config) if resume else (None, config)
         self.device = device.pick_device(config.training.device)
         if self.device.type == "cpu":
             device.keep_freed_memory()
@@ -87,8 +87,9 @@ class Trainer:
         # dropout's own, made on the device when the run begins: what a notebook draws meanwhile changes no training
         self.dropout_noise: torch.Generator | None = None
         self.evaluated: set[int] = set()  # steps
-        self.step, self.seconds_before = 0, 0.0  # updates done; training time of the run before this process
-        self.started = self.fetched = time.perf_counter()
+        self.step = 0  # updates done
+        self.started = time.perf_counter()  # less what was trained before, plus what did not count
+        self.fetched_at = 0.0  # in `seconds()`
         if stored is not None:
             ckpt.restore(self, stored)
 
@@ -102,7 +103,27 @@ class Trainer:
         too little memory, a gradient that is not finite.
         """
         with self.opened(), signals_ask_to_stop(self.controls):
-            return self.run()
+            status = "interrupted"
+            try:
+                self.evaluate_if_due()
+                with contextlib.closing(self.steps()) as steps:
+                    for _ in steps:
+                        self.evaluate_if_due()
+                        if self.step % self.config.training.save_interval == 0 or self.step == self.n_steps:
+                            self.save(ckpt.step_path(self.run_dir, self.step))
+                if self.step == self.n_steps and self.step in self.evaluated:
+                    status = "finished"
+                else:
+                    self.save(self.run_dir / ckpt.FOLDER / ckpt.INTERRUPTED)
+            except Exception as error:
+                status = "failed"
+                if not device.is_out_of_memory(error):
+                    raise
+                raise ckpt.RunError(device.out_of_memory_advice(self.config, self.device, self.step)) from error
+            finally:
+                self.begun = False
+                summary = write_summary(self, status)
+            return summary
 
     def steps(self, until: int | None = None) -> Iterator[Report]:
         """The same run, an update at a time: the one way to drive a training by hand.
@@ -132,47 +153,19 @@ class Trainer:
         finally:
             self.flush()
 
-    @contextlib.contextmanager
-    def opened(self) -> Iterator[None]:
+    def opened(self) -> contextlib.AbstractContextManager[None]:
         """The run directory, held against other processes and with everything that a run begins with.
 
         `fit` opens it itself. For who writes there too, such as a Watch with a log: what is older than the checkpoint
         is cut by now, and nobody else writes. Raises RunError if another process trains there, or did meanwhile.
         """
-        with directory.held(self):
-            directory.begin(self)
-            yield
+        return directory.opened(self)
 
     def stop(self) -> None:
         """Ask, from any thread, for the end: the update in progress is finished and saved."""
         self.controls.stop()
 
     # ---- the run -----------------------------------------------------------------------------------------------------
-
-    def run(self) -> dict[str, Any]:
-        status = "failed"
-        try:
-            self.evaluate_if_due()
-            with contextlib.closing(self.steps()) as steps:
-                for _ in steps:
-                    self.evaluate_if_due()
-                    if self.step % self.config.training.save_interval == 0 or self.step == self.n_steps:
-                        self.save(ckpt.step_path(self.run_dir, self.step))
-            finished = self.step == self.n_steps and self.step in self.evaluated
-            if not finished:
-                self.save(self.run_dir / ckpt.FOLDER / ckpt.INTERRUPTED)
-            status = "finished" if finished else "interrupted"
-        except (RuntimeError, MemoryError) as error:
-            if not device.is_out_of_memory(error):
-                raise
-            raise ckpt.RunError(device.out_of_memory_advice(self.config, self.device, self.step)) from error
-        except KeyboardInterrupt:
-            status = "interrupted"
-            raise
-        finally:
-            self.begun = False
-            summary = write_summary(self, status)
-        return summary
 
     def update(self) -> Report:
         """One step: the mean gradient of the micro-batches, clipped, and one move of every optimizer."""
@@ -215,8 +208,8 @@ class Trainer:
         rows = self.readings.fetch()
         if not rows:
             return
-        before, self.fetched = self.fetched, time.perf_counter()
-        rate = len(rows) * self.config.tokens_per_step / (self.fetched - before)
+        before, self.fetched_at = self.fetched_at, self.seconds()
+        rate = len(rows) * self.config.tokens_per_step / (self.fetched_at - before)
         self.report_rows([row | {"tokens_per_s": round(rate, 1)} for row in rows])
         for row in rows:
             if not math.isfinite(row["grad_norm"]):
@@ -244,7 +237,7 @@ class Trainer:
             row = {"event": "eval", "step": self.step, "tokens": self.tokens(), **result}
             self.report_rows([row | {"seconds": round(self.seconds(), 3)}])
             self.evaluated.add(self.step)
-        self.fetched = time.perf_counter()
+        self.fetched_at = self.seconds()
 
     def obey_controls(self) -> bool:
         """Do what was asked for since the last update; wait while paused. Returns whether to stop."""
@@ -265,10 +258,9 @@ class Trainer:
         """Write a checkpoint of now."""
         self.flush()  # the record must reach as far as the checkpoint, and the gradients must have been finite
         with self.off_the_clock():
-            ckpt.check_disk(path.parent, ckpt.checkpoint_bytes(self.model, self.optimizers))
+            ckpt.check_disk(self)
             ckpt.save_atomically(ckpt.snapshot(self), path)
             ckpt.prune(self.run_dir, self.config.training.keep_checkpoints)
-            self.stamps = ckpt.stamps(self.run_dir)
 
     # ---- small parts -------------------------------------------------------------------------------------------------
 
@@ -277,7 +269,7 @@ class Trainer:
 
     def seconds(self) -> float:
         """Training time of the run so far: updates and evaluations, without pauses and saves."""
-        return self.seconds_before + time.perf_counter() - self.started
+        return time.perf_counter() - self.started
 
     @contextlib.contextmanager
     def off_the_clock(self) -> Iterator[None]:
@@ -286,8 +278,7 @@ class Trainer:
         try:
             yield
         finally:
-            away = time.perf_counter() - began
-            self.started, self.fetched = self.started + away, self.fetched + away
+            self.started += time.perf_counter() - began
 
     @contextlib.contextmanager
     def autocast(self):

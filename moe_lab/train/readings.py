@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from moe_lab.model.moe import Routing
 
@@ -42,19 +43,16 @@ class Readings:
 
     def fetch(self) -> list[dict]:
         """The waiting steps as record rows."""
-        leaves, structure = tree_flatten(self.waiting)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        self.waiting = []
+        waiting, self.waiting = self.waiting, []
+        tensors = [leaf for leaf in tree_leaves(waiting) if isinstance(leaf, Tensor)]
         if not tensors:
             return []
         numbers = iter(torch.cat([t.float().flatten() for t in tensors]).tolist())  # the one transfer
 
-        def fetched(leaf: object) -> object:
-            if not isinstance(leaf, Tensor):
-                return leaf
-            return [next(numbers) for _ in range(len(leaf))] if leaf.ndim else next(numbers)
+        def fetched(t: Tensor) -> float | list[float]:
+            return list(islice(numbers, len(t))) if t.ndim else next(numbers)
 
-        rows = tree_unflatten(map(fetched, leaves), structure)
+        rows = tree_map_only(Tensor, fetched, waiting)
         for row in rows:
             row["loss"] = sum(row["losses"].values())
             if not any(row["drop_rate"]):

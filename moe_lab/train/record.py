@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     from moe_lab.train.loop import Trainer
@@ -30,47 +31,57 @@ def read_record(run_dir: str | Path) -> list[dict]:
     return read_jsonl(Path(run_dir) / RECORD)
 
 
+def lines_of(rows: Iterable[dict]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def append_jsonl(path: Path, rows: Iterable[dict]) -> None:
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     with path.open("a", encoding="utf-8") as file:
-        file.write(text)
+        file.write(lines_of(rows))
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """All of the text or, after a crash, what was there before."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
+def cut_jsonl(path: Path, last_step: int) -> list[dict]:
+    """Drop every row beyond `last_step`, and a line that was cut short. Returns what stays; a row without a step does."""
+    rows = [row for row in read_jsonl(path) if (row["step"] or 0) <= last_step]
+    if path.exists():
+        write_atomically(path, lines_of(rows))
+    return rows
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes `path`'s place once it is whole: a crash at any moment leaves the old one or the new one."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with temporary.open("wb") as file:
+        yield file
     os.replace(temporary, path)
 
 
-def cut_jsonl(path: Path, last_step: int) -> None:
-    """Drop every row beyond `last_step`, and a line that was cut short. A row whose step is None stays."""
-    if path.exists():
-        rows = [row for row in read_jsonl(path) if row["step"] is None or row["step"] <= last_step]
-        write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def write_atomically(path: Path, text: str) -> None:
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def write_summary(trainer: Trainer, status: str) -> dict[str, Any]:
     """Write summary.json from what the record holds; returns its content. `findings`: null if nothing watched."""
     rows = read_record(trainer.run_dir)
     losses = [row["loss"] for row in rows if "loss" in row][-trainer.config.training.log_interval :]
-    validation = next((row["validation_loss"] for row in reversed(rows) if row.get("event") == "eval"), None)
-    wall = trainer.seconds()
-    n_targets = len(trainer.dataset.validation) - 1
-    findings = trainer.run_dir / FINDINGS
+    validation = next((row["validation_loss"] for row in reversed(rows) if "validation_loss" in row), None)
+    dataset, wall, findings = trainer.dataset, trainer.seconds(), trainer.run_dir / FINDINGS
+    n_targets = len(dataset.validation) - 1
     summary = {
         "status": status,
         "train_loss": sum(losses) / len(losses) if losses else None,
         "validation_loss": validation,
         "trigram_loss": trainer.floors["trigram"],
-        "bits_per_byte": validation and validation * n_targets / trainer.dataset.validation_bytes / math.log(2),
+        "bits_per_byte": validation and validation * n_targets / dataset.validation_bytes / math.log(2),
         "steps": trainer.step,
         "tokens": trainer.tokens(),
         "wall_s": round(wall, 1),
         "tokens_per_s": round(trainer.tokens() / wall, 1) if wall else 0.0,
         "seed": trainer.config.training.seed,
         "commit": commit(),
-        "corpus": trainer.dataset.corpus_hash,
+        "corpus": dataset.corpus_hash,
         "findings": read_jsonl(findings) if findings.exists() else None,
     }
     write_atomically(trainer.run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -80,10 +91,15 @@ def write_summary(trainer: Trainer, status: str) -> dict[str, Any]:
 def commit() -> str | None:
     """The repository's short commit hash, with a plus sign where files differ from it; None without git, and for an
     installed package, which may lie in somebody else's repository but is no part of it."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    options: dict[str, Any] = {"stderr": subprocess.DEVNULL, "text": True, "timeout": 10}
+    file = Path(__file__)
     try:
-        subprocess.check_output([*git, "ls-files", "--error-unmatch", Path(__file__).name], **options)
-        return subprocess.check_output([*git, "describe", "--always", "--dirty=+", "--exclude=*"], **options).strip()
+        for command in (
+            ["ls-files", "--error-unmatch", file.name],
+            ["describe", "--always", "--dirty=+", "--exclude=*"],
+        ):
+            said = subprocess.run(
+                ["git", *command], cwd=file.parent, capture_output=True, text=True, timeout=10, check=True
+            )
+        return said.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
