@@ -131,7 +131,7 @@ def test_branches_draw_the_same_numbers_on_every_device(monkeypatch) -> None:
     fakes = {"cuda": FakeGenerator(True), "mps": FakeGenerator(False)}
     devices = [torch.device("cuda:1"), torch.device("mps")]
     monkeypatch.setattr(random_state, "random_devices", lambda model: devices)
-    monkeypatch.setattr(random_state, "generators", lambda device: fakes[device.type])
+    monkeypatch.setattr(torch, "get_device_module", lambda device: fakes[device.type])
 
     def noisy(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
         for fake in fakes.values():

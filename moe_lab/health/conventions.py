@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from statistics import geometric_mean, linear_regression
 from typing import NamedTuple
 
-from .findings import Finding, found
+from .findings import Finding, grouped
 
 CONVENTIONS = ("original", "match_rms_adamw")
 ADAMW_RMS = 0.2  # RMS of AdamW's update over its LR, as Liu et al. 2025 measured it: sec. 2.2, "Matching update RMS"
@@ -38,7 +38,7 @@ class Group(NamedTuple):
     """Parameters that share a learning rate."""
 
     name: str
-    kind: str  # "muon", "adam" (Adam, AdamW, what steps like them) or "other", which is not judged
+    kind: str  # "muon" or "adam" (Adam, AdamW, what steps like them)
     lr: float
     shape: Sequence[int] = (1, 1)  # of a typical matrix, (…, A, B); only Muon's matters
     convention: str = "original"  # only Muon's matters; one of its own has a measured step
@@ -46,7 +46,7 @@ class Group(NamedTuple):
 
     @property
     def limit(self) -> float:
-        return HIGH["adam"] if self.kind == "adam" else HIGH.get(self.convention, HIGH["original"])
+        return HIGH.get(self.kind) or HIGH.get(self.convention, HIGH["original"])
 
     @property
     def adamw_lr(self) -> float:
@@ -82,12 +82,10 @@ def muon_element_step(lr: float, shape: Sequence[int], convention: str) -> float
     Raises ValueError for another convention.
     """
     rows, columns = shape[-2:]
-    orthogonal = 1 / math.sqrt(max(rows, columns))
-    if convention == "original":
-        return lr * math.sqrt(max(1.0, rows / columns)) * orthogonal
-    if convention == "match_rms_adamw":
-        return lr * ADAMW_RMS * math.sqrt(max(rows, columns)) * orthogonal
-    raise ValueError(f"convention={convention!r} is not one of {', '.join(CONVENTIONS)}")
+    scales = (math.sqrt(max(1, rows / columns)), ADAMW_RMS * math.sqrt(max(rows, columns)))
+    if convention not in CONVENTIONS:
+        raise ValueError(f"convention={convention!r} is not one of {', '.join(CONVENTIONS)}")
+    return lr * scales[CONVENTIONS.index(convention)] / math.sqrt(max(rows, columns))
 
 
 def adamw_equivalent(lr: float, shape: Sequence[int], convention: str) -> float:
@@ -122,43 +120,45 @@ def judge(groups: Iterable[Group], n_parameters: float) -> list[Finding]:
     """Hold peak LRs against what transformers of this size are trained with from scratch; findings are warnings.
 
     An LR counts as the AdamW LR that moves an element as far. Several groups of a kind are taken together, by
-    geometric mean: embeddings beside Muon often get ten times what norms get. Groups of kind "other" and LRs of 0 are
-    not judged. `muon_convention` if Muon alone is out of range and its number would fit in the other convention;
+    geometric mean: embeddings beside Muon often get ten times what norms get. LRs of 0 are not judged.
+    `muon_convention` if Muon alone is out of range and its number would fit in the other convention;
     otherwise `lr_too_low` and `lr_too_high` for the kinds that are out of range. Not for fine-tuning, whose LRs are lower.
     """
     usual = usual_adamw_lr(n_parameters)
     compared = f"a transformer of {n_parameters:.2g} parameters usually starts at about {usual:.2g}"
-    groups = [group for group in groups if group.lr > 0]
-    muon, adam = ([group for group in groups if group.kind == kind] for kind in ("muon", "adam"))
-    # of the kinds that there are: LR over the usual one
-    ratios = {g[0].kind: geometric_mean(group.adamw_lr for group in g) / usual for g in (muon, adam) if g}
-    hint = ""
+
+    def ratio_of(members: Iterable[Group]) -> float:
+        return geometric_mean(group.adamw_lr for group in members) / usual
+
+    kinds = grouped((group for group in groups if group.lr > 0), lambda group: group.kind)
+    ratios = {kind: ratio_of(members) for kind, members in kinds.items()}
+    muon, adam = kinds.get("muon", []), kinds.get("adam", [])
+    low = [group for group in muon + adam if ratios[group.kind] < LOW]
+    high = [group for group in muon + adam if ratios[group.kind] > group.limit]
+    told, hint = [], ""
     if muon:
-        other = [g._replace(convention=CONVENTIONS[g.convention != "match_rms_adamw"], rms=None) for g in muon]
-        name, ratio = other[0].convention, geometric_mean(group.adamw_lr for group in other) / usual
-        alone = not LOW <= ratios["muon"] <= muon[0].limit and LOW <= ratios.get("adam", 1.0) <= HIGH["adam"]
+        name = CONVENTIONS[muon[0].convention != "match_rms_adamw"]
+        other = [group._replace(convention=name, rms=None) for group in muon]
+        ratio, mine = ratio_of(other), ratios["muon"]
+        nearer = distance(mine) / distance(ratio)
+        alone = {group.kind for group in low + high} == {"muon"}
         # in narrow matrices both conventions say nearly the same: then the number is at fault, not its convention
-        if alone and LOW <= ratio <= other[0].limit and 2 * distance(ratio) <= distance(ratios["muon"]):
-            fitting = muon[0].lr * usual / muon[0].adamw_lr
-            says = f"{ratios['muon']:.2g} × the usual; {compared}. Read as {name} the same number is {ratio:.2g} × the usual: "
-            advice = f"keep the number and set the convention to {name}, or keep {muon[0].convention} and try about {fitting:.2g}"
+        if alone and LOW <= ratio <= other[0].limit and nearer >= 2:
+            says = f"{mine:.2g} × the usual; {compared}. Read as {name} the same number is {ratio:.2g} × the usual: "
             says += "it seems meant for that, or for AdamW"
-            limit = LOW if ratios["muon"] < LOW else muon[0].limit
-            return [warning("muon_convention", muon, says, advice, ratios["muon"], limit)]
-        if distance(ratio) < distance(ratios["muon"]):
+            advice = f"keep the number and set the convention to {name}, or keep {muon[0].convention} and try about "
+            advice += f"{muon[0].lr * usual / muon[0].adamw_lr:.2g}"
+            told.append(("muon_convention", muon, says, advice, mine, LOW if low else muon[0].limit))
+        elif nearer > 1:
             hint = f". Read as {name}, Muon's would be {ratio:.2g} × the usual"
+    for rule, out, advice in (("lr_too_low", low, RAISE), ("lr_too_high", high, LOWER)) if not told else ():
+        if out:
+            worst = max(out, key=lambda group: distance(ratios[group.kind]))
+            ratio, limit = ratios[worst.kind], LOW if out is low else worst.limit
+            says = f"up to {distance(ratio):.2g} times {'below' if out is low else 'above'} the usual; {compared}"
+            told.append((rule, out, says + hint * (out[0].kind == "muon"), advice, ratio, limit))
     findings = []
-    if low := [group for group in muon + adam if ratios[group.kind] < LOW]:
-        worst = min(ratios[group.kind] for group in low)
-        says = f"up to {1 / worst:.2g} times below the usual; {compared}" + hint * (low[0].kind == "muon")
-        findings.append(warning("lr_too_low", low, says, RAISE, worst, LOW))
-    if high := [group for group in muon + adam if ratios[group.kind] > group.limit]:
-        worst = max(high, key=lambda group: ratios[group.kind])
-        says = f"up to {ratios[worst.kind]:.2g} times above the usual; {compared}" + hint * (high[0].kind == "muon")
-        findings.append(warning("lr_too_high", high, says, LOWER, ratios[worst.kind], worst.limit))
+    for rule, out, says, *rest in told:
+        message = f"learning rate {', '.join(group.described for group in out)} is {says}"
+        findings.append(Finding(rule, "warning", ", ".join(group.name for group in out), message, *rest))
     return findings
-
-
-def warning(rule: str, groups: Sequence[Group], says: str, advice: str, value: float, limit: float) -> Finding:
-    message = f"learning rate {', '.join(group.described for group in groups)} is {says}"
-    return found(rule, "warning", ", ".join(group.name for group in groups), message, advice, value, limit)

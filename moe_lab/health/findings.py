@@ -22,26 +22,23 @@ def grouped(things: Iterable, key: Callable) -> dict[Any, list]:
     return groups
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Finding:
     """One thing that a rule found. `error`: the run is sick, stop; `warning`: likely wrong, look; `info`: good to know."""
 
     rule: str  # an id of RULES
     severity: str  # error, warning or info
     where: str  # a parameter, a group, a file's line, or "loss"
-    step: int | None = None  # optimizer updates of the run done when it was found; None: found without a run
-    value: float | str | None = None  # what was measured
-    limit: float | str | None = None  # what it was held against
     message: str  # what, where, how sure: one line
     advice: str  # what to do: one line
+    value: float | str | None = None  # what was measured
+    limit: float | str | None = None  # what it was held against
+    step: int | None = None  # optimizer updates of the run done when it was found; None: found without a run
 
     def __post_init__(self) -> None:
-        if self.severity not in SEVERITIES:
-            raise ValueError(f"severity={self.severity!r} is not one of {', '.join(SEVERITIES)}")
-        if self.rule not in RULES:
-            raise ValueError(f"rule={self.rule!r} is not in the table of rules")
-        if SEVERITIES.index(self.severity) < SEVERITIES.index(RULES[self.rule][0]):
-            raise ValueError(f"severity={self.severity!r}: {self.rule} reaches {RULES[self.rule][0]} at most")
+        highest, _ = RULES[self.rule]
+        if SEVERITIES.index(self.severity) < SEVERITIES.index(highest):
+            raise ValueError(f"severity={self.severity!r}: {self.rule} reaches {highest} at most")
 
     def __str__(self) -> str:
         when = "" if self.step is None else f" (step {self.step})"
@@ -50,13 +47,6 @@ class Finding:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a line of JSON."""
         return asdict(self)
-
-
-def found(
-    rule: str, severity: str, where: str, message: str, advice: str, value: Any = None, limit: Any = None, step=None
-) -> Finding:
-    """A Finding, its fields by their places."""
-    return Finding(**locals())
 
 
 # rule id → (the highest severity it can reach, what it says). Every finding carries one of these ids.

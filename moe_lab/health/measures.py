@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import linear_regression
 from typing import NamedTuple
 
 import torch
@@ -111,15 +112,11 @@ class Trend(NamedTuple):
 
 
 def trend(losses: Sequence[float]) -> Trend:
-    """Least-squares line through losses of consecutive updates; needs at least 3, else NaN."""
+    """Least-squares line through losses of consecutive updates, at least 3 of them."""
     n = len(losses)
-    if n < 3:
-        return Trend(math.nan, math.nan)
-    y = torch.tensor(losses, dtype=torch.float64)
-    x = torch.arange(n, dtype=torch.float64) - (n - 1) / 2
-    slope = (x @ y / (x @ x)).item()
-    residual = y - y.mean() - slope * x
-    return Trend(slope, math.sqrt((residual @ residual).item() / (n - 2) / (x @ x).item()))
+    slope, start = linear_regression(range(n), losses)
+    rest = math.fsum((loss - start - slope * update) ** 2 for update, loss in enumerate(losses))
+    return Trend(slope, math.sqrt(rest / (n - 2) * 12 / (n**3 - n)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +188,5 @@ def share_of(readings: Sequence[Reading]) -> Share | None:
     if not known:
         return None
     columns = ("realised_intended", "intended_square", "moments_rruu", "moments_ruuu", "moments_uuuu")
-    n, ulps = (sum(getattr(r, column) for r in known) for column in ("n_touched", "ulps_square"))
-    ratio = ratio_of_sums(*(sum(getattr(r, column) for r in known) for column in columns))
-    return Share(*ratio, math.sqrt(ulps / max(n, 1)))
+    *sums, ulps, n = (sum(getattr(r, name) for r in known) for name in (*columns, "ulps_square", "n_touched"))
+    return Share(*ratio_of_sums(*sums), math.sqrt(ulps / max(n, 1)))

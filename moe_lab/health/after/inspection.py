@@ -13,7 +13,7 @@ from torch import Tensor
 from ..before.plan import Plan
 from ..before.preflight import entries_of_mapping, judged_rates
 from ..during.intended import keeps_bits
-from ..findings import Finding, found, grouped, several
+from ..findings import Finding, grouped, several
 from ..sampling import tensor_kind
 from . import checkpoint_file as file
 from .checkpoint_file import is_readable, numbers, wide
@@ -41,7 +41,7 @@ def inspect_checkpoint(path: str | Path) -> list[Finding]:
     if not weights:
         reason = problem or "it holds no tensors by name, neither itself nor under " + ", ".join(file.WEIGHTS)
         message = f"not a checkpoint that can be inspected: {reason}"
-        return [found("unreadable", "error", str(path), message, "use another checkpoint")]
+        return [Finding("unreadable", "error", str(path), message, "use another checkpoint")]
     readable = {name: t for name, t in weights.items() if is_readable(t)}
     plan = plan_of(state.get("config"))
     return [
@@ -67,14 +67,14 @@ def nonfinite(weights: Mapping[str, Tensor]) -> Iterator[Finding]:
     if bad:
         message = f"{len(bad)} of {len(weights)} tensors hold NaN or infinite values"
         advice = "resume from an earlier checkpoint, with a lower learning rate"
-        yield found("nonfinite_values", "error", several(bad), message, advice, len(bad), 0)
+        yield Finding("nonfinite_values", "error", several(bad), message, advice, len(bad), 0)
 
 
 def unexpected(names: Iterable[str], severity: str, what: str) -> Iterator[Finding]:
     names, advice = sorted(names), "see whether the file belongs to the run, and whether it was edited"
     if names:
         where = several(names)
-        yield found("unexpected_tensors", severity, where, f"{where}: {what}", advice, len(names))
+        yield Finding("unexpected_tensors", severity, where, f"{where}: {what}", advice, len(names))
 
 
 def held_against_start(weights: Mapping[str, Tensor], state: Mapping) -> Iterator[Finding]:
@@ -89,7 +89,7 @@ def held_against_start(weights: Mapping[str, Tensor], state: Mapping) -> Iterato
         yield from unexpected(extra, "info", "no start values are kept of it, so that it cannot be judged")
     if updates == 0:
         message = "the checkpoint was written before the first update: it cannot show what moves"
-        yield found("never_moved", "info", "every tensor", message, "inspect a later one")
+        yield Finding("never_moved", "info", "every tensor", message, "inspect a later one")
     elif isinstance(sample, Mapping):
         starts = {name: start for name, start in starts.items() if start and len(start[0])}
         yield from never_moved(weights, starts, updates, any(file.stored_rates(state).values()))
@@ -133,7 +133,7 @@ def never_moved(
         if frozen:
             message = f"{len(frozen)} of {len(names)} {kind}: no sampled element has moved {after}"
             advice = "see whether their updates are rounded away (16-bit parameters), get no gradient or no optimizer"
-            yield found("never_moved", severity, several(frozen), message, advice, len(frozen) / len(names), 0)
+            yield Finding("never_moved", severity, several(frozen), message, advice, len(frozen) / len(names), 0)
         elif share >= MANY_UNCHANGED:
             slow[kind] = share
     if slow:
@@ -141,7 +141,7 @@ def never_moved(
         listed = ", ".join(f"{kind} {slow[kind]:.0%}" for kind in worst[:4]) + (", …" if len(worst) > 4 else "")
         message = f"{len(slow)} kinds of tensors have moved in part only {after}; unchanged sampled elements: {listed}"
         advice = "expected of embedding rows whose tokens did not occur; else updates are small, or rounded away"
-        yield found("never_moved", "info", several(worst), message, advice, slow[worst[0]], MANY_UNCHANGED)
+        yield Finding("never_moved", "info", several(worst), message, advice, slow[worst[0]], MANY_UNCHANGED)
 
 
 def few_columns(weights: Mapping[str, Tensor], starts: Mapping[str, Start]) -> Iterator[Finding]:
@@ -157,7 +157,7 @@ def few_columns(weights: Mapping[str, Tensor], starts: Mapping[str, Start]) -> I
         message = f"the start values of {len(seen)} matrices see few of their columns, as evenly spaced ones do: "
         message += f"{worst} {seen[worst]} of {weights[worst].shape[-1]}. What never moved is known of these alone"
         advice = "take the next run's with health.start_sample(model), which spreads over rows and columns"
-        yield found("never_moved", "info", several(sorted(seen)), message, advice, seen[worst])
+        yield Finding("never_moved", "info", several(sorted(seen)), message, advice, seen[worst])
 
 
 def constants(weights: Mapping[str, Tensor]) -> Iterator[Finding]:
@@ -171,11 +171,11 @@ def constants(weights: Mapping[str, Tensor]) -> Iterator[Finding]:
             listed = ", ".join(f"{level:g}" for level in levels[:3]) + (", …" if len(levels) > 3 else "")
             message = f"{len(constant)} of {len(names)} {kind}: exactly {listed} in every element, as at a start"
             advice = "if they were trained, see whether updates are rounded away (16-bit parameters) or never made"
-            yield found("never_moved", "warning", several(constant), message, advice, listed)
+            yield Finding("never_moved", "warning", several(constant), message, advice, listed)
     message = f"no start values in the file: of its {len(weights)} tensors only constant ones can be told to have stood still. "
     message += "A comparison with a freshly drawn start proves nothing, since any two draws differ"
     advice = "keep health.start_sample(model) of step 0 in each, as `initial_sample`; or compare with the run's first"
-    yield found("never_moved", "info", "every other tensor", message, advice)
+    yield Finding("never_moved", "info", "every other tensor", message, advice)
 
 
 def sixteen_bits(weights: Mapping[str, Tensor], state: Mapping) -> Iterator[Finding]:
@@ -192,7 +192,7 @@ def sixteen_bits(weights: Mapping[str, Tensor], state: Mapping) -> Iterator[Find
         severity, why = "info", "no optimizer state says how they got so"
         advice = "fine for a copy to run; not one to train further as it is"
     message = f"{len(narrow)} of {len(weights)} tensors are {formats}, and {why}"
-    yield found("bf16_parameters", severity, several(narrow), message, advice, len(narrow) / len(weights), 0)
+    yield Finding("bf16_parameters", severity, several(narrow), message, advice, len(narrow) / len(weights), 0)
 
 
 def baked_in(state: Mapping, plan: Plan, n_parameters: int) -> Iterator[Finding]:
@@ -211,7 +211,7 @@ def baked_in(state: Mapping, plan: Plan, n_parameters: int) -> Iterator[Finding]
         severity, where = "warning", wrong.where
         message += f", and they look wrong: {wrong.rule}: {wrong.message}"
     advice = "after load_state_dict, set each group's lr and initial_lr and the scheduler's maximum from the config"
-    yield found("lr_baked_in", severity, where, message, advice, listed)
+    yield Finding("lr_baked_in", severity, where, message, advice, listed)
 
 
 def counters(state: Mapping, plan: Plan) -> Iterator[Finding]:
@@ -221,7 +221,7 @@ def counters(state: Mapping, plan: Plan) -> Iterator[Finding]:
         if counted is not None and int(step) != counted:
             message = f"the checkpoint says step {step:g} and its optimizer has made {counted} updates"
             advice = "see whether steps count micro-batches: then schedules and intervals end too early or never come"
-            yield found("step_counters", "warning", "step", message, advice, step, counted)
+            yield Finding("step_counters", "warning", "step", message, advice, step, counted)
         told = [(name, tokens) for name in TOKENS for tokens in numbers(state.get(name))]
         for name, tokens in told[:1]:
             if at_once is not None and tokens != step * at_once:
@@ -229,4 +229,4 @@ def counters(state: Mapping, plan: Plan) -> Iterator[Finding]:
                     f"{name} is {tokens:g} and {step:g} updates of the stored config are {step * at_once:g} tokens"
                 )
                 advice = "see whether steps count micro-batches, or whether the batch was changed on the way"
-                yield found("step_counters", "warning", name, message, advice, tokens, step * at_once)
+                yield Finding("step_counters", "warning", name, message, advice, tokens, step * at_once)

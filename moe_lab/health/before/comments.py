@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ..findings import Finding, found
+from ..findings import Finding
 from .plan import FAMILIES, Entry, Plan, family
 
 NUMBER = r"(?<![\w.])(?P<{}>\d+(?:\.\d*)?(?:e[+-]?\d+)?)(?![\w.]*\w)"  # to be named
@@ -70,11 +70,11 @@ def contradictions(plan: Plan) -> Iterator[Finding]:
             message = f"{quoted}; the optimizer is {optimizer}, for which it gives {span}"
             advice = f"set {entry.name} to {span}, or correct the comment"
             rule = "lr_too_low" if value < low else "lr_too_high"
-            yield found(rule, "warning", entry.where, message, advice, value, span)
+            yield Finding(rule, "warning", entry.where, message, advice, value, span)
         elif others and optimizer not in named and "muon" in (optimizer, others[0]):
             message = f"{quoted}; it means the value for {others[0]}, and the optimizer is {optimizer}"
             advice = f"give {optimizer} a learning rate of its own, or correct the comment"
-            yield found("muon_convention", "warning", entry.where, message, advice, value)
+            yield Finding("muon_convention", "warning", entry.where, message, advice, value)
 
 
 def quotation(entry: Entry) -> str:

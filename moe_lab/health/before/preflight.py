@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..conventions import ADAMW_RMS, judge
-from ..findings import Finding, found
+from ..findings import Finding
 from ..measures import adam_ratio_bound, predict_lost
 from .comments import contradictions
 from .plan import ALIASES, NOT_FROM_SCRATCH, Entry, Plan, as_number
@@ -166,7 +166,7 @@ def parameter_formats(plan: Plan) -> Iterator[Finding]:
         message = f"{entry.name}: {entry.value} keeps the weights in 16 bits{predicted_losses(plan)}"
         advice = f"keep float32 parameters ({entry.name}: float32) and compute under autocast"
         advice += ", unless the optimizer has float32 masters" if FORMAT_KEYS[key] == "warning" else ""
-        yield found("bf16_parameters", FORMAT_KEYS[key], entry.where, message, advice, str(entry.value), "float32")
+        yield Finding("bf16_parameters", FORMAT_KEYS[key], entry.where, message, advice, str(entry.value), "float32")
 
 
 def predicted_losses(plan: Plan) -> str:
@@ -197,7 +197,7 @@ def judged_rates(plan: Plan, n_parameters: float | None) -> Iterator[Finding]:
     if not n_parameters:
         message = "learning rates were not judged: the width and depth of a transformer are not among the keys"
         advice = "give d_model and n_layers, or watch the first updates of the run"
-        yield found("lr_too_low", "info", judged[0][1].where, message, advice)
+        yield Finding("lr_too_low", "info", judged[0][1].where, message, advice)
         return
     for finding in judge([group for group, _ in judged], n_parameters):
         first = next(entry for group, entry in judged if group.name == finding.where.split(", ")[0])
@@ -214,7 +214,7 @@ def long_warm_up(plan: Plan) -> Iterator[Finding]:
         message = f"the warm-up takes {n_warmup} updates and the run has {n_updates}: "
         message += f"the learning rates end at {n_updates / n_warmup:.0%} of their peak"
         advice = "shorten the warm-up or lengthen the run"
-        yield found("lr_too_low", "warning", warmup.where, message, advice, n_warmup, n_updates)
+        yield Finding("lr_too_low", "warning", warmup.where, message, advice, n_warmup, n_updates)
 
 
 def dead_keys(plan: Plan, schema: Mapping[str, Any]) -> Iterator[Finding]:
@@ -226,4 +226,4 @@ def dead_keys(plan: Plan, schema: Mapping[str, Any]) -> Iterator[Finding]:
         if entry.name in instead:
             message = f"nothing reads {entry.name}: changing it changes nothing"
             advice = f"set {instead[entry.name]} instead"
-            yield found("unread_key", "warning", entry.where, message, advice, str(entry.value))
+            yield Finding("unread_key", "warning", entry.where, message, advice, str(entry.value))

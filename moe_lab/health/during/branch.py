@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..findings import Finding, found
+from ..findings import Finding
 from ..random_state import RandomState
 from ..torch_private import without_step_hooks
 from .tracking import innermost
@@ -108,7 +108,7 @@ def branch_findings(branches: Sequence[Branch], step: int | None = None) -> list
         return []
     message = f"from the same state on the same batches, {best.name} ends {best.gain:.2f} ± {best.error:.2f} nats lower"
     advice = "raise that learning rate, and probe again until a factor of 3 gains nothing"
-    return [found("lr_too_low", "error", best.name, message, advice, best.gain, GAIN, step)]
+    return [Finding("lr_too_low", "error", best.name, message, advice, best.gain, GAIN, step)]
 
 
 def paired(base: Sequence[float], other: Sequence[float]) -> tuple[float, float]:

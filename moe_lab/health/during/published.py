@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ..findings import SEVERITIES, Finding, found
+from ..findings import SEVERITIES, Finding
 
 ADVICE = "what was found before stands; the training itself is not affected"
 FAILED_TWICE = "the watch failed, and failed again while it said so"
-LAST_WORDS = found("not_measured", "warning", "the watch", FAILED_TWICE, ADVICE)  # made before anything can go wrong
+LAST_WORDS = Finding("not_measured", "warning", "the watch", FAILED_TWICE, ADVICE)  # made before anything can go wrong
 
 
 class Published:
@@ -52,7 +52,7 @@ class Published:
         """Say once for each `where` what cannot be measured."""
         if self.is_news("not_measured", severity, where):
             message = f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            self.add(found("not_measured", severity, where, message, ADVICE, step=step), where)
+            self.add(Finding("not_measured", severity, where, message, ADVICE, step=step), where)
 
 
 def open_log(path: str | Path, start_step: int) -> tuple[Path, list[Finding]]:

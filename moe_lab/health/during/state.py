@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..findings import Finding, found, grouped, several
+from ..findings import Finding, grouped, several
 from ..measures import Reading, expected_start
 from .bank import Tracked
 from .forward import ForwardProbe
@@ -133,7 +133,7 @@ class Rule(NamedTuple):
     static: bool = False  # needs no update: asked when the watch begins, too
 
     def finding(self, state: State, ill: Mapping[str, Any]) -> Finding:
-        return found(self.id, self.severity, *self.tell(state, ill), step=state.step)
+        return Finding(self.id, self.severity, *self.tell(state, ill), step=state.step)
 
 
 def of_tensors(
