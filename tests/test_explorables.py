@@ -34,11 +34,6 @@ def test_the_numbers_of_an_interval_are_those_of_bf16() -> None:
     assert len(numbers) == 2 * 0x3F80 + 1  # the bits of 1.0 count the positive ones up to it
 
 
-def test_labels_keep_their_distance() -> None:
-    kept = explorables.apart([0.0, 0.1, 0.9, 1.0, 1.05, 2.2], 1.0, 0.5)
-    assert sorted(kept) == [0.1, 1.0, 2.2]
-
-
 @pytest.mark.parametrize("positions", [[(1.0, -3e-4)], explorables.POSITIONS, [(0.001, -0.1), (8.0, 3e-6)]], ids=len)
 def test_each_line_is_drawn_and_told(positions) -> None:
     figure, text = explorables.number_line(positions)

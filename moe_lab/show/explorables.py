@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from moe_lab.show.style import BLUE, GREEN, GREY, INK, PALE, VERMILION, new_axes
 
 # (weight, update): the report's case, just lost and just kept on either side of 1, and the same update at a small weight
 POSITIONS = ((1.0, -3e-4), (1.0, 0.0035), (1.0, -0.0025), (0.02, -3e-4))
-MOST_TICKS = 40  # numbers of bf16 drawn one by one; where more lie in view, they are counted
+MOST_TICKS = 40  # numbers of bf16 drawn one by one; where more lie in view, none is
 
 
 class Sum(NamedTuple):
@@ -36,8 +37,7 @@ def add_in_bf16(weight: float, update: float) -> Sum:
     kept = torch.tensor(weight, dtype=torch.float64).bfloat16()
     target = kept.double() + update
     result = target.float().bfloat16()
-    # the bits of positive numbers are consecutive integers
-    neighbours = (kept.view(torch.int16) + torch.tensor([-1, 1], dtype=torch.int16)).view(torch.bfloat16)
+    neighbours = torch.nextafter(kept, torch.tensor([0.0, math.inf]).bfloat16())
     ends = ((kept.double() + neighbours.double()) / 2).tolist()
     return Sum(kept.item(), target.item(), result.item(), bool(result == kept), *ends)
 
@@ -58,49 +58,36 @@ def draw_line(axes: Axes, s: Sum, update: float) -> str:
     """Draw one number line; returns its sentence."""
     spacing = ulp(torch.tensor(s.weight), torch.bfloat16).item()
     reach = max(3.4 * spacing, 1.3 * abs(update))
-    axes.set_xlim(s.weight - reach, s.weight + reach)
-    axes.set_ylim(-0.6, 1)
+    low, high = s.weight - reach, s.weight + reach
+    axes.set(xlim=(low, high), ylim=(-0.6, 1), yticks=[])
     axes.grid(False)
-    axes.set_yticks([])
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.axhline(0, color=GREY, linewidth=1)
-    numbers = bf16_between(s.weight - reach, s.weight + reach)
+    numbers = bf16_between(low, high)
     if len(numbers) <= MOST_TICKS:
         axes.plot(numbers, [0] * len(numbers), linestyle="", marker="|", markersize=11, color=INK)
-    else:
-        words = f"{len(numbers):,} numbers in view"
-        axes.text(1, 0.8, words, transform=axes.transAxes, ha="right", fontsize=8, color=GREY)
-    labelled = apart(numbers, s.weight, reach / 4)
-    axes.set_xticks(labelled, [f"{number:.5g}" for number in labelled])
+        apart = math.ceil(len(numbers) / 8)  # so that labels do not touch; the weight is one of those that have one
+        axes.set_xticks(numbers[numbers.index(s.weight) % apart :: apart])
+    axes.xaxis.set_major_formatter("{x:.5g}")
     axes.axvspan(s.low, s.high, ymin=0.2, ymax=0.56, color=PALE, linewidth=0)
     axes.plot(s.weight, 0, marker="o", color=BLUE, markersize=8)
-    colour = VERMILION if s.lost else GREEN
+    colour, marker, sign, verdict = GREEN, "s", "■", f"lands on {s.result:.6g}"
+    if s.lost:
+        colour, marker, sign, verdict = VERMILION, "x", "✕", "lost"
     arrow = {"arrowstyle": "->", "color": colour, "linewidth": 1.6}
     axes.annotate("", (s.target, 0.42), (s.weight, 0.42), arrowprops=arrow)
     axes.plot([s.target] * 2, [0, 0.42], color=colour, linewidth=1.2, linestyle=":")
-    axes.plot(s.result, 0, marker="x" if s.lost else "s", color=colour, markersize=9, markeredgewidth=2.2, zorder=4)
-    verdict = "lost" if s.lost else f"lands on {s.result:.6g}"
-    sentence = f"{s.weight:.6g} {'+' if update >= 0 else '−'} {abs(update):.3g} = {s.target:.7g} in exact arithmetic: {verdict}"
-    axes.set_title(f"{'✕' if s.lost else '■'} {sentence}", loc="left", fontsize=9.5, color=colour, fontweight="bold")
+    axes.plot(s.result, 0, marker=marker, color=colour, markersize=9, markeredgewidth=2.2, zorder=4)
+    total = f"{s.weight:.6g} {'+' if update >= 0 else '−'} {abs(update):.3g} = {s.target:.7g}"
+    sentence = f"{total} in exact arithmetic: {verdict}"
+    axes.set_title(f"{sign} {sentence}", loc="left", fontsize=9.5, color=colour, fontweight="bold")
     return f"{sentence} (sums from {s.low:.6g} to {s.high:.6g} round to {s.weight:.6g})."
 
 
 def bf16_between(low: float, high: float) -> list[float]:
     """The bf16 numbers of an interval in ascending order."""
-    positive = torch.arange(1, 0x7F80, dtype=torch.int16).view(torch.bfloat16).float()  # their bits count upwards
-    numbers = torch.cat([-positive.flip(0), torch.zeros(1), positive])
-    return numbers[(numbers >= low) & (numbers <= high)].tolist()
-
-
-def apart(numbers: Sequence[float], centre: float, distance: float) -> list[float]:
-    """Those of ascending `numbers` that are at least `distance` from each other, found outwards from `centre`."""
-    kept = [centre]
-    for way in (1, -1):
-        for number in numbers[::way]:
-            if way * (number - kept[-1]) >= distance:
-                kept.append(number)
-        kept.reverse()
-    return kept
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16).float()  # NaN lies in no interval
+    return every[(every >= low) & (every <= high)].unique().tolist()
 
 
 def explore_number_line() -> None:

@@ -16,6 +16,7 @@ import os
 import sys
 import threading
 from collections.abc import Mapping
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from moe_lab.show.plots import next_token_weight, training_figure
 from moe_lab.show.style import to_html
 from moe_lab.train.record import read_record
 
+REDRAW_S = 1.0  # the least time between two pictures, seconds
 _active: LiveRun | None = None  # a kernel trains one model at a time; see LiveRun.start
 
 
@@ -65,11 +67,9 @@ def release_thread_pool() -> None:
     training step of the lab's model takes half as long again. The workers come back with this thread's next operation.
     """
     torch.get_num_threads()  # loads the library
-    try:
-        maps = Path("/proc/self/maps").read_text()
-    except OSError:  # not Linux
-        return
-    for library in {line.split()[-1] for line in maps.splitlines() if "libgomp" in line}:
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.exists() else ()  # Linux
+    for library in {line.split()[-1] for line in lines if "libgomp" in line}:
         pause = getattr(ctypes.CDLL(library), "omp_pause_resource_all", None)
         if pause is not None:
             pause(1)  # 1: omp_pause_soft
@@ -78,26 +78,16 @@ def release_thread_pool() -> None:
 class LiveRun:
     """Runs `trainer.fit()` in a thread, shows it, and hands its summary to the cell that waits.
 
-    `floors` are lines for the loss panel (nats per token by name; None: the trainer's), `every_s` is the least time
-    between two redraws in seconds, and `controls` is whether buttons are shown (None: if `is_interactive()`).
+    `floors` are lines for the loss panel (nats per token by name; None: the trainer's). There are buttons if somebody
+    watches. `rows` are the record's, those of a resumed run's past too; `training` holds the summary, or the error.
     """
 
-    def __init__(
-        self,
-        trainer: Any,
-        floors: Mapping[str, float] | None = None,
-        every_s: float = 1.0,
-        controls: bool | None = None,
-    ):
-        self.trainer, self.floors, self.every_s = trainer, floors, every_s
-        self.controls = is_interactive() if controls is None else controls
+    def __init__(self, trainer: Any, floors: Mapping[str, float] | None = None):
+        self.trainer, self.floors = trainer, floors or trainer.floors
+        self.controls = is_interactive()
         self.rows: list[dict[str, Any]] = []
-        self.summary: dict[str, Any] | None = None
-        self.error: BaseException | None = None
-        self._done = threading.Event()
-        self._threads: list[threading.Thread] = []
-        self._drawn = -1  # rows in the latest picture
-        self._tenth = 0  # tenths of the run printed, headless
+        self.training: Future[dict[str, Any]] = Future()
+        self._threads = [threading.Thread(target=self._train, daemon=True)]
 
     def start(self) -> LiveRun:
         """Show the controls and the figure here and begin to train. A run that is still going is stopped first, so
@@ -108,13 +98,13 @@ class LiveRun:
         if _active is not None:
             _active.stop_and_join()
         _active = self
+        self.rows += [row for row in read_record(self.trainer.run_dir) if row["step"] <= self.trainer.step]
+        self.trainer.listeners.append(self.rows.append)
         if self.controls:
             self._box = self._widgets()
             self._handle = display(self._box, display_id=True)
+            self._threads.append(threading.Thread(target=self._draw, daemon=True))
         self._picture = display({"text/plain": "(the figure comes with the first readings)"}, raw=True, display_id=True)
-        self.trainer.listeners.append(self._listen)
-        targets = (self._train, self._draw) if self.controls else (self._train,)
-        self._threads = [threading.Thread(target=target, daemon=True) for target in targets]
         release_thread_pool()
         for thread in self._threads:
             thread.start()
@@ -122,38 +112,44 @@ class LiveRun:
 
     def stop_and_join(self) -> None:
         """Let the update in flight end and the trainer save."""
-        if any(thread.is_alive() for thread in self._threads):
+        if not self.training.done():
             self.trainer.stop()
         for thread in self._threads:
             thread.join()
 
     async def finished(self) -> dict[str, Any]:
         """Await the end in a cell: the controls work meanwhile, and Interrupt stops the run gracefully."""
+        printed = 0  # tenths of the run, headless
         try:
-            while not self._done.is_set():
+            while not self.training.done():
                 await asyncio.sleep(0.05)
-                self._print_progress()
+                row = self._last_step()
+                tenth = 10 * row["step"] // self.trainer.n_steps if row else 0
+                if tenth > printed and not self.controls:
+                    printed = tenth
+                    print(f"{10 * tenth:3d} %  {self.status()}", file=sys.stderr, flush=True)
         except (asyncio.CancelledError, KeyboardInterrupt):
             self.trainer.stop()
-        return self._end()
+        for thread in self._threads:  # a second Interrupt gives up waiting
+            thread.join()
+        self._close()  # again, from this cell: headless clients drop what a thread sends after its cell is over
+        return self.training.result()
 
     def status(self) -> str:
         """One line: state, progress, loss, speed, time left."""
-        state = "paused" if self.trainer.controls.paused else "running"
-        if self._done.is_set():
-            state = "failed" if self.error else self.summary["status"]
-        row = self._last_step()
+        controls, n_steps, row = self.trainer.controls, self.trainer.n_steps, self._last_step()
+        state = "paused" if controls.paused else "running"
+        if self.training.done():
+            state = "failed" if self.training.exception() else self.training.result()["status"]
         if row is None:
-            return f"{state} · step 0/{self.trainer.n_steps}"
+            return f"{state} · step 0/{n_steps}"
         loss = row["losses"]["next_token"] / next_token_weight(self.trainer.config)
-        text = f"{state} · step {row['step']}/{self.trainer.n_steps} · loss {loss:.3f}"
+        text = f"{state} · step {row['step']}/{n_steps} · loss {loss:.3f}"
         speed = row.get("tokens_per_s")
-        if speed and not self._done.is_set():
-            left_s = row["tokens"] * (self.trainer.n_steps / row["step"] - 1) / speed
+        if speed and not self.training.done():
+            left_s = row["tokens"] * (n_steps / row["step"] - 1) / speed
             text += f" · {speed:,.0f} tokens/s · {left_s // 60:.0f} min {left_s % 60:02.0f} s left"
-        if self.trainer.controls.lr_scale != 1:
-            text += f" · LR × {self.trainer.controls.lr_scale:.3g}"
-        return text
+        return text if controls.lr_scale == 1 else f"{text} · LR × {controls.lr_scale:.3g}"
 
     def _last_step(self) -> dict[str, Any] | None:
         return next((row for row in reversed(self.rows) if "losses" in row), None)
@@ -163,56 +159,31 @@ class LiveRun:
     def _train(self) -> None:
         try:
             with torch.enable_grad():  # grad mode belongs to a thread, so the notebook's does not reach here
-                self.summary = self.trainer.fit()
+                self.training.set_result(self.trainer.fit())
         except BaseException as error:  # raised again in the waiting cell instead of lost in the thread
-            self.error = error
-        finally:
-            if self.summary is not None:  # a resumed run's earlier rows as well, if the trainer keeps a record
-                self.rows[:] = read_record(self.trainer.run_dir) or self.rows
-            self._done.set()
-
-    def _listen(self, row: dict[str, Any]) -> None:
-        if not self.rows and row["step"] > 1:  # resumed: the figure begins where the record does
-            self.rows += [old for old in read_record(self.trainer.run_dir) if old["step"] < row["step"]]
-        self.rows.append(row)
+            self.training.set_exception(error)
 
     def _draw(self) -> None:
-        while not self._done.wait(self.every_s):
+        n_drawn = 0
+        while wait([self.training], REDRAW_S).not_done:
             self._status.value = self.status()
-            if len(self.rows) > self._drawn:
+            if len(self.rows) > n_drawn:
+                n_drawn = len(self.rows)
                 self._redraw()
         self._close()
 
     # ---- output ----
 
     def _redraw(self) -> None:
-        if self._picture is None:  # a plain script: there is nowhere to show it
-            return
-        rows, floors = list(self.rows), self.floors or getattr(self.trainer, "floors", None)
-        self._picture.update(to_html(*training_figure(rows, floors, self.trainer.config)), raw=True)
-        self._drawn = len(rows)
+        figure, description = training_figure(list(self.rows), self.floors, self.trainer.config)
+        self._picture.update(to_html(figure, description), raw=True)
 
     def _close(self) -> None:
         """The last picture, and text in place of the controls: a saved notebook would show them as errors."""
         self._redraw()
-        if self.controls and self._handle is not None:
+        if self.controls:
             self._handle.update({"text/plain": self.status()}, raw=True)
             self._box.close()
-
-    def _end(self) -> dict[str, Any]:
-        for thread in self._threads:  # a second Interrupt gives up waiting
-            thread.join()
-        self._close()  # again, from this cell: headless clients drop what a thread sends after its cell is over
-        if self.error is not None:
-            raise self.error
-        return self.summary
-
-    def _print_progress(self) -> None:
-        row = self._last_step()
-        tenth = 10 * row["step"] // max(self.trainer.n_steps, 1) if row else 0
-        if not self.controls and tenth > self._tenth:
-            self._tenth = tenth
-            print(f"{10 * tenth:3d} %  {self.status()}", file=sys.stderr, flush=True)
 
     def _widgets(self) -> Any:
         import ipywidgets as widgets
@@ -224,11 +195,11 @@ class LiveRun:
             button.description = "Resume" if controls.paused else "Pause"
 
         row = []
-        for text, (tooltip, act) in {
-            "Pause": ("Pause after this step, or resume", pause),
-            "Stop": ("Stop after this step and save", lambda _: self.trainer.stop()),
-            "Checkpoint": ("Save a checkpoint after this step", lambda _: controls.save()),
-        }.items():
+        for text, tooltip, act in (
+            ("Pause", "Pause after this step, or resume", pause),
+            ("Stop", "Stop after this step and save", lambda _: self.trainer.stop()),
+            ("Checkpoint", "Save a checkpoint after this step", lambda _: controls.save()),
+        ):
             row.append(widgets.Button(description=text, tooltip=tooltip, layout={"width": "110px"}))
             row[-1].on_click(act)
         row[1].button_style = "danger"

@@ -15,36 +15,17 @@ from matplotlib.figure import Figure
 
 from moe_lab.config import Config
 from moe_lab.health.during.rules_updates import LOST_ERROR, LOST_WARNING
-from moe_lab.show.style import BLUE, GREY, INK, PALE, VERMILION, label_right, new_axes, new_figure
+from moe_lab.show.style import BLUE, GREY, INK, VERMILION, draw_floors, label_right, new_axes, new_figure, row_axes
 
 Rows = Sequence[Mapping[str, Any]]
 Curve = tuple[np.ndarray, np.ndarray]  # steps, values
-FLOOR_STYLES = {"uniform": ":", "unigram": (0, (1, 3)), "bigram": "-.", "trigram": "--"}
 
 
-def column(rows: Rows, name: str, term: str | None = None) -> Curve:
-    """Steps and values of one field (or of one loss term) in the rows that have it; None counts as not a number."""
-    pairs = [(row["step"], row[name] if term is None else row[name].get(term)) for row in rows if name in row]
-    steps = np.array([step for step, _ in pairs], dtype=float)
-    return steps, np.array([math.nan if value is None else value for _, value in pairs], dtype=float)
-
-
-def last_tick(steps: np.ndarray, n_steps: int) -> float:
-    """Where the axis of steps ends: at `n_steps`, or, early in a run, at the half, quarter … that holds the curve."""
-    end, reached = float(max(n_steps, 1)), max(steps.max(initial=1), 10)
-    while end / 2 >= reached:
-        end /= 2
-    return end
-
-
-def thin(x: np.ndarray, y: np.ndarray, limit: int = 1000) -> Curve:
-    """At most `limit` points of a curve: the least and the greatest of each stretch, so that no spike is lost."""
-    if len(x) <= limit:
-        return x, y
-    stretches = np.array_split(np.arange(len(x)), limit // 2)
-    filled = np.nan_to_num(y, nan=0.0)
-    keep = sorted({i for s in stretches for i in (s[filled[s].argmin()], s[filled[s].argmax()])})
-    return x[keep], y[keep]
+def column(rows: Rows, name: str) -> Curve:
+    """Steps and values of one field in the rows that have it, float64; None counts as not a number."""
+    pairs = [(row["step"], row[name]) for row in rows if name in row]
+    steps, values = np.array(pairs, dtype=float).reshape(-1, 2).T
+    return steps, values
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -60,11 +41,9 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 def relative_load(rows: Rows) -> np.ndarray:
     """(MoE layers, experts): each expert's tokens over the even share, in the latest row that has a load; 1 is even."""
-    loads = [row["expert_load"] for row in rows if row.get("expert_load")]
-    if not loads:
-        return np.zeros((0, 0))
-    load = np.array(loads[-1], dtype=float)
-    return load / load.mean(axis=1, keepdims=True)
+    latest = next((row["expert_load"] for row in reversed(rows) if row.get("expert_load")), [[]])
+    load = np.array(latest, dtype=float)
+    return load / load.mean(axis=1, keepdims=True) if load.size else load
 
 
 def next_token_weight(config: Config) -> float:
@@ -77,145 +56,123 @@ def training_figure(rows: Rows, floors: Mapping[str, float] | None, config: Conf
 
     `floors` are losses in nats per token by name (uniform, unigram, bigram, trigram).
     """
-    n_steps = config.n_steps
-    steps, losses = column(rows, "losses", "next_token")
-    training, floors = (steps, losses / next_token_weight(config)), floors or {}
-    evaluations = column(rows, "validation_loss")
-    figure = new_figure()
-    axes = new_axes(figure, (0.065, 0.57, 0.335, 0.37), "Loss", "step", "nats per token")
-    draw_loss(axes, training, evaluations, floors, n_steps)
-    norms = new_axes(figure, (0.62, 0.57, 0.35, 0.37), "Norm weights: largest |w − 1|", "step", "no unit, log scale")
-    draw_positive(norms, *column(rows, "norm_deviation"), n_steps, "exactly 0: no norm weight has moved")
-    grad = new_axes(figure, (0.065, 0.09, 0.335, 0.34), "Gradient norm, before clipping", "step", "no unit, log scale")
-    draw_positive(grad, *column(rows, "grad_norm"), n_steps, "exactly 0: nothing learns", config.training.max_grad_norm)
-    draw_load(figure, rows)
-    return figure, describe(rows, training, evaluations, floors, n_steps)
+    figure, scale, floors = new_figure(), "no unit, log scale", floors or {}
+    loss = new_axes(figure, (0.065, 0.57, 0.335, 0.37), "Loss", "step", "nats per token")
+    norm = new_axes(figure, (0.62, 0.57, 0.35, 0.37), "Norm weights: largest |w − 1|", "step", scale)
+    grad = new_axes(figure, (0.065, 0.09, 0.335, 0.34), "Gradient norm, before clipping", "step", scale)
+    load = new_axes(figure, (0.62, 0.09, 0.35, 0.34), "Expert load, 1 = even share", "expert", "MoE layer")
+    steps, losses = column([{"step": row["step"]} | row["losses"] for row in rows if "losses" in row], "next_token")
+    for axes in (loss, norm, grad):
+        axes.set_xlim(0, steps.max(initial=10))
+        axes.locator_params(axis="x", nbins=5, integer=True)
+    first = draw_loss(loss, (steps, losses / next_token_weight(config)), column(rows, "validation_loss"), floors)
+    norms, grads = column(rows, "norm_deviation"), column(rows, "grad_norm")
+    draw_positive(norm, norms, "exactly 0: no norm weight has moved")
+    draw_positive(grad, grads, "exactly 0: nothing learns", config.training.max_grad_norm)
+    parts = [f"norm weights moved by up to {value:.2g}" for value in norms[1][-1:]]
+    parts += [f"gradient norm {value:.2g}" for value in grads[1][-1:]]
+    second = "; ".join(parts + draw_load(load, relative_load(rows)))
+    if not len(steps):
+        return figure, f"No update yet; {config.n_steps} steps are planned.\nThe figure fills as the run goes on."
+    return figure, f"Step {steps[-1]:.0f} of {config.n_steps}: {first}.\n{second[:1].upper()}{second[1:]}."
 
 
-def set_steps(axes: Axes, steps: np.ndarray, n_steps: int) -> None:
-    axes.set_xlim(0, last_tick(steps, n_steps))
-    axes.locator_params(axis="x", nbins=5, integer=True)
-
-
-def draw_loss(axes: Axes, training: Curve, evaluations: Curve, floors: Mapping[str, float], n_steps: int) -> None:
-    (steps, losses), (evaluated_at, validation) = training, evaluations
-    set_steps(axes, steps, n_steps)
-    labels = [(loss, f"{name} {loss:.2f}", GREY) for name, loss in floors.items()]
-    for name, loss in floors.items():
-        axes.axhline(loss, color=GREY, linestyle=FLOOR_STYLES.get(name, ":"), linewidth=1)
-    axes.plot(*thin(steps, losses), color=BLUE, linewidth=0.7, alpha=0.4, marker="o" if len(steps) == 1 else None)
+def draw_loss(axes: Axes, training: Curve, validation: Curve, floors: Mapping[str, float]) -> str:
+    """Returns the latest losses in words."""
+    (steps, losses), (evaluated_at, evaluated) = training, validation
     means = smooth(losses)
-    axes.plot(*thin(steps, means), color=BLUE, linewidth=1.8)
-    axes.plot(*thin(evaluated_at, validation), color=VERMILION, linestyle="--", linewidth=1, marker="o", markersize=4)
-    shown = np.concatenate([losses, validation, list(floors.values())])
+    axes.plot(steps, losses, color=BLUE, linewidth=0.7, alpha=0.4, marker="o" if len(steps) == 1 else None)
+    axes.plot(steps, means, color=BLUE, linewidth=1.8)
+    axes.plot(evaluated_at, evaluated, color=VERMILION, linestyle="--", linewidth=1, marker="o", markersize=4)
+    shown = np.concatenate([losses, evaluated, list(floors.values())])
     shown = shown[np.isfinite(shown)]
     if len(shown):
-        margin = 0.05 * (shown.max() - shown.min()) or 0.5
+        margin = 0.05 * np.ptp(shown) or 0.5
         axes.set_ylim(shown.min() - margin, shown.max() + margin)
-    for values, name, colour in ((means, "training", BLUE), (validation, "validation", VERMILION)):
-        if len(values) and math.isfinite(values[-1]):
-            labels.append((values[-1], f"{name} {values[-1]:.2f}", colour))
+    labels = draw_floors(axes, floors)
+    for values, name, colour in ((means, "training", BLUE), (evaluated, "validation", VERMILION)):
+        labels += [(value, f"{name} {value:.2f}", colour) for value in values[-1:] if math.isfinite(value)]
     label_right(axes, labels)
+    text = f"training loss {losses[-1]:.3f} nats per token" if len(steps) else ""
+    if len(evaluated):
+        text += f", validation loss {evaluated[-1]:.3f} at step {evaluated_at[-1]:.0f}"
+        if "trigram" in floors:
+            text += f", {beside(evaluated[-1], floors['trigram'])} the trigram table ({floors['trigram']:.3f})"
+    return text
 
 
-def draw_positive(
-    axes: Axes, steps: np.ndarray, values: np.ndarray, n_steps: int, zero: str, clip: float | None = None
-) -> None:
+def draw_positive(axes: Axes, curve: Curve, zero: str, clip: float | None = None) -> None:
     """A curve on a log scale. Zeros have no place there: they are left out, and a curve of zeros says so in words."""
-    set_steps(axes, steps, n_steps)
+    steps, values = curve
     positive = np.isfinite(values) & (values > 0)
     if not positive.any():
-        axes.set_yticks([])
-        text = zero if len(values) and (values == 0).all() else "no reading yet"
-        axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", color=INK, fontsize=9)
+        write_in(axes, zero if len(values) and (values == 0).all() else "no reading yet")
         return
+    steps, values = steps[positive], values[positive]
     axes.set_yscale("log")
-    marker = "o" if positive.sum() <= 30 else None
-    axes.plot(*thin(steps[positive], values[positive]), color=BLUE, linewidth=1.2, marker=marker, markersize=3)
-    shown = [*values[positive], *([clip] if clip else [])]
-    axes.set_ylim(min(shown) / 1.5, max(shown) * 1.5)  # room even where the curve is flat
-    between = "25" if max(shown) < 100 * min(shown) else ""  # over few decades, the ticks at 2 and 5 have labels too
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.plot(steps, values, color=BLUE, linewidth=1.2, marker="o" if len(steps) <= 30 else None, markersize=3)
+    shown = [*values, clip or values[0]]
+    low, high = min(shown), max(shown)
+    axes.set_ylim(low / 1.5, high * 1.5)  # room even where the curve is flat
+    between = "25" if high < 100 * low else ""  # over few decades, the ticks at 2 and 5 have labels too
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in between else "")
     if clip:
         axes.axhline(clip, color=VERMILION, linestyle="--", linewidth=1.2)
-        place = (1, clip), (5, -3), ("axes fraction", "data"), "offset points"
-        axes.annotate(f"clip at {clip:g}", *place, color=VERMILION, fontsize=8.5)
+        axes.text(1.02, clip, f"clip at {clip:g}", color=VERMILION, fontsize=8.5, transform=axes.get_yaxis_transform())
 
 
-def draw_load(figure: Figure, rows: Rows) -> None:
-    """A table of colours, layers × experts, where 1 is the even share; with numbers where they fit."""
-    load = relative_load(rows)
-    n_layers, n_experts = load.shape
-    title = f"Expert load, 1 = even share ({100 / n_experts:.3g} %)" if n_experts else "Expert load"
-    x = "expert (orange: fewer tokens, purple: more)" if n_experts else "expert"
-    axes = new_axes(figure, (0.62, 0.09, 0.35, 0.34), title, x, "MoE layer")
+def write_in(axes: Axes, text: str) -> None:
+    """Say in empty axes why there is nothing."""
+    axes.set_yticks([])
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", color=INK, fontsize=9)
+
+
+def draw_load(axes: Axes, load: np.ndarray) -> list[str]:
+    """A table of colours, layers × experts, where 1 is the even share; with numbers where they fit. Returns which expert
+    is the busiest, in words, if there is one."""
     axes.grid(False)
     if not load.size:
-        axes.set(xticks=[], yticks=[])
-        axes.text(0.5, 0.5, "no MoE layer, or no reading yet", ha="center", color=INK, fontsize=9)
-        return
+        axes.set_xticks([])
+        write_in(axes, "no MoE layer, or no reading yet")
+        return []
+    axes.set_xlabel("expert (orange: fewer tokens, purple: more)")
     axes.imshow(load, cmap="PuOr", vmin=0, vmax=2, aspect="auto")
-    axes.set_xticks(range(0, n_experts, max(1, n_experts // 16)))
-    axes.set_yticks(range(0, n_layers, max(1, n_layers // 12)))
+    axes.locator_params(nbins=12, integer=True)
     axes.spines[:].set_visible(False)
-    if n_experts <= 16 and n_layers <= 12:
+    if load.shape[1] <= 16 and len(load) <= 12:
         for (layer, expert), value in np.ndenumerate(load):
             colour = INK if 0.35 < value < 1.5 else "white"
             axes.text(expert, layer, f"{value:.1f}", ha="center", va="center", fontsize=8, color=colour)
+    layer, expert = np.unravel_index(load.argmax(), load.shape)
+    return [f"busiest expert: MoE layer {layer}, expert {expert}, {load.max():.2f} times the even share"]
 
 
-def describe(rows: Rows, training: Curve, evaluations: Curve, floors: Mapping[str, float], n_steps: int) -> str:
-    """Two lines of text that say what `training_figure` shows at its last step."""
-    (steps, losses), (evaluated_at, validation) = training, evaluations
-    if not len(steps):
-        return f"No update yet; {n_steps} steps are planned.\nThe figure fills as the run goes on."
-    first = f"Step {steps[-1]:.0f} of {n_steps}: training loss {losses[-1]:.3f} nats per token"
-    if len(evaluated_at):
-        first += f", validation loss {validation[-1]:.3f} at step {evaluated_at[-1]:.0f}"
-        if "trigram" in floors:
-            first += f", {beside(validation[-1], floors['trigram'])} the trigram table ({floors['trigram']:.3f})"
-    texts = {"norm_deviation": "norm weights moved by up to", "grad_norm": "gradient norm"}
-    parts = [f"{text} {column(rows, name)[1][-1]:.2g}" for name, text in texts.items() if len(column(rows, name)[1])]
-    load = relative_load(rows)
-    if load.size:
-        layer, expert = np.unravel_index(load.argmax(), load.shape)
-        parts.append(f"busiest expert: MoE layer {layer}, expert {expert}, {load.max():.2f} times the even share")
-    second = "; ".join(parts)
-    return f"{first}.\n{second[:1].upper()}{second[1:]}."
-
-
-def dot_chart(rows: Sequence[tuple[float, str, tuple[str, str]]], title: str, unit: str) -> Figure:
-    """A line and a dot a row, from the top down: its value, its name, its colour and marker."""
-    height = 1.0 + 0.3 * max(len(rows), 1)
-    figure = new_figure(10, height)
-    axes = new_axes(figure, (0.26, 0.57 / height, 0.65, 1 - 0.92 / height), title, unit, "")
-    axes.grid(False)
-    for place, (value, _, (colour, marker)) in enumerate(rows):
+def dot_chart(rows: Sequence[tuple[float, str, str, str]], title: str, unit: str) -> Axes:
+    """A line and a dot a row, from the top down: its value, its name, its colour and its marker."""
+    axes = row_axes([name for _, name, _, _ in rows], title, unit)
+    for place, (value, _, colour, marker) in enumerate(rows):
         axes.plot([0, value], [place, place], color=colour, linewidth=2, alpha=0.4)
         axes.plot(value, place, marker=marker, color=colour, markersize=8)
-        axes.annotate(
-            f"{value:.2f}", (value, place), (9, 0), textcoords="offset points", va="center", fontsize=9, color=INK
-        )
-    axes.set_yticks(range(len(rows)), [name for _, name, _ in rows], fontsize=9, color=INK)
-    axes.set_ylim(max(len(rows), 1) - 0.5, -0.5)
+        axes.annotate(f"{value:.2f}", (value, place), (9, -3), textcoords="offset points", fontsize=9, color=INK)
     axes.set_xlim(0, 1.1 * max([1.0, *(value for value, *_ in rows)]))
-    return figure
+    return axes
 
 
 def loss_bars(floors: Mapping[str, float], models: Mapping[str, float]) -> tuple[Figure, str]:
     """Losses of tables of counts and of models on one scale, in nats per token; the best is at the bottom."""
-    rows = [(loss, name, (GREY, "s")) for name, loss in floors.items()]
-    rows = sorted(rows + [(loss, name, (BLUE, "o")) for name, loss in models.items()], key=lambda row: -row[0])
+    rows = [(loss, name, GREY, "s") for name, loss in floors.items()]
+    rows += [(loss, name, BLUE, "o") for name, loss in models.items()]
+    rows.sort(key=lambda row: -row[0])
     title = "Loss on the validation split, lower is better (■ table of counts, ● model)"
-    figure = dot_chart(rows, title, "nats per token")
-    first = "Loss in nats per token, highest first: " + ", ".join(f"{name} {loss:.3f}" for loss, name, _ in rows) + "."
+    axes = dot_chart(rows, title, "nats per token")
+    listed = ", ".join(f"{name} {loss:.3f}" for loss, name, _, _ in rows)
     second = "No model yet."
     if models and floors:
         best, floor = min(models, key=models.get), min(floors, key=floors.get)
         distance = beside(models[best], floors[floor])
         second = f"The best model, {best}, is {distance} the lowest floor, {floor}."
-    return figure, f"{first}\n{second}"
+    return axes.figure, f"Loss in nats per token, highest first: {listed}.\n{second}"
 
 
 def beside(loss: float, floor: float) -> str:
@@ -226,16 +183,16 @@ def arrived_bars(shares: Mapping[str, float]) -> tuple[Figure, str]:
     """Realised over intended displacement by kind of tensor: 1 is all of it. The least is at the top. Signs and lines stand
     at the limits of a `health.Watch`."""
     entries = sorted((share, name) for name, share in shares.items())
-    signs = [
-        (VERMILION, "X") if s < LOST_ERROR else (INK, "^") if s < LOST_WARNING else (BLUE, "o") for s, _ in entries
-    ]
+    lost = [name for share, name in entries if share < LOST_ERROR]
+    some = [name for share, name in entries if LOST_ERROR <= share < LOST_WARNING]
+    signs = dict.fromkeys(lost, (VERMILION, "X")) | dict.fromkeys(some, (INK, "^"))
     few, most = f"{100 * LOST_ERROR:g} %", f"{100 * LOST_WARNING:g} %"
     title = f"Share of the intended displacement that arrived (✕ under {few}, ▲ under {most}, ● the rest)"
-    rows = [(*entry, sign) for entry, sign in zip(entries, signs, strict=True)]
-    figure = dot_chart(rows, title, "realised / intended, no unit")
+    rows = [(share, name, *signs.get(name, (BLUE, "o"))) for share, name in entries]
+    axes = dot_chart(rows, title, "realised / intended, no unit")
     for limit in (LOST_ERROR, LOST_WARNING):
-        figure.axes[0].axvline(limit, color=PALE, linewidth=1, linestyle="--", zorder=0)
-    lost = ", ".join(name for share, name in entries if share < LOST_ERROR) or "none"
-    some = ", ".join(name for share, name in entries if LOST_ERROR <= share < LOST_WARNING) or "none"
-    first = "Share of the intended displacement that arrived: " + ", ".join(f"{n} {s:.2f}" for s, n in entries) + "."
-    return figure, f"{first}\nUnder {few}: {lost}. From there to {most}: {some}."
+        axes.axvline(limit, color=GREY, linewidth=0.5, linestyle="--", zorder=0)
+    listed = ", ".join(f"{name} {share:.2f}" for share, name in entries)
+    first = f"Share of the intended displacement that arrived: {listed}."
+    under, between = (", ".join(names) or "none" for names in (lost, some))
+    return axes.figure, f"{first}\nUnder {few}: {under}. From there to {most}: {between}."

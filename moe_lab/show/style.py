@@ -10,26 +10,21 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
 # Okabe and Ito's palette, safe for the common forms of colour blindness. https://jfly.uni-koeln.de/color/
-BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
+BLUE, GREEN, VERMILION, PURPLE = "#0072B2", "#009E73", "#D55E00", "#CC79A7"
 INK, GREY, PALE = "#222222", "#6B6B6B", "#DDDDDD"
-# (colour, line style, marker) of the n-th series
-SERIES = [
-    (BLUE, "-", "o"),
-    (VERMILION, "--", "s"),
-    (GREEN, "-.", "^"),
-    (PURPLE, ":", "D"),
-    (ORANGE, (0, (5, 1, 1, 1, 1, 1)), "v"),
-    (SKY, (0, (1, 1)), "P"),
-]
+# colour, line style and marker of the n-th series
+SERIES = [(BLUE, "-", "o"), (VERMILION, "--", "s"), (GREEN, "-.", "^"), (PURPLE, ":", "D")]
+FLOOR_STYLES = {"uniform": ":", "unigram": (0, (1, 3)), "bigram": "-.", "trigram": "--"}
 
 
 def new_figure(width: float = 10, height: float = 6) -> Figure:
@@ -53,11 +48,32 @@ def new_axes(figure: Figure, box: tuple[float, float, float, float], title: str,
     return axes
 
 
+def row_axes(names: Sequence[str], title: str, unit: str) -> Axes:
+    """Axes of a figure of their own, with a row for each name, the first on top."""
+    n_rows = max(len(names), 1)
+    height = 1 + 0.34 * n_rows
+    box = (0.24, 0.57 / height, 0.6, 1 - 0.92 / height)
+    axes = new_axes(new_figure(10, height), box, title, unit, "")
+    axes.grid(False)
+    axes.set_yticks(range(len(names)), names, fontsize=9, color=INK)
+    axes.set_ylim(n_rows - 0.5, -0.5)
+    return axes
+
+
+def draw_floors(axes: Axes, floors: Mapping[str, float]) -> list[tuple[float, str, str]]:
+    """Lines at those floors (nats per token by name) that lie within the limits of y; returns labels for `label_right`."""
+    low, high = axes.get_ylim()
+    shown = {name: loss for name, loss in floors.items() if low < loss < high}
+    for name, loss in shown.items():
+        axes.axhline(loss, color=GREY, linestyle=FLOOR_STYLES.get(name, ":"), linewidth=1)
+    return [(loss, f"{name} {loss:.2f}", GREY) for name, loss in shown.items()]
+
+
 def label_right(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
     """Write (value, text, colour) labels right of the axes at the height of their values, pushed apart where they
     would overlap. Call it after the limits of y are set."""
     low, high = axes.get_ylim()
-    gap = 13 / (axes.get_position().height * axes.figure.bbox.height)  # a line of text, as a share of the axes' height
+    gap = 13 / axes.bbox.height  # a line of text, as a share of the axes' height
     labels = sorted(labels)
     places = [(value - low) / (high - low) for value, _, _ in labels]
     for _ in range(60):  # neighbours push each other apart until no two lines of text overlap
@@ -72,16 +88,14 @@ def label_right(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
 def png(figure: Figure) -> bytes:
     """The figure as a PNG of 96 colours: a third of the usual size, in a notebook that is saved many times."""
     figure.canvas.draw()
-    size = figure.canvas.get_width_height()
-    image = Image.frombuffer("RGBA", size, figure.canvas.buffer_rgba(), "raw", "RGBA", 0, 1)
+    image = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
     buffer = io.BytesIO()
-    image.convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE, colors=96).save(buffer, "PNG", optimize=True)
+    image.quantize(96).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
-def save(figure: Figure, path: str | Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
     """Write the figure as a PNG file."""
-    path = Path(path)
     path.write_bytes(png(figure))
     return path
 
