@@ -90,8 +90,7 @@ class Mamba(nn.Module):
         u = (window * self.conv1d.weight.squeeze(1).t()).sum(1, keepdim=True) + self.conv1d.bias
         u = F.silu(u).type_as(x)
         delta, B, C = self.select(u)
-        decay = (delta.transpose(1, 2) * self.rates().t()).exp().transpose(1, 2)  # (B, N, I)
-        state = decay * cache.state + B.transpose(1, 2) * (delta * u.float())
+        state = (delta * self.rates()).exp() * cache.state + B.transpose(1, 2) * (delta * u.float())
         rows = keep[:, None, None]
         cache.window.copy_(torch.where(rows, window[:, 1:], cache.window))
         cache.state.copy_(torch.where(rows, state, cache.state))

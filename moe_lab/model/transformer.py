@@ -4,9 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -73,9 +70,7 @@ class Block(nn.Module):
         for norm, layer, depth in self.sublayers():
             rows = depth.choose(x, causal=not self.training)
             y, routing = layer(norm(rows.x), rows.positions, rows.keep)
-            if self.training:
-                y = dropout(y, self.dropout, generator)
-            x = depth.put_back(x, y, rows)
+            x = depth.put_back(x, dropout(y, self.dropout, generator) if self.training else y, rows)
             routings += [] if routing is None else [routing]
             reports += [] if rows.report is None else [rows.report]
         return x, routings, reports
@@ -129,8 +124,7 @@ class LanguageModel(nn.Module):
         depth: list[DepthReport] = []
         for block in self.layers:
             if self.recompute_blocks and self.training and torch.is_grad_enabled():
-                contexts = partial(same_noise, generator)
-                x, routings, reports = checkpoint(block, x, generator, use_reentrant=False, context_fn=contexts)
+                x, routings, reports = recomputed(block, x, generator)
             else:
                 x, routings, reports = block(x, generator)
             routing += routings
@@ -176,25 +170,19 @@ class LanguageModel(nn.Module):
     generate = generate
 
 
-def same_noise(generator: torch.Generator | None) -> tuple[AbstractContextManager, AbstractContextManager]:
-    """Contexts of a forward pass and of its recomputation, which draws the same numbers and leaves `generator` as it was.
+def recomputed(block: Block, x: Tensor, generator: torch.Generator | None):
+    """`block(x, generator)`, which the backward pass computes once more in place of keeping what is inside it.
 
-    torch's checkpoint takes care of the process's own generators alone.
+    It then draws the same numbers from a copy of `generator`; of the process's own generators torch takes care.
     """
-    if generator is None:
-        return nullcontext(), nullcontext()
-    state = generator.get_state()
+    start, noise = generator and generator.clone_state(), generator
 
-    @contextmanager
-    def again() -> Iterator[None]:
-        now = generator.get_state()
-        generator.set_state(state)
-        try:
-            yield
-        finally:
-            generator.set_state(now)
+    def run(x: Tensor):
+        nonlocal noise
+        drawn, noise = noise, start and start.clone_state()
+        return block(x, drawn)
 
-    return nullcontext(), again()
+    return checkpoint(run, x, use_reentrant=False)
 
 
 def build_model(config: ModelConfig, seed: int = 0, device: str | torch.device = "cpu") -> LanguageModel:

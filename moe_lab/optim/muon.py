@@ -99,10 +99,8 @@ class Muon(Optimizer):
         direction = torch.stack([orthogonalise(matrix, group["ns_steps"]) for matrix in direction])
         decayed = weight * (1 - lr * group["weight_decay"])
         moved = decayed.add_(direction, alpha=-lr * lr_factor(p.shape, group["adjust_lr"]))
-        if not stacked:
-            buffer.copy_(mean)
-            weight.copy_(moved)
-            return
-        alive = (grad != 0).flatten(1).any(dim=1)[:, None, None]  # (M, 1, 1)
-        buffer.copy_(torch.where(alive, mean, buffer))
-        weight.copy_(torch.where(alive, moved, weight))
+        if stacked:
+            alive = (grad != 0).flatten(1).any(dim=1)[:, None, None]  # (M, 1, 1)
+            mean, moved = torch.where(alive, mean, buffer), torch.where(alive, moved, weight)
+        buffer.copy_(mean)
+        weight.copy_(moved)

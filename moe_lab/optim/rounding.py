@@ -47,11 +47,10 @@ class Rounded(Optimizer):
     - `stochastic`: the working copy is the parameter itself, and rounded at random. Nothing more is kept.
 
     Except in `masters`, float32 copies exist during a step only. The inner optimizer's moments are float32 always.
-    `state[p]` holds them beside `master` or `compensation`; each group's `rounding` names the mode. Options that change
+    `state[p]` holds them beside `master` or `compensation`; each group's `rounding` names the mode, which a Watch reads. Options that change
     in `param_groups`, such as the LR, reach the inner optimizer. A closure is called once, before the update. Weights are
     to be loaded before wrapping, or together with this optimizer's state: a step overwrites them from the masters.
-    Raises ValueError for an unknown mode, an optimizer that has stepped or that needs several closure calls, or
-    parameters of another dtype.
+    Raises ValueError for an unknown mode, an optimizer that has stepped, or parameters of another dtype.
     """
 
     def __init__(self, inner: Optimizer, mode: str):
@@ -59,10 +58,7 @@ class Rounded(Optimizer):
             raise ValueError(f"mode={mode!r} is not one of {', '.join(MODES)}")
         if inner.state:
             raise ValueError("the optimizer has stepped already; wrap it in Rounded before its first step")
-        if isinstance(inner, torch.optim.LBFGS):
-            raise ValueError("LBFGS moves the weights several times a step and cannot be wrapped; take another")
         self.inner, self.mode = inner, mode
-        self.rounds_stochastically = mode == "stochastic"  # for a Watch: no state tells this mode
         self.work: dict[Tensor, nn.Parameter] = {}  # the model's parameter → what the inner optimizer updates
         groups = [dict(group) for group in inner.param_groups]
         inner.param_groups.clear()
@@ -81,12 +77,12 @@ class Rounded(Optimizer):
         if p.dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"Rounded takes float32 and bfloat16 parameters, got {p.dtype}")
         start = p.detach().to(torch.float32, copy=True)
-        grad, p.grad = p.grad, None
         p.data = start.bfloat16()
-        p.grad = None if grad is None else grad.bfloat16()
-        self.work[p] = nn.Parameter(start if self.mode == "masters" else start.new_empty(0))
+        if p.grad is not None:
+            p.grad.data = p.grad.bfloat16()
+        self.work[p] = nn.Parameter(start.new_empty(0))
         if self.mode == "masters":
-            self.state[p]["master"] = self.work[p].detach()
+            self.state[p]["master"] = start
         elif self.mode == "kahan":
             self.state[p]["compensation"] = (start - p.float()).bfloat16()
 
@@ -94,24 +90,23 @@ class Rounded(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None):
         """One update. Returns the closure's loss, or None. Parameters without gradient are left alone."""
         loss = None if closure is None else torch.enable_grad()(closure)()
-        moving = [(p, self.work[p]) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        moving = [(p, work) for p, work in self.work.items() if p.grad is not None]
         for p, work in moving:
-            if self.mode != "masters":
-                work.data = self.exact(p)
+            work.data = self.exact(p)
             work.grad = p.grad.float()
         pass_options(self.param_groups, self.inner.param_groups)
         self.inner.step()
         pass_options(self.inner.param_groups, self.param_groups)  # some optimizers keep a step count there
         for p, work in moving:
             self.write_back(p, work.detach())
-            work.grad = None
-            if self.mode != "masters":
-                work.data = work.new_empty(0)
+            work.data, work.grad = work.new_empty(0), None
             self.state[p].update(self.inner.state[work])
         return loss
 
     def exact(self, p: Tensor) -> Tensor:
-        """What a parameter stands for where no master is kept: float32, a copy."""
+        """What a parameter stands for, float32: its master itself, or a copy."""
+        if self.mode == "masters":
+            return self.state[p]["master"]
         value = p.detach().float()
         return value + self.state[p]["compensation"].float() if self.mode == "kahan" else value
 
@@ -144,13 +139,12 @@ class Rounded(Optimizer):
         indices = [i for group in state_dict["param_groups"] for i in group["params"]]
         for i, (p, work) in zip(indices, self.work.items(), strict=True):
             if own:
-                home = work if self.mode == "masters" else torch.empty_like(p)
-                self.state[p][own] = home.detach().copy_(saved[i][own])
+                self.state[p][own] = saved[i][own].to(p.device, copy=True)
             if work in self.inner.state:
                 self.state[p].update(self.inner.state[work])
 
     def __getstate__(self) -> dict[str, Any]:  # for copy.deepcopy; torch's own keeps groups and state alone
-        own = {name: getattr(self, name) for name in ("inner", "mode", "rounds_stochastically", "work")}
+        own = {name: getattr(self, name) for name in ("inner", "mode", "work")}
         return super().__getstate__() | own
 
 
@@ -168,11 +162,7 @@ def wrapped(mode: str, model: nn.Module, config: OptimizerConfig, max_lr: float)
 
 
 def norm_weights(model: nn.Module) -> list[nn.Parameter]:
-    """The RMSNorm weights. Raises ValueError if there are none."""
-    norms = [p for name, p in model.named_parameters() if name.endswith("norm.weight")]
-    if not norms:
-        raise ValueError("the model has no parameter named …norm.weight, which is what this remedy moves; take another")
-    return norms
+    return [p for name, p in model.named_parameters() if name.endswith("norm.weight")]
 
 
 def faster_norms(model: nn.Module, config: OptimizerConfig, max_lr: float) -> list[Optimizer]:
