@@ -35,6 +35,7 @@ class Tracked:
         self.sparse = False
         self.intended_known = False
         self.steps: list = []  # what its measured steps were like: `Step`s
+        self.bank: Bank | None = None  # where its sample is
         self.is_outside_model = False  # a master copy: its gradient is made by whoever copies
         self.age = int(self.state.get("step", 0))  # updates with gradient
 
@@ -66,6 +67,8 @@ class Bank:
 
     def __init__(self, tensors: Sequence[Tracked]):
         self.tensors = list(tensors)
+        for t in tensors:
+            t.bank = self
         self.device = tensors[0].device
         self.dtype = torch.float64 if tensors[0].param.dtype in WIDE else torch.float32
         sizes = [len(t.index) for t in tensors]

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from ..findings import grouped
 from ..sampling import plain
 from ..torch_private import norms
-from .bank import Bank, Tracked
+from .bank import Tracked
 
 
 class Gradients:
@@ -21,8 +21,8 @@ class Gradients:
     def __init__(self) -> None:
         self.waiting: list[tuple[list[Tracked], Tensor, Tensor | None]] = []
 
-    def read(self, tensors: Sequence[Tracked], banks: Sequence[Bank], optimizer: Optimizer) -> None:
-        dense = set()
+    def read(self, tensors: Sequence[Tracked], optimizer: Optimizer) -> None:
+        dense = []
         for t in tensors:
             if t.param.grad is None:
                 t.no_gradient += t.param.requires_grad
@@ -30,17 +30,15 @@ class Gradients:
                 t.sparse = True
                 t.with_gradient += 1
             else:
-                dense.add(id(t))
+                dense.append(t)
         # a fused optimizer under a loss scaler is handed scaled gradients, and skips its step if one is infinite
         scale, skipped = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
-        for bank in banks:
-            mine = [t for t in bank.tensors if id(t) in dense]
-            for narrow, here in grouped(mine, lambda t: t.param.grad.dtype.itemsize < 4).items():
-                bank.touch(here)
-                # the norm of a float16 gradient may be beyond float16
-                grads = [plain(t.param.grad) for t in here]
-                sizes = norms(grads, torch.float32 if narrow else None)
-                self.waiting.append((here, sizes if scale is None else sizes / scale.to(sizes.device), skipped))
+        alike = grouped(dense, lambda t: (t.bank, t.param.grad.dtype.itemsize < 4))
+        for (bank, narrow), here in alike.items():
+            bank.touch(here)
+            # the norm of a float16 gradient may be beyond float16
+            sizes = norms([plain(t.param.grad) for t in here], torch.float32 if narrow else None)
+            self.waiting.append((here, sizes if scale is None else sizes / scale.to(sizes.device), skipped))
 
     def fetch(self) -> None:
         for tensors, sizes, skipped in self.waiting:

@@ -27,9 +27,8 @@ from torch.optim import Optimizer
 
 from ..findings import grouped
 from ..random_state import RandomState
-from ..sampling import elements, plain
 from ..torch_private import unhooked_step
-from .bank import Bank, Tracked
+from .bank import Tracked
 
 # What keeps lost bits for later: then a weight's own format says nothing about what is lost.
 KEEPS_BITS = re.compile(r"kahan|compensat|master|residual|shift", re.IGNORECASE)
@@ -56,12 +55,12 @@ def keeps_bits(states: Iterable[Mapping], options: Iterable[Mapping]) -> bool:
 def duplicate(value: Any, tensors: bool = True) -> Any:
     """A copy down to the tensors, those of 16 bits in float32. Raises ValueError for what may lead to the real thing."""
     if isinstance(value, Tensor) and tensors:
-        if hasattr(value, "__tensor_flatten__") and not hasattr(value, "to_local"):  # quantised: stays what it is
-            names, context = value.__tensor_flatten__()
-            parts = {name: getattr(value, name).detach().clone() for name in names}
-            return type(value).__tensor_unflatten__(parts, context, value.shape, value.stride())
-        value = value.detach().clone()
-        return value.float() if value.is_floating_point() and value.dtype.itemsize < 4 else value
+        value = value.detach()
+        if not hasattr(value, "__tensor_flatten__") or hasattr(value, "to_local"):
+            return value.to(duplicate(value.dtype), copy=True)
+        names, context = value.__tensor_flatten__()  # quantised: stays what it is
+        parts = {name: getattr(value, name).detach().clone() for name in names}
+        return type(value).__tensor_unflatten__(parts, context, value.shape, value.stride())
     if isinstance(value, dict):
         copied = copy.copy(value)
         copied.update((key, duplicate(inner, tensors)) for key, inner in value.items())
@@ -81,8 +80,8 @@ def shadow_of(optimizer: Optimizer, group: dict, weight: Tensor, state: dict) ->
     A fused step stays fused: it alone knows what to do with a loss scaler's gradients, and keeps its counts on the device.
     Raises ValueError for an optimizer that cannot be copied.
     """
-    alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
-    if not (alone or type(optimizer).step.__module__.startswith("torch.optim.")):
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if several and not type(optimizer).step.__module__.startswith("torch.optim."):
         raise ValueError("several processes train, and its step might talk to the others")
     options = {key: duplicate(value) for key, value in group.items() if key != "params"}
     options |= {key: False for key in ("foreach", "differentiable") if key in options}
@@ -97,11 +96,11 @@ def shadow_of(optimizer: Optimizer, group: dict, weight: Tensor, state: dict) ->
     return shadow
 
 
-def advance(shadow: Optimizer, grad: Tensor) -> Tensor:
-    """One step of a shadow: how far its weight moved. May write into `grad`."""
-    (weight,) = shadow.param_groups[0]["params"]
+def advance(optimizer: Optimizer, grad: Tensor) -> Tensor:
+    """One step of an optimizer of one tensor: how far that moved. May write into `grad`."""
+    (weight,) = optimizer.param_groups[0]["params"]
     before, weight.grad = weight.detach().clone(), grad
-    unhooked_step(type(shadow))(shadow)
+    unhooked_step(type(optimizer))(optimizer)
     return weight.detach() - before
 
 
@@ -112,79 +111,71 @@ def without_carry(key: str, value: Any, weight: Tensor) -> Any:
     return weight.clone() if "master" in str(key).lower() else torch.zeros_like(value)
 
 
-def replay_elements(optimizer: Optimizer, group: dict, params: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:
-    """Intended step of sampled elements: (sum of the indices' lengths,) float32, before the real step is taken.
+def replay(tensors: Sequence[Tracked], whole: bool = False) -> Tensor:
+    """What the next step is meant to do, float32: to one whole tensor, in its shape, or to the samples of several, in a row.
 
-    Every parameter has at least one dimension and a dense gradient, and all have seen as many updates; `indices` are flat
-    positions. Right only where each element's step is its own. Raises whatever the optimizer's step raises on such copies.
+    Samples are right only where each element's step is its own; their tensors have a dimension, are in one group, and have
+    seen as many updates. Gradients are dense. Raises whatever the optimizer's step raises on such copies.
     """
+    first, states = tensors[0], [t.state for t in tensors]
 
-    def pick(tensors: Sequence[Tensor]) -> Tensor:
-        return torch.cat([elements(plain(t), i).float() for t, i in zip(tensors, indices, strict=True)])
+    def pick(values: Sequence[Tensor]) -> Tensor:
+        if whole:
+            return duplicate(values[0])
+        return torch.cat([t.sample(value).float() for t, value in zip(tensors, values, strict=True)])
 
-    weight, grad = pick(params), pick([p.grad for p in params])
-    states = [optimizer.state.get(p, {}) for p in params]
+    weight, grad = pick([t.param for t in tensors]), pick([t.param.grad for t in tensors])
     state = {}
     for key, value in states[0].items():
-        is_elements = isinstance(value, Tensor) and value.shape == params[0].shape
+        is_elements = isinstance(value, Tensor) and value.shape == first.param.shape
         value = pick([s[key] for s in states]) if is_elements else duplicate(value)
         state[key] = without_carry(key, value, weight)
-    return advance(shadow_of(optimizer, group, weight, state), grad)
-
-
-def replay_whole(optimizer: Optimizer, group: dict, param: Tensor) -> Tensor:
-    """Intended step of a whole tensor, float32, in its shape: a matrix, a stack, or a scalar."""
-    weight, grad = (t.detach().to(torch.float32, copy=True) for t in (param, param.grad))
-    state = {k: without_carry(k, duplicate(v), weight) for k, v in optimizer.state.get(param, {}).items()}
-    return advance(shadow_of(optimizer, group, weight, state), grad)
+    return advance(shadow_of(first.optimizer, first.group, weight, state), grad)
 
 
 def is_adam(optimizer: Optimizer, group: dict) -> bool:
-    """Whether a group's steps are Adam's, m̂ / sqrt(v̂) (Kingma & Ba 2015, alg. 1), found by trying it on made-up gradients."""
+    """Whether a group's steps are Adam's (Kingma & Ba 2015, alg. 1), found by trying both on made-up gradients."""
     try:
-        b1, b2 = group["betas"]
-        weight = torch.zeros(16, device=group["params"][0].device)
+        start = torch.zeros(16, device=group["params"][0].device)
         lr = torch.ones_like(group["lr"]) if isinstance(group["lr"], Tensor) else 1.0
         first = optimizer.defaults  # whole numbers may be counts: of a group that has not stepped yet
         fresh = {k: first[k] if type(v) is int else v for k, v in group.items() if type(v) is not int or k in first}
-        shadow = shadow_of(optimizer, {**fresh, "lr": lr, "weight_decay": 0.0}, weight, {})
-        m = v = torch.zeros_like(weight)
+        shadow = shadow_of(optimizer, {**fresh, "lr": lr, "weight_decay": 0.0}, start.clone(), {})
+        adam = torch.optim.Adam([start], lr=1.0, betas=group["betas"])
         for t in range(1, 9):
-            g = torch.sin(t * torch.arange(1.0, 17.0)).to(weight.device)
-            m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
-            expected = m / (1 - b1**t) / (v / (1 - b2**t)).sqrt()
-            if (advance(shadow, g).abs() - expected.abs()).abs().max() > DISAGREE:
+            g = torch.sin(t * torch.arange(1.0, 17.0)).to(start.device)
+            if (advance(shadow, g.clone()).abs() - advance(adam, g).abs()).abs().max() > DISAGREE:
                 return False
     except Exception:  # whatever a foreign step raises: then nothing is claimed of it
         return False
     return True
 
 
+def family(t: Tracked) -> tuple[int, int, int]:
+    """Tensors whose steps are alike: of one group, and all scalars, vectors, or of more dimensions."""
+    return id(t.optimizer), t.group_number, min(t.param.ndim, 2)
+
+
 class Replays:
     """The intended steps of 16-bit tensors, added up in their banks.
 
-    Elements are replayed by themselves until they turn out to depend on their tensor: their step fails, or differs from
-    that of whole tensors. Then a few whole tensors of the group are replayed.
+    Samples are replayed by themselves until they turn out to depend on their tensor: their step fails, or differs from
+    that of whole tensors. Then a few whole tensors of the group are replayed; so are scalars.
     """
 
     def __init__(self, n_matrices: int) -> None:
         self.n_matrices = n_matrices
-        self.of: dict[int, list[tuple[Bank, Tracked]]] = {}  # by the optimizer's id
+        self.tensors: list[Tracked] = []
         self.few: set[int] = set()  # ids of the tensors that are replayed where whole ones are needed
-        self.whole: set[tuple] = set()  # (optimizer's id, group's number, whether matrices) that need them
-        self.doubts: list[tuple[tuple, Tensor]] = []  # not fetched yet: how far elements were from whole tensors
-        self.failed: set[int] = set()  # optimizers that could not be replayed
-        self.last: dict[
-            int, Tensor
-        ] = {}  # the intended steps just replayed, by the tensor's id: whole, or of the sample
+        self.whole: set[tuple] = set()  # families that need them
+        self.doubts: list[tuple[tuple, Tensor]] = []  # families, and how far samples were from whole tensors
+        self.failed: set[int] = set()  # ids of optimizers that could not be replayed
+        self.last: dict[int, Tensor] = {}  # the steps just replayed, by the tensor's id: whole, or of the sample
 
-    def choose(self, tracked: Sequence[Tracked], banks: Sequence[Bank]) -> None:
-        bank_of = {id(t): bank for bank in banks for t in bank.tensors}
-        live = [t for t in tracked if t.optimizer is not None and id(t.optimizer) not in self.failed]
-        replayed = [t for t in live if t.is_narrow]
-        self.of = grouped(((bank_of[id(t)], t) for t in replayed), lambda pair: id(pair[1].optimizer))
+    def choose(self, tracked: Sequence[Tracked]) -> None:
+        self.tensors = [t for t in tracked if t.optimizer is not None and t.is_narrow]
         self.few = set()
-        for alike in grouped(replayed, lambda t: (id(t.optimizer), t.param.ndim > 1)).values():
+        for alike in grouped(self.tensors, lambda t: (id(t.optimizer), t.param.ndim > 1)).values():
             stride = -(-len(alike) // self.n_matrices)
             self.few |= {id(t) for t in alike[stride // 2 :: stride]}
 
@@ -192,67 +183,58 @@ class Replays:
         """Add the step that is about to be taken. An optimizer whose step cannot be replayed is given up: the error is returned,
         unless it keeps what rounding loses."""
         self.last = {}
-        mine = self.of.get(id(optimizer))
+        mine = [t for t in self.tensors if t.optimizer is optimizer and id(optimizer) not in self.failed]
         if not mine:
             return None
-        random_state = RandomState({bank.device for bank, _ in mine})  # a replayed step may round stochastically
+        random_state = RandomState({t.index.device for t in mine})  # a replayed step may round stochastically
         try:
-            self.replay(optimizer)
+            self.add_steps([t for t in mine if t.param.grad is not None and not t.param.grad.is_sparse])
         except Exception as error:  # it may be anything that a foreign step raises on such copies
             self.failed.add(id(optimizer))
             self.last = {}
-            for _, t in self.of.pop(id(optimizer)):
+            for t in mine:
                 t.intended_known = False
             return None if keeps_lost_bits(optimizer) else error
         finally:
             random_state.put_back()
         return None
 
-    def replay(self, optimizer: Optimizer) -> None:
-        batches: dict[tuple, list[tuple[Bank, Tracked]]] = {}  # one replay for a group's tensors of the same age
-        for bank, t in self.of[id(optimizer)]:
-            if t.param.grad is not None and not t.param.grad.is_sparse:
-                key = (id(optimizer), t.group_number, t.param.ndim > 1)
-                alone = id(t) if t.param.ndim == 0 else 0
-                alike = (key, id(bank), t.age, bool(optimizer.state.get(t.param)), alone)
-                batches.setdefault(alike, []).append((bank, t))
-                t.age += 1
-        for (key, *_, alone), batch in batches.items():
-            if not alone and key not in self.whole:
-                self.replay_batch(optimizer, key, batch)
-            if alone or key in self.whole:
-                for bank, t in batch:
-                    if id(t) in self.few:
-                        self.last[id(t)] = replay_whole(optimizer, t.group, t.param)
-                        bank.intend(t, t.sample(self.last[id(t)]))
+    def add_steps(self, tensors: Sequence[Tracked]) -> None:
+        for t in tensors:
+            t.age += 1
+        for alike in grouped(tensors, lambda t: (family(t), t.bank, t.age, bool(t.state))).values():
+            kin = family(alike[0])
+            if alike[0].param.ndim and kin not in self.whole:
+                self.add_samples(kin, alike)
+            if not alike[0].param.ndim or kin in self.whole:
+                for t in (t for t in alike if id(t) in self.few):
+                    self.last[id(t)] = replay([t], whole=True)
+                    t.bank.intend(t, t.sample(self.last[id(t)]))
 
-    def replay_batch(self, optimizer: Optimizer, key: tuple, batch: list[tuple[Bank, Tracked]]) -> None:
-        tensors = [t for _, t in batch]
-        params, indices = [t.param for t in tensors], [t.index for t in tensors]
+    def add_samples(self, kin: tuple, tensors: list[Tracked]) -> None:
         try:
-            moved = replay_elements(optimizer, tensors[0].group, params, indices).split([len(i) for i in indices])
+            moved = replay(tensors).split([len(t.index) for t in tensors])
         except Exception:  # loose elements are no matrix; what else is wrong, whole tensors will raise again
-            self.need_whole(key)
+            self.need_whole(kin)
             return
-        for (bank, t), part in zip(batch, moved, strict=True):
+        for t, part in zip(tensors, moved, strict=True):
             self.last[id(t)] = part
-            bank.intend(t, part)
+            t.bank.intend(t, part)
         age = tensors[0].age
         if age <= VERIFY_FIRST or age % VERIFY_EVERY == 0:
             for t in sorted(tensors, key=lambda t: t.param.numel())[:N_VERIFIED]:
-                wanted = t.sample(replay_whole(optimizer, t.group, t.param))
-                self.doubts.append((key, (self.last[id(t)] - wanted).norm() / wanted.norm()))
+                wanted = t.sample(replay([t], whole=True))
+                self.doubts.append((kin, (self.last[id(t)] - wanted).norm() / wanted.norm()))
 
-    def need_whole(self, key: tuple) -> None:
-        self.whole.add(key)
-        for _, t in self.of.get(key[0], ()):
-            if (t.group_number, t.param.ndim > 1) == key[1:]:
-                t.intended_known = False
+    def need_whole(self, kin: tuple) -> None:
+        self.whole.add(kin)
+        for t in self.tensors:
+            t.intended_known &= family(t) != kin
 
     def fetch(self) -> bool:
-        """Compare elements with whole tensors; True if what was added up so far was wrong: begin a new window."""
-        wrong = {key for key, distance in self.doubts if distance.item() > DISAGREE} - self.whole
+        """Compare samples with whole tensors; True if what was added up so far was wrong: begin a new window."""
+        wrong = {kin for kin, distance in self.doubts if distance.item() > DISAGREE} - self.whole
         self.doubts = []
-        for key in wrong:
-            self.need_whole(key)
+        for kin in wrong:
+            self.need_whole(kin)
         return bool(wrong)

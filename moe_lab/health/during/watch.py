@@ -176,7 +176,6 @@ class Watch:
             return
         if not self.n_seen:  # weights may have been loaded since the watch was made: what moves counts from here
             self.banks = banks_of(self.tracked)
-            self.replays.choose(self.tracked, self.banks)
         self.counts[id(optimizer)] += 1
         for group in self.groups:
             if group.optimizer is optimizer:
@@ -206,7 +205,7 @@ class Watch:
     def read_gradients(self, optimizer: Optimizer) -> None:
         if self.counts[id(optimizer)] % READ_EVERY == 1:
             owners = (optimizer, None) if optimizer is self.optimizers[0] else (optimizer,)
-            self.gradients.read([t for t in self.tracked if t.optimizer in owners], self.banks, optimizer)
+            self.gradients.read([t for t in self.tracked if t.optimizer in owners], optimizer)
 
     def failed(self, error: Exception) -> None:
         """Stop and say so; the training goes on."""
@@ -267,7 +266,7 @@ class Watch:
         self.banks += banks
         groups = {(id(g.optimizer), g.number): g for g in self.groups}
         self.groups = [groups.get((id(o), n)) or GroupState(o, n, name) for o, n, name in named_groups(self.optimizers)]
-        self.replays.choose(self.tracked, self.banks)
+        self.replays.choose(self.tracked)
         self.steps.choose(self.tracked)
         self.restart_window()
         return banks
