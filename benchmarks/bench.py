@@ -6,20 +6,20 @@ not favour either. Times are milliseconds for forward and backward (or for one u
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_lab import build_model, load_config
 from moe_lab.config import ROOT, ModelConfig
+from moe_lab.failures.results import provenance, write_json
 from moe_lab.model.mamba import Mamba
 from moe_lab.model.moe import MoE
 from moe_lab.model.scan import selective_scan
@@ -47,12 +47,9 @@ def compare(name: str, ours: Callable, peer_name: str, peer: Callable) -> dict:
     return row(name, peer_name, [(milliseconds(ours), milliseconds(peer)) for _ in range(PAIRS)])
 
 
-def backward(module: Callable[[Tensor], Tensor | tuple], x: Tensor) -> Callable[[], None]:
-    def call() -> None:
-        y = module(x)
-        (y[0] if isinstance(y, tuple) else y).sum().backward()
-
-    return call
+def backward(module: nn.Module, x: Tensor) -> None:
+    y = module(x)
+    (y[0] if isinstance(y, tuple) else y).sum().backward()
 
 
 def scan() -> dict:
@@ -73,11 +70,11 @@ def scan() -> dict:
             states.append(state)
         return (C.unsqueeze(2) @ torch.stack(states, 1)).squeeze(2)
 
-    def backward_of(scan: Callable[..., Tensor]) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(scan(*inputs).sum(), inputs)
+    def gradients(scan: Callable[..., Tensor]) -> None:
+        torch.autograd.grad(scan(*inputs).sum(), inputs)
 
     name = "selective scan, 8 × 256 × 384, 8 states"
-    return compare(name, backward_of(selective_scan), "plain loop", backward_of(plain))
+    return compare(name, partial(gradients, selective_scan), "plain loop", partial(gradients, plain))
 
 
 def against_transformers() -> list[dict]:
@@ -88,24 +85,28 @@ def against_transformers() -> list[dict]:
     config = ModelConfig(d_model=192, moe_layers=(0,), d_ff_expert=256, ssm_state_dim=8, moe_router_hidden=0)
     x = torch.randn(8, 256, 192, requires_grad=True)
     sizes = {"intermediate_size": 256, "num_local_experts": 8, "num_experts_per_tok": 2}
-    mamba = MambaMixer(MambaConfig(hidden_size=192, state_size=8, num_hidden_layers=1), 0)
-    mixture = MixtralSparseMoeBlock(MixtralConfig(hidden_size=192, **sizes))
     pairs = {
-        "Mamba block, 8 × 256 × 192": (Mamba(config), mamba),
-        "MoE block, 8 experts top-2, 8 × 256 × 192": (MoE(config), mixture),
+        "Mamba block, 8 × 256 × 192": (
+            Mamba(config),
+            MambaMixer(MambaConfig(hidden_size=192, state_size=8, num_hidden_layers=1), 0),
+        ),
+        "MoE block, 8 experts top-2, 8 × 256 × 192": (
+            MoE(config),
+            MixtralSparseMoeBlock(MixtralConfig(hidden_size=192, **sizes)),
+        ),
     }
-    for p in (p for pair in pairs.values() for module in pair for p in module.parameters()):
-        torch.nn.init.normal_(p, std=0.02)
-    return [compare(name, backward(a, x), "transformers", backward(b, x)) for name, (a, b) in pairs.items()]
+    for p in nn.ModuleList(module for pair in pairs.values() for module in pair).parameters():
+        nn.init.normal_(p, std=0.02)
+    calls = {name: [partial(backward, module, x) for module in pair] for name, pair in pairs.items()}
+    return [compare(name, ours, "transformers", peer) for name, (ours, peer) in calls.items()]
 
 
 def muon() -> dict:
     """A stack of matrices in one call against torch.optim.Muon, one matrix at a time."""
-    stack = torch.nn.Parameter(torch.randn(16, 256, 192))
-    singles = [torch.nn.Parameter(w.detach().clone()) for w in stack]
-    gradient = torch.randn_like(stack)
-    stack.grad = gradient
-    for p, g in zip(singles, gradient, strict=True):
+    stack = nn.Parameter(torch.randn(16, 256, 192))
+    singles = [nn.Parameter(w.detach().clone()) for w in stack]
+    stack.grad = torch.randn_like(stack)
+    for p, g in zip(singles, stack.grad, strict=True):
         p.grad = g.clone()
     ours, peer = Muon([stack], lr=0.02), torch.optim.Muon(singles, lr=0.02)
     return compare("Muon, a stack of 16 matrices 256 × 192", ours.step, "torch.optim.Muon", peer.step)
@@ -147,9 +148,8 @@ def main() -> None:
     print(f"{'what':46} {'ours ms':>9} {'peer ms':>9} {'peer/ours':>10}  peer")
     for row in rows:
         print(f"{row['what']:46} {row['ours_ms']:9} {row['peer_ms']:9} {row['peer_over_ours']:10}  {row['peer']}")
-    machine = {"machine": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    result = {**machine, "python": platform.python_version(), "torch": torch.__version__, "rows": rows}
-    (ROOT / "benchmarks" / "results.json").write_text(json.dumps(result, indent=2) + "\n")
+    made = provenance() | {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    write_json(ROOT / "benchmarks" / "results.json", made | {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -25,10 +25,9 @@ from tqdm import tqdm
 
 from benchmarks.detection_rows import ROWS
 from moe_lab.config import ROOT
-from moe_lab.failures.results import provenance
-from moe_lab.health import SICKNESSES, Finding, Watch
+from moe_lab.failures.results import provenance, write_json
+from moe_lab.health import SICKNESSES, Watch
 
-FILE = ROOT / "benchmarks" / "detection.json"
 STEPS, SEEDS = 100, (0, 1, 2)
 HALVES = ("calibration", "judged")
 
@@ -45,22 +44,22 @@ def watched(index: int, seed: int) -> dict[str, Any]:
                 losses.append(loss)
                 watch.observe(loss=loss)
             watch.check()
-    serious = [f for f in watch.findings if f.severity != "info"]
+    findings = [[f.rule, f.severity, f.step, f.where, number(f.value)] for f in watch.findings]
     return {
         "row": row.name,
         "half": row.half,
         "sickness": row.sickness,
         "seed": seed,
-        "first": [serious[0].rule, serious[0].severity, serious[0].step] if serious else None,
-        "findings": [[f.rule, f.severity, f.step, f.where, number(f)] for f in watch.findings],
+        "first": next((f[:3] for f in findings if f[1] != "info"), None),
+        "findings": findings,
         "first_loss": losses[0].item(),
         "last_loss": torch.stack(losses[-10:]).mean().item(),
         "commit": provenance()["commit"],
     }
 
 
-def number(finding: Finding) -> float | None:
-    value = finding.value
+def number(value: Any) -> float | None:
+    """For JSON, which has no NaN."""
     return value if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
@@ -83,32 +82,30 @@ def summary(results: list[dict[str, Any]], half: str) -> dict[str, Any]:
     }
 
 
-def print_row(name: str, results: Sequence[dict[str, Any]]) -> None:
+def print_row(results: Sequence[dict[str, Any]]) -> None:
     """A line: half, sickness, row, right (.) or wrong (X) by seed, and the first finding of each seed."""
-    mine = [r for r in results if r["row"] == name]
-    firsts = ("{} ({}, step {})".format(*r["first"]) if r["first"] else "-" for r in mine)
-    marks = "".join(".X"[not is_right(r)] for r in mine)
-    print(f"{mine[0]['half'][:5]} {mine[0]['sickness'] or 'healthy':22} {name:52} {marks}  {', '.join(firsts)}")
+    firsts = ("{} ({}, step {})".format(*r["first"]) if r["first"] else "-" for r in results)
+    marks, row = "".join(".X"[not is_right(r)] for r in results), results[0]
+    print(f"{row['half'][:5]} {row['sickness'] or 'healthy':22} {row['row']:52} {marks}  {', '.join(firsts)}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--half", choices=HALVES, help="only one half of the rows; prints, and writes nothing")
     half = parser.parse_args().half
-    chosen = {i: row.name for i, row in enumerate(ROWS) if half in (None, row.half)}
+    jobs = [(i, seed) for i, row in enumerate(ROWS) if half in (None, row.half) for seed in SEEDS]
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(watched, i, seed) for i in chosen for seed in SEEDS]
+        futures = [pool.submit(watched, *job) for job in jobs]
         results = [future.result() for future in tqdm(futures, unit="run", desc="detection")]
-    for name in chosen.values():
-        print_row(name, results)
+    for first in range(0, len(results), len(SEEDS)):
+        print_row(results[first : first + len(SEEDS)])
     halves = {half: summary(results, half) for half in HALVES}
     print(json.dumps(halves, indent=2))
     if half is None:
         made = provenance()
         origin = {"torch": made["torch"], "python": made["python"], "steps": STEPS}
-        lines = ",\n".join(json.dumps(r) for r in results)
-        text = f'{{"provenance": {json.dumps(origin)}, "summary": {json.dumps(halves)}, "runs": [\n{lines}\n]}}\n'
-        FILE.write_text(text)
+        result = {"provenance": origin, "summary": halves, "runs": results}
+        write_json(ROOT / "benchmarks" / "detection.json", result)
 
 
 if __name__ == "__main__":

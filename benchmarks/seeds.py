@@ -7,11 +7,12 @@ benchmarks/seeds.json.
 from __future__ import annotations
 
 import json
-import statistics
 import subprocess
 import sys
+from statistics import mean, stdev
 
 from moe_lab.config import ROOT
+from moe_lab.failures.results import write_json
 from moe_lab.train import read_record
 
 ARMS = {f"seed {seed}": [f"training.seed={seed}"] for seed in range(3)}
@@ -35,7 +36,7 @@ def result(name: str, overrides: list[str]) -> dict:
 
 def main() -> None:
     rows = [result(name, overrides) for name, overrides in ARMS.items()]
-    (ROOT / "benchmarks" / "seeds.json").write_text(json.dumps(rows, indent=2) + "\n")
+    write_json(ROOT / "benchmarks" / "seeds.json", rows)
     print(f"{'run':26} {'validation':>10} {'trigram':>8} {'below by':>9} {'bits/byte':>10} {'norms moved by':>15}")
     for row in rows:
         below = row["trigram_loss"] - row["validation_loss"]
@@ -44,9 +45,7 @@ def main() -> None:
             f"{row['bits_per_byte']:10.4f} {row['largest_norm_deviation']:15.4f}"
         )
     losses = [row["validation_loss"] for row in rows if "bf16" not in row["arm"]]
-    print(
-        f"validation loss over {len(losses)} seeds: mean {statistics.mean(losses):.4f}, SD {statistics.stdev(losses):.4f}"
-    )
+    print(f"validation loss over {len(losses)} seeds: mean {mean(losses):.4f}, SD {stdev(losses):.4f}")
 
 
 if __name__ == "__main__":

@@ -37,9 +37,8 @@ def compute(names: Sequence[str]) -> None:
     designs = {design.name: design for design in (*all_designs(), disputed())}
     for name in names or designs:
         if name not in designs:
-            raise ConfigError(
-                f"{name!r} is not a design{suggestion(name, designs) or '; there are ' + ', '.join(designs)}"
-            )
+            known = suggestion(name, designs) or "; there are " + ", ".join(designs)
+            raise ConfigError(f"{name!r} is not a design{known}")
         results = collect(designs[name], redo=True)
         results.save(RESULTS / f"{name}.json")
         print(results.provenance(), flush=True)

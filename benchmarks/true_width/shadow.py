@@ -10,7 +10,7 @@ carries nothing over to the next one, so it says what one update keeps, at every
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,56 +31,60 @@ def kept(weight: Tensor, direction: Tensor, lrs: Tensor, dtype: torch.dtype = to
     return (start + intended).to(dtype).float() - start, intended, is_lost(start, intended, dtype)
 
 
-def sample_of(p: Tensor) -> Tensor:
-    """Flat positions, int64, the same for every tensor of that size."""
-    n = p.numel()
-    return torch.randint(n, (SAMPLE,), generator=torch.Generator().manual_seed(0)) if n > SAMPLE else torch.arange(n)
+class Sample:
+    """Elements of one tensor, and what they have added up to. An element counts from its first gradient on, as an
+    embedding's rows do."""
+
+    def __init__(self, p: Tensor, n_lrs: int):
+        n = p.numel()
+        drawn = torch.randint(n, (SAMPLE,), generator=torch.Generator().manual_seed(0))
+        self.index = drawn if n > SAMPLE else torch.arange(n)  # flat positions
+        self.touched = torch.zeros(len(self.index), dtype=torch.bool)
+        self.before = torch.empty(0)
+        self.sums = torch.zeros(4, n_lrs, len(self.index), dtype=torch.float64)  # Σ r·u, Σ u·u, lost, all
 
 
 class Shadow:
     """Attached to the optimizers of a float32 model: sums, per tensor and LR, of what bf16 would have realised (r) of each
-    update at that LR (u), on sampled elements. An element counts from its first gradient on, as an embedding's rows do.
+    update at that LR (u), on sampled elements.
     """
 
     def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], lrs: Sequence[float], dtype=torch.bfloat16):
         self.lrs, self.dtype = torch.tensor(lrs, dtype=torch.float32), dtype
-        self.names = {p: name for name, p in model.named_parameters()}
-        self.index, self.touched, self.before, self.sums, self.counts = {}, {}, {}, {}, {}
-        for p, name in self.names.items():
-            self.index[name] = sample_of(p)
-            self.touched[name] = torch.zeros(len(self.index[name]), dtype=torch.bool)
-            self.sums[name] = torch.zeros(2, len(lrs), len(self.index[name]), dtype=torch.float64)  # Σ r·u, Σ u·u
-            self.counts[name] = torch.zeros(2, len(lrs), dtype=torch.float64)  # lost, all
+        self.parameters = dict(model.named_parameters())
+        self.samples = {p: Sample(p, len(lrs)) for p in self.parameters.values()}
         for optimizer in optimizers:
             optimizer.register_step_pre_hook(self.before_step)
             optimizer.register_step_post_hook(self.after_step)
 
+    def moving(self, optimizer: Optimizer) -> Iterator[tuple[Tensor, Sample, float]]:
+        """Each tensor with a gradient, its sample and its LR."""
+        pairs = ((p, group["lr"]) for group in optimizer.param_groups for p in group["params"])
+        return ((p, self.samples[p], lr) for p, lr in pairs if p.grad is not None)
+
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
-            name = self.names[p]
-            self.before[name] = p.take(self.index[name])
-            self.touched[name] |= p.grad.take(self.index[name]) != 0
+        for p, sample, _ in self.moving(optimizer):
+            sample.before = p.take(sample.index)
+            sample.touched |= p.grad.take(sample.index) != 0
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        for group in optimizer.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                name = self.names[p]
-                moved = p.take(self.index[name]) - self.before[name]
-                direction = moved / group["lr"] * self.touched[name]
-                r, u, lost = kept(self.before[name], direction, self.lrs, self.dtype)
-                self.sums[name] += torch.stack([r.double() * u.double(), u.double() ** 2])
-                self.counts[name] += torch.stack([lost.sum(1), (u != 0).sum(1)])
+        for p, sample, lr in self.moving(optimizer):
+            direction = (p.take(sample.index) - sample.before) / lr * sample.touched
+            r, u, lost = kept(sample.before, direction, self.lrs, self.dtype)
+            r, u = r.double(), u.double()
+            sample.sums += torch.stack([r * u, u * u, lost, u != 0])
 
     def read(self) -> dict[str, dict[str, list[float]]]:
         """name → LR → Σ ru, Σ u², then over elements Σ (Σ ru)², Σ (Σ ru)(Σ u²), Σ (Σ u²)², lost, all; each estimated for
         the whole tensor from its sample."""
         table = {}
-        for p, name in self.names.items():
-            (ru, uu), (lost, n), scale = self.sums[name], self.counts[name], p.numel() / len(self.index[name])
-            rows = torch.stack([*(x.sum(1) * scale for x in (ru, uu)), *(x.sum(1) * scale**2 for x in (ru**2, ru * uu, uu**2)),
-                                lost * scale, n * scale], dim=1)  # fmt: skip
+        for name, p in self.parameters.items():
+            ru, uu, lost, n = self.samples[p].sums  # (L, S) each
+            scale = p.numel() / ru.shape[1]
+            squares = [scale * x for x in (ru * ru, ru * uu, uu * uu)]
+            rows = scale * torch.stack([ru, uu, *squares, lost, n], dim=1).sum(2)  # (L, 7)
             table[name] = {f"{lr:.6g}": row for lr, row in zip(self.lrs.tolist(), rows.tolist(), strict=True)}
         return table
 

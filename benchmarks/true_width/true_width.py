@@ -32,11 +32,10 @@ from benchmarks.true_width.one_block import LRS, MARKS, OneBlock, has_fan_in, ro
 from benchmarks.true_width.shadow import at_lr, by_part, part_of
 from moe_lab.config import ConfigError
 from moe_lab.data.prepare import CACHE
-from moe_lab.failures.results import RESULTS, origins
+from moe_lab.failures.results import RESULTS, origins, write_json
 from moe_lab.health.measures import predict_lost
 from moe_lab.optim.groups import group_of
 from moe_lab.train.command import exit_code
-from moe_lab.train.record import write_atomically
 
 Rows = Sequence[dict[str, Any]]
 
@@ -79,7 +78,7 @@ def true_runs(width: int) -> list[OneBlock]:
 
 def those(rows: Rows, **wanted: Any) -> list[dict[str, Any]]:
     """The rows of such runs."""
-    return [row for row in rows if all(row["run"][key] == value for key, value in wanted.items())]
+    return [row for row in rows if row["run"].items() >= wanted.items()]
 
 
 def line_at(width: int, points: Sequence[tuple[int, float]]) -> float:
@@ -91,9 +90,8 @@ def line_at(width: int, points: Sequence[tuple[int, float]]) -> float:
 def fresh_share(model: nn.Module, lr: float) -> dict[str, float]:
     """ρ of each of Muon's matrices without any training: `predict_lost` on start values, elements of lr / sqrt(fan_in)."""
     matrices = {part_of(name): p for name, p in model.named_parameters() if group_of(name) == "muon"}
-    return {
-        part: predict_lost(p.flatten()[:1_000_000], lr * p.shape[-1] ** -0.5).realised for part, p in matrices.items()
-    }
+    steps = {part: lr * p.shape[-1] ** -0.5 for part, p in matrices.items()}
+    return {part: predict_lost(p.flatten()[:1_000_000], steps[part]).realised for part, p in matrices.items()}
 
 
 def predicted_shares(width: int, block: str, std: str, rows: Rows) -> list[dict[str, Any]]:
@@ -205,17 +203,9 @@ def measure(width: int) -> None:
 
 
 def save(width: int, result: dict[str, Any]) -> None:
-    """As JSON with a line for each row of shares, numbers to 5 digits."""
-    path = result_path(width)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    plain = json.loads(json.dumps(result), parse_float=lambda text: float(f"{float(text):.5g}"))
-    parts = [f'"experiment": "true_width", "width": {plain["width"]}']
-    for phase in ("prediction", "measured"):
-        if phase in plain:
-            shares = plain[phase].pop("shares")
-            lines = ",\n".join(map(json.dumps, shares))
-            parts.append(f'"{phase}": {json.dumps(plain[phase])[:-1]}, "shares": [\n{lines}\n]}}')
-    write_atomically(path, "{" + ",\n".join(parts) + "}\n")
+    """Numbers to 5 digits."""
+    short = json.loads(json.dumps(result), parse_float=lambda text: float(f"{float(text):.5g}"))
+    write_json(result_path(width), {"experiment": "true_width", **short})
 
 
 def command(argv: Sequence[str] | None = None) -> None:

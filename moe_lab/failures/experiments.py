@@ -23,7 +23,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import chain
+from itertools import chain, product
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,11 +80,11 @@ class Experiment:
 
     def cells(self) -> dict[tuple[str, int], Cell]:
         """The cell of each arm and seed."""
-        cells, options = {}, {"evaluate_at": sorted(self.evaluate_at)}
-        for seed in self.seeds:
-            for name, (config, remedy) in self.arms.items():
-                config = config.with_(training={"seed": seed, "steps": max(self.evaluate_at)})
-                cells[name, seed] = Cell(config=config, probe=losses_at, options=options, remedy=remedy)
+        options, steps = {"evaluate_at": sorted(self.evaluate_at)}, max(self.evaluate_at)
+        cells = {}
+        for seed, (name, arm) in product(self.seeds, self.arms.items()):
+            config = arm.config.with_(training={"seed": seed, "steps": steps})
+            cells[name, seed] = Cell(config=config, probe=losses_at, options=options, remedy=arm.remedy)
         return cells
 
 
@@ -134,14 +134,14 @@ def in_processes(jobs: Collection[tuple[Cell, Path]], workers: int | None) -> It
 
 
 def start_worker(parent: Connection) -> None:
-    """One thread; and no life after the parent closes its end, as it also does when it is killed without a word."""
     torch.set_num_threads(1)
+    threading.Thread(target=follow, args=(parent,), daemon=True).start()
 
-    def follow_parent() -> None:
-        wait([parent])
-        os._exit(1)
 
-    threading.Thread(target=follow_parent, daemon=True).start()
+def follow(parent: Connection) -> None:
+    """No life after the parent closes its end, as it also does when it is killed without a word."""
+    wait([parent])
+    os._exit(1)
 
 
 def run_cell(cell: Cell, path: Path) -> Path:
@@ -195,8 +195,7 @@ def losses_at(trainer: Trainer, evaluate_at: Sequence[int]) -> dict[str, Any]:
 def validation_loss(trainer: Trainer, n_tokens: int | None = None) -> float:
     """Now, over the first `n_tokens` of the split, or all of it."""
     tokens = trainer.dataset.validation[: n_tokens and n_tokens + 1]
-    loss = evaluate(trainer.model, tokens, 16, trainer.autocast)
-    return loss["validation_loss"]
+    return evaluate(trainer.model, tokens, 16, trainer.autocast)["validation_loss"]
 
 
 def finite(value: float) -> float | None:

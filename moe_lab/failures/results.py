@@ -7,6 +7,8 @@ import math
 import platform
 import statistics
 from collections.abc import Iterable, Sequence
+from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,9 +82,13 @@ class Results:
         return f"{self.name}: {len(self.rows)} runs, {made}, {minutes:.0f} minutes of one core"
 
     def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = ",\n".join(json.dumps(row) for row in self.rows)
-        write_atomically(path, f'{{"experiment": {json.dumps(self.name)}, "rows": [\n{lines}\n]}}\n')
+        write_json(path, {"experiment": self.name, "rows": self.rows})
+
+
+def write_json(path: Path, value: Any) -> None:
+    """With a line for each row of a table, so that a row which changes is a line that changes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(value).replace("}, {", "},\n{") + "\n")
 
 
 def load_results(name: str) -> Results:
@@ -95,16 +101,11 @@ def load_results(name: str) -> Results:
 
 
 class TrueWidth(NamedTuple):
-    """What benchmarks/true_width found. `shares`: a row for each block, std, kind and lr: `predicted` (`low`, `high`,
-    `same_lr`, `fresh`) and `measured` (`error`, `lost`) realised share ρ over the same first updates, `measured_last` after
-    `updates`. `nats`: a row for each block, mark and loss (training, validation): `predicted`, `measured`. `displacement`:
-    block → `updates` and, by kind, ρ of the bf16 run over all of them. `widths`: ρ of all of Muon's matrices together over
-    the first updates, for each block, std, d_model and lr."""
+    """What benchmarks/true_width found, its prediction beside its measurement, each a list of rows."""
 
-    shares: list[dict[str, Any]]
-    nats: list[dict[str, Any]]
-    displacement: dict[str, dict[str, Any]]
-    widths: list[dict[str, Any]]
+    shares: list[dict[str, Any]]  # of each block, std, kind and lr: realised share ρ over the same first updates
+    nats: list[dict[str, Any]]  # of each block, mark and loss (training, validation): what bf16 costs
+    widths: list[dict[str, Any]]  # of each block, std, d_model and lr: ρ of all of Muon's matrices together
     provenance: str
 
 
@@ -115,24 +116,27 @@ def load_true_width(path: Path = RESULTS / "true_width.json") -> TrueWidth:
         command = "python -m benchmarks.true_width.true_width predict, then measure"
         raise ConfigError(f"{path}: no measurement yet; run: {command}")
     prediction, measured = stored["prediction"], stored["measured"]
-    shares, costs = [], []
-    for row in prediction["shares"]:
-        same = [m for m in measured["shares"] if all(m[key] == row[key] for key in ("block", "std", "kind", "lr"))]
-        if same:  # after the updates that were predicted, and after all
-            found = {"measured": same[0]["rho"], "error": same[0]["error"], "lost": same[0]["lost"]}
-            found |= {"measured_last": same[-1]["rho"], "updates": same[-1]["updates"]}
-            shares.append({**row, "predicted": row["rho"], **found})
-    for block, mark in ((block, mark) for block, table in measured["nats"].items() for mark in table):
-        predicted, found = (phase["nats"][block][mark] for phase in (prediction, measured))
-        for loss in ("training", "validation"):
-            row = {"block": block, "mark": int(mark), "loss": loss}
-            costs.append(row | {"predicted": predicted[loss], "measured": found[loss]})
-    line = (
-        f"width {stored['width']}: predicted {prediction['written']} (commit {', '.join(prediction['commit'])}), measured from "
-        f"{measured['begun']} (commit {', '.join(measured['commit'])}); 1 seed, "
-        f"{(prediction['wall_s'] + measured['wall_s']) / 60:.0f} minutes of one thread"
-    )
+    place = itemgetter("block", "std", "kind", "lr")
+    rho: dict[tuple, float] = {}
+    for row in measured["shares"]:
+        rho.setdefault(place(row), row["rho"])  # the first is after the updates that were predicted, the last after all
+    both = (row for row in prediction["shares"] if place(row) in rho)
+    shares = [{**row, "predicted": row["rho"], "measured": rho[place(row)]} for row in both]
+    nats = []
+    for block, marks in measured["nats"].items():
+        for mark, loss in product(marks, ("training", "validation")):
+            predicted, found = (phase["nats"][block][mark][loss] for phase in (prediction, measured))
+            nats.append({"block": block, "mark": int(mark), "loss": loss, "predicted": predicted, "measured": found})
+    return TrueWidth(shares, nats, measured["widths"], how_made(stored))
+
+
+def how_made(stored: dict[str, Any]) -> str:
+    """One line: when, at which commits, for how long."""
+    prediction, measured = stored["prediction"], stored["measured"]
+    line = f"width {stored['width']}: predicted {prediction['written']} (commit {', '.join(prediction['commit'])}), "
+    line += f"measured from {measured['begun']} (commit {', '.join(measured['commit'])}); 1 seed, "
+    line += f"{(prediction['wall_s'] + measured['wall_s']) / 60:.0f} minutes of one thread"
     if experts := measured.get("experts"):
         line += f"; the experts' pair from {experts['begun']} (commit {', '.join(experts['commit'])}), "
         line += f"{experts['wall_s'] / 60:.0f} minutes of one thread more"
-    return TrueWidth(shares, costs, measured["displacement"], measured["widths"], line)
+    return line

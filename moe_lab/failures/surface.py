@@ -15,7 +15,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from moe_lab.config import ConfigError
 
-Box = tuple[tuple[float, float], tuple[float, float]]  # (low, high) of a, then of b
 TERMS = 6  # 1, a, b, a², ab, b²
 
 
@@ -27,19 +26,15 @@ class Quadratic(NamedTuple):
     losses: NDArray  # (n,)
 
     @property
-    def box(self) -> Box:
-        return tuple((axis.min().item(), axis.max().item()) for axis in self.points.T)
+    def box(self) -> NDArray:
+        """(2, 2): the least a and b of the points, then the largest."""
+        return np.stack([self.points.min(axis=0), self.points.max(axis=0)])
 
     @property
     def residual_sd(self) -> float:
         """With n - 6 degrees of freedom; NaN for n = 6."""
         square, freedom = ((self.losses - self.predict(self.points)) ** 2).sum(), len(self.losses) - TERMS
         return math.sqrt(square / freedom) if freedom else math.nan
-
-    @property
-    def stationary(self) -> tuple[float, float]:
-        """Where the gradient is 0, in the box or outside of it; not finite where it is so nowhere or along a line."""
-        return tuple(stationary_points(self.coefficients[None])[0].tolist())
 
     @property
     def is_minimum(self) -> bool:
@@ -49,28 +44,23 @@ class Quadratic(NamedTuple):
 
     @property
     def is_inside(self) -> bool:
-        """Whether the stationary point lies strictly inside the box."""
-        return bool(inside(np.array(self.stationary), self.box))
+        """Whether the point where the gradient is 0 lies strictly inside the box."""
+        return bool(inside(stationary_points(self.coefficients[None]), self.box).all())
 
     def predict(self, x: ArrayLike) -> NDArray:
         """Losses (n,) at points (n, 2)."""
         return terms(np.asarray(x, dtype=float)) @ self.coefficients
 
 
-class Interval(NamedTuple):
-    low: float
-    high: float
-
-
 class Optimum(NamedTuple):
-    """The least predicted loss within the box, with its 95 % bootstrap intervals."""
+    """The least predicted loss within the box, with its 95 % bootstrap intervals, (low, high)."""
 
     a: float
     b: float
     loss: float
-    a_interval: Interval
-    b_interval: Interval
-    loss_interval: Interval
+    a_interval: tuple[float, float]
+    b_interval: tuple[float, float]
+    loss_interval: tuple[float, float]
     share_at_edge: float  # of the resamples: theirs lay on the box's edge, so the optimum may lie beyond it
 
 
@@ -86,24 +76,14 @@ class GridBest(NamedTuple):
 def fit_quadratic(x: ArrayLike, y: ArrayLike) -> Quadratic:
     """Least squares of losses y (n,) on points x (n, 2): in the lab, log10 of Muon's and of AdamW's learning rate.
 
-    Points with an infinite loss are dropped. Raises ConfigError for NaN, for unequal lengths, and if the
-    points that are left cannot determine six coefficients.
+    Points with an infinite loss are dropped. Raises ConfigError if those that are left cannot determine six coefficients.
     """
     points, losses = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    if losses.ndim != 1 or points.shape != (len(losses), 2):
-        shapes = f"x of shape {points.shape} must hold two coordinates for each loss of y, shape {losses.shape}"
-        raise ConfigError(shapes)
-    if not np.isfinite(points).all() or np.isnan(losses).any():
-        raise ConfigError("a coordinate is not finite or a loss is NaN; a run that diverged has the loss infinity")
-    kept = np.isfinite(losses)
-    if not kept.any():
-        raise ConfigError("every loss is infinite; add lower learning rates")
-    points, losses = points[kept], losses[kept]
+    points, losses = points[~np.isinf(losses)], losses[~np.isinf(losses)]
     # centred: log10 of LRs lie far from 0, where their powers look alike
-    if np.linalg.matrix_rank(terms(points - points.mean(axis=0))) < TERMS:
+    if len(points) < TERMS or np.linalg.matrix_rank(terms(points - points.mean(axis=0))) < TERMS:
         raise ConfigError(f"{len(points)} points with finite losses do not determine a quadratic; add settings")
-    coefficients = np.linalg.lstsq(terms(points), losses, rcond=None)[0]
-    return Quadratic(coefficients, points, losses)
+    return Quadratic(np.linalg.lstsq(terms(points), losses, rcond=None)[0], points, losses)
 
 
 def bootstrap_optimum(x: ArrayLike, y: ArrayLike, n_resamples: int = 2000, seed: int = 0) -> Optimum:
@@ -123,23 +103,21 @@ def bootstrap_optimum(x: ArrayLike, y: ArrayLike, n_resamples: int = 2000, seed:
     draws = np.random.default_rng(seed).choice(residuals, (n_resamples, n))  # (R, n)
     coefficients = np.linalg.lstsq(terms(fit.points), (fitted + draws).T, rcond=None)[0].T  # (R, 6)
     optima = least_in_box(coefficients, fit.box)  # (R, 3)
-    intervals = (Interval(*ends) for ends in np.quantile(optima, (0.025, 0.975), axis=0).T.tolist())
+    intervals = np.quantile(optima, (0.025, 0.975), axis=0).T.tolist()
     least = least_in_box(fit.coefficients[None], fit.box)[0].tolist()
-    return Optimum(*least, *intervals, share_at_edge=(~inside(optima[:, :2], fit.box)).mean().item())
+    at_edge = ~inside(optima[:, :2], fit.box)
+    return Optimum(*least, *map(tuple, intervals), share_at_edge=at_edge.mean().item())
 
 
 def best_on_grid(lrs: ArrayLike, losses_by_seed: ArrayLike) -> GridBest:
-    """Best of the learning rates (L,), ascending, by losses (S, L); a diverged run's loss is infinite.
+    """Best of three or more learning rates (L,), ascending, by losses (S, L); a diverged run's loss is infinite.
 
-    Raises ConfigError for fewer than 3 learning rates, an order that is not ascending, NaN, and if each one diverged.
+    Raises ConfigError for another order, and if at each learning rate a run diverged.
     """
-    grid, losses = np.asarray(lrs, dtype=float), np.asarray(losses_by_seed, dtype=float)
+    grid, mean = np.asarray(lrs, dtype=float), np.mean(losses_by_seed, axis=0)  # infinite where one seed diverged
     if len(grid) < 3 or grid[0] <= 0 or not (np.diff(grid) > 0).all():
         raise ConfigError(f"lrs={grid.tolist()} must be three or more positive numbers, ascending")
-    if losses.ndim != 2 or losses.shape[1] != len(grid) or not len(losses) or np.isnan(losses).any():
-        raise ConfigError(f"losses {losses.shape} must be seeds × {len(grid)} learning rates, none of them NaN")
-    mean = losses.mean(axis=0)  # (L,), infinite where one seed diverged
-    if np.isinf(mean).all():
+    if not (mean < math.inf).any():
         raise ConfigError("at each learning rate a run diverged; add lower ones")
     i = int(mean.argmin())
     best = GridBest(i in (0, len(grid) - 1), grid[i].item(), mean[i].item())
@@ -176,8 +154,6 @@ def case_lrs(n_updates: int, peak: float, warmup: int = 100) -> NDArray:
     The case's cosine after the warm-up spans 24 million updates: over the few that were run it takes off less than 1e-9 of
     the peak, and is left out.
     """
-    if n_updates < 0 or warmup < 1:
-        raise ConfigError(f"n_updates={n_updates} must be 0 or more and warmup={warmup} 1 or more")
     shares = np.minimum(np.arange(n_updates) / warmup, 1.0)
     shares[:1] = 1.0
     return peak * shares
@@ -189,28 +165,29 @@ def terms(points: NDArray) -> NDArray:
     return np.stack([np.ones_like(a), a, b, a * a, a * b, b * b], axis=-1)
 
 
-def inside(points: NDArray, box: Box) -> NDArray:
+def inside(points: NDArray, box: NDArray) -> NDArray:
     """(…, 2) → (…,) bool."""
-    low, high = np.array(box).T
-    return ((low < points) & (points < high)).all(axis=-1)
+    return ((box[0] < points) & (points < box[1])).all(axis=-1)
 
 
 def stationary_points(coefficients: NDArray) -> NDArray:
-    """(R, 6) → (R, 2)."""
+    """Where the gradient is 0, (R, 6) → (R, 2); not finite where it is so nowhere or along a line."""
     _, a, b, aa, ab, bb = coefficients.T
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.stack([ab * b - 2 * bb * a, ab * a - 2 * aa * b], axis=1) / (4 * aa * bb - ab * ab)[:, None]
 
 
-def least_in_box(coefficients: NDArray, box: Box) -> NDArray:
+def least_in_box(coefficients: NDArray, box: NDArray) -> NDArray:
     """(R, 6) → (R, 3): a, b and the least value in the box. It lies where the surface or one of the four edges is level, or
     in a corner; every candidate counts, since none within the box can be too low."""
     _, a1, b1, aa, ab, bb = coefficients.T
+    corners = list(product(*box.T))
     with np.errstate(divide="ignore", invalid="ignore"):
-        on_edges = [(a, -(b1 + ab * a) / (2 * bb)) for a in box[0]] + [(-(a1 + ab * b) / (2 * aa), b) for b in box[1]]
-    pairs = [stationary_points(coefficients).T, *on_edges, *product(*box)]
-    candidates = np.array([np.broadcast_arrays(a, b, aa)[:2] for a, b in pairs])  # (9, 2, R)
-    points = np.clip(np.nan_to_num(candidates.transpose(2, 0, 1)), *np.array(box).T)  # (R, 9, 2)
+        edges = [(a, -(b1 + ab * a) / (2 * bb)) for a in box[:, 0]]
+        edges += [(-(a1 + ab * b) / (2 * aa), b) for b in box[:, 1]]
+    candidates = [stationary_points(coefficients).T, *edges, *corners]
+    points = np.stack([np.stack(np.broadcast_arrays(a, b, aa)[:2], axis=1) for a, b in candidates], axis=1)  # (R, 9, 2)
+    points = np.clip(np.nan_to_num(points), *box)
     values = np.einsum("rct,rt->rc", terms(points), coefficients)
     best = np.arange(len(points)), values.argmin(axis=1)
     return np.concatenate([points[best], values[best][:, None]], axis=1)
