@@ -21,7 +21,7 @@ from toy import toy, train
 
 from moe_lab.config import OptimizerConfig
 from moe_lab.health import Watch
-from moe_lab.health.during.bank import SUMS
+from moe_lab.health.measures import SUMS
 from moe_lab.model import build_model
 from moe_lab.optim import build_optimizers
 
@@ -136,7 +136,7 @@ def test_no_float64_number_is_made_of_samples_on_apples_gpus() -> None:
     optimizer = AdamW(model.parameters(), lr=2e-4)
     watch = Watch(model, optimizer)
     train(watch, model, [optimizer], 21)
-    (bank,) = watch.banks
+    (bank,) = watch.state.banks
     made = []
     for device in ("cpu", "mps"):
         bank.device = torch.device(device)  # what it asks for its formats; the numbers stay where they are

@@ -1,7 +1,6 @@
 """Measures against closed forms, exhaustive search and naive loops."""
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -122,7 +121,7 @@ def test_trend_is_the_least_squares_line() -> None:
 def bank_of_two():
     """A bank with a bf16 vector and a matrix, of which some elements moved, some had a gradient, and with intents."""
     params = [torch.ones(40).bfloat16(), seeded(torch.randn, 30, 50).bfloat16()]
-    tracked = [Tracked(name, p, None, 0, "") for name, p in (("a.1.weight", params[0]), ("b.weight", params[1]))]
+    tracked = [Tracked(name, p) for name, p in (("a.1.weight", params[0]), ("b.weight", params[1]))]
     (bank,) = banks_of(tracked)
     starts = [p.clone().float() for p in params]
     intents, touched = [], []
@@ -140,17 +139,17 @@ def bank_of_two():
 
 def test_a_reading_is_what_a_loop_over_elements_finds() -> None:
     bank, tracked, params, starts, intents, touched = bank_of_two()
-    readings = bank.read()
-    assert [r.kind for r in readings] == ["a.*.weight", "b.weight"]
-    assert [r.constant for r in readings] == [True, False]
-    for t, p, start, intent, on, r in zip(tracked, params, starts, intents, touched, readings, strict=True):
+    bank.read(1)
+    assert [r.kind for r in tracked] == ["a.*.weight", "b.weight"]
+    assert [r.constant for r in tracked] == [True, False]
+    for r, p, start, intent, on in zip(tracked, params, starts, intents, touched, strict=True):
         rows = [
             (p.flatten()[i].item(), start.flatten()[i].item(), intent.flatten()[i].item())
-            for i in t.index.tolist()
+            for i in r.index.tolist()
             if on.flatten()[i]
         ]
         moved = [(now - then, u) for now, then, u in rows]
-        assert r.n_touched == len(rows) and r.n_elements == len(t.index)
+        assert r.n_touched == len(rows) and r.n_elements == len(r.index)
         assert r.unchanged == r.unchanged_lately == sum(d == 0 for d, _ in moved)
         assert (r.up, r.down) == (sum(d > 0 for d, _ in moved), sum(d < 0 for d, _ in moved))
         assert r.meant_down == sum(d != 0 and u < 0 for d, u in moved)
@@ -159,14 +158,18 @@ def test_a_reading_is_what_a_loop_over_elements_finds() -> None:
         assert r.intended_square == pytest.approx(sum(u * u for _, u in moved))
         ulps = [u / (np.spacing(np.float32(abs(then))) * 2**16) for _, then, u in rows]
         assert r.ulps_square == pytest.approx(sum(float(x) ** 2 for x in ulps), rel=1e-5)
-    again = bank.read()
-    assert [r.unchanged_lately for r in again] == [r.n_touched for r in again]
-    assert [r.unchanged for r in again] == [r.unchanged for r in readings]
+    unchanged = [r.unchanged for r in tracked]
+    bank.read(1)
+    assert [r.unchanged_lately for r in tracked] == unchanged  # nothing has moved within a step
+    bank.read(2)
+    assert [r.unchanged_lately for r in tracked] == [r.n_touched for r in tracked]
+    assert [r.unchanged for r in tracked] == unchanged
 
 
 def test_the_share_and_its_error_are_those_of_resampled_elements() -> None:
     bank, tracked, params, starts, intents, touched = bank_of_two()
-    matrix = bank.read()[1]
+    bank.read(1)
+    matrix = tracked[1]
     index = tracked[1].index[touched[1].flatten()[tracked[1].index]]
     r = (params[1].float() - starts[1]).flatten()[index]
     u = intents[1].flatten()[index]
@@ -176,14 +179,15 @@ def test_the_share_and_its_error_are_those_of_resampled_elements() -> None:
     drawn = torch.randint(len(u), (2000, len(u)), generator=generator)
     resampled = (r[drawn] * u[drawn]).sum(1) / (u[drawn] ** 2).sum(1)
     assert share.error == pytest.approx(resampled.std().item(), rel=0.1)
-    assert measures.share_of([replace(matrix, intended_square=None)]) is None
+    matrix.intended_square = None
+    assert measures.share_of([matrix]) is None
 
 
 def test_the_states_of_a_gradient_are_told_apart() -> None:
-    bank, *_ = bank_of_two()
-    r = replace(bank.read()[0], n_touched=9, unchanged=4)
-    assert r.gradient == "-"
-    assert replace(r, no_gradient=3).gradient == "none"
-    assert replace(r, no_gradient=3, zero_gradient=1).gradient == "zero"
-    assert replace(r, with_gradient=1, zero_gradient=1).gradient == "yes"
-    assert replace(r, with_gradient=1, unchanged=9).gradient == "lost"
+    r = Tracked("weight", torch.ones(9))
+    r.n_touched, r.unchanged = 9, 4
+    told = [r.gradient]
+    for column, value in {"no_gradient": 3, "zero_gradient": 1, "with_gradient": 1, "unchanged": 9}.items():
+        setattr(r, column, value)
+        told.append(r.gradient)
+    assert told == ["-", "none", "zero", "yes", "lost"]

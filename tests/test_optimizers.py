@@ -120,7 +120,7 @@ def eager(monkeypatch) -> None:
 
 
 def kinds_of(watch: Watch) -> list[str]:
-    return [kind_of([t for t in watch.tracked if t.group is group.group])[0] for group in watch.groups]
+    return [kind_of([t for t in watch.state.tracked if t.owner is group])[0] for group in watch.state.groups]
 
 
 # ---- float32: what a learning rate means -----------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def test_thirty_times_too_low_and_too_high_are_named(name: str) -> None:
         model = toy(width=32)
         watch = watched(model, ALL[name](model, factor), 30)
         assert said(watch)[0] == rule, factor
-        assert watch.groups[0].name in next(f for f in watch.findings if f.rule == rule).where
+        assert watch.state.groups[0].name in next(f for f in watch.findings if f.rule == rule).where
 
 
 def full_rank(model: nn.Module) -> Callable[[int], None]:
@@ -228,7 +228,7 @@ def beside_a_float32_twin(make: Make, factor: float, n: int = 60) -> tuple[Watch
 
     with Watch(model, optimizers) as watch:
         train(watch, model, optimizers, n, before_step=follow)
-    first = watch.window_start
+    first = watch.state.window_start
     shares = {}
     for i, (name, p) in enumerate(model.named_parameters()):
         meant = (gone[-1][i] - gone[first][i]).flatten()
@@ -340,5 +340,5 @@ def test_a_step_that_comes_to_depend_on_its_tensor_is_noticed_later() -> None:
 
     _, _, watch = trained(Turns, is_watched=True)
     known = {r.name for r in watch.readings if r.intended_square}
-    assert watch.window_start == 10 and watch.replays.whole
+    assert watch.state.window_start == 10 and watch.state.replays.whole
     assert {"up.weight", "head.weight"} <= known and watch.findings == []

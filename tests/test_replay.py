@@ -49,7 +49,7 @@ def give_gradients(params: list[nn.Parameter], seed: int) -> None:
 def tracked(params: list[nn.Parameter], optimizer: Optimizer) -> list[Tracked]:
     watch = Watch(nn.ParameterList(params), optimizer)
     watch.close()
-    return watch.tracked
+    return watch.state.tracked
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

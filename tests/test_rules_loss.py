@@ -1,6 +1,5 @@
 """Rules about learning rates and the loss: a training in which each must speak, and ones in which it must not."""
 
-import dataclasses
 import math
 from collections.abc import Callable
 
@@ -34,7 +33,7 @@ def test_fine_tuning_is_not_called_slow() -> None:
     model = toy()
     train(None, model, adamw(model), 150)
     watch = watched(model, adamw(model, lr=1e-5, betas=(0.9, 0.95)), 60, start=150, budget=1000)
-    assert not watch.state().is_fresh
+    assert not watch.state.is_fresh
     assert said(watch) == []
 
 
@@ -94,16 +93,17 @@ def test_accumulated_gradients_are_healthy() -> None:
     assert said(watch) == []
 
 
-def state_with(losses: list[float], lrs: list[float], **changes):
+def state_with(losses: list[float], lrs: list[float]):
     """What the loss rules would see; the model is fresh."""
     model = toy()
     watch = Watch(model, adamw(model, lr=1.0))
     for lr in lrs:
-        watch.optimizers[0].param_groups[0]["lr"] = lr
-        watch.groups[0].note_lr()
-    watch.groups[0].fetch()
+        watch.state.optimizers[0].param_groups[0]["lr"] = lr
+        watch.state.groups[0].note_lr()
+    watch.state.groups[0].fetch()
     watch.check()
-    return dataclasses.replace(watch.state(), losses=losses, step=len(lrs), n_seen=len(lrs), **changes)
+    watch.state.losses = losses
+    return watch.state
 
 
 def noisy(start: float, end: float, n: int = 100) -> list[float]:

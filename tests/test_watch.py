@@ -11,8 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toy import VOCAB, Toy, loss_of, said, toy, train
 
 from moe_lab.health import Watch
-from moe_lab.health.during import state
-from moe_lab.health.during import watch as watch_module
+from moe_lab.health.during import state, tracking
 from moe_lab.optim import Muon
 
 
@@ -58,10 +57,10 @@ def test_a_forward_pass_that_tests_a_tensor_leaves_no_trace() -> None:
     model(torch.randn(2, 1, 8, 8))
     loss = model(torch.randn(2, 1, 8, 8)).sum()
     state, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    assert watch.forward.matters(model[0].weight) is True
-    assert watch.forward.matters(model[4].bias) is True
-    assert watch.forward.matters(model[0].spare) is False  # dropout, which changes the output, too, is off
-    assert watch.forward.matters(torch.zeros(1)) is None
+    assert watch.state.forward.matters(model[0].weight) is True
+    assert watch.state.forward.matters(model[4].bias) is True
+    assert watch.state.forward.matters(model[0].spare) is False  # dropout, which changes the output, too, is off
+    assert watch.state.forward.matters(torch.zeros(1)) is None
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in state.items())
     assert torch.equal(random, torch.get_rng_state())
     assert all(module.training for module in model.modules())
@@ -86,7 +85,7 @@ def test_nothing_is_read_from_the_device_between_checks(monkeypatch) -> None:
     monkeypatch.undo()
     assert watch.findings == [] or "not_measured" not in said(watch)
     watch.check()
-    assert watch.groups[0].lrs == pytest.approx([0.1] * 9)
+    assert watch.state.groups[0].lrs == pytest.approx([0.1] * 9)
     assert watch.readings[0].with_gradient == 2  # updates 1 and 6
 
 
@@ -101,10 +100,10 @@ def test_no_hook_is_copied_or_saved(tmp_path) -> None:
         assert b"moe_lab" not in saved
     twin = copy.deepcopy(model)
     twin_optimizer = copy.deepcopy(optimizer)
-    inputs = watch.forward.inputs
+    inputs = watch.state.forward.inputs
     loss_of(twin, 9).backward()
     twin_optimizer.step()
-    assert watch.step == 3 and watch.forward.inputs is inputs
+    assert watch.step == 3 and watch.state.forward.inputs is inputs
     loaded = torch.load(tmp_path / "model.pt", weights_only=False)
     assert torch.equal(loaded(torch.zeros(1, 4, dtype=torch.long)), model(torch.zeros(1, 4, dtype=torch.long)))
 
@@ -128,7 +127,7 @@ def test_after_closing_nothing_is_left_and_it_can_be_attached_again() -> None:
     watch.attach()
     train(watch, model, [optimizer], 25)
     watch.check()
-    assert watch.window_start == 25
+    assert watch.state.window_start == 25
     assert all(r.realised_intended < 1.2 * r.intended_square for r in watch.readings)
 
 
@@ -142,8 +141,8 @@ def test_a_resumed_optimizers_learning_rates_are_its_own() -> None:
     optimizer.param_groups[0]["lr"] = 5e-3
     train(watch, model, [optimizer], 10)
     watch.check()
-    assert watch.groups[0].lrs == [1e-3] * 12 + [5e-3] * 10
-    assert watch.tracked[0].group["lr"] == 5e-3
+    assert watch.state.groups[0].lrs == [1e-3] * 12 + [5e-3] * 10
+    assert watch.state.tracked[0].group["lr"] == 5e-3
 
 
 def test_steps_that_a_loss_scaler_skips_are_not_counted() -> None:
@@ -196,8 +195,8 @@ def test_parameters_that_join_later_are_taken_in() -> None:
         train(watch, model, [optimizer], 30)
     readings = {r.name: r for r in watch.readings}
     assert readings["head.weight"].gradient == readings["up.weight"].gradient == "yes"
-    assert readings["head.weight"].group == "adamw[1]"
-    assert watch.groups[1].lrs[0] == 2e-3
+    assert readings["head.weight"].owner.name == "adamw[1]"
+    assert watch.state.groups[1].lrs[0] == 2e-3
     assert set(said(watch)) <= {"not_frozen"}
 
 
@@ -222,7 +221,7 @@ def test_a_step_within_a_step_counts_once_even_after_an_error() -> None:
     optimizer.broken = False
     train(watch, model, [optimizer], 10)
     assert watch.step == 15  # the attempt was one
-    assert watch.last_read >= 10
+    assert watch.state.last_read >= 10
 
 
 def test_an_optimizer_that_has_stopped_is_not_waited_for() -> None:
@@ -231,7 +230,7 @@ def test_an_optimizer_that_has_stopped_is_not_waited_for() -> None:
     watch = Watch(model, [first, second])
     train(watch, model, [first, second], 3)
     train(watch, model, [first], 30)
-    assert watch.last_read > 20
+    assert watch.state.last_read > 20
 
 
 def test_weights_loaded_before_the_first_update_are_where_it_counts_from() -> None:
@@ -250,7 +249,7 @@ def test_a_long_training_is_watched_in_bounded_memory(monkeypatch) -> None:
     """What is kept one by one is bounded; sums, peak and findings are those of the whole training."""
     found = {}
     for history in (20, 10**6):
-        for module in (state, watch_module):
+        for module in (state, tracking):
             monkeypatch.setattr(module, "HISTORY", history)
         model = toy()
         optimizer = AdamW(model.parameters(), lr=3e-4)
@@ -259,11 +258,11 @@ def test_a_long_training_is_watched_in_bounded_memory(monkeypatch) -> None:
             optimizer.param_groups[0]["lr"] = 1e-4
             train(watch, model, [optimizer], 150, start=150)
             watch.check()
-        (group,) = watch.groups
+        (group,) = watch.state.groups
         assert (group.n, group.last, group.peak) == (300, 1e-4, 3e-4)
         assert group.total == pytest.approx(150 * 3e-4 + 150 * 1e-4)
         assert len(group.lrs) == min(history, 300)
-        assert len(watch.fetched_losses) <= 3 * history and (len(watch.fetched_losses) == 300) == (history > 300)
+        assert len(watch.state.losses) <= 3 * history and (len(watch.state.losses) == 300) == (history > 300)
         found[history] = [f.to_dict() for f in watch.findings]
     assert found[20] == found[10**6] and [f["rule"] for f in found[20]].count("reach") == 1
 
@@ -283,7 +282,7 @@ def test_a_layer_that_is_unfrozen_is_read_at_the_next_check_even_between_two_rea
     assert [f for f in watch.findings if f.rule == "not_measured"] == []
     train(watch, model, [optimizer], 10)
     watch.check()
-    assert len(watch.readings) == len(watch.tracked) and set(said(watch)) <= {"not_frozen"}
+    assert len(watch.readings) == len(watch.state.tracked) and set(said(watch)) <= {"not_frozen"}
 
 
 class Accelerated(torch.optim.Optimizer):
@@ -318,7 +317,7 @@ def test_wrappers_that_hold_the_optimizer_are_watched(wrap) -> None:
         wrapped = wrap(AdamW(model.parameters(), lr=0.01))
         watch = Watch(model, [wrapped] if in_a_list else wrapped)
         train(watch, model, [wrapped], 12)
-        assert (watch.step, watch.last_read, said(watch)) == (12, 10, [])
+        assert (watch.step, watch.state.last_read, said(watch)) == (12, 10, [])
 
 
 def test_the_variance_of_the_logits_is_taken_from_some_rows() -> None:
@@ -338,4 +337,4 @@ def test_the_variance_of_the_logits_is_taken_from_some_rows() -> None:
         logits = model(ids)
     assert max(sizes) == 256 * VOCAB
     expected = logits.float().var(dim=-1).mean()
-    assert watch.forward.logit_variance.item() == pytest.approx(expected.item(), rel=0.1)
+    assert watch.state.forward.logit_variance.item() == pytest.approx(expected.item(), rel=0.1)

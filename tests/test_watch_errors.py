@@ -8,7 +8,7 @@ from toy import finding, said, toy, train, watched
 
 from moe_lab.health import Watch
 from moe_lab.health.during.bank import Bank
-from moe_lab.health.during.state import Rule
+from moe_lab.health.during.rule import Rule
 
 
 class Exotic(SGD):
@@ -43,12 +43,12 @@ def test_a_broken_rule_is_named_once_and_asked_again() -> None:
         asked.append(state.step)
         if state.step != 20:
             raise ZeroDivisionError("division by zero")
-        return {"loss": 1}
+        return {"loss": {}}
 
     with Watch(model, optimizer) as watch:
-        watch.rules.insert(0, Rule("reach", "info", broken, lambda state, ill: ("loss", "said at last", "")))
+        watch.rules = (Rule("reach", "info", broken, "said at last", ""), *watch.rules)
         losses = train(watch, model, [optimizer], 30)
-    assert len(losses) == 30 and watch.last_read == 30 and asked == [10, 20, 30, 30]
+    assert len(losses) == 30 and watch.state.last_read == 30 and asked == [10, 20, 30, 30]
     assert said(watch) == ["not_measured"] and "ZeroDivisionError" in finding(watch, "not_measured").message
     assert finding(watch, "reach").message == "said at last" and finding(watch, "reach").step == 20
 
@@ -57,7 +57,7 @@ def test_a_watch_that_fails_stops_and_the_training_goes_on(monkeypatch, tmp_path
     model = toy()
     optimizer = AdamW(model.parameters(), lr=1e-3)
     watch = Watch(model, optimizer, log=tmp_path / "log.jsonl")
-    monkeypatch.setattr(Bank, "read", lambda self: [][0])
+    monkeypatch.setattr(Bank, "read", lambda self, step: [][0])
     losses = train(watch, model, [optimizer], 30)
     assert len(losses) == 30 and watch.step == 10 and watch.handles == []
     assert said(watch) == ["not_measured"] and "IndexError" in watch.findings[-1].message

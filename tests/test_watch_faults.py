@@ -19,17 +19,18 @@ from torch.optim import AdamW
 from toy import Toy, loss_of, toy
 
 from moe_lab.health import Watch
-from moe_lab.health.during import bank, rules_loss, rules_updates
+from moe_lab.health.during import bank, rules_loss, rules_updates, state
 from moe_lab.health.during import watch as watch_module
 from moe_lab.health.during.forward import ForwardProbe
+from moe_lab.health.during.state import State
 from moe_lab.health.torch_private import is_nested_step
 from moe_lab.optim import Muon
 
-GUARDS = {"Hook.__call__", "Watch.failed", "Watch.forward_failed", "Watch.give_up"}  # what catches
+GUARDS = {"Hook.__call__", "Watch.stop", "Watch.fail"}  # what catches
 # the model's own code is called there, and may not like it: no answer is an answer
 ASKING_THE_MODEL = {"tensors_of", "ForwardProbe.try_changed.<locals>.outputs"}
 OTHER_WAYS = {"replay_elements"}  # whole tensors are tried then
-OTHERS_CALLS = {"Watch.observe", "Watch.state"}  # by the training itself, or by a caller of one's own
+OTHERS_CALLS = {"Watch.observe"}  # by the training itself
 
 ERRORS = [KeyError("key"), torch.OutOfMemoryError("CUDA out of memory")]
 ERRORS += [torch.AcceleratorError("CUDA error: an illegal memory access")] if hasattr(torch, "AcceleratorError") else []
@@ -47,7 +48,8 @@ class Spare(Toy):
 def in_a_hurry(monkeypatch) -> None:
     """Six updates reach what hundreds would."""
     for module, limits in (
-        (watch_module, {"READ_EVERY": 2, "CHECK_EVERY": 2, "WINDOW": 4, "LISTENED": 6}),
+        (state, {"READ_EVERY": 2, "WINDOW": 4}),
+        (watch_module, {"CHECK_EVERY": 2, "WINDOW": 4, "LISTENED": 6}),
         (
             rules_updates,
             {
@@ -172,7 +174,7 @@ def untouched(in_a_hurry) -> None:
 def test_no_function_that_a_hook_reaches_can_end_the_training() -> None:
     functions = reached(trained)
     names = {f.__qualname__ for f in functions}
-    assert {"is_nested_step", "Bank.sums", "ulp", "elements", "no_gradient", "Watch.follow", "share_of"} <= names
+    assert {"is_nested_step", "Bank.sums", "ulp", "elements", "no_gradient", "State.follow", "share_of"} <= names
     assert {"ForwardProbe.keep_variance", "ForwardProbe.keep_ids", "Replays.add", "Published.add"} <= names
     assert len(functions) > 60
     for n, function in enumerate(functions):
@@ -193,7 +195,7 @@ def test_nor_can_a_function_that_tells_of_a_failure(tmp_path) -> None:
             trained(during=during, log=log)
 
     functions = reached(failing)
-    assert {"Watch.publish_failure", "Watch.close", "ForwardProbe.close", "Published.note"} <= {
+    assert {"Published.add_failure", "Watch.close", "ForwardProbe.close", "Published.note"} <= {
         f.__qualname__ for f in functions
     }
     for function in functions:
@@ -205,7 +207,7 @@ def test_the_training_may_have_errors_of_its_own() -> None:
     model = toy()
     optimizer = AdamW(model.parameters())
     watch = Watch(model, optimizer)
-    with broken(Watch.follow, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+    with broken(State.follow, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
         for step in range(2):
             loss_of(model, step).backward()
             optimizer.step()

@@ -32,9 +32,9 @@ def test_steps_are_the_runs_own_and_checks_fall_on_the_same_ones(tmp_path, monke
     watch.close()
     watch, *_ = run(tmp_path / "log", 48, 24, model, optimizer)
     assert checks == [10, 20, 30, 40]
-    assert (watch.step, watch.n_seen, watch.last_read) == (48, 24, 40)
+    assert (watch.step, watch.state.n_seen, watch.state.last_read) == (48, 24, 40)
     assert {r.with_gradient for r in watch.readings} == {3}  # updates 26, 31, 36
-    assert watch.state().step == 48
+    assert watch.state.step == 48
 
 
 def test_what_was_found_before_is_not_found_again(tmp_path) -> None:
@@ -88,5 +88,5 @@ def test_a_resumed_model_is_not_taken_for_a_new_one(tmp_path) -> None:
     watch = Watch(model, optimizer, start_step=100)
     train(watch, model, [optimizer], 40, start=100, reported=lambda loss: 0 * loss + 2.0)  # converged: it stands still
     watch.check()
-    assert watch.forward.logit_variance is None and not watch.state().is_fresh
+    assert watch.state.forward.logit_variance is None and not watch.state.is_fresh
     assert said(watch) == []

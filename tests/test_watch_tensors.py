@@ -45,9 +45,9 @@ def test_odd_tensors_are_watched(fused) -> None:
     readings = {r.name: r for r in watch.readings}
     assert set(readings) == {"conv.weight", "conv.bias", "scale", "wave"}
     assert readings["wave"].n_elements == 12  # real and imaginary parts
-    assert readings["scale"].n_elements == 1 and readings["scale"].shape == ()
+    assert readings["scale"].n_elements == 1 and readings["scale"].param.shape == ()
     assert said(watch) == []
-    (t,) = [t for t in watch.tracked if t.name == "conv.weight"]
+    (t,) = [t for t in watch.state.tracked if t.name == "conv.weight"]
     assert torch.equal(t.sample(model.conv.weight), model.conv.weight.detach().contiguous().flatten()[t.index])
 
 
@@ -66,7 +66,7 @@ def test_number_formats(dtype, lr, sick) -> None:
     watch = watched(model, [AdamW(model.parameters(), lr=lr, weight_decay=0.0, eps=1e-7)], 60)
     assert ("lost_updates" in said(watch)) == sick
     assert "frozen_tensor" not in said(watch)
-    assert {r.dtype for r in watch.readings} == {r.state_dtypes[0] for r in watch.readings} == {dtype}
+    assert {r.param.dtype for r in watch.readings} == {r.state_dtypes[0] for r in watch.readings} == {dtype}
     if dtype == torch.float64:
         assert max(r.unchanged for r in watch.readings) == 0
 
@@ -140,7 +140,7 @@ def test_a_loop_that_keeps_float32_masters_is_healthy() -> None:
                 for p, master in zip(model.parameters(), masters, strict=True):
                     p.copy_(master)
     assert not {"lost_updates", "not_in_optimizer", "no_gradient", "frozen_tensor"} & set(said(watch))
-    assert {r.dtype for r in watch.readings} == {torch.float32}
+    assert {r.param.dtype for r in watch.readings} == {torch.float32}
     assert {r.gradient for r in watch.readings} == {"yes"}
 
 
@@ -175,7 +175,7 @@ def test_a_wrapper_of_the_model_changes_the_names_alone() -> None:
     model = nn.DataParallel(inner)
     watch = watched(model, [AdamW(model.parameters(), lr=0.01)], 40)
     assert {r.kind for r in watch.readings} == {f"module.{name}" for name, _ in inner.named_parameters()}
-    assert watch.forward.vocab_size == VOCAB and watch.forward.logit_variance is not None
+    assert watch.state.forward.vocab_size == VOCAB and watch.state.forward.logit_variance is not None
     assert said(watch) == []
 
 
@@ -199,7 +199,7 @@ def test_a_sharded_model_is_watched_by_its_own_part(tmp_path) -> None:
         dist.destroy_process_group()
     assert type(model.up.weight).__name__ == "DTensor"
     assert said(watch)[0] == "lost_updates"
-    assert watch.forward.matters(model.up.weight) is None  # a pass would wait for the other processes
+    assert watch.state.forward.matters(model.up.weight) is None  # a pass would wait for the other processes
 
 
 # ---- input that cannot be watched ------------------------------------------------------------------------------------

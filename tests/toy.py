@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from moe_lab.health import Finding, Watch
-from moe_lab.health.during.state import Rule, State
+from moe_lab.health.during.rule import Rule
+from moe_lab.health.during.state import State
 
 VOCAB = 64
 

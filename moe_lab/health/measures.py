@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import linear_regression
 from typing import NamedTuple
 
@@ -119,7 +118,6 @@ def trend(losses: Sequence[float]) -> Trend:
     return Trend(slope, math.sqrt(rest / (n - 2) * 12 / (n**3 - n)))
 
 
-@dataclass(frozen=True, kw_only=True)
 class Sums:
     """What is added up over a tensor's sampled elements. Touched ones alone, unless it says all: those whose gradient has been
     non-zero at least once (an embedding's row counts from its first gradient on). r: realised, u: intended displacement."""
@@ -141,33 +139,7 @@ class Sums:
     n_varied: float  # that differ from the tensor's first when the watch began, all
 
 
-@dataclass(frozen=True, kw_only=True)
-class Reading(Sums):
-    """What a watch knows of one tensor at one moment, from its sampled elements."""
-
-    name: str
-    kind: str  # the name with its numbers replaced by *: layers.*.seq_norm.weight
-    group: str  # the optimizer's group, or "" for a tensor in no optimizer
-    dtype: torch.dtype
-    state_dtypes: tuple[torch.dtype, ...]  # of what the optimizer keeps for each element; empty before its first step
-    shape: tuple[int, ...]
-    n_elements: int  # sampled
-    grad_norm: float  # the largest seen, whole tensor
-    with_gradient: int  # gradient readings that were not zero
-    zero_gradient: int
-    no_gradient: int
-
-    @property
-    def constant(self) -> bool:
-        """Whether all sampled elements were one value when the watch began, as in a fresh norm."""
-        return self.n_varied == 0
-
-    @property
-    def gradient(self) -> str:
-        """`none`, `zero`, `yes`, or `lost`: it arrives, and no sampled element has moved; `-` before the first look."""
-        if not self.with_gradient:
-            return "zero" if self.zero_gradient else "none" if self.no_gradient else "-"
-        return "lost" if self.n_touched and self.unchanged == self.n_touched else "yes"
+SUMS = tuple(Sums.__annotations__)
 
 
 class Share(NamedTuple):
@@ -182,7 +154,7 @@ def ratio_of_sums(ru: float, uu: float, rruu: float, ruuu: float, uuuu: float) -
     return rho, math.sqrt(max(0.0, rruu - 2 * rho * ruuu + rho**2 * uuuu)) / uu
 
 
-def share_of(readings: Sequence[Reading]) -> Share | None:
+def share_of(readings: Sequence[Sums]) -> Share | None:
     """ρ over several tensors with its standard error; None where the intended updates are not known or zero."""
     known = [r for r in readings if r.intended_square]
     if not known:

@@ -58,9 +58,9 @@ def test_a_transformers_model_in_float32_is_healthy(make) -> None:
     model = make()
     watch = trained(model, AdamW(model.parameters(), lr=1e-3))
     assert [f for f in watch.findings if f.severity != "info"] == []
-    assert watch.losses == [] and watch.fetched_losses[-1] < watch.fetched_losses[0] - 1
-    assert watch.forward.vocab_size == 256
-    assert watch.state().expected_start == pytest.approx(watch.fetched_losses[0], abs=0.1)
+    assert watch.state.losses[-1] < watch.state.losses[0] - 1
+    assert watch.state.forward.vocab_size == 256
+    assert watch.state.expected_start == pytest.approx(watch.state.losses[0], abs=0.1)
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])

@@ -2,12 +2,13 @@
 
 watch.py         the Watch: hooks, checks, report
 rules.py         the rules in the order in which they are asked
-rules_setup.py   who is updated at all: optimizers, frozen parts, broken gradients, decay of norms
-rules_updates.py what becomes of updates: lost to rounding, without gradient, one direction only
+rules_setup.py   who is updated at all: optimizers, frozen parts, decay of norms
+rules_updates.py what becomes of updates: broken gradients, lost to rounding, without gradient, one direction only
 rules_lr.py      learning rates, measured steps against the usual ones; reach
 rules_loss.py    the first loss, a loss that rises, stands still or is NaN
-state.py         what a rule is, and what it sees: readings, learning rates, losses
-tracking.py      which tensors are followed, and under which names
+rule.py          what a rule is: something to look for, and the words for it
+state.py         what is known of a training, which the rules see
+tracking.py      which tensors are followed, under which names and in which groups
 bank.py          their sampled elements: where they were, are, and were meant to go
 gradients.py     who gets a gradient, and how large
 intended.py      what a step is meant to do: the optimizer's own, replayed in float32

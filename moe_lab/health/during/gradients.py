@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from ..findings import grouped
 from ..sampling import plain
 from ..torch_private import norms
-from .bank import Tracked
+from .tracking import Tracked
 
 
 class Gradients:

@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from ..findings import grouped
 from ..random_state import RandomState
 from ..torch_private import unhooked_step
-from .bank import Tracked
+from .tracking import Tracked
 
 # What keeps lost bits for later: then a weight's own format says nothing about what is lost.
 KEEPS_BITS = re.compile(r"kahan|compensat|master|residual|shift", re.IGNORECASE)

@@ -7,9 +7,15 @@ from pathlib import Path
 
 from ..findings import SEVERITIES, Finding
 
-ADVICE = "what was found before stands; the training itself is not affected"
-FAILED_TWICE = "the watch failed, and failed again while it said so"
-LAST_WORDS = Finding("not_measured", "warning", "the watch", FAILED_TWICE, ADVICE)  # made before anything can go wrong
+STANDS = "what was found before stands; the training itself is not affected"
+
+
+def not_measured(severity: str, where: str, message: str, step: int | None = None) -> Finding:
+    return Finding("not_measured", severity, where, message, STANDS, step=step)
+
+
+# made before anything can go wrong
+LAST_WORDS = not_measured("warning", "the watch", "the watch failed, and failed again while it said so")
 
 
 class Published:
@@ -21,24 +27,25 @@ class Published:
     """
 
     def __init__(self, log: str | Path | None, start_step: int):
-        self.log, self.findings = (None, []) if log is None else open_log(log, start_step)
+        self.log = None if log is None else Path(log)
+        self.findings = open_log(self.log, start_step) if self.log else []
         # by rule and subject (None: all), the gravest severity told
         self.gravest: dict[tuple[str, str | None], int] = {}
         for finding in self.findings:
-            self.note(finding, finding.where if finding.rule == "not_measured" else None)
+            self.note(finding, [finding.where if finding.rule == "not_measured" else None])
 
-    def note(self, finding: Finding, *subjects: str | None) -> None:
-        level = SEVERITIES.index(finding.severity)
+    def note(self, finding: Finding, subjects: list[str | None]) -> None:
         for key in ((finding.rule, subject) for subject in subjects):
+            level = SEVERITIES.index(finding.severity)
             self.gravest[key] = min(level, self.gravest.get(key, level))
 
     def is_news(self, rule: str, severity: str, subject: str) -> bool:
         before = min(self.gravest.get((rule, key), len(SEVERITIES)) for key in (subject, None))
         return SEVERITIES.index(severity) < before
 
-    def add(self, finding: Finding, *subjects: str) -> None:
+    def add(self, finding: Finding, subjects: list[str]) -> None:
         """Keep and write a finding about these subjects."""
-        self.note(finding, *subjects)
+        self.note(finding, subjects)
         self.findings.append(finding)
         if self.log:
             try:
@@ -46,34 +53,33 @@ class Published:
                     file.write(json.dumps(finding.to_dict(), ensure_ascii=False) + "\n")
             except OSError as error:
                 path, self.log = self.log, None
-                self.add_failure("warning", str(path), finding.step, "findings are no longer written there", error)
+                self.add_failure(error, str(path), "findings are no longer written there", finding.step)
 
-    def add_failure(self, severity: str, where: str, step: int | None, what: str, error: Exception) -> None:
+    def add_failure(self, error: Exception, where: str, what: str, step: int | None, severity: str = "warning") -> None:
         """Say once for each `where` what cannot be measured."""
         if self.is_news("not_measured", severity, where):
             message = f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            self.add(Finding("not_measured", severity, where, message, ADVICE, step=step), where)
+            self.add(not_measured(severity, where, message, step), [where])
 
 
-def open_log(path: str | Path, start_step: int) -> tuple[Path, list[Finding]]:
-    """The path of a file that can be appended to, its folder made if need be, and what a resumed run has found before.
+def open_log(path: Path, start_step: int) -> list[Finding]:
+    """What a resumed run has found before, from a file that can be appended to; its folder is made if need be.
 
     Findings beyond `start_step`, and a line that a kill cut short, are taken out of the file of a resumed run; that of a new
     one is left as it is. Raises ValueError if the file cannot be written or holds something else.
     """
-    path, kept = Path(path), []
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("a").close()
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if start_step else []
-        whole = [line for line in lines if line.endswith("\n")]
-        kept = [row for row in map(json.loads, whole) if (row["step"] or 0) <= start_step]
+        told = [(line, Finding(**json.loads(line))) for line in lines if line.endswith("\n")]
+        kept = [(line, finding) for line, finding in told if (finding.step or 0) <= start_step]
         if len(kept) < len(lines):
             temporary = path.with_name(path.name + ".part")
-            temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+            temporary.write_text("".join(line for line, _ in kept), encoding="utf-8")
             temporary.replace(path)
-        return path, [Finding(**row) for row in kept]
     except OSError as error:
         raise ValueError(f"log={str(path)!r} cannot be written: {error.strerror}") from error
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"log={str(path)!r} holds no findings: {error}; give another, or move it") from error
+    return [finding for _, finding in kept]

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from ..measures import Reading, share_of
-from .state import by_kind
+from ..measures import share_of
+from .rule import by_kind
+from .tracking import Tracked
 
 WIDTHS = {"n": 3, "format": 9, "grad": 4, "norm": 7, "moved": 7, "still": 5, "lately": 6, "arrived": 7}
 LEGEND = (
@@ -20,7 +21,7 @@ LEGEND = (
 )
 
 
-def table(readings: Sequence[Reading], step: int, width: int | None = None) -> str:
+def table(readings: Sequence[Tracked], step: int, width: int | None = None) -> str:
     """What the last reading says, in lines of at most `width` characters (the terminal's, 80 to 120; 100 in a notebook or a
     file); long names are cut."""
     width = width or min(120, max(80, shutil.get_terminal_size((100, 24)).columns))
@@ -32,20 +33,20 @@ def table(readings: Sequence[Reading], step: int, width: int | None = None) -> s
     return "\n".join([f"after {step} updates", *lines, *textwrap.wrap(LEGEND, width)])
 
 
-def cells(mine: Sequence[Reading]) -> tuple[str, ...]:
+def cells(mine: Sequence[Tracked]) -> tuple[str, ...]:
     """The columns for tensors of one kind."""
-    touched = sum(r.n_touched for r in mine)
-    weight = math.sqrt(sum(r.weight_square for r in mine) / sum(r.n_elements for r in mine))
-    moved = math.sqrt(sum(r.moved_square for r in mine) / touched) if touched else 0.0
-    share, gradients = share_of(mine), {r.gradient for r in mine}
+    touched = sum(t.n_touched for t in mine)
+    weight = math.sqrt(sum(t.weight_square for t in mine) / sum(t.n_elements for t in mine))
+    moved = math.sqrt(sum(t.moved_square for t in mine) / touched) if touched else 0.0
+    share, gradients = share_of(mine), {t.gradient for t in mine}
     return (
         str(len(mine)),
-        f"{formats(r.dtype for r in mine)}/{formats(d for r in mine for d in r.state_dtypes)}",
+        f"{formats(t.param.dtype for t in mine)}/{formats(d for t in mine for d in t.state_dtypes)}",
         gradients.pop() if len(gradients) == 1 else "some",
-        f"{max(r.grad_norm for r in mine):.1e}",
+        f"{max(t.grad_norm for t in mine):.1e}",
         f"{moved / (weight or 1.0):.1e}" if touched else "-",
-        f"{sum(r.unchanged for r in mine) / touched:.0%}" if touched else "-",
-        f"{sum(r.unchanged_lately for r in mine) / touched:.0%}" if touched else "-",
+        f"{sum(t.unchanged for t in mine) / touched:.0%}" if touched else "-",
+        f"{sum(t.unchanged_lately for t in mine) / touched:.0%}" if touched else "-",
         f"{share.rho:.0%}" if share else "-",
     )
 

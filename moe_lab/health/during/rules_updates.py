@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 
-from ..findings import several
-from ..measures import Reading, Share, share_of
+from ..measures import share_of
 from . import intended
-from .bank import Tracked
-from .state import GroupState, Rule, State, by_kind, of_tensors
+from .rule import Rule, by_kind
+from .state import State
 from .steps import kind_of
+from .tracking import Tracked
 
 LOST_ERROR, LOST_WARNING = 0.5, 0.95  # ρ, realised over intended displacement
 LOST_UPDATES = 20  # updates before ρ is judged
@@ -30,180 +28,180 @@ WAIT_READINGS = 3  # readings of the gradients until then, 5 updates apart
 UNREPLAYED = 50  # updates before 16-bit weights under an unknown optimizer are judged
 
 
-class Lost(NamedTuple):
-    share: Share
-    readings: list[Reading]
-    n_sick: int  # kinds of tensor, also those that were told before
-    n_kinds: int
+def nonfinite_gradient(state: State) -> dict[str, list[Tracked]]:
+    return by_kind(t for t in state.tracked if not t.finite)
 
 
-def lost_updates(state: State, limit: float, ulps: float) -> dict[str, Lost]:
+def lost_updates(state: State, limit: float, ulps: float) -> dict[str, dict]:
     """16-bit weights: realised against intended displacement, kind by kind, the worst first."""
     if state.window < LOST_UPDATES:
         return {}
-    kinds = by_kind([r for r in state.readings if r.intended_square and r.dtype.itemsize < 4])
+    kinds = by_kind(t for t in state.readings if t.intended_square and t.is_narrow)
     shares = {kind: share_of(mine) for kind, mine in kinds.items()}
     sick = {k: s for k, s in shares.items() if s.rho + SIGMAS * s.error < limit and s.intended_ulps >= ulps}
-    worst_first = sorted(sick, key=lambda kind: sick[kind].rho)
-    return {kind: Lost(sick[kind], kinds[kind], len(sick), len(kinds)) for kind in worst_first}
+    common = {"limit": limit, "window": state.window, "n_sick": len(sick), "n_kinds": len(kinds)}
+    return {
+        kind: {
+            "value": shares[kind].rho,
+            "error": shares[kind].error,
+            "worst": kind,
+            "still": sum(t.unchanged for t in kinds[kind]) / max(1, sum(t.n_touched for t in kinds[kind])),
+            "dtype": str(kinds[kind][0].param.dtype).removeprefix("torch."),
+            **common,
+        }
+        for kind in sorted(sick, key=lambda kind: sick[kind].rho)
+    }
 
 
-def partly_lost(state: State) -> dict[str, Lost]:
-    """None where an error says what the warning would, or what is missing may be carried on to later updates."""
-    carrying = {id(g.optimizer) for g in state.groups if intended.keeps_lost_bits(g.optimizer)}
-    carried = {t.kind for t in state.tracked if id(t.optimizer) in carrying}
-    lost = {} if badly_lost(state) else lost_updates(state, LOST_WARNING, LOST_ULPS[1])
-    return {kind: what for kind, what in lost.items() if kind not in carried}
-
-
-def badly_lost(state: State) -> dict[str, Lost]:
+def badly_lost(state: State) -> dict[str, dict]:
     return lost_updates(state, LOST_ERROR, LOST_ULPS[0])
 
 
-def tell_lost(limit: float, state: State, ill: Mapping[str, Lost]) -> tuple:
-    worst, (share, readings, n_sick, n_kinds) = next(iter(ill.items()))
-    still = sum(r.unchanged for r in readings) / max(1, sum(r.n_touched for r in readings))
-    dtype = str(readings[0].dtype).removeprefix("torch.")
-    message = (
-        f"{dtype} rounds updates away: {worst} realised {share.rho:.0%} (± {share.error:.0%}) of the displacement "
-    )
-    message += f"its optimizer intended over {state.window} updates, {still:.0%} of its elements never moved; "
-    message += f"{n_sick} of {n_kinds} kinds of tensor are below {limit:g}"
-    advice = "keep the parameters in float32 and compute under autocast; or use an optimizer with fp32 masters, Kahan "
-    return several(list(ill)), message, advice + "summation or stochastic rounding", share.rho, limit
+def partly_lost(state: State) -> dict[str, dict]:
+    """None where an error says what the warning would, or what is missing may be carried on to later updates."""
+    lost = {} if badly_lost(state) else lost_updates(state, LOST_WARNING, LOST_ULPS[1])
+    carrying = [o for o in state.optimizers if intended.keeps_lost_bits(o)]
+    carried = {t.kind for t in state.tracked if t.optimizer in carrying}
+    return {kind: facts for kind, facts in lost.items() if kind not in carried}
 
 
-def no_gradient(state: State, *answers: bool | None) -> dict[str, list[Tracked]]:
-    """Trainable tensors without any gradient of which `forward.matters` gives one of these answers.
+def no_gradient(state: State, matters: bool | None) -> dict[str, list[Tracked]]:
+    """Trainable tensors without any gradient of which `forward.matters` gives this answer.
 
     That repeats a forward pass, once a kind for the whole training: no other rule computes anything.
     """
     if state.n_seen <= WAIT:
         return {}
-    never = [t for t in state.tracked if t.optimizer is not None and t.param.requires_grad and not t.with_gradient]
+    never = [t for t in state.tracked if t.owner and t.param.requires_grad and not t.with_gradient]
     never = [t for t in never if t.no_gradient + t.zero_gradient >= WAIT_READINGS]
-    never = [t for t in never if t.name not in state.frozen_on_purpose and not t.is_outside_model]
-    return {kind: ts for kind, ts in by_kind(never).items() if state.forward.matters(ts[0].param) in answers}
+    never = [t for t in never if t.name not in state.frozen_on_purpose and not t.is_master]
+    return {kind: ts for kind, ts in by_kind(never).items() if state.forward.matters(ts[0].param) is matters}
 
 
-def cut_off(state: State) -> dict[str, list[Tracked]]:
-    return no_gradient(state, True)
-
-
-tell_cut_off = partial(
-    of_tensors,
-    "{n} tensors shape the output but got no gradient in {updates} updates: {names}",
-    "learning is cut off there: look for detach(), no_grad, item() or an argmax between them and the loss",
-)
-
-
-def idle(state: State) -> dict[str, list[Tracked]]:
-    return {} if cut_off(state) else no_gradient(state, False, None)
-
-
-def tell_idle(state: State, ill: Mapping[str, list[Tracked]]) -> tuple:
-    known = all(state.forward.matters(ts[0].param) is False for ts in ill.values())
-    what = "do not change the output" if known else "have no gradient"
-    message = f"{{n}} trainable tensors {what} and got no gradient in {{updates}} updates: {{names}}"
-    return of_tensors(
-        message, "take them out of the model or the optimizer, or find out why nothing uses them", state, ill
-    )
+def idle(state: State, matters: bool | None) -> dict[str, list[Tracked]]:
+    """The same where nothing is cut off: what is behind a cut has no gradient either."""
+    return {} if no_gradient(state, True) else no_gradient(state, matters)
 
 
 def sparse_gradient(state: State) -> dict[str, list[Tracked]]:
-    return by_kind([t for t in state.tracked if t.sparse])
-
-
-tell_sparse = partial(
-    of_tensors,
-    "sparse gradients: {names}; its lost updates are not measured",
-    "nothing to do; set sparse=False for a while to have it measured",
-    limit=None,
-)
+    return by_kind(t for t in state.tracked if t.sparse)
 
 
 def bf16_parameters(state: State) -> dict[str, list[Tracked]]:
     """16-bit weights under an optimizer whose step was not replayed: judged by what moved at all, and only a warning."""
     if state.n_seen < UNREPLAYED:
         return {}
-    replayed = {id(t.optimizer) for t in state.tracked if t.intended_known}
-    unknown = [(t, r) for t, r in state.read if t.is_narrow and t.optimizer and id(t.optimizer) not in replayed]
-    stuck = [t for t, r in unknown if r.n_touched and r.unchanged == r.n_touched]
-    return by_kind([t for t in stuck if not intended.keeps_lost_bits(t.optimizer)])
-
-
-def tell_bf16_parameters(state: State, ill: Mapping[str, list[Tracked]]) -> tuple:
-    stuck, names = [t for mine in ill.values() for t in mine], several(sorted(ill))
-    classes = " and ".join(dict.fromkeys(type(t.optimizer).__name__ for t in stuck))
-    message = f"16-bit parameters under {classes}, whose intended steps are not known: no sampled "
-    message += f"element of {names} has moved in {state.n_seen} updates"
-    advice = "keep the parameters in float32, or make sure that this optimizer keeps what rounding loses"
-    return names, message, advice, len(stuck), 0
+    replayed = {t.optimizer for t in state.tracked if t.intended_known}
+    unknown = [t for t in state.readings if t.is_narrow and t.owner and t.optimizer not in replayed]
+    return by_kind(t for t in unknown if t.is_still and not intended.keeps_lost_bits(t.optimizer))
 
 
 def frozen_tensor(state: State) -> dict[str, list[Tracked]]:
     """Tensors with gradients and a learning rate of which nothing has moved although their travel would show."""
-    groups = {id(group.group): group for group in state.groups}
-    stuck = [(t, r) for t, r in state.read if t.with_gradient >= FROZEN_READINGS and r.unchanged == r.n_touched > 0]
-    stuck = [(t, r) for t, r in stuck if not (r.intended_square and t.is_narrow)]  # lost_updates measures those
-    stuck = [(t, r) for t, r in stuck if id(t.group) in groups and not intended.keeps_lost_bits(t.optimizer)]
-    members = {id(t.group): [other for other in state.tracked if other.group is t.group] for t, _ in stuck}
-    ulps = [(t, expected_ulps(t, r, groups[id(t.group)], members[id(t.group)])) for t, r in stuck]
-    return by_kind([t for t, expected in ulps if expected >= FROZEN_ULPS])
+    stuck = [t for t in state.readings if t.owner and t.is_still and t.with_gradient >= FROZEN_READINGS]
+    stuck = [t for t in stuck if not (t.intended_square and t.is_narrow)]  # lost_updates measures those
+    stuck = [t for t in stuck if not intended.keeps_lost_bits(t.optimizer)]
+    return by_kind(t for t in stuck if expected_ulps(state, t) >= FROZEN_ULPS)
 
 
-tell_frozen = partial(
-    of_tensors,
-    "{n} tensors have gradients and a learning rate, and no sampled element has moved: {names}",
-    "the optimizer may hold another object than the model uses, or something writes the old values back",
-)
-
-
-def expected_ulps(t: Tracked, r: Reading, group: GroupState, members: Sequence[Tracked]) -> float:
+def expected_ulps(state: State, t: Tracked) -> float:
     """How far an element should have travelled, in ULPs of a typical weight, by the sum of learning rates; 0: not known."""
-    kind, _ = kind_of(members)
-    weight = math.sqrt(r.weight_square / r.n_elements)
-    spacing = max(weight, torch.finfo(r.dtype).tiny) * torch.finfo(r.dtype).eps
-    if kind in ("adam", "sign"):
-        step = 1.0
-    elif kind == "orthogonal":
-        step = 1 / math.sqrt(max(r.shape[-2:]))
-    elif kind == "linear":
-        step = r.grad_norm / math.sqrt(t.param.numel())
-    else:
-        return 0.0
-    return FROZEN_SHARE * group.total * step / spacing
+    kind, _ = kind_of([other for other in state.tracked if other.owner is t.owner])
+    step = {
+        "adam": 1.0,
+        "sign": 1.0,
+        "orthogonal": 1 / math.sqrt(max(t.param.shape[-2:], default=1)),
+        "linear": t.grad_norm / math.sqrt(t.param.numel()),
+    }
+    numbers = torch.finfo(t.param.dtype)
+    spacing = max(math.sqrt(t.weight_square / t.n_elements), numbers.tiny) * numbers.eps
+    return FROZEN_SHARE * t.owner.total * step.get(kind, 0.0) / spacing
 
 
-def direction_bias(state: State) -> dict[str, float]:
-    """16-bit weights next to a power of two: the spacing differs on both sides, and one direction survives rounding."""
-    narrow = [r for r in state.readings if r.dtype.itemsize < 4 and r.intended_square and r.constant]
+def direction_bias(state: State) -> dict[str, dict]:
+    """16-bit weights next to a power of two, the worst first: the spacing differs on both sides, and one direction survives
+    rounding."""
+    narrow = [t for t in state.readings if t.is_narrow and t.intended_square and t.constant]
     found = {}
     for kind, mine in by_kind(narrow).items():
-        moved = sum(r.up + r.down for r in mine)
+        moved = sum(t.up + t.down for t in mine)
         if moved < BIAS_ELEMENTS:
             continue
-        bias = (sum(r.down for r in mine) - sum(r.meant_down for r in mine)) / moved
+        bias = sum(t.down - t.meant_down for t in mine) / moved
         if abs(bias) - SIGMAS * 0.5 / math.sqrt(moved) > BIAS:
-            found[kind] = bias
-    return found
+            way = "down" if bias > 0 else "up"
+            found[kind] = {"value": bias, "limit": BIAS, "worst": kind, "size": abs(bias), "way": way}
+    return dict(sorted(found.items(), key=lambda pair: -pair[1]["size"]))
 
 
-def tell_direction_bias(state: State, ill: Mapping[str, float]) -> tuple:
-    kind = max(ill, key=lambda kind: abs(ill[kind]))
-    way = "down" if ill[kind] > 0 else "up"
-    message = f"{kind}: {abs(ill[kind]):.0%} more of the moved elements went {way} than were meant to: "
-    where = several([kind, *(ill.keys() - {kind})])
-    return where, message + "the other way is rounded off", "keep these weights in float32", ill[kind], BIAS
-
+LOST = (
+    "{dtype} rounds updates away: {worst} realised {value:.0%} (± {error:.0%}) of the displacement its optimizer intended over "
+    "{window} updates, {still:.0%} of its elements never moved; {n_sick} of {n_kinds} kinds of tensor are below {limit:g}"
+)
+KEEP_BITS = (
+    "keep the parameters in float32 and compute under autocast; or use an optimizer with fp32 masters, Kahan "
+    "summation or stochastic rounding"
+)
+IDLE = "take them out of the model or the optimizer, or find out why nothing uses them"
 
 RULES = (
-    Rule("lost_updates", "error", badly_lost, partial(tell_lost, LOST_ERROR)),
-    Rule("lost_updates", "warning", partly_lost, partial(tell_lost, LOST_WARNING)),
-    Rule("no_gradient", "error", cut_off, tell_cut_off),
-    Rule("no_gradient", "warning", idle, tell_idle),
-    Rule("frozen_tensor", "error", frozen_tensor, tell_frozen),
-    Rule("bf16_parameters", "warning", bf16_parameters, tell_bf16_parameters),
+    Rule(
+        "nonfinite_gradient",
+        "error",
+        nonfinite_gradient,
+        "a gradient was NaN or infinite: {names}",
+        "stop, go back to the last sound checkpoint, and lower the learning rate or look for a log or division of 0",
+    ),
+    Rule("lost_updates", "error", badly_lost, LOST, KEEP_BITS),
+    Rule("lost_updates", "warning", partly_lost, LOST, KEEP_BITS),
+    Rule(
+        "no_gradient",
+        "error",
+        partial(no_gradient, matters=True),
+        "{n} tensors shape the output but got no gradient in {updates} updates: {names}",
+        "learning is cut off there: look for detach(), no_grad, item() or an argmax between them and the loss",
+    ),
+    Rule(
+        "no_gradient",
+        "warning",
+        partial(idle, matters=False),
+        "{n} trainable tensors do not change the output and got no gradient in {updates} updates: {names}",
+        IDLE,
+    ),
+    Rule(
+        "no_gradient",
+        "warning",
+        partial(idle, matters=None),
+        "{n} trainable tensors got no gradient in {updates} updates: {names}",
+        IDLE,
+    ),
+    Rule(
+        "frozen_tensor",
+        "error",
+        frozen_tensor,
+        "{n} tensors have gradients and a learning rate, and no sampled element has moved: {names}",
+        "the optimizer may hold another object than the model uses, or something writes the old values back",
+    ),
+    Rule(
+        "bf16_parameters",
+        "warning",
+        bf16_parameters,
+        "16-bit parameters whose intended steps are not known: no sampled element of {names} moved in {updates} updates",
+        "keep the parameters in float32, or make sure that this optimizer keeps what rounding loses",
+    ),
 )
-DIRECTION_BIAS = Rule("direction_bias", "warning", direction_bias, tell_direction_bias)
-SPARSE_GRADIENT = Rule("sparse_gradient", "info", sparse_gradient, tell_sparse)
+DIRECTION_BIAS = Rule(
+    "direction_bias",
+    "warning",
+    direction_bias,
+    "{worst}: {size:.0%} more of the moved elements went {way} than were meant to: the other way is rounded off",
+    "keep these weights in float32",
+)
+SPARSE_GRADIENT = Rule(
+    "sparse_gradient",
+    "info",
+    sparse_gradient,
+    "sparse gradients: {names}; its lost updates are not measured",
+    "nothing to do; set sparse=False for a while to have it measured",
+    limit=None,
+)

@@ -1,93 +1,150 @@
-"""What a rule is, and what the rules of a watch see: one moment's readings, learning rates and losses."""
+"""What a watch knows of a training, and what its rules see."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from operator import attrgetter
-from typing import Any, NamedTuple
+from collections import Counter
+from collections.abc import Callable, Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from ..findings import Finding, grouped, several
-from ..measures import Reading, expected_start
-from .bank import Tracked
+from ..findings import Finding
+from ..measures import expected_start
+from .bank import Bank, banks_of
 from .forward import ForwardProbe
+from .gradients import Gradients
+from .intended import Replays
+from .steps import Steps
+from .tracking import HISTORY, GroupState, Scalars, Tracked, track
 
+READ_EVERY = 5  # updates between looks at the gradients
+WINDOW = 200  # updates over which intended and realised displacement are compared, at most
 PRETRAINED = 1.0  # nats below an untrained model's loss from which on a model has been trained before
-HISTORY = 1000  # learning rates and losses kept one by one: a long training costs no more than a short one
-LR_STEADY = 10  # updates without a rise before an LR is called the peak
 
 
-class GroupState:
-    """The learning rate of one group over time."""
-
-    def __init__(self, optimizer: Optimizer, number: int, name: str):
-        self.optimizer, self.number, self.name = optimizer, number, name
-        self.lrs: list[float] = []  # of the first HISTORY updates
-        self.n, self.total, self.last = 0, 0.0, 0.0  # of all of them
-        self.waiting: list[float | Tensor] = []  # an LR may be a tensor on a device: not read before a check
-        self.risen_at = 0
-        self.peak = 0.0
-
-    @property
-    def group(self) -> dict:
-        """The optimizer's own group: looked up, since load_state_dict puts others in their place."""
-        return self.optimizer.param_groups[self.number]
-
-    def note_lr(self) -> None:
-        lr = self.group.get("lr")
-        if lr is not None:
-            self.waiting.append(lr.detach().clone() if isinstance(lr, Tensor) else float(lr))
-
-    def fetch(self) -> None:
-        for lr in fetch(self.waiting):
-            self.n, self.total, self.last = self.n + 1, self.total + lr, lr
-            if self.n <= HISTORY:
-                self.lrs.append(lr)
-            if lr > self.peak * (1 + 1e-6):
-                self.risen_at = self.n
-            self.peak = max(self.peak, lr)
-        self.waiting = []
-
-    @property
-    def is_steady(self) -> bool:
-        return self.n - self.risen_at >= LR_STEADY
-
-
-def fetch(numbers: Sequence[Tensor | float]) -> list[float]:
-    """Losses or learning rates as floats; those on a device come over in one transfer."""
-    if any(isinstance(number, Tensor) for number in numbers):
-        device = next(number.device for number in numbers if isinstance(number, Tensor))
-        return torch.stack([torch.as_tensor(number, device=device).float().mean() for number in numbers]).tolist()
-    return list(numbers)
-
-
-@dataclass(frozen=True)
 class State:
-    """What the rules see at one moment."""
+    """The tensors and groups of a training with what was read of them, its losses, and what listens to it."""
 
-    step: int  # updates of the run done
-    n_seen: int  # … under this watch
-    window: int  # updates in the window of intended against realised displacement
-    model: nn.Module
-    readings: Sequence[Reading]
-    tracked: Sequence[Tracked]
-    groups: Sequence[GroupState]
-    outside: Sequence[str]  # trainable parameters in no optimizer
-    frozen_on_purpose: set[str]
-    losses: Sequence[float]  # the first HISTORY and at least as many of the last
-    forward: ForwardProbe
-    budget: int | None
-    findings: Sequence[Finding]  # made so far
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        budget: int | None,
+        frozen_on_purpose: set[str],
+        start_step: int,
+        n_matrices: int,
+        forward_failed: Callable[[Exception], None],
+    ):
+        self.model, self.optimizers, self.budget = model, optimizers, budget
+        self.frozen_on_purpose, self.start_step = frozen_on_purpose, start_step
+        self.findings: list[Finding] = []  # made so far
+        self.observed = Scalars()
+        self.losses: list[float] = []  # the first HISTORY and at least as many of the last
+        self.counts = Counter({id(o): start_step for o in optimizers})  # of the run's updates
+        self.window_start = self.last_read = start_step
+        self.gradients, self.replays, self.steps = Gradients(), Replays(n_matrices), Steps()
+        self.tracked: list[Tracked] = []
+        self.banks: list[Bank] = []
+        self.groups: list[GroupState] = []
+        self.signature: tuple = ()
+        self.follow()
+        self.forward = ForwardProbe(model, forward_failed, is_new=not start_step)
+
+    # ---- what happens ------------------------------------------------------------------------------------------------
+
+    def before_update(self, optimizer: Optimizer, has_gradients: bool) -> Exception | None:
+        """Returns why this optimizer's steps cannot be replayed, where that was found out now."""
+        if not self.n_seen:  # weights may have been loaded since the watch was made: what moves counts from here
+            self.banks = banks_of(self.tracked)
+        self.counts[id(optimizer)] += 1
+        for group in self.groups:
+            if group.optimizer is optimizer:
+                group.note_lr()
+        if not has_gradients:
+            return None
+        self.read_gradients(optimizer)
+        error = self.replays.add(optimizer)
+        self.steps.begin(optimizer, self.counts[id(optimizer)], self.replays.last)
+        return error
+
+    def after_update(self, optimizer: Optimizer, made_gradients: bool) -> None:
+        self.steps.end(optimizer, self.counts[id(optimizer)])
+        if made_gradients:
+            self.read_gradients(optimizer)
+
+    def read_gradients(self, optimizer: Optimizer) -> None:
+        if self.counts[id(optimizer)] % READ_EVERY == 1:
+            owners = (optimizer, None) if optimizer is self.optimizers[0] else (optimizer,)
+            self.gradients.read([t for t in self.tracked if t.optimizer in owners], optimizer)
+
+    def read(self) -> None:
+        """Take in what is new, fetch what waits on the devices, and read the samples."""
+        self.follow()
+        for group in self.groups:
+            group.fetch()
+        self.gradients.fetch()
+        self.steps.fetch()
+        if self.replays.fetch():
+            self.restart_window()
+        for bank in self.banks:
+            bank.read(self.step)
+        self.last_read = self.step
+        self.losses += self.observed.fetch()
+        if len(self.losses) > 3 * HISTORY:
+            del self.losses[HISTORY:-HISTORY]
+
+    def follow(self) -> None:
+        """Take in what is new: parameters that were unfrozen or given to an optimizer, and their groups."""
+        updated = [id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]]
+        signature = (*updated, *((id(p), p.requires_grad) for p in self.model.parameters()))
+        if signature == self.signature:
+            return
+        self.signature = signature
+        known = {(id(g.optimizer), g.number): g for g in self.groups}
+        numbered = [(o, n) for o in self.optimizers for n in range(len(o.param_groups))]
+        self.groups = [known.get((id(o), n)) or GroupState(o, n) for o, n in numbered]
+        new = track(self.model, self.groups, self.tracked)
+        self.tracked += new
+        self.banks += banks_of(new)
+        self.replays.choose(self.tracked)
+        self.steps.choose(self.tracked)
+        self.restart_window()
+
+    def restart_window(self) -> None:
+        self.window_start = self.step
+        for bank in self.banks:
+            bank.restart_window()
+
+    # ---- what is known -----------------------------------------------------------------------------------------------
 
     @property
-    def read(self) -> list[tuple[Tracked, Reading]]:
-        """Every tensor with its reading."""
-        by_name = {r.name: r for r in self.readings}
-        return [(t, by_name[t.name]) for t in self.tracked if t.name in by_name]
+    def step(self) -> int:
+        """Updates of the run done."""
+        return max(self.counts.values())
+
+    @property
+    def slowest(self) -> int:
+        """The same of the optimizer with the fewest; one that has not stepped yet is not waited for."""
+        return min((count for count in self.counts.values() if count > self.start_step), default=self.start_step)
+
+    @property
+    def n_seen(self) -> int:
+        """Updates under this watch."""
+        return self.step - self.start_step
+
+    @property
+    def window(self) -> int:
+        """Updates in the window of intended against realised displacement."""
+        return self.step - self.window_start
+
+    @property
+    def readings(self) -> list[Tracked]:
+        """The tensors that were read."""
+        return [t for bank in self.banks if bank.read_at is not None for t in bank.tensors]
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
 
     @property
     def expected_start(self) -> float | None:
@@ -100,47 +157,10 @@ class State:
     def is_fresh(self) -> bool:
         """Whether the model looks newly initialised: its norms were constant when the watch began, or, without norms,
         its first loss was not far below an untrained model's."""
-        if self.step > self.n_seen:  # resumed
+        if self.start_step:
             return False
         owners = {f"{name}.weight" for name, module in self.model.named_modules() if "Norm" in type(module).__name__}
-        norms = [r.constant for r in self.readings if r.name in owners]
+        norms = [t.constant for t in self.readings if t.name in owners]
         if norms:
             return sum(norms) > len(norms) / 2
         return not (self.losses and self.expected_start and self.losses[0] < self.expected_start - PRETRAINED)
-
-
-def n_parameters(state: State) -> int:
-    return sum(p.numel() for p in state.model.parameters())
-
-
-def by_kind(things: Iterable[Tracked | Reading]) -> dict[str, list]:
-    """Tensors, or their readings, by the tensor's kind."""
-    return grouped(things, attrgetter("kind"))
-
-
-class Rule(NamedTuple):
-    """One thing that can be wrong with a training.
-
-    `when(state)` maps what is ill (kinds of tensors, groups, "loss") to what is known of it; `tell(state, ill)` puts that into
-    words: where, message, advice, and the value and the limit, if there are. It is told only of what this rule did not name
-    before at this severity or a higher one.
-    """
-
-    id: str  # of findings.RULES
-    severity: str
-    when: Callable[[State], Mapping[str, Any]]
-    tell: Callable[[State, Mapping[str, Any]], tuple]
-    static: bool = False  # needs no update: asked when the watch begins, too
-
-    def finding(self, state: State, ill: Mapping[str, Any]) -> Finding:
-        return Finding(self.id, self.severity, *self.tell(state, ill), step=state.step)
-
-
-def of_tensors(
-    message: str, advice: str, state: State, ill: Mapping[str, Sequence[Tracked]], limit: float | None = 0
-) -> tuple:
-    """Words about tensors by kind; `message` may use {n}, {names}, {share} of the parameters and {updates} seen."""
-    tensors = [t for kind in ill.values() for t in kind]
-    n, names = len(tensors), several([t.name for t in tensors])
-    share = sum(t.param.numel() for t in tensors) / n_parameters(state)
-    return names, message.format(n=n, names=names, share=share, updates=state.n_seen), advice, n, limit

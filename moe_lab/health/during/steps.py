@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..sampling import plain
-from .bank import Tracked
+from .tracking import Tracked
 
 EVERY, PAIRS = 5, 12  # updates between pairs of steps, pairs of a tensor; then the kind is known
 PER_GROUP = 4  # tensors of a group that are measured

@@ -1,9 +1,8 @@
-"""Which tensors a watch follows, under which names, and what it refuses to watch."""
+"""Which tensors a watch follows, under which names and in which groups, and what it refuses to watch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -11,9 +10,128 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..findings import grouped
-from ..sampling import plain
+from ..measures import Sums
+from ..sampling import elements, plain, sample_positions, tensor_kind
 from ..torch_private import has_step_hooks
-from .bank import Tracked
+
+HISTORY = 1000  # learning rates and losses kept one by one: a long training costs no more than a short one
+LR_STEADY = 10  # updates without a rise before an LR is called the peak
+
+
+class Scalars:
+    """A number an update, a loss or a learning rate. Those on a device stay there until `fetch`."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Tensor | float] = []
+
+    def add(self, number: Tensor | float) -> None:
+        self.waiting.append(number.detach().clone() if isinstance(number, Tensor) else float(number))
+
+    def fetch(self) -> list[float]:
+        """What was added since the last time, in one transfer."""
+        numbers, self.waiting = self.waiting, []
+        device = next((number.device for number in numbers if isinstance(number, Tensor)), None)
+        if device is None:
+            return numbers
+        return torch.stack([torch.as_tensor(number, device=device).float().mean() for number in numbers]).tolist()
+
+
+class GroupState:
+    """A group of an optimizer's parameters, and its learning rate over time."""
+
+    def __init__(self, optimizer: Optimizer, number: int):
+        self.optimizer, self.number = optimizer, number
+        self.name = self.group.get("name") or f"{type(optimizer).__name__.lower()}[{number}]"
+        self.waiting = Scalars()
+        self.lrs: list[float] = []  # of the first HISTORY updates
+        self.n, self.total, self.last, self.peak = 0, 0.0, 0.0, 0.0  # of all of them
+        self.risen_at = 0
+
+    @property
+    def group(self) -> dict:
+        """The optimizer's own group: looked up, since load_state_dict puts others in their place."""
+        return self.optimizer.param_groups[self.number]
+
+    def note_lr(self) -> None:
+        if self.group.get("lr") is not None:
+            self.waiting.add(self.group["lr"])
+
+    def fetch(self) -> None:
+        for lr in self.waiting.fetch():
+            self.n, self.total, self.last = self.n + 1, self.total + lr, lr
+            if self.n <= HISTORY:
+                self.lrs.append(lr)
+            if lr > self.peak * (1 + 1e-6):
+                self.risen_at = self.n
+            self.peak = max(self.peak, lr)
+
+    @property
+    def is_steady(self) -> bool:
+        return self.n - self.risen_at >= LR_STEADY
+
+
+class Tracked(Sums):
+    """One watched tensor: who it is, who updates it, its gradients, and the sums over its sampled elements when last read."""
+
+    def __init__(self, name: str, param: Tensor, owner: GroupState | None = None, kind: str | None = None):
+        self.name, self.param, self.owner = name, param, owner
+        self.kind = kind or tensor_kind(name)
+        values = plain(param)
+        self.index = sample_positions(values.shape).to(values.device)
+        self.n_elements = len(self.index)  # sampled
+        self.bank: Any = None  # the Bank where its sample is
+        self.is_narrow = param.dtype.itemsize < 4  # 16 bits or less
+        self.is_master = False  # a wider copy, whose gradient is made by whoever copies
+        # gradients that were read
+        self.grad_norm = 0.0  # the largest, whole tensor
+        self.with_gradient = self.zero_gradient = self.no_gradient = 0
+        self.finite, self.sparse = True, False
+        self.intended_known = False
+        self.steps: list = []  # what its measured steps were like: `Step`s
+        self.age = int(self.state.get("step", 0))  # updates with gradient
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        return self.owner and self.owner.optimizer
+
+    @property
+    def group(self) -> dict:
+        return self.owner.group if self.owner else {}
+
+    @property
+    def group_number(self) -> int:
+        return self.owner.number if self.owner else 0
+
+    @property
+    def state(self) -> dict:
+        return self.optimizer.state.get(self.param, {}) if self.owner else {}
+
+    @property
+    def state_dtypes(self) -> tuple[torch.dtype, ...]:
+        """Number formats of what the optimizer keeps for each element: moments, masters, compensation."""
+        kept = [v for v in self.state.values() if isinstance(v, Tensor) and v.ndim and v.shape == self.param.shape]
+        return tuple(dict.fromkeys(v.dtype for v in kept))
+
+    def sample(self, tensor: Tensor) -> Tensor:
+        """The sampled elements of the parameter, its gradient, or a state of its shape."""
+        return elements(plain(tensor), self.index)
+
+    @property
+    def constant(self) -> bool:
+        """Whether all sampled elements were one value when the watch began, as in a fresh norm."""
+        return self.n_varied == 0
+
+    @property
+    def is_still(self) -> bool:
+        """Whether no sampled element with a gradient has moved, and there are some."""
+        return self.unchanged == self.n_touched > 0
+
+    @property
+    def gradient(self) -> str:
+        """`none`, `zero`, `yes`, or `lost`: it arrives, and nothing moves; `-` before the first look."""
+        if not self.with_gradient:
+            return "zero" if self.zero_gradient else "none" if self.no_gradient else "-"
+        return "lost" if self.is_still else "yes"
 
 
 def refusals(model: nn.Module, optimizers: list[Any], expect_frozen: Sequence[str]) -> Iterator[str]:
@@ -31,8 +149,9 @@ def refusals(model: nn.Module, optimizers: list[Any], expect_frozen: Sequence[st
     named = dict(model.named_parameters())
     if not named:
         yield f"model={type(model).__name__} has no parameters"
-    for name in (name for name, p in named.items() if p.device.type == "meta"):
-        yield f"{name} is on the meta device and holds no values; materialise the model before watching it"
+    for name, p in named.items():
+        if p.device.type == "meta":
+            yield f"{name} is on the meta device and holds no values; materialise the model before watching it"
     for prefix in expect_frozen:
         if not any(name.startswith(prefix) for name in named):
             yield f"expect_frozen: no parameter's name starts with {prefix!r}; the first one is {next(iter(named))!r}"
@@ -43,15 +162,6 @@ def innermost(optimizer: Any) -> Any:
     while not has_step_hooks(optimizer) and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
-
-
-def named_groups(optimizers: list[Optimizer]) -> list[tuple[Optimizer, int, str]]:
-    """Every group: its optimizer, its number there, and a name to show: its own, or the class and the number."""
-    return [
-        (o, number, group.get("name") or f"{type(o).__name__.lower()}[{number}]")
-        for o in optimizers
-        for number, group in enumerate(o.param_groups)
-    ]
 
 
 def storage(p: Tensor) -> tuple:
@@ -67,36 +177,39 @@ def is_master(p: Tensor, of: Tensor) -> bool:
     return torch.allclose(plain(p).float(), plain(of).float(), rtol=0.05, atol=5e-3)
 
 
-def track(model: nn.Module, optimizers: list[Optimizer]) -> tuple[list[Tracked], list[str]]:
-    """Every tensor that trains or should, and the names of trainable parameters that no optimizer has.
+def track(model: nn.Module, groups: Sequence[GroupState], known: Sequence[Tracked]) -> list[Tracked]:
+    """Tensors that train or should and are not `known` yet; those that are get their present owner, None for no optimizer.
 
     Tied weights are one tensor, under the first of their names. A tensor of an optimizer that is not the model's, but agrees
     with a 16-bit one that no optimizer holds, is taken for its master copy: it is watched under that name.
+    Raises ValueError if no optimizer has any parameter of the model.
     """
-    owners = {}
-    for optimizer, number, group_name in named_groups(optimizers):
-        for p in optimizer.param_groups[number]["params"]:
-            owners.setdefault(storage(p), (p, optimizer, number, group_name))
+    by_param = {id(t.param): t for t in known}
+    for t in known:
+        t.owner = None
+    owners: dict[tuple, tuple[Tensor, GroupState]] = {}
+    for group in groups:
+        for p in group.group["params"]:
+            owners.setdefault(storage(p), (p, group))
     named: dict[tuple, tuple[str, Tensor]] = {}
     for name, p in model.named_parameters():
         if plain(p).numel():
             named.setdefault(storage(p), (name, p))
-    masters = {key: owners.pop(key) for key in list(owners) if key not in named}
-    tracked, outside = [], []
+    # an nn.Sequential calls its norms and its matrices alike
+    alike = grouped(named.values(), lambda pair: tensor_kind(pair[0]))
+    masters = {key: owners.pop(key) for key in owners.keys() - named}
+    new, n_owned = [], 0
     for key, (name, p) in named.items():
-        copy = None if key in owners else next((k for k, (q, *_) in masters.items() if is_master(q, p)), None)
-        if key in owners:
-            tracked.append(Tracked(name, *owners[key]))
-        elif copy is not None:
-            tracked.append(Tracked(name, *masters.pop(copy)))
-            tracked[-1].is_outside_model = True
-        elif p.requires_grad:
-            outside.append(name)
-            tracked.append(Tracked(name, p, None, 0, ""))
-    if len(outside) == len(tracked):
+        copy = None if key in owners else next((k for k, (q, _) in masters.items() if is_master(q, p)), None)
+        param, owner = owners.get(key) or masters.pop(copy, (p, None))
+        n_owned += owner is not None
+        if id(param) in by_param:
+            by_param[id(param)].owner = owner
+        elif owner is not None or p.requires_grad:
+            kind = tensor_kind(name)
+            several_shapes = len({q.ndim for _, q in alike[kind]}) > 1
+            new.append(Tracked(name, param, owner, f"{kind} ({p.ndim}-d)" if several_shapes else kind))
+            new[-1].is_master = copy is not None
+    if not n_owned:
         raise ValueError("no parameter of the model is in the optimizer; build it from this model's parameters")
-    for alike in grouped(tracked, attrgetter("kind")).values():
-        if len({t.param.ndim for t in alike}) > 1:  # an nn.Sequential calls its norms and its matrices alike
-            for t in alike:
-                t.kind += f" ({t.param.ndim}-d)"
-    return tracked, outside
+    return new

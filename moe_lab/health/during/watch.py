@@ -14,8 +14,8 @@ changes no number of the training, and an error of its own ends the watch, with 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,23 +23,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..findings import Finding
-from ..measures import Reading
 from ..torch_private import is_nested_step
-from .bank import Bank, Tracked, banks_of
-from .forward import ForwardProbe, Hook
-from .gradients import Gradients
-from .intended import N_MATRICES, Replays
+from .forward import Hook
+from .intended import N_MATRICES
 from .published import LAST_WORDS, Published
 from .report import table
-from .rules import ALL
-from .state import HISTORY, GroupState, State, fetch
-from .steps import Steps
-from .tracking import innermost, named_groups, refusals, track
+from .rule import Rule
+from .rules import ALL, AT_START
+from .state import WINDOW, State
+from .tracking import Tracked, innermost, refusals
 
-READ_EVERY = 5  # updates between looks at the gradients
 CHECK_EVERY = 10  # updates between checks of the rules: the only transfers from the device
-WINDOW = 200  # updates over which intended and realised displacement are compared, at most
 LISTENED = 20  # updates during which forward passes are listened to
+UNHEARD = "forward passes are no longer listened to: the first loss and missing gradients are judged by less"
 
 
 class Watch:
@@ -71,60 +67,49 @@ class Watch:
         log: str | Path | None = None,
         n_matrices: int = N_MATRICES,
     ):
-        self.model, self.budget, self.start_step = model, budget, start_step
         given = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
-        self.optimizers = [innermost(o) for o in given]
-        for refusal in refusals(model, self.optimizers, expect_frozen):
+        optimizers = [innermost(o) for o in given]
+        for refusal in refusals(model, optimizers, expect_frozen):
             raise ValueError(refusal)
         self.published = Published(log, start_step)
-        names = [name for name, _ in model.named_parameters()]
-        self.frozen_on_purpose = {name for name in names if name.startswith(tuple(expect_frozen))}
         self.findings: list[Finding] = self.published.findings
-        self.rules = list(ALL)
-        self.losses: list[Tensor | float] = []
-        self.fetched_losses: list[float] = []
-        self.readings: list[Reading] = []
-        self.counts = Counter({id(o): start_step for o in self.optimizers})  # of the run's updates
-        self.next_check = (start_step // CHECK_EVERY + 1) * CHECK_EVERY
-        self.window_start = self.last_read = start_step
-        self.gradients, self.replays, self.steps = Gradients(), Replays(n_matrices), Steps()
-        self.tracked: list[Tracked] = []
-        self.banks: list[Bank] = []
-        self.groups: list[GroupState] = []
-        self.signature: tuple = ()
-        self.follow()
-        self.forward = ForwardProbe(model, self.forward_failed, is_new=not start_step)
         self.handles: list = []
+        frozen = {name for name, _ in model.named_parameters() if name.startswith(tuple(expect_frozen))}
+        unheard = partial(self.fail, where="the forward pass", what=UNHEARD, stop=self.stop_listening)
+        self.state = State(model, optimizers, budget, frozen, start_step, n_matrices, unheard)
+        self.state.findings = self.findings
+        self.rules: Sequence[Rule] = ALL
+        self.next_check = (start_step // CHECK_EVERY + 1) * CHECK_EVERY
         self.attach()
-        self.apply(self.state(), at_start=True)
+        self.apply(AT_START)
 
     # ---- what a caller uses ------------------------------------------------------------------------------------------
 
     def observe(self, *, loss: Tensor | float) -> None:
         """The loss of a step, as it is reported (nats per token for a language model). Fetched only when rules are checked."""
         try:
-            self.losses.append(loss.detach().clone() if isinstance(loss, Tensor) else float(loss))
+            self.state.observed.add(loss)
         except Exception as error:
-            self.publish_failure("warning", "loss", "a loss that was observed cannot be read", error)
+            self.fail(error, "loss", "a loss that was observed cannot be read")
 
     def check(self) -> list[Finding]:
         """Read everything now, apply the rules, and return what is new. Done by itself every few updates."""
         n = len(self.findings)
         try:
             with torch.no_grad():
-                self.read()
-                self.apply(self.state())
-                if self.step // WINDOW > self.window_start // WINDOW:
-                    self.restart_window()
+                self.state.read()
+                self.apply(self.rules)
+                if self.step // WINDOW > self.state.window_start // WINDOW:
+                    self.state.restart_window()
         except Exception as error:
-            self.failed(error)
+            self.stop(error)
         return self.findings[n:]
 
     def report(self) -> None:
         """Print a table, a line a kind of tensor, and the findings so far; while attached, of a reading made now."""
         if self.handles:
             self.check()
-        print(table(self.readings, self.last_read))
+        print(table(self.readings, self.state.last_read))
         for finding in self.findings:
             print(finding)
         if not self.findings:
@@ -134,18 +119,19 @@ class Watch:
         """Put the hooks on the optimizers, as the constructor does; again, after `close`."""
         if self.handles:
             return
-        if self.n_seen:
-            self.restart_window()  # what happened meanwhile was not seen
-        before, after = Hook(self.before_step, self.failed), Hook(self.after_step, self.failed)
-        self.handles = [o.register_step_pre_hook(before) for o in self.optimizers]
-        self.handles += [o.register_step_post_hook(after) for o in self.optimizers]
+        if self.state.n_seen:
+            self.state.restart_window()  # what happened meanwhile was not seen
+        before, after = Hook(self.before_step, self.stop), Hook(self.after_step, self.stop)
+        for optimizer in self.state.optimizers:
+            self.handles.append(optimizer.register_step_pre_hook(before))
+            self.handles.append(optimizer.register_step_post_hook(after))
 
     def close(self) -> None:
         """Detach from model and optimizers. Findings stay."""
         for handle in self.handles:
             handle.remove()
         self.handles = []
-        self.forward.close()
+        self.stop_listening()
 
     def __enter__(self) -> Watch:
         return self
@@ -158,158 +144,72 @@ class Watch:
     @property
     def step(self) -> int:
         """Optimizer updates of the run so far: `start_step`, and those seen."""
-        return max(self.counts.values())
+        return self.state.step
 
     @property
-    def n_seen(self) -> int:
-        """Optimizer updates under this watch."""
-        return self.step - self.start_step
+    def readings(self) -> list[Tracked]:
+        """What is known of each tensor, as of the last check."""
+        return self.state.readings
 
     def n_bytes(self) -> int:
         """Memory that the samples take, on their devices."""
-        return sum(bank.n_bytes() for bank in self.banks)
+        return sum(bank.n_bytes() for bank in self.state.banks)
 
     # ---- hooks: each is called by a Hook, which lets no error through ------------------------------------------------
 
     def before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         if is_nested_step(optimizer):
             return
-        if not self.n_seen:  # weights may have been loaded since the watch was made: what moves counts from here
-            self.banks = banks_of(self.tracked)
-        self.counts[id(optimizer)] += 1
-        for group in self.groups:
-            if group.optimizer is optimizer:
-                group.note_lr()
-        if not has_closure(args, kwargs):
-            self.read_gradients(optimizer)
-            name, error = type(optimizer).__name__, self.replays.add(optimizer)
-            if error is not None:
-                what = f"{name}'s steps cannot be replayed: what rounding loses is not measured"
-                self.publish_failure("info", name, what, error)
-            self.steps.begin(optimizer, self.counts[id(optimizer)], self.replays.last)
+        error = self.state.before_update(optimizer, not has_closure(args, kwargs))
+        if error is not None:
+            name = type(optimizer).__name__
+            self.fail(error, name, f"{name}'s steps cannot be replayed: what rounding loses is not measured", "info")
 
     def after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         if is_nested_step(optimizer):
             return
-        self.steps.end(optimizer, self.counts[id(optimizer)])
-        if has_closure(args, kwargs):  # the gradients were made inside the step
-            self.read_gradients(optimizer)
-        slowest = min(count for count in self.counts.values() if count > self.start_step)
+        self.state.after_update(optimizer, has_closure(args, kwargs))
         # once all that step together have done so; one that has stopped stepping is not waited for
-        if self.step > self.next_check or slowest >= self.next_check:
+        if self.step > self.next_check or self.state.slowest >= self.next_check:
             self.next_check = (self.step // CHECK_EVERY + 1) * CHECK_EVERY
             self.check()
-            if self.n_seen >= LISTENED:
-                self.forward.forget()
+            if self.state.n_seen >= LISTENED:
+                self.state.forward.forget()
 
-    def read_gradients(self, optimizer: Optimizer) -> None:
-        if self.counts[id(optimizer)] % READ_EVERY == 1:
-            owners = (optimizer, None) if optimizer is self.optimizers[0] else (optimizer,)
-            self.gradients.read([t for t in self.tracked if t.optimizer in owners], optimizer)
+    # ---- rules, and what fails ---------------------------------------------------------------------------------------
 
-    def failed(self, error: Exception) -> None:
-        """Stop and say so; the training goes on."""
-        self.give_up("the watch", "the watch stopped", error, self.close)
-
-    def forward_failed(self, error: Exception) -> None:
-        """Go on without listening to forward passes."""
-        what = "forward passes are no longer listened to: the first loss and missing gradients are judged by less"
-        self.give_up("the forward pass", what, error, self.forward.close)
-
-    def give_up(self, where: str, what: str, error: Exception, stop: Callable[[], None]) -> None:
-        """Say so and stop, whatever else is broken by now."""
-        try:
-            self.publish_failure("warning", where, what, error)
-            stop()
-        except Exception:
-            self.findings.append(LAST_WORDS)
-
-    # ---- readings ----------------------------------------------------------------------------------------------------
-
-    def read(self) -> None:
-        """Fetch what waits on the devices, and read all samples if a step was taken since, else those of new tensors."""
-        new = self.follow()
-        for group in self.groups:
-            group.fetch()
-        self.gradients.fetch()
-        self.steps.fetch()
-        if self.replays.fetch():
-            self.restart_window()
-        if self.step > self.last_read or not self.readings:
-            self.last_read = self.step
-            self.readings = [reading for bank in self.banks for reading in bank.read()]
-        else:
-            self.readings += [reading for bank in new for reading in bank.read()]
-        self.fetched_losses += fetch(self.losses)
-        self.losses = []
-        if len(self.fetched_losses) > 3 * HISTORY:
-            del self.fetched_losses[HISTORY:-HISTORY]
-
-    def follow(self) -> list[Bank]:
-        """Take in what is new: parameters that were unfrozen or given to an optimizer, and their groups. Returns their banks."""
-        updated = [id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]]
-        signature = (*updated, *((id(p), p.requires_grad) for p in self.model.parameters()))
-        if signature == self.signature:
-            return []
-        self.signature = signature
-        found, self.outside = track(self.model, self.optimizers)
-        known = {id(t.param): t for t in self.tracked}
-        now = {id(t.param): t for t in found}
-        for key, old in known.items():  # who owns it may have changed
-            t = now.get(key)
-            old.optimizer = t and t.optimizer
-            if t is not None:
-                old.group_number, old.group_name = t.group_number, t.group_name
-        new = [t for key, t in now.items() if key not in known]
-        self.tracked += new
-        banks = banks_of(new)
-        self.banks += banks
-        groups = {(id(g.optimizer), g.number): g for g in self.groups}
-        self.groups = [groups.get((id(o), n)) or GroupState(o, n, name) for o, n, name in named_groups(self.optimizers)]
-        self.replays.choose(self.tracked)
-        self.steps.choose(self.tracked)
-        self.restart_window()
-        return banks
-
-    def restart_window(self) -> None:
-        self.window_start = self.step
-        for bank in self.banks:
-            bank.restart_window()
-
-    # ---- rules -------------------------------------------------------------------------------------------------------
-
-    def state(self) -> State:
-        return State(
-            step=self.step,
-            n_seen=self.n_seen,
-            window=self.step - self.window_start,
-            model=self.model,
-            readings=self.readings,
-            tracked=self.tracked,
-            groups=self.groups,
-            outside=self.outside,
-            frozen_on_purpose=self.frozen_on_purpose,
-            losses=self.fetched_losses,
-            forward=self.forward,
-            budget=self.budget,
-            findings=self.findings,
-        )
-
-    def apply(self, state: State, at_start: bool = False) -> None:
+    def apply(self, rules: Sequence[Rule]) -> None:
         """Ask each rule, and publish what it has to say of what it did not name before."""
-        for rule in self.rules:
-            if at_start and not rule.static:
-                continue
+        for rule in rules:
             try:
-                ill = rule.when(state)
+                ill = rule.when(self.state)
                 ill = {name: ill[name] for name in ill if self.published.is_news(rule.id, rule.severity, name)}
                 if ill:
-                    self.published.add(rule.finding(state, ill), *ill)
+                    self.published.add(rule.finding(self.state, ill), list(ill))
             except Exception as error:  # it is asked again at the next check
-                self.publish_failure("warning", f"rule {rule.id}", f"the rule {rule.id} failed", error)
+                self.fail(error, f"rule {rule.id}", f"the rule {rule.id} failed")
 
-    def publish_failure(self, severity: str, where: str, what: str, error: Exception) -> None:
-        self.published.add_failure(severity, where, self.step, what, error)
+    def fail(
+        self,
+        error: Exception,
+        where: str,
+        what: str,
+        severity: str = "warning",
+        stop: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Say once for each `where` what is not measured, and stop it, whatever else is broken by now. The training goes on."""
+        try:
+            self.published.add_failure(error, where, what, self.step, severity)
+            stop()
+        except Exception:
+            if LAST_WORDS not in self.findings:
+                self.findings.append(LAST_WORDS)
+
+    def stop(self, error: Exception) -> None:
+        self.fail(error, "the watch", "the watch stopped", stop=self.close)
+
+    def stop_listening(self) -> None:
+        self.state.forward.close()
 
 
 def has_closure(args: tuple, kwargs: dict) -> bool:

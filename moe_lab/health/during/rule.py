@@ -1,0 +1,50 @@
+"""What a rule is: something to look for, and the words for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+from ..findings import Finding, grouped, several
+from .state import State
+from .tracking import Tracked
+
+Facts = list[Tracked] | Mapping[str, Any]
+
+
+class Rule(NamedTuple):
+    """One thing that can be wrong with a training.
+
+    `when(state)` maps what is ill (kinds of tensors, groups, "loss") to its tensors, or to facts by name; a finding is made of
+    those that this rule did not name before, at this severity or a higher one. `message` and `advice` may use {names} of the
+    tensors, or else of what is ill, {n}, how many, their {share} of the parameters, {updates} seen, and the first one's facts;
+    those may also set the finding's `where`, `value` and `limit`.
+    """
+
+    id: str  # of findings.RULES
+    severity: str
+    when: Callable[[State], Mapping[str, Facts]]
+    message: str
+    advice: str
+    limit: float | None = 0  # of a number of tensors
+
+    def finding(self, state: State, ill: Mapping[str, Facts]) -> Finding:
+        tensors = [t for facts in ill.values() if isinstance(facts, list) for t in facts]
+        facts = {"value": len(tensors), "limit": self.limit} if tensors else next(iter(ill.values()))
+        words = {
+            "n": len(tensors or ill),
+            "names": several([t.name for t in tensors] or list(ill)),
+            "share": sum(t.param.numel() for t in tensors) / state.n_parameters,
+            "updates": state.n_seen,
+            **facts,
+        }
+        where = words.get("where", words["names"])
+        message, advice = self.message.format(**words), self.advice.format(**words)
+        return Finding(
+            self.id, self.severity, where, message, advice, facts.get("value"), facts.get("limit"), state.step
+        )
+
+
+def by_kind(tensors: Iterable[Tracked]) -> dict[str, list[Tracked]]:
+    return grouped(tensors, attrgetter("kind"))
