@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 from torch import Tensor, nn
@@ -118,6 +119,14 @@ def refused(error: type[Exception], match: str) -> Iterator[pytest.ExceptionInfo
     with pytest.raises(error, match=match) as caught:
         yield caught
     assert "\n" not in str(caught.value)
+
+
+def write_notebook(path: Path, *sources: str) -> nbformat.NotebookNode:
+    """A notebook of code cells."""
+    metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    notebook = nbformat.v4.new_notebook(cells=[*map(nbformat.v4.new_code_cell, sources)], metadata=metadata)
+    nbformat.write(notebook, path)
+    return notebook
 
 
 def solved(number: str, **names) -> dict:

@@ -16,9 +16,7 @@ def test_every_claim_and_bug_has_its_sentence() -> None:
     assert bugs == [f"B{n:02d}" for n in range(1, 23)]
     texts = [case.claim(id).sentence for id in claims]
     for id in bugs:
-        bug = case.bug(id)
-        texts += [bug.sentence, bug.symptom]
-        assert bug.id == id
+        texts += [case.bug(id).sentence, case.bug(id).symptom]
     assert all(type(text) is str and text == text.strip() and len(text) > 15 and "\n" not in text for text in texts)
     assert len(set(texts)) == len(texts)
     assert "0.004 at step 411" in case.claim("C05").sentence

@@ -3,8 +3,6 @@
 import time
 from importlib import metadata
 
-from tiny_run import tiny
-
 from moe_lab.course import machine
 from moe_lab.train import Trainer
 
@@ -26,7 +24,7 @@ def test_the_file_of_minutes_has_the_form_that_the_estimate_reads() -> None:
     assert set(machine.estimated_minutes(measured, "lab", 1.0)) == set(measured["notebooks"])
 
 
-def test_speed_counts_tokens_of_whole_steps_without_the_first(tmp_path, monkeypatch) -> None:
+def test_speed_counts_tokens_of_whole_steps_without_the_first(run, monkeypatch) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     update = Trainer.update
@@ -37,8 +35,7 @@ def test_speed_counts_tokens_of_whole_steps_without_the_first(tmp_path, monkeypa
         return report
 
     monkeypatch.setattr(Trainer, "update", timed)
-    config = tiny(tmp_path)
-    assert machine.tokens_per_second(config, n_steps=3) == config.tokens_per_step / 2
+    assert machine.tokens_per_second(run.config, n_steps=3) == run.config.tokens_per_step / 2
 
 
 def test_unmet_requirements_are_named(monkeypatch) -> None:

@@ -58,7 +58,14 @@ def test_the_form_of_bad_notebooks_is_refused(name: str, problem: str | None) ->
 
 def test_nbval_refuses_bad_cells_and_no_others(tmp_path: Path) -> None:
     """Run as `make test` does: a claim that is false, a verdict that has changed, a misspelt parameter."""
-    options = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=120", "-p", "no:cacheprovider"]
+    options = [
+        "--nbval-lax",
+        "--nbval-current-env",
+        "--nbval-cell-timeout=120",
+        "-p",
+        "no:cacheprovider",
+        "--noconftest",
+    ]
     environment = os.environ | {"MOE_LAB_PROFILE": "smoke", "MOE_LAB_INTERACTIVE": "0"}
     command = [sys.executable, "-m", "pytest", *options, f"--junitxml={tmp_path / 'r.xml'}", FIXTURES / "refused.ipynb"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)

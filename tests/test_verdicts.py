@@ -84,14 +84,10 @@ def test_other_profiles_print_and_write_nothing(path, lab, profile, capsys) -> N
             {"outcome": "hold"},
             "C05: 'hold' is no outcome: holds, holds only if, does not hold, open; did you mean holds?",
         ),
-        ({"sentence": " "}, "C05: the sentence must be one line of text, got ' '"),
-        ({"sentence": "two\nlines"}, "C05: the sentence must be one line"),
         ({"notebook": "01_data_and_loss_floor"}, "is no notebook; did you mean 01_data_and_loss_floors?"),
-        ({"x": math.nan}, "C05: x=nan must be a finite number"),
-        ({"x": torch.tensor([1.0, math.inf])}, "C05: x[1]=inf must be a finite number"),
-        ({"x": {"a": -math.inf}}, "C05: x.a=-inf must be a finite number"),
-        ({"x": "0.3"}, "C05: x='0.3' must be a finite number"),
-        ({"x": None}, "C05: x=None must be a finite number"),
+        ({"x": math.nan}, "C05: x=nan must be finite"),
+        ({"x": torch.tensor([1.0, math.inf])}, "C05: x=tensor([1., inf]) must be finite"),
+        ({"x": {"a": -math.inf}}, "C05: x={'a': -inf} must be finite"),
     ],
 )
 def test_a_wrong_verdict_is_refused_in_one_line_and_leaves_no_trace(path, lab, changes, message, capsys) -> None:
@@ -136,24 +132,19 @@ def test_check_knows_outcomes_and_wants_a_sentence_for_each(path, lab) -> None:
         verdicts.check("C3", {"holds": False}, "a sentence", lab=lab, notebook=NOTEBOOK)
 
 
-def test_a_file_of_something_else_is_refused_and_kept(path, lab) -> None:
+def test_a_damaged_file_is_refused_and_kept(path, lab) -> None:
     assert verdicts.read_verdicts() == {}
     path.parent.mkdir()
-    for text, message in (
-        ('{"C01": {', "cannot be read"),
-        ("[]", "not a file of verdicts"),
-        ('{"C01": {}}', "not a file"),
-    ):
-        path.write_text(text)
-        with refused(ConfigError, match=message):
-            verdicts.check("C02", {"holds": True}, "a sentence", lab=lab, notebook=NOTEBOOK)
-        assert path.read_text() == text
+    path.write_text('{"C01": {')
+    with refused(ConfigError, match="cannot be read"):
+        verdicts.check("C02", {"holds": True}, "a sentence", lab=lab, notebook=NOTEBOOK)
+    assert path.read_text() == '{"C01": {'
 
 
 def write_ten(path, first: int) -> None:
     verdicts.VERDICTS = path
     for n in range(first, first + 10):
-        verdicts.store(f"C{n:02d}", {**dict.fromkeys(verdicts.FIELDS, "")})
+        verdicts.store(f"C{n:02d}", {"claim": ""})
 
 
 def test_two_notebooks_at_once_lose_nothing(path) -> None:

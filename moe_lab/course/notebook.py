@@ -11,11 +11,12 @@ no more than a warning. All three are settled here, before anything runs.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -26,7 +27,6 @@ import torch
 from moe_lab.config import ROOT, Config, ConfigError, load_config, suggestion
 from moe_lab.failures.results import provenance
 from moe_lab.train.device import pick_device
-from moe_lab.train.record import RECORD
 
 PROFILES = ("smoke", "lab", "gpu")
 # the parameters that every notebook may have; a value of None or '' means: not given
@@ -50,10 +50,8 @@ class Lab:
         return pick_device(self.config.training.device)
 
     def fresh_run_dir(self) -> Path:
-        """`run_dir`, or, when it was named automatically and holds a run, a new one: so a cell may be run again."""
-        if self.run_dir_given:
-            return self.run_dir
-        return first_free(self.run_dir, lambda directory: (directory / RECORD).exists())
+        """`run_dir`, or, when it was named automatically and exists, a new one: so a cell may be run again."""
+        return self.run_dir if self.run_dir_given else first_free(self.run_dir)
 
     def provenance(self) -> None:
         """Print one line that says what made the outputs of this notebook."""
@@ -83,12 +81,8 @@ def begin(**parameters: Any) -> Lab:
 
 def resolve(**parameters: Any) -> Lab:
     """`begin` without printing."""
-    values: dict[str, Any] = {}
-    for name, value in parameters.items():
-        if name not in KINDS:
-            raise ConfigError(f"unknown parameter {name!r}{suggestion(name, KINDS)}")
-        if value is not None and value != "":
-            values[name] = cast(name, value, KINDS[name])
+    refuse_unknown(parameters, KINDS)
+    values = {name: cast(name, value, KINDS[name]) for name, value in parameters.items() if value not in (None, "")}
     profile = values.get("profile") or os.environ.get("MOE_LAB_PROFILE") or "lab"
     if profile not in PROFILES:
         where = "profile" if "profile" in values else "MOE_LAB_PROFILE"
@@ -113,13 +107,21 @@ def resolve(**parameters: Any) -> Lab:
 
 def new_run_dir(name: str) -> Path:
     """A dated directory under runs/ that does not exist yet. It is not made here."""
-    return first_free(ROOT / "runs" / f"{datetime.now():%Y-%m-%d_%H%M%S}_{name}", Path.exists)
+    return first_free(ROOT / "runs" / f"{datetime.now():%Y-%m-%d_%H%M%S}_{name}")
 
 
-def first_free(directory: Path, taken: Callable[[Path], bool]) -> Path:
-    """The first of NAME, NAME_2, NAME_3 … that is not taken."""
+def first_free(directory: Path) -> Path:
+    """The first of NAME, NAME_2, NAME_3 … that does not exist."""
     later = (directory.with_name(f"{directory.name}_{n}") for n in itertools.count(2))
-    return next(path for path in itertools.chain([directory], later) if not taken(path))
+    return next(path for path in itertools.chain([directory], later) if not path.exists())
+
+
+def refuse_unknown(names: Iterable[str], known: Iterable[str], where: str = "") -> None:
+    """Raise ConfigError for the first of `names` that is no parameter; papermill only warns of it."""
+    for name in names:
+        if name not in known:
+            near = suggestion(name, known) or f"; known are {', '.join(known) or 'none'}"
+            raise ConfigError(f"{where}unknown parameter {name!r}{near}")
 
 
 def cast(name: str, value: Any, kind: type) -> Any:
@@ -133,13 +135,12 @@ def cast(name: str, value: Any, kind: type) -> Any:
         return text.lower() == "true"
     if kind is str and isinstance(value, (str, Path)):
         return str(value)
-    if kind in (int, float) and not isinstance(value, bool):
-        try:
-            number = int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
-        except ValueError:
-            number = math.nan
-        if math.isfinite(number) and (kind is float or number == int(number)):
-            return kind(number)
+    if kind in (int, float):
+        with contextlib.suppress(ValueError, OverflowError):  # of what is no number, or not finite
+            if kind is float and math.isfinite(float(text)):
+                return float(text)
+            if kind is int and float(text) == int(float(text)):
+                return int(text) if text.isdecimal() else int(float(text))
     raise ConfigError(f"parameter {name}={value!r} must be {WORDS[kind]}")
 
 

@@ -15,50 +15,25 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
+from unittest.mock import patch
 
 import papermill
+import psutil
 import zmq
-from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
+from traitlets.config import Config
 
-from moe_lab.config import ROOT, ConfigError, suggestion
-from moe_lab.course.notebook import KINDS, WORDS, Lab, cast, new_run_dir, resolve
+from moe_lab.config import ROOT, ConfigError
+from moe_lab.course.notebook import KINDS, Lab, cast, new_run_dir, refuse_unknown, resolve
 from moe_lab.train import RunError
 from moe_lab.train.record import RECORD
 
 NOTEBOOKS = ROOT / "notebooks"
-
-
-class Kernel(AsyncKernelManager):
-    """papermill makes its own kernel manager; this one lets itself be found, for Ctrl-C: the kernel has a session of its
-    own, so that the terminal's signal does not reach it."""
-
-    running: ClassVar[Kernel | None] = None
-    stopping: ClassVar[bool] = False  # Ctrl-C was pressed
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        # without encryption ipykernel warns, in every run
-        encryption = "auto" if zmq.has("curve") else "disabled"
-        super().__init__(*args, **{"transport_encryption": encryption} | options)
-        Kernel.running = self
-
-    @staticmethod
-    def interrupt(number: int, frame: Any) -> None:
-        kernel = Kernel.running
-        if Kernel.stopping or kernel is None or kernel.provisioner is None:
-            raise KeyboardInterrupt
-        Kernel.stopping = True
-        print("\nstopping after this cell; press Ctrl-C again to quit at once", file=sys.stderr)
-        os.kill(kernel.provisioner.pid, signal.SIGINT)
-
-    @staticmethod
-    def before_cell(**_: Any) -> None:
-        if Kernel.stopping:
-            raise KeyboardInterrupt
 
 
 def execute(path: Path, output: Path, parameters: Mapping[str, Any], **environment: str) -> None:
@@ -68,24 +43,35 @@ def execute(path: Path, output: Path, parameters: Mapping[str, Any], **environme
     Everything up to the cell that did not pass is in `output`. Raises RunError, one line, where a cell fails or the
     kernel dies, and KeyboardInterrupt after a Ctrl-C.
     """
-    Kernel.running, Kernel.stopping = None, False
-    before = dict(os.environ)
-    os.environ.update({"MOE_LAB_INTERACTIVE": "0", **environment})
-    handler = signal.signal(signal.SIGINT, Kernel.interrupt)
+    stopping = False
+
+    def interrupt(*_: Any) -> None:
+        """Pass Ctrl-C on: a kernel has a session of its own, so that the terminal's signal does not reach it."""
+        nonlocal stopping
+        kernels = psutil.Process().children()
+        if stopping or not kernels:
+            raise KeyboardInterrupt
+        stopping = True
+        print("\nstopping after this cell; press Ctrl-C again to quit at once", file=sys.stderr)
+        for kernel in kernels:
+            kernel.send_signal(signal.SIGINT)
+
+    def before_cell(**_: Any) -> None:
+        if stopping:
+            raise KeyboardInterrupt
+
+    # without encryption ipykernel warns, in every run
+    encryption = "auto" if zmq.has("curve") else "disabled"
+    options = {"progress_bar": sys.stderr.isatty(), "stderr_file": sys.stderr, "on_cell_start": before_cell}
+    options["config"] = Config(KernelManager={"transport_encryption": encryption})
+    handler = signal.signal(signal.SIGINT, interrupt)
     try:
-        papermill.execute_notebook(
-            path,
-            output,
-            parameters=dict(parameters),
-            kernel_name="python3",
-            cwd=path.parent,
-            progress_bar=sys.stderr.isatty(),
-            stderr_file=sys.stderr,
-            kernel_manager_class=Kernel,
-            on_cell_start=Kernel.before_cell,
-        )
+        with patch.dict(os.environ, {"MOE_LAB_INTERACTIVE": "0", **environment}):
+            papermill.execute_notebook(
+                path, output, dict(parameters), kernel_name="python3", cwd=path.parent, **options
+            )
     except PapermillExecutionError as error:
-        if Kernel.stopping:  # the cell that was interrupted had no way of its own to stop
+        if stopping:  # the cell that was interrupted had no way of its own to stop
             raise KeyboardInterrupt from error
         last = (str(error.evalue).strip().splitlines() or [""])[-1]
         raise RunError(f"{path.name}, cell [{error.exec_count}]: {error.ename}: {last}") from error
@@ -93,21 +79,15 @@ def execute(path: Path, output: Path, parameters: Mapping[str, Any], **environme
         raise RunError(f"{path.name}: the kernel died; most often the machine ran out of memory") from error
     finally:
         signal.signal(signal.SIGINT, handler)
-        os.environ.clear()
-        os.environ.update(before)
 
 
-def declared_parameters(path: str | Path) -> dict[str, tuple[type | None, Any]]:
-    """Name → (type, default) of the cell tagged `parameters`; the type is None where neither annotation nor default
-    tells it. Raises ConfigError if the notebook cannot be read."""
+def declared_parameters(path: str | Path) -> dict[str, Any]:
+    """Name → default of the cell tagged `parameters`. Raises ConfigError if the notebook cannot be read."""
     try:
         found = papermill.inspect_notebook(str(path))
     except (OSError, ValueError) as error:  # a file that is no notebook is a ValueError too
         raise ConfigError(f"{path}: not a notebook that can be read: {str(error).splitlines()[0]}") from None
-    kinds = {kind.__name__: kind for kind in WORDS}
-    defaults = {name: ast.literal_eval(parameter["default"]) for name, parameter in found.items()}
-    noted = {name: parameter["inferred_type_name"] for name, parameter in found.items()}  # "None": no annotation
-    return {name: (kinds.get(noted[name], kinds.get(type(value).__name__)), value) for name, value in defaults.items()}
+    return {name: ast.literal_eval(parameter["default"]) for name, parameter in found.items()}
 
 
 def validate_parameters(notebook_path: str | Path, parameters: Mapping[str, Any]) -> tuple[dict[str, Any], Lab]:
@@ -115,16 +95,11 @@ def validate_parameters(notebook_path: str | Path, parameters: Mapping[str, Any]
 
     Raises ConfigError before a kernel starts. A parameter that is None is passed on as it is.
     """
-    declared = declared_parameters(notebook_path)
-    values = {}
-    for name, value in parameters.items():
-        if name not in declared:
-            near = suggestion(name, declared) or (f"; it has {', '.join(declared)}" if declared else "; it has none")
-            raise ConfigError(f"{Path(notebook_path).name}: unknown parameter {name!r}{near}")
-        kind = KINDS.get(name) or declared[name][0]
-        values[name] = value if value in (None, "") or kind is None else cast(name, value, kind)
-    given = {name: default for name, (_, default) in declared.items()} | values
-    return values, resolve(**{name: value for name, value in given.items() if name in KINDS})
+    defaults = declared_parameters(notebook_path)
+    refuse_unknown(parameters, defaults, f"{Path(notebook_path).name}: ")
+    kinds = {name: type(default) for name, default in defaults.items()} | KINDS
+    values = {n: value if value in (None, "") else cast(n, value, kinds[n]) for n, value in parameters.items()}
+    return values, resolve(**{name: value for name, value in (defaults | values).items() if name in KINDS})
 
 
 def run_notebook(
@@ -157,15 +132,17 @@ def run_notebook(
 def print_files(output: Path) -> None:
     """Where things are and how the run ended, in a few aligned lines."""
     summary = output.with_name("summary.json")
-    lines = [("notebook", output), ("HTML", output.with_suffix(".html"))]
-    lines += [("checkpoint", path) for path in sorted((output.parent / "checkpoints").glob("*.pt"))]
-    lines = [(label, path) for label, path in [*lines, ("summary", summary)] if path.exists()]
+    checkpoints = sorted((output.parent / "checkpoints").glob("*.pt"))
+    files = [("notebook", output), ("HTML", output.with_suffix(".html"))]
+    files += [*(("checkpoint", path) for path in checkpoints), ("summary", summary)]
+    for label, path in files:
+        if path.exists():
+            print(f"{label:16}{path}")
     values = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
-    for key in (key for key in ("status", "validation_loss", "trigram_loss", "bits_per_byte") if key in values):
-        value = values[key]
-        lines.append((key.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else value))
-    for label, value in lines:
-        print(f"{label:16}{value}")
+    for key in ("status", "validation_loss", "trigram_loss", "bits_per_byte"):
+        if key in values:
+            value = values[key]
+            print(f"{key.replace('_', ' '):16}{f'{value:.4f}' if isinstance(value, float) else value}")
 
 
 def find_notebook(path: str | Path) -> Path:
@@ -188,10 +165,7 @@ def run_all(parameters: Mapping[str, Any]) -> None:
     """Run the notebooks in order, each in a folder of one new directory, up to the first failure, which is raised.
     `parameters` reach the notebooks that have them."""
     declared = {path: declared_parameters(path) for path in all_notebooks()}
-    known = {name for names in declared.values() for name in names}
-    for name in parameters:
-        if name not in known:
-            raise ConfigError(f"unknown parameter {name!r}{suggestion(name, known)}")
+    refuse_unknown(parameters, list(chain(*declared.values())))
     parent = new_run_dir("notebooks")
     for path, names in declared.items():
         print(f"{path.stem} …", file=sys.stderr, flush=True)

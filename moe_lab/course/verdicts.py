@@ -9,9 +9,7 @@ Profile `lab` writes the file; other profiles only print, since their numbers ar
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
-from numbers import Integral, Real
+from collections.abc import Mapping
 from typing import Any
 
 from filelock import FileLock
@@ -25,7 +23,6 @@ from moe_lab.train.record import write_atomically
 
 VERDICTS = ROOT / "notebooks" / "results" / "verdicts.json"
 OUTCOMES = ("holds", "holds only if", "does not hold", "open")
-FIELDS = ("claim", "outcome", "sentence", "numbers", "provenance")  # of an entry
 
 
 def check(
@@ -44,46 +41,39 @@ def check(
     `conditions` maps outcomes to what was measured about them, `sentence` is one for all of them or one for each,
     `notebook` is the file's name without .ipynb, `corpus` the hash of the text, `numbers` are finite numbers, truth values,
     or lists and mappings of them; six digits of each are kept. Raises AssertionError, naming the claim, unless exactly one
-    condition is true, and ConfigError for an unknown id, outcome or notebook, for an outcome without a sentence, for a
-    sentence that is empty or of several lines, and for a number that is not finite.
+    condition is true, and ConfigError for an unknown id, outcome or notebook, for an outcome without a sentence, and for
+    a number that is not finite.
     """
     about = case.claim(id).sentence
     sentences = dict.fromkeys(conditions, sentence) if isinstance(sentence, str) else sentence
     for outcome in conditions:
         if outcome not in OUTCOMES:
-            near = suggestion(str(outcome), OUTCOMES)
-            raise ConfigError(f"{id}: {outcome!r} is no outcome: {', '.join(OUTCOMES)}{near}")
+            raise ConfigError(f"{id}: {outcome!r} is no outcome: {', '.join(OUTCOMES)}{suggestion(outcome, OUTCOMES)}")
         if outcome not in sentences:
             raise ConfigError(f"{id}: no sentence for the outcome {outcome!r}")
-        if not sentences[outcome].strip() or "\n" in sentences[outcome]:
-            raise ConfigError(f"{id}: the sentence must be one line of text, got {sentences[outcome]!r}")
-    notebooks = [path.stem for path in (ROOT / "notebooks").glob("*.ipynb")]
-    if notebook not in notebooks:
+    if notebook not in (notebooks := [path.stem for path in (ROOT / "notebooks").glob("*.ipynb")]):
         raise ConfigError(f"{id}: {notebook!r} is no notebook{suggestion(notebook, notebooks)}")
     kept = {name: plain(f"{id}: {name}", value) for name, value in numbers.items()}
     true = [outcome for outcome, condition in conditions.items() if bool(condition)]
     if len(true) != 1:
         found = f"all of {', '.join(true)} are" if true else f"none of {', '.join(conditions)} is"
         raise AssertionError(f"{id}: {found} what was measured; exactly one outcome must be")
-    print(f"{id} {true[0]}: {sentences[true[0]]}")
+    entry = {"claim": about, "outcome": true[0], "sentence": sentences[true[0]], "numbers": kept}
+    print(f"{id} {true[0]}: {entry['sentence']}")
     if lab.profile == "lab":
-        origin = origin_of(lab, notebook, corpus)
-        store(id, dict(zip(FIELDS, (about, true[0], sentences[true[0]], kept, origin), strict=True)))
+        store(id, entry | {"provenance": origin_of(lab, notebook, corpus)})
     return true[0]
 
 
 def read_verdicts() -> dict[str, dict[str, Any]]:
-    """Entries by claim id, in order, each with the FIELDS; empty before the first. Raises ConfigError if VERDICTS is not a
-    file that `check` writes."""
+    """Entries by claim id, in order: claim, outcome, sentence, numbers, provenance; empty before the first. Raises
+    ConfigError if VERDICTS cannot be read."""
     if not VERDICTS.exists():
         return {}
     try:
-        entries = json.loads(VERDICTS.read_text(encoding="utf-8"))
+        return json.loads(VERDICTS.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{VERDICTS}: cannot be read: {str(error).splitlines()[0]}; restore it from git") from None
-    if not isinstance(entries, dict) or not all(isinstance(e, dict) and {*FIELDS} <= {*e} for e in entries.values()):
-        raise ConfigError(f"{VERDICTS}: not a file of verdicts; restore it from git")
-    return entries
 
 
 def store(id: str, entry: Mapping[str, Any]) -> None:
@@ -104,15 +94,10 @@ def origin_of(lab: Lab, notebook: str, corpus: str | None) -> dict[str, Any]:
 
 
 def plain(name: str, value: Any) -> Any:
-    """`value` in plain Python, six digits of a fraction. Raises ConfigError for what is not finite or no number."""
-    if hasattr(value, "tolist"):  # numpy and torch
-        value = value.tolist()
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, Real) and math.isfinite(value):
-        return int(value) if isinstance(value, Integral) else float(f"{float(value):.6g}")
-    if isinstance(value, Mapping):
-        return {str(key): plain(f"{name}.{key}", inner) for key, inner in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [plain(f"{name}[{i}]", inner) for i, inner in enumerate(value)]
-    raise ConfigError(f"{name}={value!r} must be a finite number, or a list or mapping of them")
+    """`value` as JSON holds it (numpy's and torch's too), with six digits of a fraction. Raises ConfigError for what is
+    not finite."""
+    try:
+        text = json.dumps(value, default=lambda array: array.tolist(), allow_nan=False)
+    except ValueError:
+        raise ConfigError(f"{name}={value!r} must be finite") from None
+    return json.loads(text, parse_float=lambda digits: float(f"{float(digits):.6g}"))
