@@ -56,38 +56,13 @@ def test_what_a_checkpoint_holds(run: Trainer) -> None:
 
 
 def test_the_initial_sample_is_that_of_step_0(run: Trainer, copied: Path) -> None:
-    start = dict(build_model(run.config.model, run.config.training.seed).named_parameters())
-    resumed_config = run.config.with_(training={"steps": 8})
+    expected = start_sample(build_model(run.config.model, run.config.training.seed))
     other = build_model(run.config.model, seed=9)  # a resumed run keeps the first sample, whatever model it is given
-    resumed = train(resumed_config, copied, resume=True, model=other)
+    resumed = train(run.config.with_(training={"steps": 8}), copied, resume=True, model=other)
     for path in (step_path(run.run_dir, 6), step_path(resumed.run_dir, 8)):
         sample = load_checkpoint(path)["initial_sample"]
-        assert sample.keys() == start.keys()
-        for name, p in start.items():
-            assert sample[name]["value"].equal(p.detach().flatten()[sample[name]["index"]])
-            assert len(sample[name]["index"].unique()) == (p.numel() if p.numel() <= 512 else 256)
-
-
-def test_the_sample_of_a_checkpoint_sees_every_column(run: Trainer) -> None:
-    state = load_checkpoint(step_path(run.run_dir, 6))
-    wide = {name: p.shape[-1] for name, p in state["model_state_dict"].items() if p.ndim > 1 and p.numel() > 512}
-    assert {"embedding.weight", "lm_heads.0.weight"} <= wide.keys()
-    for name, n_columns in wide.items():
-        assert len((state["initial_sample"][name]["index"] % n_columns).unique()) == n_columns, name
-
-
-def test_an_old_sample_goes_on_as_it_was(run: Trainer, copied: Path) -> None:
-    """Its values are those of step 0, which no later one can replace; the inspection says what it did not see."""
-    state = load_checkpoint(step_path(run.run_dir, 6))
-    start = dict(build_model(run.config.model, run.config.training.seed).named_parameters())
-    for name, p in start.items():  # as checkpoints of be5cd36 hold it
-        index = torch.arange(min(p.numel(), 256)) * max(1, p.numel() // 256)
-        state["initial_sample"][name] = {"index": index, "value": p.detach().flatten()[index]}
-    save_atomically(state, step_path(copied, 6))
-    train(run.config.with_(training={"steps": 7}), copied, resume=True)
-    resumed = load_checkpoint(step_path(copied, 7))
-    for name, kept in state["initial_sample"].items():
-        assert all(resumed["initial_sample"][name][key].equal(kept[key]) for key in ("index", "value"))
+        assert sample.keys() == expected.keys()
+        assert all(sample[name][key].equal(t) for name, kept in expected.items() for key, t in kept.items())
 
 
 @pytest.mark.parametrize(
@@ -104,11 +79,6 @@ def test_the_newest_are_kept(tmp_path: Path, steps: tuple, others: list) -> None
         (tmp_path / "checkpoints" / name).touch()
     prune(tmp_path, keep=2)
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == set(names[2:])
-
-
-def test_a_run_keeps_as_many_as_it_is_told(tmp_path: Path) -> None:
-    train(tiny(tmp_path, training={"steps": 4, "save_interval": 1, "keep_checkpoints": 1}), tmp_path / "run")
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000004.pt"]
 
 
 def test_a_crash_in_the_middle_of_a_save_leaves_the_old_file(tmp_path: Path, monkeypatch) -> None:
@@ -162,14 +132,17 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
 
 
 def test_the_estimate_covers_a_checkpoint_and_little_more(run: Trainer, tmp_path: Path) -> None:
+    """Of an optimizer that has stepped: AdamW, and one that keeps more than was to be expected."""
     assert step_path(run.run_dir, 6).stat().st_size <= checkpoint_bytes(run.model, run.optimizers)
     model = torch.nn.Linear(2000, 1000)  # large beside what an estimate adds for small things
     optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.ones(2000)).sum().backward()
-    optimizer.step()
-    save_atomically({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "c.pt")
-    size = (tmp_path / "c.pt").stat().st_size
-    assert size <= checkpoint_bytes(model, [optimizer]) < 1.1 * size
+    for n_more in (0, 3):
+        for p in model.parameters():
+            kept = {f"kept_{i}": torch.zeros_like(p) for i in range(n_more)}
+            optimizer.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p), **kept}
+        save_atomically({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "c.pt")
+        size = (tmp_path / "c.pt").stat().st_size
+        assert size <= checkpoint_bytes(model, [optimizer]) < 1.1 * size
 
 
 @pytest.mark.parametrize("remedy", ["plain", *REMEDIES])
@@ -191,29 +164,16 @@ def test_the_estimate_is_an_upper_bound_for_every_remedy(tmp_path: Path, remedy:
     assert size > 4 * (1 << 20), "large beside what an estimate adds for small things"
 
 
-def test_an_optimizer_that_keeps_more_is_measured_once_it_does(tmp_path: Path) -> None:
-    model = torch.nn.Linear(1000, 1000)
-    optimizer = torch.optim.LBFGS(model.parameters())
-    for p in model.parameters():
-        optimizer.state[p] = {f"kept_{i}": torch.zeros_like(p) for i in range(5)}
-    save_atomically({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "c.pt")
-    assert (tmp_path / "c.pt").stat().st_size <= checkpoint_bytes(model, [optimizer])
-
-
 def test_where_folders_cannot_be_opened_a_checkpoint_is_written_all_the_same(tmp_path: Path, monkeypatch) -> None:
-    """Windows: os.open of a folder is a PermissionError there. (`Path` would look at os.name; it is made before.)"""
-    path, opened = tmp_path / "step_000001.pt", os.open
+    """Windows: os.open of a folder is a PermissionError there."""
 
     def as_on_windows(place, *options):
-        if os.path.isdir(place):
-            raise PermissionError(13, "Permission denied", str(place))
-        return opened(place, *options)
+        raise PermissionError(13, "Permission denied", str(place))
 
     with monkeypatch.context() as windows:
         windows.setattr(os, "open", as_on_windows)
-        windows.setattr(checkpoint.os, "name", "nt")
-        save_atomically({"step": 1}, path)
-    assert load_checkpoint(path) == {"step": 1} and os.listdir(tmp_path) == [path.name]
+        save_atomically({"step": 1}, tmp_path / "step_000001.pt")
+    assert load_checkpoint(tmp_path / "step_000001.pt") == {"step": 1}
 
 
 # ---- what counts as damaged -----------------------------------------------------------------------------------------

@@ -5,23 +5,23 @@ import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from helpers import refused
-from tiny_run import contents, tiny, train, without_times
+from tiny_run import contents, evaluations_of, steps_of, tiny, train, without_times
 
 from moe_lab import RunError, Trainer, load_config
-from moe_lab.config import to_yaml
+from moe_lab.config import Config, to_yaml
 from moe_lab.train import read_record
 from moe_lab.train.checkpoint import load_checkpoint, step_path
 from moe_lab.train.record import read_jsonl
 
-N_STEPS = 44
-# Trains `config` in `run_dir`, resuming if it can. kill="7" dies after update 7, "save 8" halfway through the save at 8.
+N_STEPS = 24
+# Trains `config` in `run_dir`, resuming if it can, in one process after another, each killed: "7" dies after update 7,
+# "save 8" halfway through the save at 8.
 CHILD = """
 import os, signal, sys
 from pathlib import Path
@@ -29,98 +29,98 @@ import torch
 from moe_lab import Trainer, load_config
 
 torch.set_num_threads(1)
-config, run_dir, kill = load_config(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-trainer = Trainer(config, run_dir, resume=any(run_dir.glob("checkpoints/*.pt")))
-die = lambda: os.kill(os.getpid(), signal.SIGKILL)
-if kill.startswith("save"):
-    save = torch.save
+config, run_dir = load_config(sys.argv[1]), Path(sys.argv[2])
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def train_until(kill):
+    trainer = Trainer(config, run_dir, resume=any(run_dir.glob("checkpoints/*.pt")))
+    save, update, step = torch.save, trainer.update, int(kill.split()[-1])
+
     def half(state, file):
-        if state["step"] == int(kill.split()[1]):
-            save(state, file)
+        save(state, file)
+        if state["step"] == step:
             file.truncate(file.tell() // 2)
             file.flush()
             die()
-        save(state, file)
-    torch.save = half
-elif kill:
-    update = trainer.update
-    trainer.update = lambda: (update(), trainer.step == int(kill) and die())
-trainer.fit()
+
+    if kill.startswith("save"):
+        torch.save = half
+    else:
+        trainer.update = lambda: (update(), trainer.step == step and die())
+    trainer.fit()
+
+for kill in sys.argv[3:]:
+    if not os.fork():
+        train_until(kill)
+        os._exit(1)
+    assert os.WTERMSIG(os.wait()[1]) == signal.SIGKILL
+    print(*(path.name for path in run_dir.glob("checkpoints/*.part")))
 """
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def whole(tmp_path_factory) -> Trainer:
+    """Uninterrupted, in this process."""
     folder = tmp_path_factory.mktemp("resume")
-    training = {"steps": N_STEPS, "gradient_accumulation_steps": 4, "log_interval": 3, "eval_interval": 11}
-    config = tiny(folder, training=training | {"save_interval": 4})
+    training = {"steps": N_STEPS, "batch_size": 4, "log_interval": 3, "eval_interval": 7}
+    config = tiny(folder, n_words=800, training=training | {"save_interval": 4})
     assert config.model.dropout == 0.1 and config.model.mod_enabled and config.model.moe_layers
     assert config.model.mamba_enabled and config.model.mamba_layers
     (folder / "config.yaml").write_text(to_yaml(config))
-    return folder
+    return train(load_config(folder / "config.yaml"), folder / "whole")
 
 
-def child(folder: Path, name: str, kill: str = "") -> str:
-    """Run CHILD in a process of its own. Returns what it wrote to stderr."""
-    command = [sys.executable, "-c", CHILD, str(folder / "config.yaml"), str(folder / name), kill]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == (-signal.SIGKILL if kill else 0), done.stderr
-    return done.stderr
-
-
-@pytest.fixture(scope="module")
-def whole(folder: Path) -> Path:
-    train(load_config(folder / "config.yaml"), folder / "whole")  # in this process
-    return folder / "whole"
-
-
-def assert_identical(one: Path, other: Path) -> None:
-    rows = without_times(read_record(one))
-    assert [row["step"] for row in rows if "loss" in row] == list(range(1, N_STEPS + 1))
-    assert [row["step"] for row in rows if row.get("event") == "eval"] == [0, 11, 22, 33, 44]
-    assert without_times(read_record(other)) == rows
-    ends = [load_checkpoint(step_path(run_dir, N_STEPS)) for run_dir in (one, other)]
-    assert ends[0]["data_state"] == ends[1]["data_state"] and ends[0]["data_state"]["epoch"] > 0
-    for name, p in ends[0]["model_state_dict"].items():
-        assert ends[1]["model_state_dict"][name].equal(p), name
-    assert ends[0]["rng_state"]["cpu"].equal(ends[1]["rng_state"]["cpu"])
-
-
-def test_three_kills_one_of_them_in_a_save(folder: Path, whole: Path) -> None:
-    """Each in a process of its own: what a process makes of a seed is compared, too."""
+def test_three_kills_one_of_them_in_a_save(whole: Trainer) -> None:
+    """In processes of their own: what a process makes of a seed is compared, too."""
     choose = random.Random(2)
-    first, second = choose.randint(5, 12), 4 * choose.randint(5, 6)
+    first, second = choose.randint(5, 8), 4 * choose.randint(3, 4)
     third = choose.randint(second + 2, N_STEPS - 2)
-    run_dir = folder / "killed"
-    child(folder, "killed", str(first))
-    resumed_at = f"resuming after step {first // 4 * 4} of"
-    assert resumed_at in child(folder, "killed", f"save {second}")
-    (half,) = (run_dir / "checkpoints").glob("*.part")
-    assert not step_path(run_dir, second).exists() and half.stat().st_size > 1000
-    assert f"resuming after step {second - 4} of" in child(folder, "killed", str(third))
-    train(load_config(folder / "config.yaml"), run_dir, resume=True)
-    assert_identical(whole, run_dir)
+    run_dir = whole.run_dir.parent / "killed"
+    command = [sys.executable, "-c", CHILD, str(run_dir.parent / "config.yaml"), str(run_dir)]
+    command += [str(first), f"save {second}", str(third)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"resuming after step (\d+) of", done.stderr) == [str(first // 4 * 4), str(second - 4)]
+    assert re.fullmatch(rf"\nstep_{second:06d}.pt.\d+.part\n\n", done.stdout)  # half of a checkpoint, then swept up
+    train(whole.config, run_dir, resume=True)
+    rows = without_times(read_record(run_dir))
+    assert rows == without_times(read_record(whole.run_dir))
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, N_STEPS + 1))
+    assert [row["step"] for row in rows if row.get("event") == "eval"] == [0, 7, 14, 21, 24]
+    one, other = (load_checkpoint(step_path(folder, N_STEPS)) for folder in (whole.run_dir, run_dir))
+    assert one["data_state"] == other["data_state"] and one["data_state"]["epoch"] > 0
+    for name, p in one["model_state_dict"].items():
+        assert other["model_state_dict"][name].equal(p), name
+    assert all(state.equal(other["rng_state"][name]) for name, state in one["rng_state"].items())
     assert json.loads((run_dir / "summary.json").read_text())["status"] == "finished"
 
 
 # ---- what a resumed run takes from where ----------------------------------------------------------------------------
 
 
-@pytest.fixture
-def half_way(tmp_path: Path):
-    """A run of 4 of 8 steps, interrupted, and its config."""
-    config = tiny(tmp_path, training={"steps": 8, "log_interval": 1, "save_interval": 2, "warmup_steps": 0})
-    trainer = Trainer(config, tmp_path / "run")
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory) -> Trainer:
+    """A run of 4 of 8 steps."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    config = tiny(folder, training={"steps": 8, "log_interval": 1, "save_interval": 2, "warmup_steps": 0})
+    trainer = Trainer(config, folder / "run")
     trainer.listeners.append(lambda row: row["step"] == 4 and trainer.stop())
     assert trainer.fit()["status"] == "interrupted"
-    return config, tmp_path / "run"
+    return trainer
+
+
+@pytest.fixture
+def half_way(interrupted: Trainer, tmp_path: Path) -> tuple[Config, Path]:
+    """The config, and a copy of the directory to go on in."""
+    return interrupted.config, shutil.copytree(interrupted.run_dir, tmp_path / "run")
 
 
 def test_the_given_config_wins_for_lr_and_budget(half_way, capsys) -> None:
     """C17 says that the old LR is baked into a checkpoint, B13 is the bug that would make it so."""
     config, run_dir = half_way
-    old = [row for row in read_record(run_dir) if "loss" in row]
-    capsys.readouterr()
+    old = steps_of(run_dir)
     changes = {"max_lr": 0.005, "steps": 6, "min_lr_ratio": 1.0}
     changed = config.with_(training=changes, optimizer={"adamw_lr_ratio": 0.5, "embedding_lr_ratio": None})
     resumed = train(changed, run_dir, resume=True)
@@ -132,7 +132,7 @@ def test_the_given_config_wins_for_lr_and_budget(half_way, capsys) -> None:
         "optimizer.adamw_lr_ratio: stored 0.08, given 0.5: the given value is used",
         "optimizer.embedding_lr_ratio: stored 0.3, given None: the given value is used",
     ]
-    rows = [row for row in read_record(run_dir) if "loss" in row]
+    rows = steps_of(run_dir)
     assert rows[:4] == old and [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert [row["lr"] for row in rows[4:]] == [{"muon": 0.005, "adamw_decayed": 0.0025, "adamw": 0.0025}] * 2
     # what the optimizers really did: an RMSNorm moves by at most Adam's LR, times the growth of its bias correction
@@ -144,13 +144,11 @@ def test_the_given_config_wins_for_lr_and_budget(half_way, capsys) -> None:
 
 def test_what_the_state_depends_on_is_kept(half_way, capsys) -> None:
     config, run_dir = half_way
-    capsys.readouterr()
     changed = config.with_(
         training={"seed": 5, "batch_size": 4}, model={"dropout": 0.0}, optimizer={"momentum": 0.5, "type": "adamw"}
     )
-    resumed = train(changed, run_dir, resume=True)
-    lines = capsys.readouterr().err.splitlines()[1:]
-    assert lines == [
+    resumed = Trainer(changed, run_dir, resume=True)
+    assert capsys.readouterr().err.splitlines()[1:] == [
         "model.dropout: stored 0.1, given 0.0: the stored value is kept",
         "training.batch_size: stored 2, given 4: the stored value is kept",
         "training.seed: stored 0, given 5: the stored value is kept",
@@ -171,12 +169,16 @@ def test_another_architecture_is_an_error(half_way) -> None:
     assert contents(run_dir) == before
 
 
-def test_another_text_is_an_error(half_way, tmp_path: Path) -> None:
+def test_another_text_is_an_error(half_way) -> None:
     config, run_dir = half_way
-    text = tmp_path / "text.txt"
-    text.write_text(text.read_text().replace("a", "b", 3))  # as many tokens as before, or nearly
-    with refused(RunError, match="the text of data.source=.* has changed since the checkpoint"):
-        train(config, run_dir, resume=True)
+    source = Path(config.data.source)
+    text = source.read_text()
+    source.write_text(text.replace("a", "b", 3))  # as many tokens as before, or nearly
+    try:
+        with refused(RunError, match="the text of data.source=.* has changed since the checkpoint"):
+            Trainer(config, run_dir, resume=True)
+    finally:
+        source.write_text(text)
 
 
 def test_rows_beyond_the_checkpoint_are_cut(half_way) -> None:
@@ -191,55 +193,39 @@ def test_rows_beyond_the_checkpoint_are_cut(half_way) -> None:
     (run_dir / "findings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in findings) + '{"rule": "cut')
     assert train(config, run_dir, resume=True).step == 8
     assert read_jsonl(run_dir / "findings.jsonl") == findings[:3]
-    rows = read_record(run_dir)
-    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 9))
-    evaluations = [row for row in rows if row.get("event") == "eval"]
+    assert [row["step"] for row in steps_of(run_dir)] == list(range(1, 9))
+    evaluations = evaluations_of(run_dir)
     assert [row["step"] for row in evaluations] == [0, 4, 8] and evaluations[1]["validation_loss"] > 1
-    assert all(row["step"] <= 2 for row in map(json.loads, (run_dir / "controls.jsonl").read_text().splitlines()))
-    seconds = [row["seconds"] for row in rows]
+    assert read_jsonl(run_dir / "controls.jsonl") == []
+    seconds = [row["seconds"] for row in read_record(run_dir)]
     assert seconds == sorted(seconds)  # the clock goes on where the checkpoint left it
 
 
-def test_a_finished_run_resumes_to_nothing(tmp_path: Path) -> None:
-    config = tiny(tmp_path, training={"steps": 3})
-    train(config, tmp_path / "run")
-    before = read_record(tmp_path / "run")
-    summary = Trainer(config, tmp_path / "run", resume=True).fit()
-    assert (summary["status"], summary["steps"]) == ("finished", 3)
-    assert read_record(tmp_path / "run") == before
+def test_a_finished_run_resumes_to_nothing(run: Trainer, tmp_path: Path) -> None:
+    shutil.copytree(run.run_dir, tmp_path / "run")
+    summary = Trainer(run.config, tmp_path / "run", resume=True).fit()
+    assert (summary["status"], summary["steps"]) == ("finished", 6)
+    assert read_record(tmp_path / "run") == read_record(run.run_dir)
+    fewer = Trainer(run.config.with_(training={"steps": 2}), tmp_path / "run", resume=True)
+    with refused(RunError, match=r"6 steps are done and training.steps=2; ask for more"):
+        fewer.fit()
 
 
-def test_a_stop_in_the_last_evaluation_leaves_it_to_the_next_run(tmp_path: Path) -> None:
-    config = tiny(tmp_path, training={"steps": 3, "log_interval": 1})
-    trainer = Trainer(config, tmp_path / "run")
-    trainer.listeners.append(lambda row: row["step"] == 3 and trainer.stop())
-    assert trainer.fit()["status"] == "interrupted" and trainer.step == 3
-    assert [row["step"] for row in read_record(tmp_path / "run") if row.get("event") == "eval"] == [0]
-    assert train(config, tmp_path / "run", resume=True).step == 3
-    train(config, tmp_path / "whole")
-    assert without_times(read_record(tmp_path / "run")) == without_times(read_record(tmp_path / "whole"))
+def test_a_stop_in_the_last_evaluation_leaves_it_to_the_next_run(run: Trainer, tmp_path: Path) -> None:
+    trainer = Trainer(run.config, tmp_path / "run")
+    trainer.listeners.append(lambda row: row["step"] == 6 and trainer.stop())
+    assert trainer.fit()["status"] == "interrupted" and trainer.step == 6
+    assert [row["step"] for row in evaluations_of(tmp_path / "run")] == [0, 4]
+    assert train(run.config, tmp_path / "run", resume=True).step == 6
+    assert without_times(read_record(tmp_path / "run")) == without_times(read_record(run.run_dir))
 
 
 def test_a_vocabulary_that_the_text_did_not_fill_is_no_other_architecture(tmp_path: Path, capsys) -> None:
-    config = tiny(tmp_path, training={"steps": 2}, model={"vocab_size": 5000}, precision={"compute": "auto"})
-    train(config, tmp_path / "run")
-    capsys.readouterr()
-    resumed = train(config.with_(training={"steps": 3}), tmp_path / "run", resume=True)
-    assert resumed.step == 3 and resumed.model.embedding.weight.shape[0] < 5000
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[1:] == ["training.steps: stored 2, given 3: the given value is used"]
-
-
-def test_a_run_moves_with_its_directory(half_way, tmp_path: Path) -> None:
-    config, run_dir = half_way
-    shutil.move(run_dir, tmp_path / "elsewhere")
-    assert train(config, tmp_path / "elsewhere", resume=True).step == 8
-    assert not run_dir.exists() and re.search("elsewhere", str(step_path(tmp_path / "elsewhere", 8)))
-
-
-def test_fewer_steps_than_done(tmp_path: Path) -> None:
-    config = tiny(tmp_path, training={"steps": 4})
-    Trainer(config, tmp_path / "run").fit()
-    fewer = Trainer(config.with_(training={"steps": 2}), tmp_path / "run", resume=True)
-    with refused(RunError, match=r"4 steps are done and training.steps=2; ask for more"):
-        fewer.fit()
+    config = tiny(tmp_path, training={"steps": 1}, model={"vocab_size": 5000}, precision={"compute": "auto"})
+    trainer = train(config, tmp_path / "run")
+    n_words = trainer.dataset.tokenizer.get_vocab_size()
+    assert n_words < 5000 and trainer.model.embedding.weight.shape[0] == n_words
+    assert load_config(tmp_path / "run" / "config.yaml").model.vocab_size == n_words
+    resumed = Trainer(config.with_(training={"steps": 3}), tmp_path / "run", resume=True)
+    assert (resumed.step, resumed.config.model.vocab_size) == (1, n_words)
+    assert capsys.readouterr().err.splitlines()[1:] == ["training.steps: stored 1, given 3: the given value is used"]

@@ -9,6 +9,7 @@ import torch
 
 from moe_lab import Trainer, load_config
 from moe_lab.config import Config
+from moe_lab.train import read_record
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SMALL = {"vocab_size": 300, "d_model": 16, "n_heads": 2, "n_kv_heads": 1, "d_ff": 32, "d_ff_expert": 16}
@@ -45,6 +46,14 @@ def train(config: Config, run_dir: Path, **options) -> Trainer:
 
 def parameters(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def steps_of(run_dir: Path) -> list[dict]:
+    return [row for row in read_record(run_dir) if "loss" in row]
+
+
+def evaluations_of(run_dir: Path) -> list[dict]:
+    return [row for row in read_record(run_dir) if row.get("event") == "eval"]
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
