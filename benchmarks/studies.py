@@ -8,10 +8,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from moe_lab.config import ConfigError, suggestion
 from moe_lab.failures.designs import all_designs, study_config, with_lrs
 from moe_lab.failures.experiments import SEEDS, Arm, Experiment, collect
 from moe_lab.failures.results import RESULTS
+from moe_lab.sections import ConfigError, suggestion
 from moe_lab.train.command import exit_code
 
 

@@ -2,7 +2,6 @@
 
 config.py    what a run is: every field of its YAML file
 sections.py  how such fields are read, checked and written
-schema.py    what health is told of the lab's own configs
 data/        from text to batches
 model/       the language model: one mechanism a file
 optim/       who updates which tensor, how far, in which precision

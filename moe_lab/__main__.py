@@ -12,29 +12,24 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from moe_lab.config import ConfigError, load_config
+from moe_lab.config import SECTIONS, ConfigError, load_config
+from moe_lab.course import case
 from moe_lab.health.after.inspection import inspect_checkpoint
 from moe_lab.health.before.preflight import preflight
 from moe_lab.health.during.watch import Watch
 from moe_lab.health.findings import SEVERITIES, Finding
 from moe_lab.model.count import count_parameters
-from moe_lab.schema import HEALTH_SCHEMA
 from moe_lab.train import RunError, Trainer
 from moe_lab.train.command import exit_code
 from moe_lab.train.record import FINDINGS
 
-
-class OneLineParser(argparse.ArgumentParser):
-    """argparse prints its whole usage before an error; one line is enough."""
-
-    def error(self, message: str):
-        raise ConfigError(f"{message}; see {self.prog} --help")
+HEALTH_SCHEMA = {"sections": tuple(SECTIONS), "dead_keys": case.case()["dead_keys"]}
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train a config under a watch, with a progress bar on stderr, and say where the files are and what was found.
+    """Say what preflight says, train under a watch, and say where the files are and what was found.
 
-    What preflight says of the file comes first. Returns 1 if it or the watch found an error.
+    Returns 1 if preflight or the watch found an error.
     """
     if args.resume and not args.run_dir:
         raise ConfigError("--resume needs --run-dir: the directory of the run to go on with")
@@ -48,24 +43,23 @@ def run(args: argparse.Namespace) -> int:
         status, findings = fit_watched(trainer)
     print(f"{status}: {trainer.step} steps in {trainer.run_dir}; see record.jsonl and summary.json")
     print(counts(findings) + (f": see {trainer.run_dir / FINDINGS}" if findings else ""))
-    return has_error(before + findings)
+    return int(any(finding.severity == "error" for finding in before + findings))
 
 
 def fit_watched(trainer: Trainer) -> tuple[str, list[Finding]]:
-    """`trainer.fit()` under a Watch that writes findings.jsonl, with a progress bar: how it ended, what was found."""
+    """`trainer.fit()` under a Watch, with a progress bar on stderr: how it ended, what was found."""
     plan = {"budget": trainer.n_steps, "start_step": trainer.step, "log": trainer.run_dir / FINDINGS}
     try:
         watch = Watch(trainer.model, trainer.optimizers, **plan)
     except ValueError as error:
         raise RunError(str(error)) from error
+    shown: list[Finding] = []
     with watch, tqdm(total=trainer.n_steps, initial=trainer.step, unit="step") as bar:
-        n_shown = 0
 
         def show(row: dict) -> None:
-            nonlocal n_shown
-            for finding in watch.findings[n_shown:]:
+            for finding in watch.findings[len(shown) :]:
                 bar.write(str(finding), file=sys.stderr)
-            n_shown = len(watch.findings)
+                shown.append(finding)
             if "loss" in row:
                 watch.observe(loss=row["loss"])
                 bar.update(row["step"] - bar.n)
@@ -77,33 +71,17 @@ def fit_watched(trainer: Trainer) -> tuple[str, list[Finding]]:
         return trainer.fit()["status"], watch.findings
 
 
-def notebook(args: argparse.Namespace) -> None:
-    try:
-        from moe_lab.course import runner
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"notebooks need {error.name}; `make setup` in a clone installs it") from error
-    parameters = dict(args.parameters)
-    for word in args.overrides:
-        name, equals, parameters[name] = word.partition("=")
-        if not equals:
-            raise ConfigError(f"{word!r} is not understood; write: notebook PATH [-p NAME VALUE ...] [NAME=VALUE ...]")
-    if args.path == "all":
-        runner.run_all(parameters)
-    else:
-        runner.run_notebook(args.path, parameters)
-
-
 def preflight_of(path: str) -> list[Finding]:
     """Preflight, handed what the lab knows of its own configs: the model's size, and keys that nothing reads."""
     try:
         n_parameters = count_parameters(load_config(path).model).total
     except ConfigError:
-        n_parameters = None  # another project's file, or one with keys that the lab refuses: estimated from its sizes
+        n_parameters = None  # another project's file, or one that the lab refuses: estimated from its sizes
     return preflight(path, n_parameters, HEALTH_SCHEMA)
 
 
 def check_file(args: argparse.Namespace) -> int:
-    """Print one line for each finding about a file, errors first, and a line of counts. Returns 1 if there is an error."""
+    """Print a line for each finding about a file, errors first, and their counts. Returns 1 for an error."""
     try:
         findings = sorted(args.check(args.file), key=lambda finding: SEVERITIES.index(finding.severity))
     except ValueError as error:
@@ -111,10 +89,6 @@ def check_file(args: argparse.Namespace) -> int:
     for finding in findings:
         print(line_of(finding))
     print(counts(findings))
-    return has_error(findings)
-
-
-def has_error(findings: list[Finding]) -> int:
     return int(any(finding.severity == "error" for finding in findings))
 
 
@@ -124,20 +98,37 @@ def line_of(f: Finding) -> str:
 
 def counts(findings: list[Finding]) -> str:
     """`0 errors, 2 warnings, 1 info`."""
-    severities = [finding.severity for finding in findings]
-    numbers = [(severities.count(name), name) for name in SEVERITIES]
-    return ", ".join(f"{n} {name}" + ("s" if n != 1 and name != "info" else "") for n, name in numbers)
+    numbers = {name: sum(finding.severity == name for finding in findings) for name in SEVERITIES}
+    return ", ".join(f"{n} {name}" if n == 1 or name == "info" else f"{n} {name}s" for name, n in numbers.items())
 
 
-def main(argv: list[str] | None = None) -> int:
-    return exit_code(command, argv)
+def notebook(args: argparse.Namespace) -> None:
+    try:
+        from moe_lab.course import runner
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"notebooks need {error.name}; `make setup` in a clone installs it") from error
+    for word in args.overrides:
+        if "=" not in word:
+            raise ConfigError(f"{word!r} is not understood; write: notebook PATH [NAME=VALUE ...]")
+    parameters = dict(word.split("=", 1) for word in args.overrides)
+    if args.path == "all":
+        runner.run_all(parameters)
+    else:
+        runner.run_notebook(args.path, parameters)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse prints its whole usage before an error; one line is enough."""
+
+    def error(self, message: str):
+        raise ConfigError(f"{message}; see {self.prog} --help")
 
 
 def command(argv: list[str] | None) -> int | None:
     parser = OneLineParser(prog="python -m moe_lab", description="Train and look into training runs.")
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser)
-    trained = "Exit code 0: no error was found; 1: one was, before the run or during it; 2: it cannot run."
-    one = commands.add_parser("run", help="train one config", description=trained)
+    commands = parser.add_subparsers(dest="command", required=True)
+    codes = "Exit code 0: no error was found; 1: one was, before the run or during it; 2: it cannot run."
+    one = commands.add_parser("run", help="train one config", description=codes)
     one.add_argument("config", help="a YAML file, such as configs/lab.yaml")
     one.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as training.steps=200")
     one.add_argument("--run-dir", help="where to write; default: a new dated directory under runs/")
@@ -145,23 +136,27 @@ def command(argv: list[str] | None) -> int | None:
     one.set_defaults(call=run)
     codes = "One line for each finding: severity, rule, where, what, what to do; then their counts. "
     codes += "Exit code 0: no error among them; 1: an error; 2: the file cannot be used."
-    before = commands.add_parser("preflight", help="look for mistakes in a config, before training", description=codes)
-    before.add_argument("file", help="a YAML file; its comments are read too")
-    before.set_defaults(call=check_file, check=preflight_of)
-    after = commands.add_parser("inspect", help="look into a checkpoint; nothing in it is executed", description=codes)
-    after.add_argument("file", help="a checkpoint, such as runs/demo/checkpoints/step_000200.pt")
-    after.set_defaults(call=check_file, check=inspect_checkpoint)
-    many = commands.add_parser("notebook", help="execute a notebook headlessly")
-    many.add_argument("path", help="a notebook's path or name, or all")
-    many.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="its parameters, as is -p NAME VALUE")
-    many.add_argument("-p", nargs=2, action="append", default=[], dest="parameters", metavar=("NAME", "VALUE"))
-    many.set_defaults(call=notebook)
+    for name, check, purpose, file in (
+        ("preflight", preflight_of, "look for mistakes in a config, before training", "a YAML file; comments are read"),
+        ("inspect", inspect_checkpoint, "look into a checkpoint; nothing in it is executed", "such as step_000200.pt"),
+    ):
+        one = commands.add_parser(name, help=purpose, description=codes)
+        one.add_argument("file", help=file)
+        one.set_defaults(call=check_file, check=check)
+    one = commands.add_parser("notebook", help="execute a notebook headlessly")
+    one.add_argument("path", help="a notebook's path or name, or all")
+    one.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="its parameters")
+    one.set_defaults(call=notebook)
     args, rest = parser.parse_known_args(argv)  # argparse leaves over what follows an option
-    if rest and ("overrides" not in args or any(word.startswith("-") for word in rest)):
+    if rest and "overrides" not in args:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides += rest
     return args.call(args)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return exit_code(command, argv)
 
 
 if __name__ == "__main__":

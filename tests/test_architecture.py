@@ -14,7 +14,6 @@ TRAINING = {"config", "data", "model", "optim"}
 ALLOWED = {
     "sections": set(),
     "config": {"sections"},
-    "schema": set(),
     "data": {"config"},
     "model": {"config"},
     "optim": {"config"},
@@ -23,7 +22,7 @@ ALLOWED = {
     "health": set(),
     "show": {"config", "train.record", "health"},
     "failures": {*TRAINING, "train", "health"},
-    "course": {*TRAINING, "train", "health", "show", "failures"},
+    "course": {"sections", *TRAINING, "train", "health", "show", "failures"},
     "connect": {*TRAINING, "train", "health"},
 }
 DOORS = {"__init__", "__main__"}  # what a user enters by; these may import anything

@@ -49,7 +49,8 @@ def write(path: Path, *sources: str) -> Path:
         (float, "1e-3", 0.001),
         (float, 2, 2.0),
         (int, "3", 3),
-        (int, 2e3, 2000),
+        (int, 2000, 2000),
+        (str, "lab", "lab"),
         (list, "a.b=1, c.d=[1, 2] e.f=x", ["a.b=1", "c.d=[1, 2]", "e.f=x"]),
         (list, ["a.b=1"], ["a.b=1"]),
     ],
@@ -61,11 +62,22 @@ def test_cast_takes_what_says_the_same(kind, value, expected) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "value"),
-    [(bool, "flase"), (bool, 1), (int, "1.5"), (int, True), (int, "many"), (float, "nan"), (str, 3), (list, [1])],
+    ("kind", "value", "message"),
+    [
+        (bool, "flase", "='flase' must be true or false"),
+        (bool, 1, "=1 must be true or false"),
+        (int, "1.5", "=1.5 must be a whole number"),
+        (int, True, "=True must be a whole number"),
+        (int, "many", "='many' must be a whole number"),
+        (float, "nan", "='nan' must be a number"),
+        (str, 3, "=3 must be text"),
+        (list, [1], r"\[0\]=1 must be text"),
+        (list, 1, r"=1 must be a list, such as \[1, 2\]"),
+        (int, "[", ", line 1: not valid YAML: .+"),
+    ],
 )
-def test_cast_refuses_the_rest_in_one_line(kind, value) -> None:
-    with refused(ConfigError, match=f"^parameter name={re.escape(repr(value))} must be .+$"):
+def test_cast_refuses_the_rest_in_one_line(kind, value, message) -> None:
+    with refused(ConfigError, match=f"^parameter name{message}$"):
         notebook.cast("name", value, kind)
 
 
@@ -139,8 +151,8 @@ def test_parameters_are_cast_to_what_the_notebook_declares(tmp_path) -> None:
     [
         ({"n_seed": 2}, "n.ipynb: unknown parameter 'n_seed'; did you mean n_seeds?"),
         ({"zzz": 2}, "n.ipynb: unknown parameter 'zzz'; known are profile, overrides"),
-        ({"resume": "no"}, "parameter resume='no' must be true or false"),
-        ({"n_seeds": "1e-3"}, "parameter n_seeds='1e-3' must be a whole number"),
+        ({"resume": "nay"}, "parameter resume='nay' must be true or false"),
+        ({"n_seeds": "1e-3"}, "parameter n_seeds=0.001 must be a whole number"),
         ({"overrides": "model.n_layers=0"}, "model.n_layers=0 must be more than 0"),
     ],
     ids=str,
@@ -149,7 +161,7 @@ def test_wrong_parameters_stop_before_a_kernel_starts(tmp_path, parameters, mess
     path = write(tmp_path / "n.ipynb")
     with refused(ConfigError, match=re.escape(message)):
         runner.validate_parameters(path, parameters)
-    arguments = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
+    arguments = [f"{name}={value}" for name, value in parameters.items()]
     assert main(["notebook", str(path), *arguments]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 

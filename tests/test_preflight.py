@@ -10,14 +10,13 @@ import yaml
 from tiny_run import CONFIGS
 
 from moe_lab import load_config
-from moe_lab.__main__ import preflight_of
+from moe_lab.__main__ import HEALTH_SCHEMA, preflight_of
 from moe_lab.config import Config, to_dict
 from moe_lab.health.before.comments import Statement, statements
 from moe_lab.health.before.plan import Plan
 from moe_lab.health.before.preflight import SAMPLE, entries_of_mapping, preflight, read_entries
 from moe_lab.health.conventions import usual_adamw_lr
 from moe_lab.model.count import count_parameters
-from moe_lab.schema import HEALTH_SCHEMA
 
 CASE = CONFIGS / "training_1.5b_as_reported.yaml"
 ALL = sorted(path.stem for path in CONFIGS.glob("*.yaml"))

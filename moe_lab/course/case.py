@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
-from moe_lab.config import ConfigError, read_yaml, suggestion
+from moe_lab.sections import ConfigError, read_yaml, suggestion
 
 CASE = Path(__file__).with_name("case.yaml")
 

@@ -11,9 +11,7 @@ no more than a warning. All three are settled here, before anything runs.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import math
 import os
 import re
 from collections.abc import Iterable
@@ -24,14 +22,14 @@ from typing import Any
 
 import torch
 
-from moe_lab.config import ROOT, Config, ConfigError, load_config, suggestion
+from moe_lab.config import ROOT, Config, load_config
 from moe_lab.failures.results import provenance
+from moe_lab.sections import ConfigError, check_value, parse_word, suggestion
 from moe_lab.train.device import pick_device
 
 PROFILES = ("smoke", "lab", "gpu")
 # the parameters that every notebook may have; a value of None or '' means: not given
 KINDS = {"profile": str, "config": str, "overrides": list, "run_dir": str, "seed": int, "device": str, "resume": bool}
-WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "section.key=value texts"}
 
 
 @dataclass(frozen=True)
@@ -125,23 +123,17 @@ def refuse_unknown(names: Iterable[str], known: Iterable[str], where: str = "") 
 
 
 def cast(name: str, value: Any, kind: type) -> Any:
-    """`value` as `kind` (bool, int, float, str or list), where it says the same: "false", "1e-3", "3". Else ConfigError."""
-    text = str(value).strip()
-    if kind is list and isinstance(value, str):  # split between settings, not within [1, 2]
-        return [item for item in re.split(r"[,\s]+(?=\w+\.\w+\s*=)", text) if item]
-    if kind is list and isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
-        return list(value)
-    if kind is bool and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    if kind is str and isinstance(value, (str, Path)):
-        return str(value)
-    if kind in (int, float):
-        with contextlib.suppress(ValueError, OverflowError):  # of what is no number, or not finite
-            if kind is float and math.isfinite(float(text)):
-                return float(text)
-            if kind is int and float(text) == int(float(text)):
-                return int(text) if text.isdecimal() else int(float(text))
-    raise ConfigError(f"parameter {name}={value!r} must be {WORDS[kind]}")
+    """`value` as `kind` (bool, int, float, str or list); a text is read as on a command line. Raises ConfigError."""
+    where = f"parameter {name}"
+    if kind is list:
+        # split between settings, not within [1, 2]
+        settings = re.split(r"[,\s]+(?=\w+\.\w+\s*=)", value.strip()) if isinstance(value, str) else value
+        check_value(where, tuple(settings) if isinstance(settings, list) else settings, tuple[str, ...])
+        return [setting for setting in settings if setting]
+    if isinstance(value, (str, Path)):
+        value = parse_word(str(value).strip(), kind, where)
+    check_value(where, value, kind)
+    return kind(value)
 
 
 def claim(id: str, holds: Any, statement: str) -> None:

@@ -1,6 +1,6 @@
 """Execute notebooks without a person: one of them, or the whole sequence.
 
-    python -m moe_lab notebook notebooks/05_fixed_training.ipynb profile=smoke      # or -p profile smoke
+    python -m moe_lab notebook notebooks/05_fixed_training.ipynb profile=smoke
     python -m moe_lab notebook all profile=smoke             # each into a folder of one new directory under runs/
 
 The first Ctrl-C goes to the cell that runs, so that a training run saves its checkpoint, and ends the notebook after
@@ -28,8 +28,9 @@ from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
-from moe_lab.config import ROOT, ConfigError
+from moe_lab.config import ROOT
 from moe_lab.course.notebook import KINDS, Lab, cast, new_run_dir, refuse_unknown, resolve
+from moe_lab.sections import ConfigError
 from moe_lab.train import RunError
 from moe_lab.train.record import RECORD
 

@@ -14,11 +14,12 @@ from typing import Any
 
 from filelock import FileLock
 
-from moe_lab.config import ROOT, ConfigError, differences, load_config, suggestion
+from moe_lab.config import ROOT, differences, load_config
 from moe_lab.course import case
 from moe_lab.course.notebook import Lab
 from moe_lab.data.prepare import CACHE
 from moe_lab.failures.results import provenance
+from moe_lab.sections import ConfigError, suggestion
 from moe_lab.train.record import write_atomically
 
 VERDICTS = ROOT / "notebooks" / "results" / "verdicts.json"
