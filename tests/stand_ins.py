@@ -10,23 +10,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-
-def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
-    """Jordan 2024's quintic Newton–Schulz iteration, in float32: (…, A, B)."""
-    x = matrix.float() / (matrix.float().norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return (x.mT if tall else x).to(matrix.dtype)
+from moe_lab.optim.muon import orthogonalise
 
 
-def momentum_of(state: dict, grad: Tensor, momentum: float) -> Tensor:
-    """Nesterov's, of an exponential mean."""
+def orthogonal(state: dict, grad: Tensor, momentum: float = 0.95) -> Tensor:
+    """Of Nesterov's momentum, of an exponential mean."""
     buffer = state.setdefault("momentum_buffer", torch.zeros_like(grad))
     buffer.lerp_(grad, 1 - momentum)
-    return grad.lerp(buffer, momentum)
+    return orthogonalise(grad.lerp(buffer, momentum), steps=5).to(grad.dtype)
 
 
 def adam_update(state: dict, grad: Tensor, betas: tuple[float, float], eps: float) -> Tensor:
@@ -46,61 +37,49 @@ def original_factor(p: Tensor) -> float:
 class JordanMuon(Optimizer):
     """KellerJordan/Muon, plain: `lr` · sqrt(max(1, A / B)) · an orthogonal matrix."""
 
+    decay = "weight_decay"
+
     def __init__(self, params: Iterable, lr: float = 0.02, weight_decay: float = 0.0, momentum: float = 0.95):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
-    def factor(self, p: Tensor, group: dict) -> float:
-        return original_factor(p)
-
-    def direction(self, p: Tensor, group: dict) -> Tensor:
-        return orthogonalise(momentum_of(self.state[p], p.grad, group["momentum"]))
+    def update(self, p: Tensor, group: dict) -> Tensor:
+        return orthogonal(self.state[p], p.grad, group["momentum"]) * original_factor(p)
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
-                update = self.direction(p, group)
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * self.factor(p, group))
+                update = self.update(p, group)
+                p.mul_(1 - group["lr"] * group[self.decay]).add_(update, alpha=-group["lr"])
 
 
-class MuonWithAuxAdam(Optimizer):
+class MuonWithAuxAdam(JordanMuon):
     """KellerJordan/Muon, both in one: groups say `use_muon`; the others are under Adam."""
 
     def __init__(self, groups: list[dict]):
-        defaults = {"weight_decay": 0.0, "momentum": 0.95, "betas": (0.9, 0.95), "eps": 1e-10}
-        super().__init__([{**defaults, **group} for group in groups], {})
+        Optimizer.__init__(self, groups, {"weight_decay": 0.0, "momentum": 0.95, "betas": (0.9, 0.95), "eps": 1e-10})
 
-    @torch.no_grad()
-    def step(self, closure=None) -> None:
-        for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                if group["use_muon"]:
-                    update = orthogonalise(momentum_of(self.state[p], p.grad, group["momentum"])) * original_factor(p)
-                else:
-                    update = adam_update(self.state[p], p.grad, group["betas"], group["eps"])
-                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+    def update(self, p: Tensor, group: dict) -> Tensor:
+        if group["use_muon"]:
+            return super().update(p, group)
+        return adam_update(self.state[p], p.grad, group["betas"], group["eps"])
 
 
-class MoonlightMuon(Optimizer):
+class MoonlightMuon(JordanMuon):
     """MoonshotAI/Moonlight: called Muon there. One group, one LR like AdamW's; state says which tensors are Muon's, whose
     update is scaled by 0.2 · sqrt(max(A, B)) (Liu et al. 2025, eq. 4)."""
 
+    decay = "wd"
+
     def __init__(self, lr: float, wd: float, muon_params: list[Tensor], adamw_params: list[Tensor]):
-        super().__init__([*muon_params, *adamw_params], {"lr": lr, "wd": wd})
+        Optimizer.__init__(self, [*muon_params, *adamw_params], {"lr": lr, "wd": wd})
         for p in (*muon_params, *adamw_params):
             self.state[p]["use_muon"] = any(p is q for q in muon_params)
 
-    @torch.no_grad()
-    def step(self, closure=None) -> None:
-        for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                state = self.state[p]
-                if state["use_muon"]:
-                    update = orthogonalise(momentum_of(state, p.grad, 0.95)) * 0.2 * math.sqrt(max(p.shape))
-                else:
-                    update = adam_update(state, p.grad, (0.9, 0.95), 1e-8)
-                p.mul_(1 - group["lr"] * group["wd"]).add_(update, alpha=-group["lr"])
+    def update(self, p: Tensor, group: dict) -> Tensor:
+        if self.state[p]["use_muon"]:
+            return orthogonal(self.state[p], p.grad) * 0.2 * math.sqrt(max(p.shape))
+        return adam_update(self.state[p], p.grad, (0.9, 0.95), 1e-8)
 
 
 MoonlightMuon.__name__ = "Muon"
@@ -114,27 +93,23 @@ class DionMuon(JordanMuon):
         for group in self.param_groups:
             group["adjust_lr"] = adjust_lr
 
-    def factor(self, p: Tensor, group: dict) -> float:
+    def update(self, p: Tensor, group: dict) -> Tensor:
         rows, columns = p.shape[-2:]
         by_name = {"spectral_norm": math.sqrt(rows / columns), "rms_norm": 0.2 * math.sqrt(max(rows, columns))}
-        return by_name.get(group["adjust_lr"], 1.0)
+        return orthogonal(self.state[p], p.grad) * by_name.get(group["adjust_lr"], 1.0)
 
 
 class NorMuon(JordanMuon):
     """NorMuon (Li et al. 2025, arXiv:2510.05491): each row is divided by a running RMS of its own, then all is scaled so that
     an element moves by 0.2 · lr."""
 
-    def direction(self, p: Tensor, group: dict) -> Tensor:
-        update = super().direction(p, group)
-        state = self.state[p]
+    def update(self, p: Tensor, group: dict) -> Tensor:
+        update = orthogonal(self.state[p], p.grad)
         squares = update.square().mean(dim=-1, keepdim=True)
-        second = state.setdefault("second_moment", torch.zeros_like(squares))
+        second = self.state[p].setdefault("second_moment", torch.zeros_like(squares))
         second.lerp_(squares, 0.05)
         update = update / (second.sqrt() + 1e-8)
         return update * 0.2 * math.sqrt(update.numel()) / update.norm()
-
-    def factor(self, p: Tensor, group: dict) -> float:
-        return 1.0
 
 
 class MyOpt(Optimizer):

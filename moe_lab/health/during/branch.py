@@ -1,7 +1,7 @@
 """The branch probe: from one state, over one sequence of batches, a few updates under each of several settings.
 
-What differs afterwards was caused by the setting, since nothing else differs. It proves a suspicion (is this learning rate
-too low?) and is the general way to attribute a loss to a cause.
+What differs afterwards was caused by the setting. It proves a suspicion (is this learning rate too low?) and is the general
+way to attribute a loss to a cause.
 """
 
 from __future__ import annotations
@@ -58,18 +58,18 @@ def branch_probe(
 
     `loss_fn(model, batch)` gives a scalar in nats. The first `n_updates` of `batches` train, the rest (at least 5)
     evaluate, in the model's current mode. `branches` maps a name to a change of the optimizers' options; by default each
-    parameter group's LR times 3, and all of them together (`lr_branches`). Ask it after warm-up: it holds LRs constant.
-    Every branch draws the same random numbers from torch's generators (dropout), on each device of the model. Model,
-    gradients, optimizers and random state are put back, also after an error. Step hooks of the optimizers, a watch's and
-    others', are not called. It takes a copy of parameters and optimizer state. Raises ValueError for too few batches.
+    parameter group's LR times 3, and all of them together. Ask it after warm-up: it holds LRs constant. Every branch draws
+    the same random numbers from torch's generators (dropout). Model, gradients, optimizers and random state are put back,
+    also after an error; it takes a copy of them. Step hooks, a watch's and others', are not called.
+    Raises ValueError for too few batches.
     """
     optimizers = [innermost(o) for o in ([optimizer] if isinstance(optimizer, Optimizer) else optimizer)]
     if len(batches) < n_updates + 5:
         raise ValueError(f"batches has {len(batches)}; {n_updates} updates and at least 5 to evaluate on are needed")
-    settings = {"": leave_alone, **(lr_branches(optimizers) if branches is None else branches)}
+    changes = lr_branches(optimizers) if branches is None else branches
     losses: dict[str, list[float]] = {}
     with kept(model, optimizers) as start_over:
-        for name, change in settings.items():
+        for name, change in {"": lambda optimizers: None, **changes}.items():
             start_over()
             change(optimizers)
             for batch in batches[:n_updates]:
@@ -87,18 +87,18 @@ def branch_probe(
     return [Branch(name, fmean(mine), *paired(base, mine)) for name, mine in losses.items()]
 
 
-def lr_branches(optimizers: Sequence[Optimizer], factor: float = FACTOR) -> dict[str, Change]:
-    """Each parameter group's LR times `factor`, and all together: `muon × 3`, `adamw × 3`, `all × 3`."""
-    groups = [group for o in optimizers for group in o.param_groups]
-    chosen = {group.get("name") or f"group {i}": {i} for i, group in enumerate(groups)}
-    chosen |= {"all": set(range(len(groups)))} if len(groups) > 1 else {}
-    return {f"{name} × {factor:g}": partial(scale_lrs, indices, factor) for name, indices in chosen.items()}
+def lr_branches(optimizers: Sequence[Optimizer]) -> dict[str, Change]:
+    """Each parameter group's LR times 3, and all together: `muon × 3`, `adamw × 3`, `all × 3`."""
+    groups = [(o, number) for o in optimizers for number in range(len(o.param_groups))]
+    chosen = {o.param_groups[n].get("name") or f"group {i}": [(o, n)] for i, (o, n) in enumerate(groups)}
+    if len(groups) > 1:
+        chosen["all"] = groups
+    return {f"{name} × {FACTOR:g}": partial(raise_lrs, some) for name, some in chosen.items()}
 
 
-def scale_lrs(chosen: set[int], factor: float, optimizers: list[Optimizer]) -> None:
-    for index, group in enumerate(group for o in optimizers for group in o.param_groups):
-        if index in chosen:
-            group["lr"] = group["lr"] * factor
+def raise_lrs(groups: Sequence[tuple[Optimizer, int]], optimizers: list[Optimizer]) -> None:
+    for optimizer, number in groups:  # looked up now: starting over puts other dicts in their place
+        optimizer.param_groups[number]["lr"] = optimizer.param_groups[number]["lr"] * FACTOR
 
 
 def branch_findings(branches: Sequence[Branch], step: int | None = None) -> list[Finding]:
@@ -117,10 +117,6 @@ def paired(base: Sequence[float], other: Sequence[float]) -> tuple[float, float]
     if not all(map(math.isfinite, gains)):
         return -math.inf, math.inf
     return fmean(gains), stdev(gains) / math.sqrt(len(gains))
-
-
-def leave_alone(optimizers: list[Optimizer]) -> None:
-    """The branch that the others are held against."""
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -47,29 +48,24 @@ class ForwardProbe:
         self.model = unwrapped(model)
         self.inputs: tuple[tuple, dict] | None = None
         self.logit_variance: Tensor | float | None = None
-        self.answers: dict[int, bool | None] = {}  # of `matters`, by the tensor's id
-        embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+        self.matters = cache(self.try_changed)  # what was said of a tensor stays said when the inputs are gone
         linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+        embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
         # the token table has a head of its shape; a table of positions may be longer
-        shapes = {m.weight.shape for m in linears}
-        tables = [m for m in embeddings if m.weight.shape in shapes]
+        tables = [m for m in embeddings if m.weight.shape in {head.weight.shape for head in linears}]
         self.is_language_model = bool(tables)
-        table = max(tables or embeddings, key=lambda m: m.num_embeddings, default=None)
-        self.vocab_size = None if table is None else table.num_embeddings
         self.handles = [model.register_forward_pre_hook(Hook(self.keep_inputs, failed), with_kwargs=True)]
-        if table is not None:
+        self.vocab_size = None
+        if embeddings:
+            table = max(tables or embeddings, key=lambda m: m.num_embeddings)
+            self.vocab_size = table.num_embeddings
             self.handles.append(table.register_forward_pre_hook(Hook(self.keep_ids, failed)))
         # of a model that has been trained the variance says nothing about a first loss
-        heads = [m for m in linears if m.out_features == self.vocab_size and is_new]
-        self.handles += [heads[0].register_forward_hook(Hook(self.keep_variance, failed))] if heads else []
+        for head in [m for m in linears if m.out_features == self.vocab_size and is_new][:1]:
+            self.handles.append(head.register_forward_hook(Hook(self.keep_variance, failed)))
 
     def keep_inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Without their graphs: those would stay in memory."""
-
-        def free(value: Any) -> Any:
-            return value.detach() if isinstance(value, Tensor) else value
-
-        self.inputs = tuple(map(free, args)), {k: free(v) for k, v in kwargs.items() if k != "labels"}
+        self.inputs = tuple(map(detached, args)), {k: detached(v) for k, v in kwargs.items() if k != "labels"}
 
     def keep_ids(self, module: nn.Module, args: tuple) -> None:
         """Models trained through a method of their own (`model.losses(ids)`) never run the hook above."""
@@ -82,12 +78,6 @@ class ForwardProbe:
             rows = output.detach().reshape(-1, output.shape[-1])
             rows = rows[:: max(1, len(rows) // VARIANCE_ROWS)][:VARIANCE_ROWS]
             self.logit_variance = rows.float().var(dim=-1).mean()
-
-    def matters(self, param: Tensor) -> bool | None:
-        """The answer of `try_changed`, found once: what was said of a tensor stays said when the inputs are gone."""
-        if id(param) not in self.answers:
-            self.answers[id(param)] = self.try_changed(param)
-        return self.answers[id(param)]
 
     def try_changed(self, param: Tensor) -> bool | None:
         """Whether changing `param` changes the model's output for the last input; None where no forward can be repeated.
@@ -118,20 +108,22 @@ class ForwardProbe:
                 module.training = mode
         return len(before) != len(after) or any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
-    def forget(self) -> None:
-        """Let go of the inputs and stop listening."""
-        self.close()
-        self.inputs = None
-
     def close(self) -> None:
+        """Stop listening, and let go of the inputs."""
         for handle in self.handles:
             handle.remove()
+        self.inputs = None
+
+
+def detached(value: Any) -> Any:
+    """Without its graph, which would stay in memory."""
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside of what runs it on several devices, whose forward pass waits for the other processes, or compiled."""
-    parallel = nn.DataParallel, nn.parallel.DistributedDataParallel
-    inner = model.module if isinstance(model, parallel) else uncompiled(model)
+    is_parallel = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
+    inner = model.module if is_parallel else uncompiled(model)
     return model if inner is model else unwrapped(inner)
 
 

@@ -4,10 +4,9 @@ The real step works on 16-bit tensors, whose number format may round its work aw
 float32 copies of weight, gradient and state, so it needs no formula per optimizer and no class's name. Where a step treats
 each element by itself, sampled elements suffice; that is tried, and compared with whole tensors.
 
-Safe for a class that nobody knows: the step runs on another object, with copies of options and state and without hooks, and
-the random state is put back. Refused, with an info: optimizers that keep tensors or objects outside of `state` (masters, an
-inner optimizer), and where several processes train, since a step may talk to the others, all but torch's own. A step that
-writes to a global would go unseen.
+It runs on another object, with copies of options and state and without hooks, and the random state is put back. Refused, with
+an info: optimizers that keep tensors or objects outside of `state` (masters, an inner optimizer), and all but torch's own where
+several processes train, since a step may talk to the others. A step that writes to a global would go unseen.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from torch.optim import Optimizer
 from ..findings import grouped
 from ..random_state import RandomState
 from ..torch_private import unhooked_step
-from .tracking import Tracked
+from .tracking import GroupState, Tracked
 
 # What keeps lost bits for later: then a weight's own format says nothing about what is lost.
 KEEPS_BITS = re.compile(r"kahan|compensat|master|residual|shift", re.IGNORECASE)
@@ -104,13 +103,6 @@ def advance(optimizer: Optimizer, grad: Tensor) -> Tensor:
     return weight.detach() - before
 
 
-def without_carry(key: str, value: Any, weight: Tensor) -> Any:
-    """Bits that were carried from earlier steps are not this step's intent: a master is what the weight is, a rest is 0."""
-    if not isinstance(value, Tensor) or not KEEPS_BITS.search(str(key)):
-        return value
-    return weight.clone() if "master" in str(key).lower() else torch.zeros_like(value)
-
-
 def replay(tensors: Sequence[Tracked], whole: bool = False) -> Tensor:
     """What the next step is meant to do, float32: to one whole tensor, in its shape, or to the samples of several, in a row.
 
@@ -129,7 +121,9 @@ def replay(tensors: Sequence[Tracked], whole: bool = False) -> Tensor:
     for key, value in states[0].items():
         is_elements = isinstance(value, Tensor) and value.shape == first.param.shape
         value = pick([s[key] for s in states]) if is_elements else duplicate(value)
-        state[key] = without_carry(key, value, weight)
+        if isinstance(value, Tensor) and KEEPS_BITS.search(str(key)):  # carried from earlier: not this step's intent
+            value = weight.clone() if "master" in str(key).lower() else torch.zeros_like(value)
+        state[key] = value
     return advance(shadow_of(first.optimizer, first.group, weight, state), grad)
 
 
@@ -151,16 +145,16 @@ def is_adam(optimizer: Optimizer, group: dict) -> bool:
     return True
 
 
-def family(t: Tracked) -> tuple[int, int, int]:
+def family(t: Tracked) -> tuple[GroupState | None, int]:
     """Tensors whose steps are alike: of one group, and all scalars, vectors, or of more dimensions."""
-    return id(t.optimizer), t.group_number, min(t.param.ndim, 2)
+    return t.owner, min(t.param.ndim, 2)
 
 
 class Replays:
     """The intended steps of 16-bit tensors, added up in their banks.
 
     Samples are replayed by themselves until they turn out to depend on their tensor: their step fails, or differs from
-    that of whole tensors. Then a few whole tensors of the group are replayed; so are scalars.
+    that of whole tensors. Then a few whole tensors of the group are replayed.
     """
 
     def __init__(self, n_matrices: int) -> None:
@@ -174,6 +168,7 @@ class Replays:
 
     def choose(self, tracked: Sequence[Tracked]) -> None:
         self.tensors = [t for t in tracked if t.optimizer is not None and t.is_narrow]
+        self.whole |= {family(t) for t in self.tensors if not t.param.ndim}
         self.few = set()
         for alike in grouped(self.tensors, lambda t: (id(t.optimizer), t.param.ndim > 1)).values():
             stride = -(-len(alike) // self.n_matrices)
@@ -204,27 +199,30 @@ class Replays:
             t.age += 1
         for alike in grouped(tensors, lambda t: (family(t), t.bank, t.age, bool(t.state))).values():
             kin = family(alike[0])
-            if alike[0].param.ndim and kin not in self.whole:
-                self.add_samples(kin, alike)
-            if not alike[0].param.ndim or kin in self.whole:
-                for t in (t for t in alike if id(t) in self.few):
+            if kin not in self.whole:
+                try:
+                    self.add_samples(alike)
+                except Exception:  # loose elements are no matrix; what else is wrong, whole tensors will raise again
+                    self.need_whole(kin)
+                else:
+                    self.compare(alike)
+            for t in alike if kin in self.whole else ():
+                if id(t) in self.few:
                     self.last[id(t)] = replay([t], whole=True)
                     t.bank.intend(t, t.sample(self.last[id(t)]))
 
-    def add_samples(self, kin: tuple, tensors: list[Tracked]) -> None:
-        try:
-            moved = replay(tensors).split([len(t.index) for t in tensors])
-        except Exception:  # loose elements are no matrix; what else is wrong, whole tensors will raise again
-            self.need_whole(kin)
-            return
+    def add_samples(self, tensors: Sequence[Tracked]) -> None:
+        moved = replay(tensors).split([len(t.index) for t in tensors])
         for t, part in zip(tensors, moved, strict=True):
             self.last[id(t)] = part
             t.bank.intend(t, part)
+
+    def compare(self, tensors: Sequence[Tracked]) -> None:
         age = tensors[0].age
         if age <= VERIFY_FIRST or age % VERIFY_EVERY == 0:
             for t in sorted(tensors, key=lambda t: t.param.numel())[:N_VERIFIED]:
                 wanted = t.sample(replay([t], whole=True))
-                self.doubts.append((kin, (self.last[id(t)] - wanted).norm() / wanted.norm()))
+                self.doubts.append((family(t), (self.last[id(t)] - wanted).norm() / wanted.norm()))
 
     def need_whole(self, kin: tuple) -> None:
         self.whole.add(kin)

@@ -174,7 +174,7 @@ class Watch:
             self.next_check = (self.step // CHECK_EVERY + 1) * CHECK_EVERY
             self.check()
             if self.state.n_seen >= LISTENED:
-                self.state.forward.forget()
+                self.state.forward.close()
 
     # ---- rules, and what fails ---------------------------------------------------------------------------------------
 
