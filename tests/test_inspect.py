@@ -1,8 +1,10 @@
 """What a checkpoint shows by itself: runs of this package, files of others, and files that are no checkpoints."""
 
 import errno
+import functools
 import os
 import re
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -11,44 +13,42 @@ from tiny_run import tiny, train
 
 from moe_lab import build_model, health
 from moe_lab.health.after.inspection import inspect_checkpoint, kind_of
-from moe_lab.health.findings import Finding
+from moe_lab.health.findings import Finding, grouped
 from moe_lab.health.sampling import sample_positions
 from moe_lab.optim.rounding import REMEDIES
-from moe_lab.train.checkpoint import save_atomically, step_path
+from moe_lab.train.checkpoint import step_path
 
 CASE = {"adamw_lr_ratio": 0.3, "embedding_lr_ratio": None}
 # wide enough for the LRs of the tests' run to be in the usual range
 HEALTHY = {"training": {"max_lr": 0.01}, "optimizer": {"adamw_lr_ratio": 0.2, "embedding_lr_ratio": None}}
 
 
+def trained(folder: Path, **changes) -> Path:
+    """The last checkpoint of a tiny run."""
+    return step_path(train(tiny(folder, **changes), folder / "run").run_dir, 6)
+
+
 @pytest.fixture(scope="module")
 def healthy(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("healthy")
-    return step_path(train(tiny(folder, **HEALTHY), folder / "run").run_dir, 6)
+    return trained(tmp_path_factory.mktemp("healthy"), **HEALTHY)
 
 
 @pytest.fixture(scope="module")
 def sick(tmp_path_factory) -> Path:
     """The case at a small size: bfloat16 parameters and Muon at 3e-4."""
-    folder = tmp_path_factory.mktemp("sick")
     sickness = {"precision": {"parameters": "bfloat16"}, "training": {"max_lr": 3e-4}, "optimizer": CASE}
-    return step_path(train(tiny(folder, **sickness), folder / "run").run_dir, 6)
+    return trained(tmp_path_factory.mktemp("sick"), **sickness)
 
 
 def by_rule(findings: list[Finding], *severities: str) -> dict[str, list[Finding]]:
-    found: dict[str, list[Finding]] = {}
-    for finding in findings:
-        if finding.severity in (severities or ("error", "warning")):
-            found.setdefault(finding.rule, []).append(finding)
-    return found
+    return grouped((f for f in findings if f.severity in (severities or ("error", "warning"))), attrgetter("rule"))
 
 
-def edited(path: Path, tmp_path: Path, change) -> Path:
-    """A copy of a checkpoint that `change(state)` has altered."""
+def edited(path: Path, tmp_path: Path, change) -> list[Finding]:
+    """What is found in a copy of a checkpoint that `change(state)` has altered."""
     state = torch.load(path, weights_only=True)
     change(state)
-    save_atomically(state, tmp_path / "edited.pt")
-    return tmp_path / "edited.pt"
+    return inspected(state, tmp_path)
 
 
 def inspected(content: object, folder: Path, **options) -> list[Finding]:
@@ -92,11 +92,9 @@ def test_a_partly_moved_kind_is_counted(healthy: Path, tmp_path: Path) -> None:
         for name in ("layers.1.seq_norm.weight", "final_norm.weight"):
             state["model_state_dict"][name] = torch.ones_like(state["model_state_dict"][name])
 
-    found = by_rule(inspect_checkpoint(edited(healthy, tmp_path, change)))
-    assert [(f.message, f.severity) for f in found["never_moved"]] == [
-        ("2 of 7 norm weights: no sampled element has moved in 6 updates", "error")
-    ]
-    assert found["never_moved"][0].where == "layers.1.seq_norm.weight and 1 more"
+    ((rule, (found,)),) = by_rule(edited(healthy, tmp_path, change)).items()
+    assert (rule, found.severity, found.where) == ("never_moved", "error", "layers.1.seq_norm.weight and 1 more")
+    assert found.message == "2 of 7 norm weights: no sampled element has moved in 6 updates"
 
 
 def test_one_moved_element_is_enough(healthy: Path, tmp_path: Path) -> None:
@@ -104,8 +102,7 @@ def test_one_moved_element_is_enough(healthy: Path, tmp_path: Path) -> None:
         state["model_state_dict"]["final_norm.weight"] = torch.ones(16)
         state["model_state_dict"]["final_norm.weight"][3] = 1.001
 
-    findings = inspect_checkpoint(edited(healthy, tmp_path, change))
-    assert by_rule(findings) == {}
+    assert by_rule(edited(healthy, tmp_path, change)) == {}
 
 
 @pytest.mark.parametrize("how", ["nothing moved", "no learning rate", "no step"])
@@ -122,36 +119,36 @@ def test_without_proof_that_it_should_have_moved_it_is_a_warning(sick: Path, tmp
             state["optimizer_state_dict"] = []
             del state["step"]
 
-    found = by_rule(inspect_checkpoint(edited(sick, tmp_path, change)))
+    found = by_rule(edited(sick, tmp_path, change))
     assert {f.severity for f in found["never_moved"]} == {"warning"}
 
 
-def test_before_the_first_update_nothing_can_be_said(tmp_path: Path) -> None:
-    model = build_model(tiny(tmp_path).model, seed=0)
-    weights = model.state_dict()
-    sample = {name: {"index": torch.arange(2), "value": p.flatten()[:2].clone()} for name, p in weights.items()}
-    save_atomically({"model_state_dict": weights, "step": 0, "initial_sample": sample}, tmp_path / "a.pt")
-    save_atomically({"model_state_dict": weights, "step": 0}, tmp_path / "b.pt")
-    for path in ("a.pt", "b.pt"):
-        findings = inspect_checkpoint(tmp_path / path)
-        assert by_rule(findings) == {}
-        assert "before the first update" in by_rule(findings, "info")["never_moved"][0].message
+@pytest.mark.parametrize("sampled", [True, False])
+def test_before_the_first_update_nothing_can_be_said(healthy: Path, tmp_path: Path, sampled: bool) -> None:
+    state = torch.load(healthy, weights_only=True)
+    state = {"state_dict": state["model_state_dict"], "step": 0, "initial_sample": state["initial_sample"]}
+    findings = inspected(state if sampled else {**state, "initial_sample": None}, tmp_path)
+    assert by_rule(findings) == {}
+    assert "before the first update" in by_rule(findings, "info")["never_moved"][0].message
 
 
 @pytest.mark.parametrize("remedy", ["masters", "kahan", "stochastic"])
 def test_what_keeps_lost_bits_is_no_bf16_mistake(tmp_path: Path, remedy: str) -> None:
-    config = tiny(tmp_path, **HEALTHY)
+    config = tiny(tmp_path)
     model = build_model(config.model, seed=0)
     optimizers = REMEDIES[remedy](model, config.optimizer, config.training.max_lr)
-    trainer = train(config, tmp_path / "run", model=model, optimizers=optimizers)
-    path = step_path(trainer.run_dir, 6)
-    assert torch.load(path, weights_only=True)["model_state_dict"]["final_norm.weight"].dtype == torch.bfloat16
-    assert "bf16_parameters" not in by_rule(inspect_checkpoint(path), "error", "warning", "info")
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    for optimizer in optimizers:
+        optimizer.step()
+    kept = [optimizer.state_dict() for optimizer in optimizers]
+    assert model.final_norm.weight.dtype == torch.bfloat16
+    findings = inspected({"model_state_dict": model.state_dict(), "optimizer_state_dict": kept}, tmp_path)
+    assert "bf16_parameters" not in by_rule(findings, "error", "warning", "info")
 
 
 def test_steps_that_count_micro_batches(healthy: Path, tmp_path: Path) -> None:
-    path = edited(healthy, tmp_path, lambda state: state.update(step=24))
-    found = by_rule(inspect_checkpoint(path))["step_counters"]
+    found = by_rule(edited(healthy, tmp_path, lambda state: state.update(step=24)))["step_counters"]
     assert found[0].message == "the checkpoint says step 24 and its optimizer has made 6 updates"
     assert found[1].message == "tokens_seen is 384 and 24 updates of the stored config are 1536 tokens"
 
@@ -168,7 +165,7 @@ def test_tensors_other_than_expected(healthy: Path, tmp_path: Path) -> None:
         weights["extra"] = torch.ones(3)
         weights["sparse"] = torch.eye(3).to_sparse()
 
-    findings = inspect_checkpoint(edited(healthy, tmp_path, change))
+    findings = edited(healthy, tmp_path, change)
     misfits, unread = by_rule(findings)["unexpected_tensors"]
     assert (misfits.value, misfits.severity) == (6, "warning") and "of another size" in misfits.message
     assert unread.message.startswith("sparse: ")
@@ -181,9 +178,8 @@ def test_values_that_are_not_finite(healthy: Path, tmp_path: Path, value: float)
     def change(state: dict) -> None:
         state["model_state_dict"]["lm_heads.1.weight"][5, 3] = value
 
-    found = by_rule(inspect_checkpoint(edited(healthy, tmp_path, change)))
-    assert list(found) == ["nonfinite_values"]
-    assert (found["nonfinite_values"][0].where, found["nonfinite_values"][0].severity) == ("lm_heads.1.weight", "error")
+    ((rule, (found,)),) = by_rule(edited(healthy, tmp_path, change)).items()
+    assert (rule, found.where, found.severity) == ("nonfinite_values", "lm_heads.1.weight", "error")
 
 
 def test_kinds() -> None:
@@ -218,10 +214,12 @@ def test_constants_of_a_foreign_file(tmp_path: Path, key: str | None) -> None:
 
 
 def test_norms_that_moved_are_not_constant(tmp_path: Path) -> None:
+    """In a file of the old format."""
     weights = foreign()
     for name in list(weights)[:48]:
         weights[name][5] = 0.996
-    assert by_rule(inspected(weights, tmp_path))["never_moved"][0].message.startswith("1 of 49 norm weights")
+    found = by_rule(inspected(weights, tmp_path, _use_new_zipfile_serialization=False))["never_moved"]
+    assert found[0].message.startswith("1 of 49 norm weights") and len(found) == 3
 
 
 @pytest.mark.parametrize(("state", "severity"), [({}, "error"), ({"master": torch.ones(8)}, None)])
@@ -246,11 +244,6 @@ def test_odd_contents_do_not_stop_it(tmp_path: Path) -> None:
     ]
 
 
-def test_an_old_format_is_read(tmp_path: Path) -> None:
-    findings = inspected(foreign(), tmp_path, _use_new_zipfile_serialization=False)
-    assert len(by_rule(findings)["never_moved"]) == 3
-
-
 def test_a_trainer_of_its_own_keeps_the_sample(tmp_path: Path) -> None:
     """What the advice says: any model's start values, under the key, and the file alone tells what stood still."""
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
@@ -269,21 +262,19 @@ def test_a_trainer_of_its_own_keeps_the_sample(tmp_path: Path) -> None:
 
 
 def test_an_older_sample_says_how_few_columns_it_saw(tmp_path: Path) -> None:
-    """Evenly spaced flat positions of a (512, 192) table: all in column 0, or in four columns of (100, 192)."""
+    """Evenly spaced flat positions of a (512, 192) table: all in column 0, or in 64 columns of (100, 192)."""
     weights = {"table": torch.zeros(512, 192), "other": torch.ones(100, 192), "norm.weight": torch.ones(1000)}
-    sample = {}
-    for name, t in weights.items():
-        index = torch.arange(256) * (t.numel() // 256)
-        sample[name] = {"index": index, "value": t.flatten()[index]}
-    content = {"model": weights, "step": 3, "initial_sample": sample}
-    (found,) = [f for f in inspected(content, tmp_path) if "evenly spaced" in f.message]
-    seen = {name: len(set((sample[name]["index"] % 192).tolist())) for name in ("table", "other")}
-    assert seen["table"] == 1 and "table 1 of 192. " in found.message and found.severity == "info"
-    assert found.message.startswith(f"the start values of {sum(n < 192 for n in seen.values())} matrices")
-    for name, t in weights.items():
-        index = sample_positions(t.shape)
-        sample[name] = {"index": index, "value": t.flatten()[index]}
-    assert not [f for f in inspected(content, tmp_path) if "evenly spaced" in f.message]
+
+    def found(positions) -> list[Finding]:
+        index = {name: positions(t.shape) for name, t in weights.items()}
+        sample = {name: {"index": index[name], "value": t.flatten()[index[name]]} for name, t in weights.items()}
+        findings = inspected({"model": weights, "step": 3, "initial_sample": sample}, tmp_path)
+        return [f for f in findings if "evenly spaced" in f.message]
+
+    (old,) = found(lambda shape: torch.arange(256) * (torch.Size(shape).numel() // 256))
+    assert "table 1 of 192. " in old.message and old.severity == "info"
+    assert old.message.startswith("the start values of 2 matrices")
+    assert found(sample_positions) == []
 
 
 def test_tokens_are_counted_by_whatever_names_a_config_has(tmp_path: Path) -> None:
@@ -305,9 +296,7 @@ def test_stored_rates_are_judged_by_the_weights_that_are_there(tmp_path: Path, s
 
 
 def test_a_config_that_is_none_does_not_stop_it(tmp_path: Path) -> None:
-    nested: dict = {}
-    for _ in range(60):
-        nested = {"a": nested}
+    nested = functools.reduce(lambda inner, _: {"a": inner}, range(60), {})
     optimizer = {"state": {}, "param_groups": [{"lr": 1.0, "params": [0]}]}
     for config in (nested, {str(i): i for i in range(10_001)}):
         content = {"model": foreign(), "optimizer": optimizer, "config": config, "step": 1, "n_tokens": 1}
@@ -332,6 +321,8 @@ def test_a_truncated_file(healthy: Path, tmp_path: Path, share: float, zipped: b
     content = whole.read_bytes()
     (tmp_path / "cut.pt").write_bytes(content[: int(share * len(content))])
     assert unreadable(tmp_path / "cut.pt").startswith("it is cut short, damaged, or no file of torch.save (")
+    (tmp_path / "text.pt").write_text("model:\n  d_model: 3\n")
+    assert unreadable(tmp_path / "text.pt").startswith("it is cut short, damaged")
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -342,17 +333,16 @@ def test_code_in_a_file_is_not_run(tmp_path: Path, zipped: bool) -> None:
 
     state = {"model_state_dict": {"a": torch.ones(3)}, "payload": Payload()}
     torch.save(state, tmp_path / "bad.pt", _use_new_zipfile_serialization=zipped)
-    assert unreadable(tmp_path / "bad.pt").startswith(
-        "it asks for posix.mkdir, no plain value: reading it could run code"
-    )
+    assert unreadable(tmp_path / "bad.pt").startswith("it asks for posix.mkdir, no plain value: reading it could run")
     assert not (tmp_path / "executed").exists()
     torch.load(tmp_path / "bad.pt", weights_only=False)  # the payload is a real one
     assert (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize(
-    "content", [[1, 2], {"a": 1}, {"model": {}}, torch.ones(3), None, {"state_dict": [torch.ones(3)]}]
-)
+NAMELESS = [[1, 2], {"a": 1}, {"model": {}}, torch.ones(3), None, {"state_dict": [torch.ones(3)]}]
+
+
+@pytest.mark.parametrize("content", NAMELESS)
 def test_a_file_without_named_tensors(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "f.pt")
     assert unreadable(tmp_path / "f.pt").startswith("it holds no tensors by name")
@@ -386,11 +376,6 @@ def test_the_processs_warnings_are_left_alone() -> None:
     """`warnings.catch_warnings` changes them for every thread, and a training may run in another."""
     sources = [path.read_text() for path in Path(health.__file__).parent.rglob("*.py")]
     assert len(sources) > 10 and not any("catch_warnings" in source for source in sources)
-
-
-def test_a_text_for_a_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "f.pt").write_text("model:\n  d_model: 3\n")
-    assert unreadable(tmp_path / "f.pt").startswith("it is cut short, damaged")
 
 
 def test_no_file(tmp_path: Path) -> None:

@@ -23,11 +23,12 @@ def blocks(readme: str, language: str) -> list[str]:
     return [text for named, text in fenced if named == language]
 
 
-def run_example(code: str) -> str:
+def run_example(code: str) -> tuple[str, list[str]]:
+    """What it prints, and the findings of its report."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(code, {})
-    return printed.getvalue()
+    return printed.getvalue(), named(printed.getvalue())
 
 
 def named(output: str) -> list[str]:
@@ -38,12 +39,12 @@ def named(output: str) -> list[str]:
 def the_example_prints_what_the_readme_shows(readme: str) -> None:
     code = blocks(readme, "python")[0]
     shown = next(block for block in blocks(readme, "") if block.startswith("after "))
-    printed = run_example(code)
-    assert named(printed) == named(shown) == ["error: lost_updates"], printed
+    printed, findings = run_example(code)
+    assert findings == named(shown) == ["error: lost_updates"], printed
     assert printed.splitlines()[:2] == shown.splitlines()[:2], printed  # 60 updates, and the table's columns
     assert "torch.bfloat16" in code
-    healthy = run_example(code.replace("torch.bfloat16", "torch.float32"))
-    assert named(healthy) == [] and "no findings" in healthy, healthy
+    printed, findings = run_example(code.replace("torch.bfloat16", "torch.float32"))
+    assert findings == [] and "no findings" in printed, printed
 
 
 def a_checkpoint_shows_what_never_moved() -> None:
@@ -84,9 +85,11 @@ def a_starved_group_is_proved() -> None:
     model = nn.Linear(4, 2)
     batches = [torch.randn(32, 4) for _ in range(20)]
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    branches = branch_probe(
-        model, optimizer, lambda m, x: (m(x) - x[:, :2]).square().mean() * 10, batches, n_updates=10
-    )
+
+    def loss_fn(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return (model(x) - x[:, :2]).square().mean() * 10
+
+    branches = branch_probe(model, optimizer, loss_fn, batches, n_updates=10)
     assert [f.rule for f in branch_findings(branches)] == ["lr_too_low"], branches
 
 
@@ -134,13 +137,10 @@ def main(readme: Path) -> None:
     assert not present, f"{present} can be imported: this environment says nothing of torch alone"
     torch.set_num_threads(1)
     the_example_prints_what_the_readme_shows(readme.read_text(encoding="utf-8"))
-    for check in (
-        a_checkpoint_shows_what_never_moved,
-        a_config_is_judged,
-        a_starved_group_is_proved,
-        torchs_private_interfaces_are_there,
-    ):
-        check()
+    a_checkpoint_shows_what_never_moved()
+    a_config_is_judged()
+    a_starved_group_is_proved()
+    torchs_private_interfaces_are_there()
     print(f"torch {torch.__version__}: the wheel does what it says")
 
 
