@@ -1,4 +1,4 @@
-"""What a config plans, read off its keys, by whichever name a project calls them: sizes, optimizers, LRs, updates."""
+"""What a config plans, read off its keys, by whichever name a project calls them: sizes, optimizers, LRs."""
 
 from __future__ import annotations
 
@@ -21,11 +21,8 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "vocab_size": ("padded_vocab_size", "n_vocab"),
     "max_seq_len": ("block_size", "seq_len", "sequence_length", "max_length", "context_length"),
     "init_std": ("initializer_range",),
-    "steps": ("max_steps", "total_steps", "n_steps", "max_iters", "train_steps", "num_iterations"),
-    "total_tokens": ("max_tokens",),
     "batch_size": ("micro_batch_size", "per_device_train_batch_size"),
     "gradient_accumulation_steps": ("grad_accum_steps", "n_accum", "accumulation_steps"),
-    "warmup_steps": ("warmup_iters", "warmup", "n_warmup"),
     "adjust_lr": ("adjust_lr_fn",),
     "betas": ("adam_betas", "adamw_betas"),
 }
@@ -34,14 +31,14 @@ PEAK_LR = re.compile(r"(?!(?:\w+_)?(?:min|final|end|init|warmup|adjust|decay)_)(
 RATIO = re.compile(r"(?:adamw?|embed\w*)_lr_(?:ratio|scale|multiplier)")  # an LR of Adam's, as a share of Muon's
 UNLIKE_MATRICES = re.compile(r"embed|head|scalar|bias|vector")  # their own LR, a hundred times another's, can be right
 NOT_FROM_SCRATCH = re.compile(r"pretrained|finetune|fine_tune|from_checkpoint|init_from|load_from|lora|peft|adapter")
-OFF = (None, False, "", 0, "none", "scratch")
+OFF = ("", "0", "none", "null", "~", "false", "no", "off", "scratch")
 
 
 class Entry(NamedTuple):
     """One key of a config with a plain value."""
 
     path: tuple[str, ...]  # ("training", "max_lr")
-    value: Any  # a scalar or a list of scalars
+    value: Any  # a scalar or a list of scalars; of a file as texts, so that nothing in it is constructed
     where: str  # file:line, or the key's name where the config is no file
     line: str = ""  # as it stands in the file
     comments: tuple[str, ...] = ()  # right above it, and beside it; without the #
@@ -84,7 +81,7 @@ class Plan:
 
     def says(self, names: re.Pattern) -> bool:
         """Whether a key of such a name is there and not off."""
-        return any(names.search(entry.name.lower()) and entry.value not in OFF for entry in self.entries)
+        return any(names.search(entry.name.lower()) and str(entry.value).lower() not in OFF for entry in self.entries)
 
     def n_parameters(self) -> float | None:
         """About how many parameters a transformer of these sizes has; None unless width and depth are given.
@@ -105,7 +102,9 @@ class Plan:
         n_moe = n_moe if n_experts else 0
         layers = depth * attention + (depth - n_moe) * feed_forward + n_moe * n_experts * expert
         tied = self.find("tie_word_embeddings")
-        return layers + (1 if tied and tied.value is True else 2) * (self.number("vocab_size") or 0) * width
+        return (
+            layers + (1 if tied and str(tied.value).lower() == "true" else 2) * (self.number("vocab_size") or 0) * width
+        )
 
     def optimizer(self) -> str | None:
         """The family of the config's optimizer: muon where Muon is one of several; None if the config does not say."""
@@ -137,11 +136,6 @@ class Plan:
                 share = as_number(beside.value)
                 if RATIO.fullmatch(beside.path[-1]) and share > 0:
                     yield Group(f"{key} · {beside.path[-1]}", "adam", share * lr), beside
-
-    def n_updates(self) -> int | None:
-        """Optimizer updates of the run."""
-        steps, tokens, at_once = self.number("steps"), self.number("total_tokens"), self.tokens_per_update()
-        return int(steps) if steps else math.ceil(tokens / at_once) if tokens and at_once else None
 
     def tokens_per_update(self) -> float | None:
         """Of one process."""

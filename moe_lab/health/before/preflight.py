@@ -58,7 +58,6 @@ def preflight(
         *parameter_formats(plan),
         *judged_rates(plan, n_parameters or plan.n_parameters()),
         *contradictions(plan),
-        *long_warm_up(plan),
         *dead_keys(plan, schema),
     ]
 
@@ -100,7 +99,7 @@ def entries_of_mapping(values: Mapping) -> list[Entry]:
 
 
 def read_entries(path: Path) -> list[Entry]:
-    """The entries of a YAML file with their lines and comments. Nothing but plain YAML values is ever constructed."""
+    """The entries of a YAML file with their lines and comments."""
     try:
         import yaml
     except ModuleNotFoundError:
@@ -120,18 +119,13 @@ def read_entries(path: Path) -> list[Entry]:
         return enumerate(node.value) if is_list else None
 
     def entry(keys: tuple[str, ...], node: yaml.Node) -> Entry:
-        try:
-            value = loader.construct_object(node, deep=True)
-        except (ValueError, KeyError, AttributeError, OverflowError) as error:  # a 13th month, `!!bool maybe`
-            problem = f"{node.value!r} is no {node.tag.rpartition(':')[2]}"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
+        value = node.value if node.id == "scalar" else [item.value for item in node.value]
         line, end = node.start_mark.line, node.end_mark
         comments = comments_of(lines[:line], lines[end.line][end.column :])
         return Entry(keys, value, f"{path}:{line + 1}", lines[line], comments)
 
     try:
-        loader = yaml.SafeLoader(text)
-        root = loader.get_single_node()
+        root = yaml.compose(text, yaml.SafeLoader)
         if root is None:
             raise ValueError(f"{path}: the file is empty; a config holds sections such as `model:`")
         if root.id != "mapping":
@@ -204,17 +198,6 @@ def judged_rates(plan: Plan, n_parameters: float | None) -> Iterator[Finding]:
         number, line = first.where.rpartition(":")[2], " ".join(first.line.split())
         quoted = f"; line {number} reads `{line}`" if line else ""
         yield replace(finding, where=first.where, message=finding.message + quoted)
-
-
-def long_warm_up(plan: Plan) -> Iterator[Finding]:
-    """A warm-up that the run does not outlive."""
-    n_updates, warmup = plan.n_updates(), plan.find("warmup_steps")
-    n_warmup = int(plan.number("warmup_steps") or 0)
-    if n_updates and n_warmup > n_updates:
-        message = f"the warm-up takes {n_warmup} updates and the run has {n_updates}: "
-        message += f"the learning rates end at {n_updates / n_warmup:.0%} of their peak"
-        advice = "shorten the warm-up or lengthen the run"
-        yield Finding("lr_too_low", "warning", warmup.where, message, advice, n_warmup, n_updates)
 
 
 def dead_keys(plan: Plan, schema: Mapping[str, Any]) -> Iterator[Finding]:
