@@ -30,20 +30,16 @@ def load(path: Path) -> tuple[Any, str]:
         if no_memory or isinstance(error, OSError) and error.errno != errno.EINVAL:
             reason = "not enough memory" if no_memory else error.strerror or str(error)
             raise ValueError(f"{path}: cannot be read: {reason}") from error
-        asked = re.search(r"GLOBAL (\S+)", str(error))  # how torch names what it refused to look up
-        if asked:
+        if asked := re.search(r"GLOBAL (\S+)", str(error)):  # how torch names what it refused to look up
             return None, f"it asks for {asked[1]}, no plain value: reading it could run code, so it was not read"
         return None, f"it is cut short, damaged, or no file of torch.save ({type(error).__name__})"
 
 
 def weights_of(state: Any) -> dict[str, Tensor]:
     """The named tensors of a checkpoint; empty if there are none."""
-    for values in (*map(state.get, WEIGHTS), state) if isinstance(state, Mapping) else ():
-        if isinstance(values, Mapping):
-            tensors = {str(name): t for name, t in values.items() if isinstance(t, Tensor)}
-            if tensors:
-                return tensors
-    return {}
+    places = [*map(state.get, WEIGHTS), state] if isinstance(state, Mapping) else []
+    found = ({str(k): t for k, t in place.items() if isinstance(t, Tensor)} for place in mappings(places))
+    return next(filter(None, found), {})
 
 
 def is_readable(t: Any) -> bool:

@@ -21,6 +21,7 @@ from .checkpoint_file import is_readable, numbers, wide
 MANY_UNCHANGED = 0.5  # share of a kind's sampled elements from which on it is worth a line
 FEW_COLUMNS = 0.8  # of those that a sample could see; health.start_sample sees more
 TOKENS = ("tokens_seen", "n_tokens", "consumed_tokens")
+MICRO_BATCHES = "see whether steps count micro-batches, or whether the batch was changed on the way"
 
 Start = tuple[Tensor, Tensor]  # of a tensor: flat positions, int64, and the values there when the run began
 
@@ -71,9 +72,8 @@ def nonfinite(weights: Mapping[str, Tensor]) -> Iterator[Finding]:
 
 
 def unexpected(names: Iterable[str], severity: str, what: str) -> Iterator[Finding]:
-    names, advice = sorted(names), "see whether the file belongs to the run, and whether it was edited"
-    if names:
-        where = several(names)
+    if names := sorted(names):
+        where, advice = several(names), "see whether the file belongs to the run, and whether it was edited"
         yield Finding("unexpected_tensors", severity, where, f"{where}: {what}", advice, len(names))
 
 
@@ -101,11 +101,9 @@ def held_against_start(weights: Mapping[str, Tensor], state: Mapping) -> Iterato
 def start_of(kept: Any, now: Tensor | None) -> Start | None:
     """What is kept of a tensor's start, if it can be held against the tensor now."""
     index, value = (kept.get(key) if isinstance(kept, Mapping) else None for key in ("index", "value"))
-    if now is None or not (is_readable(index) and is_readable(value)):
-        return None
-    if index.dtype != torch.int64 or index.shape != value.shape:
-        return None
-    return (index, value) if bool(((index >= 0) & (index < now.numel())).all()) else None
+    fits = now is not None and is_readable(index) and is_readable(value)
+    fits = fits and index.dtype == torch.int64 and index.shape == value.shape
+    return (index, value) if fits and ((index >= 0) & (index < now.numel())).all() else None
 
 
 def kind_of(name: str) -> str:
@@ -146,7 +144,7 @@ def never_moved(
 
 def few_columns(weights: Mapping[str, Tensor], starts: Mapping[str, Start]) -> Iterator[Finding]:
     """Samples that see few columns of a matrix, as those that are evenly spaced: others may have moved."""
-    seen: dict[str, int] = {}
+    seen = {}
     for name, (index, _) in starts.items():
         n_columns = weights[name].shape[-1] if weights[name].ndim > 1 else 1
         columns = len((index % n_columns).unique())
@@ -155,7 +153,7 @@ def few_columns(weights: Mapping[str, Tensor], starts: Mapping[str, Start]) -> I
     if seen:
         worst = min(seen, key=seen.get)
         message = f"the start values of {len(seen)} matrices see few of their columns, as evenly spaced ones do: "
-        message += f"{worst} {seen[worst]} of {weights[worst].shape[-1]}. What never moved is known of these alone"
+        message += f"{worst} {seen[worst]} of {weights[worst].shape[-1]}"
         advice = "take the next run's with health.start_sample(model), which spreads over rows and columns"
         yield Finding("never_moved", "info", several(sorted(seen)), message, advice, seen[worst])
 
@@ -167,13 +165,11 @@ def constants(weights: Mapping[str, Tensor]) -> Iterator[Finding]:
     for kind, names in grouped(floating, kind_of).items():
         constant = [name for name in names if name in values]
         if constant:
-            levels = sorted({values[name] for name in constant})
-            listed = ", ".join(f"{level:g}" for level in levels[:3]) + (", …" if len(levels) > 3 else "")
+            listed = " or ".join(f"{level:g}" for level in sorted({values[name] for name in constant})[:3])
             message = f"{len(constant)} of {len(names)} {kind}: exactly {listed} in every element, as at a start"
             advice = "if they were trained, see whether updates are rounded away (16-bit parameters) or never made"
             yield Finding("never_moved", "warning", several(constant), message, advice, listed)
-    message = f"no start values in the file: of its {len(weights)} tensors only constant ones can be told to have stood still. "
-    message += "A comparison with a freshly drawn start proves nothing, since any two draws differ"
+    message = "no start values in the file: only constant tensors can be told to have stood still; any two draws differ"
     advice = "keep health.start_sample(model) of step 0 in each, as `initial_sample`; or compare with the run's first"
     yield Finding("never_moved", "info", "every other tensor", message, advice)
 
@@ -220,13 +216,11 @@ def counters(state: Mapping, plan: Plan) -> Iterator[Finding]:
     for step in numbers(state.get("step"))[:1]:
         if counted is not None and int(step) != counted:
             message = f"the checkpoint says step {step:g} and its optimizer has made {counted} updates"
-            advice = "see whether steps count micro-batches: then schedules and intervals end too early or never come"
-            yield Finding("step_counters", "warning", "step", message, advice, step, counted)
+            yield Finding("step_counters", "warning", "step", message, MICRO_BATCHES, step, counted)
         told = [(name, tokens) for name in TOKENS for tokens in numbers(state.get(name))]
         for name, tokens in told[:1]:
             if at_once is not None and tokens != step * at_once:
                 message = (
                     f"{name} is {tokens:g} and {step:g} updates of the stored config are {step * at_once:g} tokens"
                 )
-                advice = "see whether steps count micro-batches, or whether the batch was changed on the way"
-                yield Finding("step_counters", "warning", name, message, advice, tokens, step * at_once)
+                yield Finding("step_counters", "warning", name, message, MICRO_BATCHES, tokens, step * at_once)

@@ -22,11 +22,8 @@ MOST_KEYS = 10_000  # a file with more is no config; aliases of aliases can make
 DEEPEST = 50  # levels of nested mappings
 SAMPLE = 100_000  # weights drawn to predict a share: good to a third of a percent
 
-# Who names the format of the weights. An error where nothing else can be meant; others' optimizers may keep float32 masters.
-FORMAT_KEYS = {
-    "precision.parameters": "error",
-    **dict.fromkeys(("param_dtype", "params_dtype", "parameter_dtype", "model_dtype", "torch_dtype"), "warning"),
-}
+# Who names the format of the weights. An error in the first; beside others an optimizer may keep float32 masters.
+FORMAT_KEYS = ("precision.parameters", "param_dtype", "params_dtype", "parameter_dtype", "model_dtype", "torch_dtype")
 REMEDIES = re.compile(r"kahan|stochastic_round|master_weight|master_param|fp32_master|remedy")
 SCHEMA_KEYS = ("aliases", "sections", "dead_keys")
 
@@ -106,10 +103,8 @@ def read_entries(path: Path) -> list[Entry]:
         raise ValueError(f"{path}: to read it needs PyYAML: pip install pyyaml; or give a mapping") from None
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+        raise ValueError(f"{path}: cannot be read as UTF-8 text: {getattr(error, 'strerror', error)}") from None
     lines = text.splitlines() + [""]  # an empty value at the end of a file stands in the line after it
 
     def inside(node: yaml.Node) -> Iterable | None:
@@ -126,11 +121,8 @@ def read_entries(path: Path) -> list[Entry]:
 
     try:
         root = yaml.compose(text, yaml.SafeLoader)
-        if root is None:
-            raise ValueError(f"{path}: the file is empty; a config holds sections such as `model:`")
-        if root.id != "mapping":
-            line = root.start_mark.line + 1
-            raise ValueError(f"{path}, line {line}: no keys and values; write sections such as `model:`")
+        if root is None or root.id != "mapping":
+            raise ValueError(f"{path}: no keys and values; a config holds sections such as `model:`")
         return [entry(*leaf) for leaf in leaves(path, root, inside)]
     except (yaml.YAMLError, RecursionError) as error:
         mark, problem = (getattr(error, name, None) for name in ("problem_mark", "problem"))
@@ -141,10 +133,9 @@ def read_entries(path: Path) -> list[Entry]:
 
 def comments_of(above: list[str], rest: str) -> tuple[str, ...]:
     """The comment lines right above a value, and the comment in the rest of its own line."""
-    comments = list(takewhile(lambda line: line.lstrip().startswith("#"), reversed(above)))[::-1]
-    before, mark, beside = rest.partition("#")
-    if mark and (before == "" or before[-1].isspace() or before.strip() in ("}", "]", ",")):
-        comments.append(beside)
+    lines = takewhile(lambda line: line.lstrip().startswith("#"), reversed(above))
+    beside = re.match(r"(?:.*?\s|[}\],]*)#(.*)", rest)
+    comments = [*list(lines)[::-1], *([beside[1]] if beside else [])]
     return tuple(comment.strip().lstrip("# ") for comment in comments)
 
 
@@ -157,10 +148,12 @@ def parameter_formats(plan: Plan) -> Iterator[Finding]:
     key, entry = next(named, ("", None))
     bf16 = entry and str(entry.value).lower().removeprefix("torch.") in ("bfloat16", "bf16")
     if bf16 and not plan.says(REMEDIES):
+        severity, unless = "warning", ", unless the optimizer has float32 masters"
+        if key == FORMAT_KEYS[0]:
+            severity, unless = "error", ""
         message = f"{entry.name}: {entry.value} keeps the weights in 16 bits{predicted_losses(plan)}"
-        advice = f"keep float32 parameters ({entry.name}: float32) and compute under autocast"
-        advice += ", unless the optimizer has float32 masters" if FORMAT_KEYS[key] == "warning" else ""
-        yield Finding("bf16_parameters", FORMAT_KEYS[key], entry.where, message, advice, str(entry.value), "float32")
+        advice = f"keep float32 parameters ({entry.name}: float32) and compute under autocast{unless}"
+        yield Finding("bf16_parameters", severity, entry.where, message, advice, str(entry.value), "float32")
 
 
 def predicted_losses(plan: Plan) -> str:
