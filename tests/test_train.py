@@ -355,14 +355,6 @@ def test_an_evaluation_puts_each_modules_mode_back(run: Trainer) -> None:
     assert [module.training for module in model.modules()] == before and 0 < sum(before) < len(before)
 
 
-def test_recomputing_blocks_changes_nothing(run: Trainer, tmp_path: Path) -> None:
-    other = train(run.config.with_(training={"activation_checkpointing": True}), tmp_path / "run")
-    for plain, recomputed in zip(steps_of(run.run_dir), steps_of(other.run_dir), strict=True):
-        assert recomputed["losses"] == pytest.approx(plain["losses"], rel=1e-6)
-        assert np.allclose(recomputed["expert_load"], plain["expert_load"], atol=1e-6)
-        assert recomputed["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-5)
-
-
 # ---- precision ------------------------------------------------------------------------------------------------------
 
 
@@ -597,21 +589,16 @@ def test_ctrl_c_in_a_real_process_and_a_second_process_beside_it(tmp_path: Path)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes) as first:
         try:
-            while not (tmp_path / "run" / "checkpoints" / "step_000002.pt").exists():
+            while not step_path(tmp_path / "run", 2).exists():
                 assert first.poll() is None, first.stderr.read()
                 time.sleep(0.05)
-            trainer = Trainer(config, tmp_path / "run", resume=True)
             with refused(RunError, match="run: another process trains here; wait for it or take another"):
-                trainer.fit()
-            with refused(RunError, match="holds a run already"):
-                Trainer(config, tmp_path / "run")
+                Trainer(config, tmp_path / "run", resume=True).fit()
             first.send_signal(signal.SIGINT)
             out, err = first.communicate(timeout=60)
         finally:
             first.kill()
-    assert first.returncode == 0, err
+    assert first.returncode == 0 and "Traceback" not in err, err
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "interrupted" and out.startswith(f"interrupted: {summary['steps']} steps in")
-    assert "Traceback" not in err
-    resumed = train(config.with_(training={"steps": summary["steps"] + 1}), tmp_path / "run", resume=True)
-    assert [row["step"] for row in steps_of(tmp_path / "run")] == list(range(1, resumed.step + 1))
+    assert [row["step"] for row in steps_of(tmp_path / "run")] == list(range(1, summary["steps"] + 1))

@@ -111,8 +111,9 @@ def reads_through(path: Path) -> bool:
 
 def step_of(path: Path) -> int:
     """The step of a checkpoint: from its name, or, without reading its tensors, from what it says itself."""
-    named = re.fullmatch(r"step_(\d+)\.pt", path.name)
-    state = {"step": int(named[1])} if named else load_checkpoint(path, "meta")
+    if named := re.fullmatch(r"step_(\d+)\.pt", path.name):
+        return int(named[1])
+    state = load_checkpoint(path, "meta")
     if not isinstance(state, dict) or not isinstance(state.get("step"), int):
         raise DamagedError(f"{path}: holds no step; left alone")
     return state["step"]
@@ -170,10 +171,10 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
         )
     trainer.model.load_state_dict(state["model_state_dict"])
     for optimizer, stored in zip(trainer.optimizers, state["optimizer_state_dict"], strict=True):
-        options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        given = [dict(group) for group in optimizer.param_groups]
         optimizer.load_state_dict(stored)
-        for group, given in zip(optimizer.param_groups, options, strict=True):
-            group.update(given)
+        for group, options in zip(optimizer.param_groups, given, strict=True):
+            group.update(options)
     trainer.step = state["step"]
     trainer.controls.lr_scale = state["scheduler_state_dict"]["lr_scale"]
     trainer.batches.load_state_dict(state["data_state"])

@@ -96,7 +96,7 @@ def opened(trainer: Trainer) -> Iterator[None]:
 
 
 def begin(trainer: Trainer) -> None:
-    """Write what a run begins with, or cut what a resumed one will write again. Nothing if the run has begun."""
+    """Write what a run begins with, or cut off what a resumed one will write again. Nothing if the run has begun."""
     if trainer.begun:
         return
     run_dir, training = trainer.run_dir, trainer.config.training
@@ -113,21 +113,16 @@ def begin(trainer: Trainer) -> None:
     trainer.dropout_noise = torch.Generator(trainer.device).manual_seed(training.seed)
     if trainer.rng_state is not None:
         ckpt.restore_rng(trainer, trainer.rng_state)
-    seconds_before = cut_back(trainer)
+    rows, controls, _ = (cut_jsonl(run_dir / name, trainer.step) for name in (RECORD, CONTROLS, FINDINGS))
+    trainer.evaluated = max((row["step"] for row in rows if row.get("event") == "eval"), default=-1)
+    for row in controls:  # what was asked right after the checkpoint was written
+        trainer.controls.lr_scale = row.get("value", trainer.controls.lr_scale)
     write_atomically(run_dir / "config.yaml", to_yaml(trainer.config))
     write_atomically(run_dir / "tokenizer.json", trainer.dataset.tokenizer.to_str())
     (run_dir / RECORD).touch()
-    trainer.started, trainer.fetched_at = time.perf_counter() - seconds_before, seconds_before
+    trainer.fetched_at = max((row["seconds"] for row in rows), default=0.0)
+    trainer.started = time.perf_counter() - trainer.fetched_at
     trainer.begun = True
-
-
-def cut_back(trainer: Trainer) -> float:
-    """Drop what came after the checkpoint, since it will come again. Returns the training time (s) of what stays."""
-    rows, controls, _ = (cut_jsonl(trainer.run_dir / name, trainer.step) for name in (RECORD, CONTROLS, FINDINGS))
-    trainer.evaluated = {row["step"] for row in rows if row.get("event") == "eval"}
-    for row in controls:  # what was asked right after the checkpoint was written
-        trainer.controls.lr_scale = row.get("value", trainer.controls.lr_scale)
-    return max((row["seconds"] for row in rows), default=0.0)
 
 
 def load_run(run_dir: str | Path, device: str = "auto") -> tuple[LanguageModel, Tokenizer]:

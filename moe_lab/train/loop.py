@@ -84,23 +84,18 @@ class Trainer:
         self.listeners, self.controls, self.readings = list(listeners), Controls(), Readings(self.model)
         self.initial_sample: dict | None = None  # of the parameters before the first update
         self.rng_state: dict | None = None  # to go on with; None: seeded
-        # dropout's own, made on the device when the run begins: what a notebook draws meanwhile changes no training
-        self.dropout_noise: torch.Generator | None = None
-        self.evaluated: set[int] = set()  # steps
-        self.step = 0  # updates done
-        self.started = time.perf_counter()  # less what was trained before, plus what did not count
-        self.fetched_at = 0.0  # in `seconds()`
+        self.dropout_noise: torch.Generator | None = None  # made when the run begins; no other draw disturbs it
+        self.step, self.evaluated = 0, -1  # updates done; the step of the last evaluation
+        self.started, self.fetched_at = time.perf_counter(), 0.0  # when `seconds()` was 0; its value at the last fetch
         if stored is not None:
             ckpt.restore(self, stored)
-
-    # ---- what a caller uses ------------------------------------------------------------------------------------------
 
     def fit(self) -> dict[str, Any]:
         """Train to the end, to `stop()` or to Ctrl-C. Returns the summary, which is also in summary.json.
 
         The first Ctrl-C finishes the update, saves checkpoint_interrupted.pt and returns; a second one raises
-        KeyboardInterrupt at once. Raises RunError for what can go wrong on the way: a directory in use, a full disk,
-        too little memory, a gradient that is not finite.
+        KeyboardInterrupt at once. Raises RunError for a directory in use, a full disk, too little memory, and a gradient
+        that is not finite.
         """
         with self.opened(), signals_ask_to_stop(self.controls):
             status = "interrupted"
@@ -111,7 +106,7 @@ class Trainer:
                         self.evaluate_if_due()
                         if self.step % self.config.training.save_interval == 0 or self.step == self.n_steps:
                             self.save(ckpt.step_path(self.run_dir, self.step))
-                if self.step == self.n_steps and self.step in self.evaluated:
+                if self.step == self.n_steps == self.evaluated:
                     status = "finished"
                 else:
                     self.save(self.run_dir / ckpt.FOLDER / ckpt.INTERRUPTED)
@@ -131,11 +126,10 @@ class Trainer:
             for report in trainer.steps(until=20):
                 print(report.step, report.grad_norm.item())
 
-        Begins the run if it has not begun: its directory with config.yaml, tokenizer.json and a record. Then makes
-        updates and yields each one's Report until `until` of them are done (counted from the run's first; default and
-        limit: `n_steps`) or a stop is asked for; what else is asked of `controls` is done before each update. A later
-        call goes on where this one ended. The record is written every `log_interval` steps and when the generator ends,
-        is closed, or fails; so an exception between two updates leaves a whole run. It neither evaluates, saves, locks
+        Begins the run if need be, makes updates, and yields each one's Report, until `until` of them are done (counted
+        from the run's first; default and limit: `n_steps`) or a stop is asked for; obeys `controls` before each update.
+        A later call goes on where this one ended. The record is written every `log_interval` steps and when the generator
+        ends, is closed, or fails: an exception between two updates leaves a whole run. It neither evaluates, saves, locks
         the directory nor writes a summary: `fit` does, and makes the same updates.
         Raises ValueError for `until` beyond `n_steps`, RunError as `fit` does.
         """
@@ -156,16 +150,14 @@ class Trainer:
     def opened(self) -> contextlib.AbstractContextManager[None]:
         """The run directory, held against other processes and with everything that a run begins with.
 
-        `fit` opens it itself. For who writes there too, such as a Watch with a log: what is older than the checkpoint
-        is cut by now, and nobody else writes. Raises RunError if another process trains there, or did meanwhile.
+        `fit` opens it itself. For who writes there too, such as a Watch with a log: nobody else writes by then, and what is
+        older than the checkpoint is cut. Raises RunError if another process trains there, or did meanwhile.
         """
         return directory.opened(self)
 
     def stop(self) -> None:
         """Ask, from any thread, for the end: the update in progress is finished and saved."""
         self.controls.stop()
-
-    # ---- the run -----------------------------------------------------------------------------------------------------
 
     def update(self) -> Report:
         """One step: the mean gradient of the micro-batches, clipped, and one move of every optimizer."""
@@ -182,8 +174,8 @@ class Trainer:
             ids = self.batches.next_batch()
             if self.device.type == "cuda":
                 ids = ids.pin_memory()
+            ids = ids.to(self.device, non_blocking=True)
             with self.autocast():
-                ids = ids.to(self.device, non_blocking=True)
                 terms, routings, _ = self.model.report(ids, generator=self.dropout_noise)
             with self.products:
                 (sum(terms.values()) / n_micro).backward()
@@ -228,7 +220,7 @@ class Trainer:
     def evaluate_if_due(self) -> None:
         """At step 0, every eval_interval steps and at the end, once; given up if a stop is asked for meanwhile."""
         due = self.step % self.config.training.eval_interval == 0 or self.step == self.n_steps
-        if not due or self.step in self.evaluated:
+        if not due or self.step == self.evaluated:
             return
         self.flush()
         batch_size = self.config.training.batch_size
@@ -236,7 +228,7 @@ class Trainer:
         if result is not None:
             row = {"event": "eval", "step": self.step, "tokens": self.tokens(), **result}
             self.report_rows([row | {"seconds": round(self.seconds(), 3)}])
-            self.evaluated.add(self.step)
+            self.evaluated = self.step
         self.fetched_at = self.seconds()
 
     def obey_controls(self) -> bool:
@@ -261,8 +253,6 @@ class Trainer:
             ckpt.check_disk(self)
             ckpt.save_atomically(ckpt.snapshot(self), path)
             ckpt.prune(self.run_dir, self.config.training.keep_checkpoints)
-
-    # ---- small parts -------------------------------------------------------------------------------------------------
 
     def tokens(self) -> int:
         return self.step * self.config.tokens_per_step

@@ -20,10 +20,8 @@ FINDINGS = "findings.jsonl"
 
 def read_jsonl(path: Path) -> list[dict]:
     """The rows of a file. A last line that a kill cut short is left out; a missing file has no rows."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]  # what follows the last newline is unfinished
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    return [json.loads(line) for line in lines[:-1] if line]
 
 
 def read_record(run_dir: str | Path) -> list[dict]:
@@ -91,15 +89,9 @@ def write_summary(trainer: Trainer, status: str) -> dict[str, Any]:
 def commit() -> str | None:
     """The repository's short commit hash, with a plus sign where files differ from it; None without git, and for an
     installed package, which may lie in somebody else's repository but is no part of it."""
-    file = Path(__file__)
+    options = {"cwd": Path(__file__).parent, "stderr": subprocess.DEVNULL, "text": True, "timeout": 10}
     try:
-        for command in (
-            ["ls-files", "--error-unmatch", file.name],
-            ["describe", "--always", "--dirty=+", "--exclude=*"],
-        ):
-            said = subprocess.run(
-                ["git", *command], cwd=file.parent, capture_output=True, text=True, timeout=10, check=True
-            )
-        return said.stdout.strip()
+        subprocess.check_output(["git", "ls-files", "--error-unmatch", __file__], **options)
+        return subprocess.check_output(["git", "describe", "--always", "--dirty=+", "--exclude=*"], **options).strip()
     except (OSError, subprocess.SubprocessError):
         return None
