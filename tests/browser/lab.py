@@ -16,7 +16,6 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import nbformat
 import pytest
 from playwright.sync_api import Page, Playwright, TimeoutError, sync_playwright
 
@@ -27,7 +26,9 @@ READY = """() => { const w = window.jupyterapp && window.jupyterapp.shell.curren
   const k = w && w.sessionContext && w.sessionContext.session && w.sessionContext.session.kernel;
   return !!k && k.status === 'idle' && k.connectionStatus === 'connected'
          && w.context.isReady && w.sessionContext.isReady; }"""
-COMMAND = "name => { window.jupyterapp.commands.execute(name); }"
+OPTIONS = "--no-browser --allow-root --ip=127.0.0.1 --ServerApp.port_retries=0 --LabApp.news_url=None "
+OPTIONS += "--IdentityProvider.token= --ServerApp.password= --LabApp.expose_app_in_browser=True "
+OPTIONS += "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"
 
 
 def find_chromium(playwright: Playwright) -> str:
@@ -45,19 +46,14 @@ def jupyter_lab(folder: Path) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    places = {f"JUPYTER_{name}_DIR": str(folder / f".{name}") for name in ("CONFIG", "DATA", "RUNTIME")}
-    settings = folder / ".settings"
-    quiet = settings / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+    names = ("CONFIG_DIR", "DATA_DIR", "RUNTIME_DIR", "LAB_SETTINGS_DIR", "LAB_WORKSPACES_DIR")
+    places = {f"JUPYTER{'' if name.startswith('LAB') else '_'}{name}": str(folder / f".{name}") for name in names}
+    quiet = folder / ".LAB_SETTINGS_DIR" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
     quiet.parent.mkdir(parents=True)
     quiet.write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True}))
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MOE_LAB", "PYTEST", "JPY"))}
-    environment |= places | {"JUPYTERLAB_SETTINGS_DIR": str(settings), "JUPYTERLAB_WORKSPACES_DIR": str(folder / ".ws")}
-    options = ["--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0"]
-    options += [f"--ServerApp.root_dir={folder}", "--IdentityProvider.token=", "--ServerApp.password="]
-    options += ["--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
-    options += ["--LabApp.expose_app_in_browser=True"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MOE_LAB", "PYTEST", "JPY"))} | places
+    command = [sys.executable, "-m", "jupyterlab", f"--port={port}", f"--ServerApp.root_dir={folder}", *OPTIONS.split()]
     with (folder / "server.log").open("w") as log:
-        command = [sys.executable, "-m", "jupyterlab", *options]
         server = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=folder)
         try:
             address = f"http://127.0.0.1:{port}"
@@ -72,15 +68,13 @@ def jupyter_lab(folder: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def opened_notebook(notebook: str, address: str, height: int) -> Iterator[tuple[Page, list[str]]]:
-    """A notebook of the server's folder open in a browser, its cells running: the page, and its errors so far."""
+def browser_page() -> Iterator[tuple[Page, list[str]]]:
+    """An empty page, and the errors of what it shows so far."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_chromium(playwright), args=ARGS, headless=True)
-        page = browser.new_page(viewport={"width": 1200, "height": height})
+        page = browser.new_page(viewport={"width": 1200, "height": 1000})
         crashes: list[str] = []
         page.on("pageerror", lambda error: crashes.append(str(error)))
-        open_notebook(page, address, notebook)
-        run_all(page)
         yield page, crashes
         browser.close()
 
@@ -96,26 +90,19 @@ def wait_for(condition: Callable[[], bool], message: str, timeout_s: float = 45)
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, message
-        time.sleep(0.1)
+        time.sleep(0.05)
 
 
-def write_notebook(path: Path, cells: list[str]) -> None:
-    metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    code = [nbformat.v4.new_code_cell(source) for source in cells]
-    nbformat.write(nbformat.v4.new_notebook(cells=code, metadata=metadata), path)
-
-
-def open_notebook(page: Page, address: str, name: str) -> None:
-    """Open a notebook of the server's folder and wait for its kernel."""
-    page.goto(f"{address}/doc/tree/{name}?reset")
-    page.wait_for_selector(".jp-NotebookPanel .jp-Notebook", timeout=40000)
-    page.wait_for_function(READY, timeout=40000)
+def command(page: Page, name: str) -> None:
+    """One of JupyterLab's commands, which is not waited for."""
+    page.evaluate("name => { window.jupyterapp.commands.execute(name); }", name)
 
 
 def run_all(page: Page) -> None:
     """Ask until a prompt shows that a cell runs or ran: a request that comes before the kernel is ready is dropped."""
+    page.wait_for_function(READY, timeout=40000)
     for _ in range(5):
-        page.evaluate(COMMAND, "notebook:run-all-cells")
+        command(page, "notebook:run-all-cells")
         with contextlib.suppress(TimeoutError):
             page.wait_for_selector(".jp-InputPrompt:text-matches('[*]|[0-9]')", timeout=3000)
             return
