@@ -91,6 +91,19 @@ def random_ids(*shape: int, seed: int = 0, vocab_size: int = BASE.vocab_size) ->
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def there_and_back(layer: nn.Module, x: Tensor, *args, **options) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A layer's output (the first, if it gives several), and the gradients of a weighted sum of it, the input's too."""
+    x = x.detach().clone().requires_grad_()
+    y = layer(x, *args, **options)
+    y = y[0] if isinstance(y, tuple) else y
+    (y * normal(*y.shape, seed=99)).sum().backward()
+    return {"output": y.detach()}, gradients(layer) | {"input": x.grad}
+
+
 def gradients(module: nn.Module) -> dict[str, Tensor]:
     """A copy of every parameter's gradient; one that no loss reached counts as zero."""
     return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in module.named_parameters()}

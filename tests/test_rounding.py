@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from helpers import MECHANISMS, seeded, tiny
+from helpers import MECHANISMS, normal, refused, seeded, tiny
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
@@ -60,7 +60,7 @@ def assert_same(ours: nn.Module, theirs: nn.Module) -> None:
         assert torch.equal(p, q), name
 
 
-# ---- masters ---------------------------------------------------------------------------------------------------------
+# ---- masters
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
@@ -86,32 +86,19 @@ def test_masters_start_from_the_values_before_the_cast() -> None:
     assert Rounded(SGD([q], lr=1.0), "masters").state[q]["master"].item() == 1.0
 
 
-# ---- Kahan -----------------------------------------------------------------------------------------------------------
-
-
-def descend(p: nn.Parameter, optimizer, steps: int) -> None:
-    for _ in range(steps):
-        p.grad = torch.ones_like(p)
-        optimizer.step()
+# ---- Kahan
 
 
 def test_kahan_is_exact_where_its_bits_suffice_and_plain_bf16_stands_still() -> None:
     plain, p = weight(1.0, dtype=torch.bfloat16), weight(1.0)
-    descend(plain, SGD([plain], lr=2**-14), 100)
     optimizer = Rounded(SGD([p], lr=2**-14), "kahan")
-    descend(p, optimizer, 100)
+    for descending in (SGD([plain], lr=2**-14), optimizer):
+        for _ in range(100):
+            plain.grad, p.grad = torch.ones_like(plain), torch.ones_like(p)
+            descending.step()
     assert plain.item() == 1.0
     assert exact(optimizer, p).item() == 1 - 100 * 2**-14
     assert p.item() == 0.9921875  # the bf16 value nearest to 0.99390
-
-
-def test_kahan_follows_small_updates_within_the_compensations_precision() -> None:
-    p = weight(1.0)
-    optimizer = Rounded(SGD([p], lr=1e-5), "kahan")
-    descend(p, optimizer, 300)
-    # below 1 a compensation is at most 2^-9, where half a ULP is 2^-18
-    assert abs(exact(optimizer, p).item() - (1 - 300e-5)) <= 300 * 2**-18
-    assert p.item() == 1 - 2**-8
 
 
 @pytest.mark.parametrize(("update", "arrives"), [(2**-16, True), (2**-18, False)])
@@ -123,7 +110,7 @@ def test_kahan_too_has_a_smallest_update(update: float, arrives: bool) -> None:
     assert exact(optimizer, p).item() == 1 + 1.5 * 2**-9 + update * arrives
 
 
-# ---- stochastic rounding ---------------------------------------------------------------------------------------------
+# ---- stochastic rounding
 
 
 def neighbours(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,60 +154,41 @@ def test_exact_values_stay_exact_and_nothing_is_made_finite() -> None:
     assert stochastic_round(nans).isnan().all()
 
 
-def test_stochastic_weights_drift_as_in_fp32_on_average() -> None:
-    p = nn.Parameter(torch.ones(10_000))
-    descend(p, Rounded(SGD([p], lr=1e-5), "stochastic"), 100)
-    mean, sd = p.detach().double().mean().item(), p.detach().double().std().item()
-    assert abs(mean - (1 - 100e-5)) <= 5 * sd / 100  # five standard errors of 10,000 weights
-    assert 5 * sd / 100 < 0.2 * 100e-5  # else standing still would pass
-
-
-# ---- a proper optimizer, in every mode -------------------------------------------------------------------------------
+# ---- a proper optimizer, in every mode
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_run_continues_bit_equally_from_a_file(mode: str) -> None:
-    model, optimizers = remedied(mode)
-    run(model, optimizers, range(3))
-    file = io.BytesIO()
-    torch.save([model.state_dict(), *(o.state_dict() for o in optimizers)], file)
-    torch.manual_seed(5)
-    run(model, optimizers, range(3, 6))
-
-    again, others = remedied(mode)
-    run(again, others, range(7, 9))  # a life before: everything must be replaced
-    again, others = copy.deepcopy((again, others))  # which has to be as good as the one that was built
-    file.seek(0)
-    weights, *states = torch.load(file, weights_only=True)
-    again.load_state_dict(weights)
-    for optimizer, state in zip(others, states, strict=True):
-        optimizer.load_state_dict(state)
-    torch.manual_seed(5)
-    run(again, others, range(3, 6))
-    assert_same(again, model)
-    for ours, theirs in zip(others, optimizers, strict=True):
-        for p, q in zip(ours.state.values(), theirs.state.values(), strict=True):
-            assert p.keys() == q.keys()
-            assert all(torch.equal(p[k], q[k]) and p[k].dtype == q[k].dtype for k in p)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_a_deep_copy_lives_its_own_life(mode: str) -> None:
+def test_a_run_continues_bit_equally_from_a_file_and_in_a_copy(mode: str) -> None:
     model, optimizers = remedied(mode)
     run(model, optimizers, range(2))
     twin, others = copy.deepcopy((model, optimizers))
-    before = copy.deepcopy(twin)
+    file = io.BytesIO()
+    torch.save([model.state_dict(), *(o.state_dict() for o in optimizers)], file)
     torch.manual_seed(5)
     run(model, optimizers, range(2, 4))
-    assert_same(twin, before)
-    torch.manual_seed(5)
-    run(twin, others, range(2, 4))
-    assert_same(twin, model)
+
+    again, loaded = remedied(mode)
+    run(again, loaded, range(7, 9))  # a life before: everything must be replaced
+    again, loaded = copy.deepcopy((again, loaded))  # which has to be as good as the one that was built
+    file.seek(0)
+    weights, *states = torch.load(file, weights_only=True)
+    again.load_state_dict(weights)
+    for optimizer, state in zip(loaded, states, strict=True):
+        optimizer.load_state_dict(state)
+    assert_same(twin, again)  # what became of the original is not the copy's business
+    for follower, its_optimizers in ((again, loaded), (twin, others)):
+        torch.manual_seed(5)
+        run(follower, its_optimizers, range(2, 4))
+        assert_same(follower, model)
+        for ours, theirs in zip(its_optimizers, optimizers, strict=True):
+            for p, q in zip(ours.state.values(), theirs.state.values(), strict=True):
+                assert p.keys() == q.keys()
+                assert all(torch.equal(p[k], q[k]) and p[k].dtype == q[k].dtype for k in p)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_an_expert_without_tokens_is_left_alone(mode: str) -> None:
-    start = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    start = normal(3, 4, 5)
     # just below the middle of two bf16 values: the compensation rounds to the middle, and their sum would round up
     start[1, 0, 0] = 1 + 2**-7 + 2**-8 - 2**-20
     p = nn.Parameter(start.clone())
@@ -297,9 +265,8 @@ def stepped() -> AdamW:
     ],
 )
 def test_wrong_use_is_a_line(inner, mode: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as error:
+    with refused(ValueError, match=message):
         Rounded(inner(), mode)
-    assert "\n" not in str(error.value)
 
 
 def test_a_state_of_another_kind_is_refused() -> None:
@@ -310,7 +277,7 @@ def test_a_state_of_another_kind_is_refused() -> None:
         masters.load_state_dict(SGD([weight(1.0)], lr=1.0).state_dict())
 
 
-# ---- REMEDIES --------------------------------------------------------------------------------------------------------
+# ---- REMEDIES
 
 
 def names_of_groups(model: nn.Module, optimizers: list) -> dict[str, set[str]]:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_agreement, assert_nonzero, gradients, perturb, seeded, tiny
+from helpers import assert_agreement, assert_nonzero, normal, perturb, seeded, there_and_back, tiny
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
@@ -26,33 +26,21 @@ def pair(d_model: int, n_heads: int, n_kv_heads: int, head_dim: int | None, thet
     return ours, theirs, LlamaRotaryEmbedding(config)
 
 
-def run_theirs(theirs, rotary, x, positions):
-    length = x.shape[1]
-    future = torch.full((length, length), -torch.inf).triu(1)[None, None]
-    return theirs(x, position_embeddings=rotary(x, positions), attention_mask=future)[0]
-
-
 SIZES = [(16, 4, 2, None, 10000.0), (24, 6, 2, 8, 10000.0), (32, 4, 4, None, 500.0), (16, 4, 1, 6, 10000.0)]
 
 
 @pytest.mark.parametrize("gaps", [False, True], ids=["in_a_row", "with_gaps"])
-@pytest.mark.parametrize("length", [1, 2, 3, 17, 40])
+@pytest.mark.parametrize("length", [1, 2, 17, 40])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_llama_attention_agrees(sizes, length: int, gaps: bool) -> None:
     ours, theirs, rotary = pair(*sizes)
-    generator = torch.Generator().manual_seed(length)
-    positions = torch.arange(length).expand(2, -1)
+    x, positions = normal(2, length, sizes[0]), torch.arange(length).expand(2, -1)
     if gaps:  # what MoD passes: each sequence its own selection, in order of time
-        positions = torch.stack([torch.randperm(3 * length, generator=generator)[:length].sort().values for _ in "ab"])
-    x = torch.randn(2, length, sizes[0], generator=generator)
-    weight = torch.randn(2, length, sizes[0], generator=generator)
-    results = []
-    for layer, run in ((ours, lambda x, p: ours(x, p)[0]), (theirs, lambda x, p: run_theirs(theirs, rotary, x, p))):
-        inputs = x.clone().requires_grad_()
-        y = run(inputs, positions)
-        (y * weight).sum().backward()
-        results.append(({"output": y.detach()}, gradients(layer) | {"input": inputs.grad}))
-    (our_output, our_gradients), (their_output, their_gradients) = results
+        positions = normal(2, 3 * length, seed=1).argsort(dim=1)[:, :length].sort(dim=1).values
+    future = torch.full((length, length), -torch.inf).triu(1)[None, None]
+    our_output, our_gradients = there_and_back(ours, x, positions)
+    tables = rotary(x, positions)
+    their_output, their_gradients = there_and_back(theirs, x, position_embeddings=tables, attention_mask=future)
     assert_agreement(our_output, their_output)
     assert_agreement(our_gradients, their_gradients)
     if length > 1:  # one token attends to itself alone, whatever its query and key

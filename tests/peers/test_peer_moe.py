@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_agreement, assert_nonzero, gradients, tiny
+from helpers import assert_agreement, assert_nonzero, normal, there_and_back, tiny
 from torch import nn
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock, load_balancing_loss_func
@@ -63,43 +63,34 @@ def test_mixtral_block_agrees(shape, training: bool) -> None:
     d_model, d_ff, n_experts, top_k, hidden, batch, length = shape
     config = tiny(d_model=d_model, d_ff_expert=d_ff, n_experts=n_experts, moe_top_k=top_k, moe_router_hidden=hidden)
     ours, theirs = (layer.train(training) for layer in pair(config))
-    generator = torch.Generator().manual_seed(length)
-    x = torch.randn(batch, length, d_model, generator=generator)
-    weight = torch.randn(batch, length, d_model, generator=generator)
-    outputs, grads = [], []
-    for layer in (ours, theirs):
-        inputs = x.clone().requires_grad_()
-        y = layer(inputs)
-        y = y[0] if isinstance(y, tuple) else y
-        (y * weight).sum().backward()
-        outputs.append({"output": y.detach()})
-        grads.append(gradients(layer))
-        grads[-1]["input"] = inputs.grad
-    assert_agreement(*outputs)
-    theirs_renamed = in_our_names(grads[1])
-    assert_agreement(grads[0], theirs_renamed)
+    (our_output, our_gradients), (their_output, theirs_renamed) = (
+        there_and_back(layer, normal(batch, length, d_model)) for layer in (ours, theirs)
+    )
+    assert_agreement(our_output, their_output)
+    theirs_renamed = in_our_names(theirs_renamed)
+    assert_agreement(our_gradients, theirs_renamed)
     if top_k > 1:  # a lone expert's weight is one, whatever its logit
-        assert_nonzero(grads[0])
-    for ours_stack, theirs_stack in ((grads[0][name], theirs_renamed[name]) for name in ("gate_proj", "down_proj")):
-        assert torch.equal(ours_stack.flatten(1).any(1), theirs_stack.flatten(1).any(1))  # the same experts idle
+        assert_nonzero(our_gradients)
+    for name in ("gate_proj", "down_proj"):  # the same experts idle
+        assert torch.equal(our_gradients[name].flatten(1).any(1), theirs_renamed[name].flatten(1).any(1))
 
 
 @pytest.mark.parametrize(("n_experts", "top_k"), [(4, 1), (4, 2), (8, 3), (8, 8)])
 def test_balance_loss_is_theirs_over_k(n_experts: int, top_k: int) -> None:
-    logits = torch.randn(50, n_experts, generator=torch.Generator().manual_seed(top_k)) * 2
     results = []
     for use_ours in (True, False):
-        inputs = logits.clone().requires_grad_()
+        logits = (normal(50, n_experts, seed=top_k) * 2).requires_grad_()
         if use_ours:
-            kept, ids = inputs.topk(top_k)
-            loss = top_k * load_balancing_loss(Routing(kept.softmax(-1), ids, inputs, torch.zeros(())))
+            kept, ids = logits.topk(top_k)
+            loss = top_k * load_balancing_loss(Routing(kept.softmax(-1), ids, logits, torch.zeros(())))
         else:
-            loss = load_balancing_loss_func((inputs,), n_experts, top_k)
+            loss = load_balancing_loss_func((logits,), n_experts, top_k)
         loss.backward()
-        results.append({"loss": loss.detach(), "logits": inputs.grad})
-    assert_agreement(*({"loss": result["loss"]} for result in results))
+        results.append((loss.item(), logits.grad))
+    (our_loss, our_grad), (their_loss, their_grad) = results
+    assert our_loss == pytest.approx(their_loss, rel=1e-5)
     if top_k < n_experts:
-        assert_nonzero(results[0])
-        assert_agreement(*({"logits": result["logits"]} for result in results))
+        assert_nonzero({"logits": our_grad})
+        assert_agreement({"logits": our_grad}, {"logits": their_grad})
     else:  # every expert takes every token: nothing to balance
-        assert results[0]["logits"].abs().max() < 1e-7
+        assert our_grad.abs().max() < 1e-7

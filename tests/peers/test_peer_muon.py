@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import normal
 from torch import nn
 
 from moe_lab.optim import products
@@ -17,10 +18,6 @@ def products_in_bfloat16(monkeypatch) -> None:
     monkeypatch.setattr(products, "has_fast_bfloat16", lambda device: True)
 
 
-def draw(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 def momentum_of(optimizer, p) -> torch.Tensor:
     return optimizer.state[p]["momentum_buffer"]
 
@@ -29,29 +26,29 @@ def momentum_of(optimizer, p) -> torch.Tensor:
 @pytest.mark.parametrize("convention", CONVENTIONS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_matrices_are_bit_equal_after_five_steps(shape: str, convention: str, nesterov: bool) -> None:
-    ours, theirs = (nn.Parameter(draw(*SHAPES[shape], seed=0)) for _ in "ab")
+    ours, theirs = (nn.Parameter(normal(*SHAPES[shape], seed=0)) for _ in "ab")
     optimizer = Muon([ours], adjust_lr=convention, nesterov=nesterov, **OPTIONS)
     peer = torch.optim.Muon([theirs], adjust_lr_fn=convention, nesterov=nesterov, **OPTIONS)
     for step in range(5):
-        ours.grad = draw(*SHAPES[shape], seed=10 + step)
+        ours.grad = normal(*SHAPES[shape], seed=10 + step)
         theirs.grad = ours.grad.clone()
         optimizer.step()
         peer.step()
         assert torch.equal(ours, theirs)
         assert torch.equal(momentum_of(optimizer, ours), momentum_of(peer, theirs))
-    assert not torch.allclose(ours, draw(*SHAPES[shape], seed=0), atol=1e-3)
+    assert not torch.allclose(ours, normal(*SHAPES[shape], seed=0), atol=1e-3)
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS)
 @pytest.mark.parametrize("shape", ["wide", "tall", "square"])
 def test_each_slice_of_a_stack_is_a_matrix_of_its_own(shape: str, convention: str) -> None:
-    stack = nn.Parameter(draw(3, *SHAPES[shape], seed=0))
+    stack = nn.Parameter(normal(3, *SHAPES[shape], seed=0))
     slices = [nn.Parameter(matrix.clone()) for matrix in stack.detach()]
     optimizer = Muon([stack], adjust_lr=convention, **OPTIONS)
     peer = torch.optim.Muon(slices, adjust_lr_fn=convention, **OPTIONS)
     for step in range(5):
         # experts that get few tokens have small gradients: each slice is normalised by its own norm
-        stack.grad = draw(3, *SHAPES[shape], seed=10 + step) * torch.tensor([1.0, 1e-3, 30.0])[:, None, None]
+        stack.grad = normal(3, *SHAPES[shape], seed=10 + step) * torch.tensor([1.0, 1e-3, 30.0])[:, None, None]
         for index, matrix in enumerate(slices):
             matrix.grad = stack.grad[index].clone()
         optimizer.step()
@@ -60,11 +57,11 @@ def test_each_slice_of_a_stack_is_a_matrix_of_its_own(shape: str, convention: st
 
 
 def test_a_slice_without_tokens_is_left_alone_and_the_others_are_not() -> None:
-    stack = nn.Parameter(draw(3, 12, 40, seed=0))
+    stack = nn.Parameter(normal(3, 12, 40, seed=0))
     slices = [nn.Parameter(matrix.clone()) for matrix in stack.detach()]
     optimizer, peer = Muon([stack], **OPTIONS), torch.optim.Muon(slices, **OPTIONS)
     for step in range(5):
-        stack.grad = draw(3, 12, 40, seed=10 + step)
+        stack.grad = normal(3, 12, 40, seed=10 + step)
         if step >= 2:
             stack.grad[1] = 0.0  # after two steps its momentum is not zero: it must neither move nor fade
         for index, matrix in enumerate(slices):
@@ -84,12 +81,12 @@ def test_bfloat16_momentum_is_not_normalised_in_place() -> None:
 
     The second half states the peer's bug, so that it is seen when torch repairs it.
     """
-    ours, theirs = (nn.Parameter(draw(12, 40, seed=0).bfloat16()) for _ in "ab")
+    ours, theirs = (nn.Parameter(normal(12, 40, seed=0).bfloat16()) for _ in "ab")
     optimizer = Muon([ours], nesterov=False, **OPTIONS)
     peer = torch.optim.Muon([theirs], nesterov=False, **OPTIONS)
     expected = torch.zeros_like(ours.detach())
     for step in range(3):
-        ours.grad = draw(12, 40, seed=10 + step).bfloat16()
+        ours.grad = normal(12, 40, seed=10 + step).bfloat16()
         theirs.grad = ours.grad.clone()
         expected = expected.lerp(ours.grad, 1 - OPTIONS["momentum"])
         optimizer.step()

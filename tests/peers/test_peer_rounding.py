@@ -3,6 +3,7 @@
 import optimi
 import pytest
 import torch
+from helpers import normal
 from torch import Tensor, nn
 from torchao.optim.quant_utils import _fp32_to_bf16_sr
 
@@ -12,17 +13,13 @@ N_STEPS = 50
 BETAS = {"betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.0}
 
 
-def draw(seed: int, n: int = 4096) -> Tensor:
-    return torch.randn(n, generator=torch.Generator().manual_seed(seed))
-
-
 def signs(step: int) -> Tensor:
     """The same in every step: then Adam's moments are exact in optimi's bf16 too, and only the sum can differ."""
-    return draw(1).sign()
+    return normal(4096, seed=1).sign()
 
 
 def noisy(step: int) -> Tensor:
-    return 0.5 + draw(100 + step)
+    return 0.5 + normal(4096, seed=100 + step)
 
 
 @pytest.mark.parametrize("lr", [1e-5, 1e-4, 1e-3])
@@ -32,7 +29,7 @@ def noisy(step: int) -> Tensor:
     ids=["adamw", "sgd"],
 )
 def test_kahan_agrees_with_optimi(kind, theirs, options: dict, gradient, lr: float) -> None:
-    start = (1 + 0.3 * draw(0)).bfloat16()
+    start = (1 + 0.3 * normal(4096)).bfloat16()
     a, b, plain = (nn.Parameter(start.clone()) for _ in range(3))
     reference = nn.Parameter(start.float())
     ours = Rounded(kind([a], lr=lr, **options), "kahan")
@@ -54,7 +51,7 @@ def test_kahan_agrees_with_optimi(kind, theirs, options: dict, gradient, lr: flo
 
 def test_stochastic_rounding_is_torchaos_with_the_noise_turned_over(monkeypatch) -> None:
     """They round away from zero where noise < fraction, we where fraction + noise carries: noise' = 2^16 - 1 - noise."""
-    x = draw(2) * 10 ** (4 * draw(3))
+    x = normal(4096, seed=2) * 10 ** (4 * normal(4096, seed=3))
     torch.manual_seed(0)
     ours = stochastic_round(x)
     randint = torch.randint
@@ -69,7 +66,7 @@ def test_stochastic_trajectories_have_torchaos_mean_and_spread() -> None:
     ours = Rounded(torch.optim.SGD([p], lr=1e-4), "stochastic")
     theirs = torch.ones(40_000).bfloat16()
     for step in range(N_STEPS):
-        grad = 1 + 0.5 * draw(step, 1)
+        grad = 1 + 0.5 * normal(1, seed=step)
         p.grad = grad.bfloat16().expand(40_000).clone()
         ours.step()
         theirs = _fp32_to_bf16_sr(theirs.float() - 1e-4 * grad.bfloat16().float())
