@@ -23,7 +23,7 @@ def changed_from(ids: Tensor, position: int, seed: int = 1) -> Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("length", [1, 5, 12, 33])
+@pytest.mark.parametrize("length", [1, 5, 17])
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_evaluation_is_causal_at_every_position(name: str, length: int, batch: int) -> None:
     model, ids = model_with(name).eval(), random_ids(batch, length)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import assert_agreement, perturb, seeded, tiny
+from helpers import normal, perturb, random_ids, seeded, tiny
 from torch import Tensor
 
 from moe_lab import build_model
@@ -15,10 +15,6 @@ from moe_lab.model.mamba import Mamba
 
 def new_depth(**changes) -> Depth:
     return perturb(seeded(Depth, tiny(mod_enabled=True, **changes)), std=0.5)
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 class Recorder:
@@ -46,7 +42,7 @@ def naive_chosen(depth: Depth, x: Tensor) -> list[list[int]]:
 @torch.no_grad()
 @pytest.mark.parametrize(("capacity", "length"), [(0.75, 12), (0.5, 9), (0.1, 7), (1.0, 5), (0.3, 1)])
 def test_training_computes_the_best_c_of_each_sequence(capacity: float, length: int) -> None:
-    depth, recorder, x = new_depth(mod_capacity_factor=capacity), Recorder(), draw(3, length, 16)
+    depth, recorder, x = new_depth(mod_capacity_factor=capacity), Recorder(), normal(3, length, 16)
     y, report = through(depth, x, recorder, causal=False)
     expected = naive_chosen(depth, x)
     assert recorder.positions.tolist() == expected  # sorted: in order of time, and places in the sequence, not ranks
@@ -64,7 +60,7 @@ def test_training_computes_the_best_c_of_each_sequence(capacity: float, length: 
 
 @torch.no_grad()
 def test_evaluation_asks_the_predictor() -> None:
-    depth, recorder, x = new_depth(), Recorder(), draw(3, 20, 16)
+    depth, recorder, x = new_depth(), Recorder(), normal(3, 20, 16)
     y, report = through(depth, x, recorder, causal=True)
     wanted = torch.tensor([[depth.predictor(token).item() > 0 for token in sequence] for sequence in x])
     assert wanted.any() and not wanted.all()
@@ -84,7 +80,7 @@ def test_evaluation_asks_the_predictor() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("training", [True, False])
 def test_what_a_sublayer_says_of_rows_that_do_not_count_is_not_heard(training: bool) -> None:
-    depth, x = new_depth(), draw(2, 20, 16)
+    depth, x = new_depth(), normal(2, 20, 16)
 
     def garbage(rows, positions, keep):
         return rows if keep is None else rows.masked_fill(~keep.unsqueeze(-1), torch.nan), None
@@ -102,7 +98,7 @@ def test_a_skipped_token_is_neither_key_nor_state(training: bool, layer: type) -
     if layer is Mamba:
         seeded(sublayer.reset_state_space)
     perturb(sublayer)
-    depth, x = new_depth(), draw(3, 20, 16)
+    depth, x = new_depth(), normal(3, 20, 16)
     y, report = through(depth, x, sublayer, causal=not training)
     for row in range(3):
         mine = report.chosen[row] if training else report.predicted[row] > 0
@@ -118,7 +114,7 @@ def test_a_skipped_token_is_neither_key_nor_state(training: bool, layer: type) -
 @torch.no_grad()
 @pytest.mark.parametrize("training", [True, False])
 def test_one_token_a_step_follows_the_same_rule_in_either_mode(training: bool) -> None:
-    block, x = perturb(build_model(tiny(mod_enabled=True, n_layers=1, dropout=0.5))).layers[0], draw(8, 1, 16)
+    block, x = perturb(build_model(tiny(mod_enabled=True, n_layers=1, dropout=0.5))).layers[0], normal(8, 1, 16)
     expected, _, reports = block.eval()(x)
     asked = [report.predicted.flatten() > 0 for report in reports]
     cache = block.seq_layer.new_cache(8, 1, torch.device("cpu"), torch.float32)
@@ -127,10 +123,10 @@ def test_one_token_a_step_follows_the_same_rule_in_either_mode(training: bool) -
 
 
 def test_router_and_predictor_learn_and_the_predictor_leaves_the_stream_alone() -> None:
-    depth, x = new_depth(), draw(2, 12, 16).requires_grad_()
+    depth, x = new_depth(), normal(2, 12, 16).requires_grad_()
     y, report = through(depth, x, lambda rows, positions, keep: (rows.sin(), None), causal=False)
     router, predictor = list(depth.router.parameters()), list(depth.predictor.parameters())
-    (y * draw(2, 12, 16, seed=1)).sum().backward(retain_graph=True)
+    (y * normal(2, 12, 16, seed=1)).sum().backward(retain_graph=True)
     assert all(p.grad.any() for p in router)  # the weight on the output is how the choice is learned
     assert all(p.grad is None for p in predictor)
     stream = x.grad.clone()
@@ -143,7 +139,7 @@ def test_router_and_predictor_learn_and_the_predictor_leaves_the_stream_alone() 
 
 
 def test_predictor_loss_and_agreement_against_a_loop() -> None:
-    report = DepthReport(draw(3, 7) > 0.3, draw(3, 7, seed=1) * 2)
+    report = DepthReport(normal(3, 7) > 0.3, normal(3, 7, seed=1) * 2)
     pairs = list(zip(report.predicted.flatten().tolist(), report.chosen.flatten().tolist(), strict=True))
     nats = [-math.log(1 / (1 + math.exp(-logit if chosen else logit))) for logit, chosen in pairs]
     assert predictor_loss(report) == pytest.approx(sum(nats) / 21)
@@ -151,27 +147,22 @@ def test_predictor_loss_and_agreement_against_a_loop() -> None:
 
 
 @torch.no_grad()
-def test_the_model_reads_the_agreement_of_every_router(monkeypatch) -> None:
-    model = perturb(build_model(tiny(mod_enabled=True))).eval()
-    calls = []
-    choose = Depth.choose
-
-    def recorded(depth: Depth, x: Tensor, causal: bool):
-        calls.append((depth, x, choose(depth, x, causal).report))
-        return choose(depth, x, causal)
-
-    monkeypatch.setattr(Depth, "choose", recorded)
-    reading = model.depth_agreement(torch.randint(257, (2, 20), generator=torch.Generator().manual_seed(0)))
-    assert reading.shape == (4,)
-    for value, (depth, x, report) in zip(reading, calls, strict=True):
+def test_the_model_reads_the_agreement_of_every_router() -> None:
+    model, calls = perturb(build_model(tiny(mod_enabled=True))).eval(), []
+    for block in model.layers:
+        for depth in (block.seq_depth, block.ffn_depth):
+            depth.predictor.register_forward_hook(lambda _, args, out, depth=depth: calls.append((depth, args[0], out)))
+    reading = model.depth_agreement(random_ids(2, 20))
+    assert len(reading) == len(calls) == 4
+    for value, (depth, x, predicted) in zip(reading, calls, strict=True):
         best = naive_chosen(depth, x)
-        agreed = sum((report.predicted[row, t] > 0).item() == (t in best[row]) for row in range(2) for t in range(20))
+        agreed = sum((predicted[row, t] > 0).item() == (t in best[row]) for row in range(2) for t in range(20))
         assert value == pytest.approx(agreed / 40)
 
 
 def test_predictors_learn_the_choice() -> None:
     """Trained on its own loss, the causal rule comes to agree with the training-time choice."""
-    depth, x = new_depth(mod_capacity_factor=0.5), draw(8, 32, 16)
+    depth, x = new_depth(mod_capacity_factor=0.5), normal(8, 32, 16)
     optimizer = torch.optim.Adam(depth.predictor.parameters(), lr=0.05)
     before = agreement(depth.choose(x, causal=False).report)
     for _ in range(60):
@@ -179,11 +170,3 @@ def test_predictors_learn_the_choice() -> None:
         predictor_loss(depth.choose(x, causal=False).report).backward()
         optimizer.step()
     assert agreement(depth.choose(x, causal=False).report) > max(0.9, before)
-
-
-@torch.no_grad()
-def test_full_capacity_computes_everyone() -> None:
-    depth, x = new_depth(mod_capacity_factor=1.0), draw(2, 9, 16)
-    y, report = through(depth, x, Recorder(), causal=False)
-    assert report.chosen.all()
-    assert_agreement({"y": y}, {"y": x + torch.sigmoid(depth.router(x)) * 3 * x})

@@ -1,11 +1,11 @@
 """Generation: caches against no caches, choosing against plain loops, and what a user may get wrong."""
 
 import math
-from collections import Counter
+import re
 
 import pytest
 import torch
-from helpers import MECHANISMS, cached_logits, caches_of, model_with, random_ids
+from helpers import MECHANISMS, cached_logits, caches_of, model_with, normal, random_ids, refused
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from moe_lab.model.generate import choose, step
@@ -63,7 +63,7 @@ def naive_distribution(logits: list[float], temperature: float, top_k: int | Non
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_choosing_follows_the_naive_distribution(temperature: float, top_k, top_p) -> None:
     """Given the same random numbers, the same distribution chooses the same tokens, however it was computed."""
-    logits = torch.randn(4, 7, generator=torch.Generator().manual_seed(3)) * 1.5
+    logits = normal(4, 7, seed=3) * 1.5
     expected = torch.tensor([naive_distribution(row, temperature, top_k, top_p) for row in logits.tolist()])
     ours, theirs = (torch.Generator().manual_seed(5) for _ in "ab")
     for _ in range(200):
@@ -71,19 +71,8 @@ def test_choosing_follows_the_naive_distribution(temperature: float, top_k, top_
         assert torch.equal(chosen, torch.multinomial(expected, 1, generator=theirs).squeeze(1))
 
 
-@pytest.mark.parametrize("options", [(1.0, None, None), (1.0, 3, None), (1.0, None, 0.6), (0.5, 4, 0.9)], ids=str)
-def test_shares_of_the_chosen_tokens(options) -> None:
-    logits = torch.tensor([[2.0, -1.0, 1.0, 0.5, 0.0, 1.5]])
-    n = 4000
-    draws = choose(logits.expand(n, -1), *options, torch.Generator().manual_seed(0))
-    counts = Counter(draws.tolist())
-    for token, expected in enumerate(naive_distribution(logits[0].tolist(), *options)):
-        spread = 5 * math.sqrt(expected * (1 - expected) / n)
-        assert abs(counts[token] / n - expected) <= spread  # a token that may not be chosen has no spread
-
-
 def test_greedy_takes_the_most_likely_whatever_else_is_asked() -> None:
-    logits = torch.randn(5, 9, generator=torch.Generator().manual_seed(0))
+    logits = normal(5, 9)
     assert torch.equal(choose(logits, 0, 2, 0.5, None), logits.argmax(-1))
 
 
@@ -98,7 +87,7 @@ def test_sampling_repeats_with_its_generator_and_spares_the_global_one() -> None
 
 
 @pytest.mark.parametrize(
-    ("length", "options", "message"),
+    ("prompt", "options", "message"),
     [
         (0, {}, "prompt is empty; give at least one token"),
         (4, {"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
@@ -107,16 +96,16 @@ def test_sampling_repeats_with_its_generator_and_spares_the_global_one() -> None
         (4, {"top_k": 0}, "top_k=0 must be at least 1"),
         (4, {"top_p": 0.0}, "top_p=0.0 must be more than 0 and at most 1"),
         (4, {"top_p": 1.1}, "top_p=1.1 must be more than 0 and at most 1"),
+        ("a quick brown", {}, "a text prompt needs tokenizer=…; load_run returns it beside the model"),
     ],
 )
-def test_errors_say_what_to_do(length: int, options: dict, message: str) -> None:
-    with pytest.raises(ValueError) as error:
-        model_with("attention").generate(random_ids(1, length), **{"max_new_tokens": 9, **options})
-    assert str(error.value) == message
-
-
-def test_the_last_position_can_be_reached() -> None:
-    assert model_with("attention").generate(random_ids(1, 40), 8).shape == (1, 48)
+def test_errors_say_what_to_do(prompt: int | str, options: dict, message: str) -> None:
+    model = model_with("attention")
+    assert model.generate(random_ids(1, 40), 8).shape == (1, 48)  # the last position can be reached
+    with refused(ValueError, match=f"^{re.escape(message)}$"):
+        model.generate(
+            prompt if prompt == "a quick brown" else random_ids(1, prompt), **{"max_new_tokens": 9, **options}
+        )
 
 
 @pytest.fixture
@@ -138,11 +127,6 @@ def test_a_text_is_continued(tokenizer: Tokenizer) -> None:
     ids = model.generate(torch.tensor([tokenizer.encode("a quick brown").ids]), 10, temperature=0)
     assert text == tokenizer.decode(ids[0].tolist())
     assert text.startswith("a quick brown") and len(text) > len("a quick brown")
-
-
-def test_a_text_without_its_tokenizer() -> None:
-    with pytest.raises(ValueError, match=r"^a text prompt needs tokenizer=…; load_run returns it beside the model$"):
-        model_with("attention").generate("a quick brown", 4)
 
 
 @pytest.mark.parametrize("training", [True, False])

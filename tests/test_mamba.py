@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import assert_agreement, assert_nonzero, perturb, seeded, tiny
+from helpers import assert_agreement, assert_nonzero, normal, perturb, refused, seeded, tiny
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,11 +26,9 @@ def loop(delta: Tensor, A: Tensor, B: Tensor, C: Tensor, x: Tensor) -> Tensor:
 
 
 def draw(length: int, batch: int = 2, d_state: int = 3, d_inner: int = 5, dtype=torch.float64) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(length)
-    normal = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    delta, A = normal(batch, length, d_inner).exp() * 0.3, -normal(d_state, d_inner).exp()
-    rest = normal(batch, length, d_state), normal(batch, length, d_state), normal(batch, length, d_inner)
-    return tuple(t.to(dtype).requires_grad_() for t in (delta, A, *rest))
+    delta, A = normal(batch, length, d_inner).double().exp() * 0.3, -normal(d_state, d_inner, seed=1).double().exp()
+    B, C = (normal(batch, length, d_state, seed=seed) for seed in (2, 3))
+    return tuple(t.to(dtype).requires_grad_() for t in (delta, A, B, C, normal(batch, length, d_inner, seed=4)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -38,16 +36,15 @@ def draw(length: int, batch: int = 2, d_state: int = 3, d_inner: int = 5, dtype=
 def test_the_scan_is_the_recurrence(length: int, dtype: torch.dtype) -> None:
     inputs = draw(length, dtype=dtype)
     twins = [t.detach().double().requires_grad_() for t in inputs]
-    weight = torch.randn(2, length, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    weight, tolerance = normal(2, length, 5), 1e-12 if dtype == torch.float64 else 1e-5
     y, expected = selective_scan(*inputs), loop(*twins)
     assert y.dtype == dtype
     assert_agreement({"y": y}, {"y": expected}, tolerance)
-    ours = torch.autograd.grad((y * weight.to(dtype)).sum(), inputs)
+    ours = dict(zip(NAMES, torch.autograd.grad((y * weight).sum(), inputs), strict=True))
     theirs = torch.autograd.grad((expected * weight).sum(), twins)
-    assert_agreement(dict(zip(NAMES, ours, strict=True)), dict(zip(NAMES, theirs, strict=True)), tolerance)
+    assert_agreement(ours, dict(zip(NAMES, theirs, strict=True)), tolerance)
     if length > 1:
-        assert_nonzero(dict(zip(NAMES, ours, strict=True)))
+        assert_nonzero(ours)
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 10])
@@ -83,15 +80,15 @@ class CountOps(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("length", [100, 400, 900, 1000])
+@pytest.mark.parametrize("length", [100, 900])
 def test_iterations_grow_with_the_root_of_the_length(length: int) -> None:
     """Every iteration computes something, so their number is at most that of the operations."""
-    fixed = 40  # what does not depend on the length
     inputs = draw(length, batch=1, d_state=1, d_inner=1)
     with CountOps() as forward:
         y = selective_scan(*inputs)
     with CountOps() as backward:
         y.sum().backward()
+    fixed = 40  # what does not depend on the length
     assert forward.count <= 2 * math.sqrt(length) + fixed
     assert backward.count <= 3 * math.sqrt(length) + fixed  # the carry between chunks takes two operations
 
@@ -109,7 +106,7 @@ def new_block(**changes) -> Mamba:
 @pytest.mark.parametrize("length", [1, 3, 20])
 def test_one_token_a_step_gives_the_same(length: int, changes: dict) -> None:
     block = new_block(**changes)
-    x = torch.randn(3, length, 16, generator=torch.Generator().manual_seed(0))
+    x = normal(3, length, 16)
     cache, everyone = block.new_cache(3, length, x.device, x.dtype), torch.ones(3, dtype=torch.bool)
     steps = [block.step(x[:, t : t + 1], t, cache, everyone) for t in range(length)]
     torch.testing.assert_close(torch.cat(steps, dim=1), block(x)[0], atol=1e-5, rtol=1e-5)
@@ -117,7 +114,7 @@ def test_one_token_a_step_gives_the_same(length: int, changes: dict) -> None:
 
 @torch.no_grad()
 def test_a_skipped_token_does_not_touch_the_state() -> None:
-    block, x = new_block(), torch.randn(3, 10, 16, generator=torch.Generator().manual_seed(0))
+    block, x = new_block(), normal(3, 10, 16)
     keep = torch.rand(3, 10, generator=torch.Generator().manual_seed(1)) > 0.4
     cache = block.new_cache(3, 10, x.device, x.dtype)
     steps = torch.cat([block.step(x[:, t : t + 1], t, cache, keep[:, t]) for t in range(10)], dim=1)
@@ -135,7 +132,7 @@ def test_routing_mamba_is_a_mixture_of_whole_blocks() -> None:
     layer = perturb(seeded(RoutingMamba, config))
     for index, block in enumerate(layer.experts):
         block.load_state_dict(perturb(new_block(), seed=index).state_dict())
-    x = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0))
+    x = normal(2, 9, 16)
     keep = torch.arange(9).expand(2, -1) < torch.tensor([[5], [9]])
     y, routing = layer(x, None, keep)
     everything, all_routing = layer(x)
@@ -169,7 +166,6 @@ def test_start_values_of_the_state_space(routing: bool) -> None:
 def test_a_kernel_that_is_not_there_is_named(monkeypatch, has_device: bool, lacks: str) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: has_device)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    message = f"model.mamba_kernel=mamba_ssm needs {lacks}, which is missing here; install it or set torch"
-    with pytest.raises(ConfigError) as error:
+    message = f"^model.mamba_kernel=mamba_ssm needs {lacks}, which is missing here; install it or set torch$"
+    with refused(ConfigError, match=message):
         build_model(tiny(mamba_enabled=True, mamba_layers=(0,), mamba_kernel="mamba_ssm"))
-    assert str(error.value) == message
