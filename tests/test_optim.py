@@ -2,10 +2,11 @@
 
 import fnmatch
 import math
+import re
 
 import pytest
 import torch
-from helpers import MECHANISMS, perturb, random_ids, tiny
+from helpers import MECHANISMS, normal, perturb, refused, tiny
 from torch import nn
 
 from moe_lab import build_model
@@ -42,23 +43,21 @@ def model():
     return build_model(tiny(**MECHANISMS["all"]))
 
 
-def names_by_group(model, optimizers) -> dict[str, list[str]]:
-    names = {id(p): name for name, p in model.named_parameters()}
-    return {group["name"]: [names[id(p)] for p in group["params"]] for group in groups_of(optimizers)}
+def group_of_the_table(name: str) -> str:
+    return next(group for pattern, group in TABLE if fnmatch.fnmatch(name, pattern))
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_every_parameter_is_updated_once_by_the_group_of_the_table(mechanism: str, kind: str) -> None:
     model = build_model(tiny(**MECHANISMS[mechanism], moe_router_hidden=0 if mechanism == "moe" else 8))
-    groups = names_by_group(model, build_optimizers(model, OptimizerConfig(type=kind), max_lr=0.01))
-    found = sorted((name, group) for group, names in groups.items() for name in names)
-    matrices = "muon" if kind == "muon" else "adamw_matrices"
-    expected = []
-    for name, _ in model.named_parameters():
-        group = next(group for pattern, group in TABLE if fnmatch.fnmatch(name, pattern))
-        expected.append((name, matrices if group == "muon" else group))
-    assert found == sorted(expected)
+    names = {id(p): name for name, p in model.named_parameters()}
+    optimizers = build_optimizers(model, OptimizerConfig(type=kind), max_lr=0.01)
+    found = [(names[id(p)], group["name"]) for group in groups_of(optimizers) for p in group["params"]]
+    expected = [(name, group_of_the_table(name)) for name in names.values()]
+    if kind == "adamw":
+        expected = [(name, group.replace("muon", "adamw_matrices")) for name, group in expected]
+    assert sorted(found) == sorted(expected)
 
 
 def test_the_table_is_used_up(model) -> None:
@@ -87,27 +86,18 @@ def test_only_matrices_embeddings_and_heads_decay(model, kind: str) -> None:
     for optimizer in optimizers:
         optimizer.step()
     for name, p in model.named_parameters():
-        group = next(group for pattern, group in TABLE if fnmatch.fnmatch(name, pattern))
+        group = group_of_the_table(name)
         lr = 0.1 if kind == "adamw" or group == "muon" else 0.03
         expected = before[name] * (1 - lr * 0.5) if group != "adamw" else before[name]
         torch.testing.assert_close(p.detach(), expected, atol=1e-6, rtol=1e-6, msg=name)
 
 
 def test_options_and_learning_rates_arrive(model) -> None:
-    config = OptimizerConfig(
-        momentum=0.8,
-        nesterov=False,
-        ns_steps=3,
-        adjust_lr="match_rms_adamw",
-        adamw_lr_ratio=0.2,
-        betas=(0.7, 0.8),
-        eps=1e-5,
-        weight_decay=0.03,
-    )
+    options = {"momentum": 0.8, "nesterov": False, "ns_steps": 3, "weight_decay": 0.03, "adjust_lr": "match_rms_adamw"}
+    config = OptimizerConfig(**options, adamw_lr_ratio=0.2, betas=(0.7, 0.8), eps=1e-5)
     muon, adamw = build_optimizers(model, config, max_lr=0.05)
-    group = muon.param_groups[0]
-    wanted = {"lr": 0.05, "initial_lr": 0.05, "momentum": 0.8, "nesterov": False, "ns_steps": 3, "weight_decay": 0.03}
-    assert {key: group[key] for key in wanted} == wanted and group["adjust_lr"] == "match_rms_adamw"
+    wanted = options | {"lr": 0.05, "initial_lr": 0.05}
+    assert {key: muon.param_groups[0][key] for key in wanted} == wanted
     for group in adamw.param_groups:
         assert group["lr"] == group["initial_lr"] == pytest.approx(0.01)
         assert group["betas"] == (0.7, 0.8) and group["eps"] == 1e-5
@@ -124,7 +114,7 @@ def test_options_and_learning_rates_arrive(model) -> None:
 @pytest.mark.parametrize("shape", [(24, 24), (12, 40), (40, 12)], ids=str)
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
 def test_orthogonalised_singular_values_are_near_one(shape: tuple, scale: float) -> None:
-    matrix = scale * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    matrix = scale * normal(*shape)
     singular = torch.linalg.svdvals(orthogonalise(matrix, 5).float())
     assert singular.max() < 1.3
     if shape[0] != shape[1]:  # a square matrix may have a singular value too near zero for five iterations
@@ -135,7 +125,7 @@ def test_orthogonalised_singular_values_are_near_one(shape: tuple, scale: float)
 @pytest.mark.parametrize("shape", [(48, 32), (32, 80), (64, 64)])
 def test_products_in_float32_round_as_those_in_bfloat16_do(shape: tuple, monkeypatch) -> None:
     """Only the order of sums differs, by the last bit of a product; float32 without the rounding is farther off."""
-    matrix, found = torch.randn(shape, generator=torch.Generator().manual_seed(1)), {}
+    matrix, found = normal(*shape, seed=1), {}
     for fast in (True, False):
         monkeypatch.setattr(products, "has_fast_bfloat16", lambda device, fast=fast: fast)
         found[fast] = orthogonalise(matrix, 5)
@@ -149,7 +139,7 @@ def test_slow_products_follow_the_formula_to_the_last_bit(shape: tuple, monkeypa
     """Newton–Schulz with every product summed in float32 and rounded to bfloat16, written out."""
     monkeypatch.setattr(products, "has_fast_bfloat16", lambda device: False)
     a, b, c = 3.4445, -4.7750, 2.0315
-    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    matrix = normal(*shape, seed=2)
     x = (matrix if shape[0] <= shape[1] else matrix.T).bfloat16()
     x = (x / x.norm().clamp(min=1e-7)).float()
     for _ in range(5):
@@ -186,10 +176,10 @@ def test_health_knows_the_same_conventions(shape: tuple) -> None:
 
 def test_what_muon_refuses() -> None:
     for shape in [(5,), (), (2, 3, 4, 5)]:
-        with pytest.raises(ValueError) as error:
+        message = f"^Muon takes matrices and stacks of matrices, got the shape {re.escape(str(shape))}$"
+        with refused(ValueError, match=message):
             Muon([nn.Parameter(torch.zeros(shape))])
-        assert str(error.value) == f"Muon takes matrices and stacks of matrices, got the shape {shape}"
-    with pytest.raises(ValueError, match=r"^adjust_lr='keller' is not one of original, match_rms_adamw$"):
+    with refused(ValueError, match=r"^adjust_lr='keller' is not one of original, match_rms_adamw$"):
         Muon([nn.Parameter(torch.zeros(2, 2))], adjust_lr="keller")
 
 
@@ -206,26 +196,12 @@ def test_muon_evaluates_a_closure_and_skips_what_has_no_gradient() -> None:
     assert not p.eq(1).any() and idle.eq(1).all() and idle not in optimizer.state
 
 
-def test_the_two_optimizers_lower_the_loss_of_one_batch(model) -> None:
-    optimizers, ids = build_optimizers(model, OptimizerConfig(), max_lr=0.02), random_ids(2, 17)
-    losses = []
-    for _ in range(40):
-        model.zero_grad()
-        terms = model.losses(ids)
-        sum(terms.values()).backward()
-        losses.append(terms["next_token"].item() * 1.5)
-        for optimizer in optimizers:
-            optimizer.step()
-    assert losses[-1] < losses[0] / 2
-
-
 # ---- schedule
 
 
 @pytest.mark.parametrize(("n_steps", "warmup", "least"), [(100, 10, 0.1), (7, 1, 0.0), (50, 0, 0.3), (20, 19, 0.5)])
 def test_the_schedule_in_closed_form(n_steps: int, warmup: int, least: float) -> None:
     shares = [lr_share(step, n_steps, warmup, least) for step in range(1, n_steps + 1)]
-    assert shares == [lr_share(step, n_steps, warmup, least) for step in range(1, n_steps + 1)]  # pure
     for step, share in enumerate(shares, start=1):
         turn = math.pi * (step - warmup) / (n_steps - warmup)
         cosine = least + (1 - least) * 0.5 * (1 + math.cos(turn))
@@ -234,11 +210,7 @@ def test_the_schedule_in_closed_form(n_steps: int, warmup: int, least: float) ->
         assert shares[0] == pytest.approx(1 / warmup)  # the first update does not run at the full LR
         assert shares[warmup - 1] == max(shares) == 1
     assert shares[-1] == pytest.approx(least)
-    assert shares[warmup:] == sorted(shares[warmup:], reverse=True)
-
-
-def test_beyond_the_end_the_least_share_remains() -> None:
-    assert lr_share(101, 100, 10, 0.1) == lr_share(5000, 100, 10, 0.1) == 0.1
+    assert lr_share(n_steps + 1, n_steps, warmup, least) == lr_share(5000, n_steps, warmup, least) == least
 
 
 def test_a_run_shorter_than_its_warmup_never_reaches_the_peak() -> None:

@@ -39,38 +39,48 @@ def test_matrices_are_bit_equal_after_five_steps(shape: str, convention: str, ne
     assert not torch.allclose(ours, normal(*SHAPES[shape], seed=0), atol=1e-3)
 
 
+def stack_and_slices(shape: tuple, **options) -> tuple:
+    """A stack of three matrices and its slices, each with its optimizer."""
+    stack = nn.Parameter(normal(3, *shape, seed=0))
+    slices = [nn.Parameter(matrix.clone()) for matrix in stack.detach()]
+    convention = options.get("adjust_lr", "original")
+    return (
+        stack,
+        slices,
+        Muon([stack], **options, **OPTIONS),
+        torch.optim.Muon(slices, adjust_lr_fn=convention, **OPTIONS),
+    )
+
+
+def step_both(stack: nn.Parameter, slices: list, optimizer, peer, grad: torch.Tensor) -> None:
+    stack.grad = grad
+    for matrix, part in zip(slices, grad, strict=True):
+        matrix.grad = part.clone() if part.any() else None
+    optimizer.step()
+    peer.step()
+
+
 @pytest.mark.parametrize("convention", CONVENTIONS)
 @pytest.mark.parametrize("shape", ["wide", "tall", "square"])
 def test_each_slice_of_a_stack_is_a_matrix_of_its_own(shape: str, convention: str) -> None:
-    stack = nn.Parameter(normal(3, *SHAPES[shape], seed=0))
-    slices = [nn.Parameter(matrix.clone()) for matrix in stack.detach()]
-    optimizer = Muon([stack], adjust_lr=convention, **OPTIONS)
-    peer = torch.optim.Muon(slices, adjust_lr_fn=convention, **OPTIONS)
+    stack, slices, *optimizers = stack_and_slices(SHAPES[shape], adjust_lr=convention)
+    # experts that get few tokens have small gradients: each slice is normalised by its own norm
+    sizes = torch.tensor([1.0, 1e-3, 30.0])[:, None, None]
     for step in range(5):
-        # experts that get few tokens have small gradients: each slice is normalised by its own norm
-        stack.grad = normal(3, *SHAPES[shape], seed=10 + step) * torch.tensor([1.0, 1e-3, 30.0])[:, None, None]
-        for index, matrix in enumerate(slices):
-            matrix.grad = stack.grad[index].clone()
-        optimizer.step()
-        peer.step()
+        step_both(stack, slices, *optimizers, normal(3, *SHAPES[shape], seed=10 + step) * sizes)
     assert torch.equal(stack, torch.stack([p.detach() for p in slices]))
 
 
 def test_a_slice_without_tokens_is_left_alone_and_the_others_are_not() -> None:
-    stack = nn.Parameter(normal(3, 12, 40, seed=0))
-    slices = [nn.Parameter(matrix.clone()) for matrix in stack.detach()]
-    optimizer, peer = Muon([stack], **OPTIONS), torch.optim.Muon(slices, **OPTIONS)
+    stack, slices, optimizer, peer = stack_and_slices((12, 40))
     for step in range(5):
-        stack.grad = normal(3, 12, 40, seed=10 + step)
+        grad = normal(3, 12, 40, seed=10 + step)
         if step >= 2:
-            stack.grad[1] = 0.0  # after two steps its momentum is not zero: it must neither move nor fade
-        for index, matrix in enumerate(slices):
-            matrix.grad = stack.grad[index].clone() if stack.grad[index].any() else None
+            grad[1] = 0.0  # after two steps its momentum is not zero: it must neither move nor fade
         if step == 2:
             frozen, memory = stack[1].detach().clone(), momentum_of(optimizer, stack)[1].clone()
             assert memory.any()
-        optimizer.step()
-        peer.step()
+        step_both(stack, slices, optimizer, peer, grad)
     assert torch.equal(stack[1], frozen)
     assert torch.equal(momentum_of(optimizer, stack)[1], memory)
     assert torch.equal(stack, torch.stack([p.detach() for p in slices]))
