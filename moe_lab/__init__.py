@@ -26,5 +26,4 @@ def __getattr__(name: str):
         return import_module("moe_lab.health")
     if name not in HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = getattr(import_module(f"moe_lab.{HOMES[name]}"), name)
-    return globals()[name]
+    return getattr(import_module(f"moe_lab.{HOMES[name]}"), name)

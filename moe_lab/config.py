@@ -78,33 +78,31 @@ class ModelConfig:
 
     def conflicts(self) -> Iterator[str]:
         if self.n_heads % self.n_kv_heads:
-            yield f"model.n_kv_heads={self.n_kv_heads} must divide model.n_heads={self.n_heads}"
+            yield f"n_kv_heads={self.n_kv_heads} must divide model.n_heads={self.n_heads}"
         if self.head_dim is None and self.d_model % self.n_heads:
-            given = f"model.n_heads={self.n_heads} must divide model.d_model={self.d_model}"
-            yield f"{given}, or set model.head_dim"
+            yield f"n_heads={self.n_heads} must divide model.d_model={self.d_model}, or set model.head_dim"
         if self.width_of_head % 2:
-            yield f"model.head_dim={self.width_of_head} must be even: rotary positions turn pairs"
+            yield f"head_dim={self.width_of_head} must be even: rotary positions turn pairs"
         for name in ("moe_layers", "mamba_layers"):
             layers, n = getattr(self, name), self.n_layers
             for layer in set(layers) - set(range(n)):
-                yield f"model.{name}: layer {layer} does not exist; n_layers={n}, so 0 to {n - 1}"
+                yield f"{name}: layer {layer} does not exist; n_layers={n}, so 0 to {n - 1}"
             if len(set(layers)) < len(layers):
-                yield f"model.{name}={list(layers)} names a layer twice; name each once"
+                yield f"{name}={list(layers)} names a layer twice; name each once"
         experts = [layer for layer in self.moe_layers if not self.is_mamba(layer)]
         for name in ("d_model", "d_ff_expert"):
             if experts and getattr(self, name) % 8:
                 why = "where there are experts: grouped matrix products take rows of whole 16 bytes"
-                yield f"model.{name}={getattr(self, name)} must be a multiple of 8 {why}"
+                yield f"{name}={getattr(self, name)} must be a multiple of 8 {why}"
         if self.moe_top_k > self.n_experts:
-            yield f"model.moe_top_k={self.moe_top_k} is more than model.n_experts={self.n_experts}"
-        weights, n = self.aux_loss_weights, self.n_pred_tokens
-        if len(weights) != n:
-            given = f"model.aux_loss_weights has {len(weights)} values"
-            yield f"{given} for model.n_pred_tokens={n}; give one for each head"
-        elif not weights[0]:
-            yield "model.aux_loss_weights[0]=0: the next token's weight must be > 0"
+            yield f"moe_top_k={self.moe_top_k} is more than model.n_experts={self.n_experts}"
+        n, n_weights = self.n_pred_tokens, len(self.aux_loss_weights)
+        if n_weights != n:
+            yield f"aux_loss_weights has {n_weights} values for model.n_pred_tokens={n}; give one for each head"
+        elif not self.aux_loss_weights[0]:
+            yield "aux_loss_weights[0]=0: the next token's weight must be more than 0"
         if n >= self.max_seq_len:
-            yield f"model.n_pred_tokens={n} must be less than model.max_seq_len={self.max_seq_len}"
+            yield f"n_pred_tokens={n} must be less than model.max_seq_len={self.max_seq_len}"
 
     @property
     def width_of_head(self) -> int:
@@ -159,7 +157,7 @@ class OptimizerConfig:
 
     def conflicts(self) -> Iterator[str]:
         if len(self.betas) != 2:
-            yield f"optimizer.betas={list(self.betas)} must be two numbers"
+            yield f"betas={list(self.betas)} must be two numbers"
 
 
 @section("precision")
@@ -182,10 +180,9 @@ class DataConfig:
 
     def conflicts(self) -> Iterator[str]:
         if not self.source:
-            yield "data.source is empty; write stdlib, a path, or hf:NAME"
+            yield "source is empty; write stdlib, a path, or hf:NAME"
         if self.source.startswith("hf:") and self.max_bytes is None:
-            why = "how much text to take from the stream"
-            yield f"data.max_bytes is needed with data.source={self.source}: {why}"
+            yield f"max_bytes is needed with data.source={self.source}: how much text to take"
 
 
 @dataclass(frozen=True, kw_only=True)

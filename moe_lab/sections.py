@@ -39,7 +39,7 @@ def section(name: str):
             for key, hint in cls.hints.items():
                 check_value(f"{name}.{key}", getattr(self, key), hint)
             for message in getattr(self, "conflicts", tuple)():
-                raise ConfigError(message)
+                raise ConfigError(f"{name}.{message}")
 
         cls.hints, cls.__post_init__ = typing.get_type_hints(cls, include_extras=True), check
         lines = re.findall(r"^    \w+: .* = .*  # .*\n", inspect.getsource(cls), re.MULTILINE)
