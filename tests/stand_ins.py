@@ -112,24 +112,28 @@ class NorMuon(JordanMuon):
         return update * 0.2 * math.sqrt(update.numel()) / update.norm()
 
 
+@torch.no_grad()
+def my_step(self: Optimizer, closure=None) -> None:
+    for group in self.param_groups:
+        group["t"] += 1
+        (b1, b2), t = group["betas"], group["t"]
+        for p in (p for p in group["params"] if p.grad is not None):
+            state = self.state[p]
+            m, v = (state.get(key, torch.zeros_like(p, dtype=torch.float32)) for key in "mv")
+            grad = p.grad.float()
+            state["m"], state["v"] = b1 * m + (1 - b1) * grad, b2 * v + (1 - b2) * grad**2
+            update = state["m"] / (1 - b1**t) / ((state["v"] / (1 - b2**t)).sqrt() + 1e-8)
+            p.copy_(p.float() - group["lr"] * update)
+
+
 class MyOpt(Optimizer):
-    """Adam as somebody writes it for himself: other names, the count in the group."""
+    """Adam as somebody writes it for himself: other names, the count in the group, `step` a function of the module, whose
+    qualified name has no class in it."""
 
     def __init__(self, params: Iterable, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.95)):
         super().__init__(params, {"lr": lr, "betas": betas, "t": 0})
 
-    @torch.no_grad()
-    def step(self, closure=None) -> None:
-        for group in self.param_groups:
-            group["t"] += 1
-            (b1, b2), t = group["betas"], group["t"]
-            for p in (p for p in group["params"] if p.grad is not None):
-                state = self.state[p]
-                m, v = (state.get(key, torch.zeros_like(p, dtype=torch.float32)) for key in "mv")
-                grad = p.grad.float()
-                state["m"], state["v"] = b1 * m + (1 - b1) * grad, b2 * v + (1 - b2) * grad**2
-                update = state["m"] / (1 - b1**t) / ((state["v"] / (1 - b2**t)).sqrt() + 1e-8)
-                p.copy_(p.float() - group["lr"] * update)
+    step = my_step
 
 
 class MyAdamW(torch.optim.AdamW):
@@ -137,19 +141,3 @@ class MyAdamW(torch.optim.AdamW):
 
     def step(self, closure=None):
         return super().step(closure)
-
-
-def free_step(self: Optimizer, closure=None) -> None:
-    with torch.no_grad():
-        for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                p.add_(adam_update(self.state[p], p.grad, group["betas"], 1e-8), alpha=-group["lr"])
-
-
-class FreeStep(Optimizer):
-    """Its `step` is a function of a module: its qualified name has no class in it."""
-
-    def __init__(self, params: Iterable, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.95)):
-        super().__init__(params, {"lr": lr, "betas": betas})
-
-    step = free_step
