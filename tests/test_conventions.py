@@ -89,20 +89,20 @@ def test_a_convention_finding_names_a_number_that_is_in_range() -> None:
     assert judge([Group("muon", "muon", number, WIDE), CASE[1]], 1.5e9) == []
 
 
-def test_a_number_out_of_range_in_both_conventions_is_told_in_the_nearer_one_too() -> None:
-    adamw = Group("a", "adam", 3e-3)
-    for muon, told in (
-        (Group("muon", "muon", 1e-4, (400, 400)), True),  # as AdamW 2.5e-5; as match_rms_adamw 1e-4, nearer
-        (Group("muon", "muon", 0.1, (64, 64), "match_rms_adamw"), True),  # as AdamW 0.1; as original 0.06
-        (Group("muon", "muon", 1e-4, (400, 400), "match_rms_adamw"), False),  # as original farther still
-        (Group("muon", "muon", 1.0, (400, 400)), False),
-        (adamw._replace(lr=1e-5), False),
-    ):
-        (finding,) = judge([muon, adamw] if muon.kind == "muon" else [muon], 1e6)
-        assert finding.rule.startswith("lr_too") and ("Read as" in finding.message) == told
-    usual = c.usual_adamw_lr(1e6)
-    (finding,) = judge([Group("muon", "muon", 1e-4, (400, 400)), adamw], 1e6)
-    assert finding.message.endswith(f"Read as match_rms_adamw, Muon's would be {1e-4 / usual:.2g} × the usual")
+@pytest.mark.parametrize(
+    ("lr", "width", "convention", "read"),
+    [
+        (1e-4, 400, "original", "match_rms_adamw"),  # as AdamW 2.5e-5; as match_rms_adamw 1e-4, nearer
+        (0.1, 64, "match_rms_adamw", "original"),  # as AdamW 0.1; as original 0.06
+        (1e-4, 400, "match_rms_adamw", None),  # as original farther still
+        (1.0, 400, "original", None),
+    ],
+)
+def test_a_number_out_of_range_in_both_conventions_is_told_in_the_nearer_one_too(lr, width, convention, read) -> None:
+    (finding,) = judge([Group("muon", "muon", lr, (width, width), convention), Group("a", "adam", 3e-3)], 1e6)
+    assert finding.rule.startswith("lr_too") and ("Read as" in finding.message) == (read is not None)
+    ratio = c.adamw_equivalent(lr, (width, width), read or convention) / c.usual_adamw_lr(1e6)
+    assert not read or finding.message.endswith(f"Read as {read}, Muon's would be {ratio:.2g} × the usual")
 
 
 def test_in_narrow_matrices_the_convention_is_not_blamed() -> None:
