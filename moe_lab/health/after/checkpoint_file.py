@@ -66,8 +66,8 @@ def numbers(*values: Any) -> list[float]:
 
 def mappings(values: Any) -> list[Mapping]:
     """Those among a mapping's values or a list's that are mappings themselves; none of anything else."""
-    values = values.values() if isinstance(values, Mapping) else values if isinstance(values, (list, tuple)) else ()
-    return [value for value in values if isinstance(value, Mapping)]
+    values = list(values.values()) if isinstance(values, Mapping) else values
+    return [v for v in values if isinstance(v, Mapping)] if isinstance(values, (list, tuple)) else []
 
 
 def parts(state: Mapping, word: str) -> list[Mapping]:

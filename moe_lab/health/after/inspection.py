@@ -21,6 +21,7 @@ from .checkpoint_file import is_readable, numbers, wide
 MANY_UNCHANGED = 0.5  # share of a kind's sampled elements from which on it is worth a line
 FEW_COLUMNS = 0.8  # of those that a sample could see; health.start_sample sees more
 TOKENS = ("tokens_seen", "n_tokens", "consumed_tokens")
+STUCK = "see whether their updates are rounded away (16-bit parameters) or never made"
 MICRO_BATCHES = "see whether steps count micro-batches, or whether the batch was changed on the way"
 
 Start = tuple[Tensor, Tensor]  # of a tensor: flat positions, int64, and the values there when the run began
@@ -73,20 +74,21 @@ def nonfinite(weights: Mapping[str, Tensor]) -> Iterator[Finding]:
 
 def unexpected(names: Iterable[str], severity: str, what: str) -> Iterator[Finding]:
     if names := sorted(names):
-        where, advice = several(names), "see whether the file belongs to the run, and whether it was edited"
+        where, advice = several(names), "see whether the file is of this run, and was not edited"
         yield Finding("unexpected_tensors", severity, where, f"{where}: {what}", advice, len(names))
 
 
 def held_against_start(weights: Mapping[str, Tensor], state: Mapping) -> Iterator[Finding]:
     """What has moved, by the start values in the file, or by the constants that a start leaves."""
     sample = state.get("initial_sample")
-    updates = next(iter(numbers(file.optimizer_steps(state), state.get("step"), state.get("global_step"))), None)
+    counted = numbers(file.optimizer_steps(state), state.get("step"), state.get("global_step"))
+    updates = counted[0] if counted else None
     if isinstance(sample, Mapping):
         starts = {str(name): start_of(kept, weights.get(name)) for name, kept in sample.items()}
         misfits = [name for name, start in starts.items() if start is None]
-        yield from unexpected(misfits, "warning", "its start values are of another size, or it is not there")
+        yield from unexpected(misfits, "warning", "start values of another size, or it is missing")
         extra = weights.keys() - starts.keys()
-        yield from unexpected(extra, "info", "no start values are kept of it, so that it cannot be judged")
+        yield from unexpected(extra, "info", "no start values, so that it cannot be judged")
     if updates == 0:
         message = "the checkpoint was written before the first update: it cannot show what moves"
         yield Finding("never_moved", "info", "every tensor", message, "inspect a later one")
@@ -130,15 +132,14 @@ def never_moved(
         share = torch.cat([same[name] for name in names]).float().mean().item()
         if frozen:
             message = f"{len(frozen)} of {len(names)} {kind}: no sampled element has moved {after}"
-            advice = "see whether their updates are rounded away (16-bit parameters), get no gradient or no optimizer"
-            yield Finding("never_moved", severity, several(frozen), message, advice, len(frozen) / len(names), 0)
+            yield Finding("never_moved", severity, several(frozen), message, STUCK, len(frozen) / len(names), 0)
         elif share >= MANY_UNCHANGED:
             slow[kind] = share
     if slow:
         worst = sorted(slow, key=slow.get, reverse=True)
         listed = ", ".join(f"{kind} {slow[kind]:.0%}" for kind in worst[:4]) + (", …" if len(worst) > 4 else "")
         message = f"{len(slow)} kinds of tensors have moved in part only {after}; unchanged sampled elements: {listed}"
-        advice = "expected of embedding rows whose tokens did not occur; else updates are small, or rounded away"
+        advice = "normal for rows whose tokens did not occur; else updates are small, or rounded away"
         yield Finding("never_moved", "info", several(worst), message, advice, slow[worst[0]], MANY_UNCHANGED)
 
 
@@ -154,23 +155,23 @@ def few_columns(weights: Mapping[str, Tensor], starts: Mapping[str, Start]) -> I
         worst = min(seen, key=seen.get)
         message = f"the start values of {len(seen)} matrices see few of their columns, as evenly spaced ones do: "
         message += f"{worst} {seen[worst]} of {weights[worst].shape[-1]}"
-        advice = "take the next run's with health.start_sample(model), which spreads over rows and columns"
+        advice = "take the next run's with health.start_sample(model)"
         yield Finding("never_moved", "info", several(sorted(seen)), message, advice, seen[worst])
 
 
 def constants(weights: Mapping[str, Tensor]) -> Iterator[Finding]:
     """Of a file without start values: tensors that are one number throughout, as norms and biases are at their start."""
     floating = {name: t for name, t in weights.items() if t.is_floating_point() and t.numel() > 1}
-    values = {name: t.flatten()[0].item() for name, t in floating.items() if (wide(t) == wide(t.flatten()[0])).all()}
+    firsts = {name: wide(t.flatten()[0]) for name, t in floating.items()}
+    values = {name: firsts[name].item() for name, t in floating.items() if (wide(t) == firsts[name]).all()}
     for kind, names in grouped(floating, kind_of).items():
         constant = [name for name in names if name in values]
         if constant:
             listed = " or ".join(f"{level:g}" for level in sorted({values[name] for name in constant})[:3])
             message = f"{len(constant)} of {len(names)} {kind}: exactly {listed} in every element, as at a start"
-            advice = "if they were trained, see whether updates are rounded away (16-bit parameters) or never made"
-            yield Finding("never_moved", "warning", several(constant), message, advice, listed)
-    message = "no start values in the file: only constant tensors can be told to have stood still; any two draws differ"
-    advice = "keep health.start_sample(model) of step 0 in each, as `initial_sample`; or compare with the run's first"
+            yield Finding("never_moved", "warning", several(constant), message, STUCK, listed)
+    message = "no start values in the file, and any two draws differ: only constants are seen to stand still"
+    advice = "keep health.start_sample(model) of step 0 in each, as `initial_sample`"
     yield Finding("never_moved", "info", "every other tensor", message, advice)
 
 
@@ -206,7 +207,7 @@ def baked_in(state: Mapping, plan: Plan, n_parameters: int) -> Iterator[Finding]
     for wrong in [f for f in judged_rates(plan, size) if f.severity != "info"][:1]:
         severity, where = "warning", wrong.where
         message += f", and they look wrong: {wrong.rule}: {wrong.message}"
-    advice = "after load_state_dict, set each group's lr and initial_lr and the scheduler's maximum from the config"
+    advice = "after load_state_dict, set lr, initial_lr and the scheduler's maximum from the config"
     yield Finding("lr_baked_in", severity, where, message, advice, listed)
 
 

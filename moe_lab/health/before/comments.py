@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..findings import Finding
-from .plan import FAMILIES, Entry, Plan, family
+from .plan import FAMILIES, Plan, family
 
 NUMBER = r"(?<![\w.])(?P<{}>\d+(?:\.\d*)?(?:e[+-]?\d+)?)(?![\w.]*\w)"  # to be named
 TO = r"\s*(?:-|–|to|and|…|\.\.\.?)\s*"
@@ -62,8 +62,10 @@ def contradictions(plan: Plan) -> Iterator[Finding]:
         if optimizer is None or any(statement.allows(value) for statement in mine):
             continue
         others = [statement.family for statement in stated if statement.allows(value)]
-        named = [family(match[0]) for comment in entry.comments for match in re.finditer(NAME, comment, re.I)]
-        quoted = f"the comment at {entry.name}: {value:g} says otherwise: `{quotation(entry)}`"
+        named = [family(match[0]) for match in re.finditer(NAME, " ".join(entry.comments), re.I)]
+        above = [f"# {c}" for c in entry.comments if c not in entry.line and statements(c)]
+        line = " ".join(" / ".join([*above, entry.line]).split())
+        quoted = f"the comment at {entry.name}: {value:g} says otherwise: `{line}`"
         if mine:
             _, low, high = mine[0]
             span = f"{low:g}" if low == high else f"{low:g} to {high:g}"
@@ -75,9 +77,3 @@ def contradictions(plan: Plan) -> Iterator[Finding]:
             message = f"{quoted}; it means the value for {others[0]}, and the optimizer is {optimizer}"
             advice = f"give {optimizer} a learning rate of its own, or correct the comment"
             yield Finding("muon_convention", "warning", entry.where, message, advice, value)
-
-
-def quotation(entry: Entry) -> str:
-    """The entry's line, and before it those comment lines above it that name an optimizer."""
-    above = [f"# {comment}" for comment in entry.comments if comment not in entry.line and statements(comment)]
-    return " ".join(" / ".join([*above, entry.line.strip()]).split())

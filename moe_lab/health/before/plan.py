@@ -71,7 +71,8 @@ class Plan:
 
     def find(self, key: str) -> Entry | None:
         """The first entry of that key, at any depth, or of one of its aliases."""
-        return next((self.by_key[name] for name in (key, *self.aliases.get(key, ())) if name in self.by_key), None)
+        names = (key, *self.aliases.get(key, ()))
+        return next((self.by_key[name] for name in names if name in self.by_key), None)
 
     def number(self, key: str) -> float | None:
         """A number of at least 0."""
@@ -81,7 +82,8 @@ class Plan:
 
     def says(self, names: re.Pattern) -> bool:
         """Whether a key of such a name is there and not off."""
-        return any(names.search(entry.name.lower()) and str(entry.value).lower() not in OFF for entry in self.entries)
+        named = [entry for entry in self.entries if names.search(entry.name.lower())]
+        return any(str(entry.value).lower() not in OFF for entry in named)
 
     def n_parameters(self) -> float | None:
         """About how many parameters a transformer of these sizes has; None unless width and depth are given.
@@ -102,9 +104,8 @@ class Plan:
         n_moe = n_moe if n_experts else 0
         layers = depth * attention + (depth - n_moe) * feed_forward + n_moe * n_experts * expert
         tied = self.find("tie_word_embeddings")
-        return (
-            layers + (1 if tied and str(tied.value).lower() == "true" else 2) * (self.number("vocab_size") or 0) * width
-        )
+        n_tables = 1 if tied and str(tied.value).lower() == "true" else 2
+        return layers + n_tables * (self.number("vocab_size") or 0) * width
 
     def optimizer(self) -> str | None:
         """The family of the config's optimizer: muon where Muon is one of several; None if the config does not say."""

@@ -182,7 +182,7 @@ def judged_rates(plan: Plan, n_parameters: float | None) -> Iterator[Finding]:
     if not judged or plan.says(NOT_FROM_SCRATCH):
         return
     if not n_parameters:
-        message = "learning rates were not judged: the width and depth of a transformer are not among the keys"
+        message = "learning rates were not judged: a transformer's width and depth are not among the keys"
         advice = "give d_model and n_layers, or watch the first updates of the run"
         yield Finding("lr_too_low", "info", judged[0][1].where, message, advice)
         return
