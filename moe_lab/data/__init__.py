@@ -1,10 +1,9 @@
 """From text to seeded, resumable batches. What cannot be read is an error; no token is ever made up.
 
-corpus.py        a source's documents, and their split
-hugging_face.py  a Hugging Face data set as a source
-prepare.py       documents to tokens on disk, kept by content
-batches.py       windows for training and for validation
-ngrams.py        loss floors: what tables of counts reach
+corpus.py   a source's documents, from files or from Hugging Face, and their split
+prepare.py  documents to tokens on disk, kept by content
+batches.py  windows for training and for validation
+ngrams.py   loss floors: what tables of counts reach
 """
 
 from moe_lab.data.batches import Batches, validation_windows

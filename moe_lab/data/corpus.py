@@ -16,13 +16,14 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from moe_lab.config import ConfigError, DataConfig
-from moe_lab.data.hugging_face import stream_texts
 
 # Near-copies and tables that would cross the split; third-party packages are not the library's own source.
 NOT_IN_STDLIB = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "distutils", "ensurepip"}
 NOT_IN_STDLIB |= {"encodings", "pydoc_data", "turtledemo"}
 # Made when Python was built: they hold the paths of one machine, and the corpus hash would follow these.
 BUILD_PRODUCTS = ("_sysconfigdata", "config-")
+# Loaders of `datasets` for files; without `data_files` they take whatever lies in the working directory.
+FILE_LOADERS = {"arrow", "csv", "hdf5", "json", "lance", "pandas", "parquet", "text", "vortex", "webdataset", "xml"}
 
 
 class Corpus(NamedTuple):
@@ -133,6 +134,38 @@ def file_names(root: Path) -> list[str]:
 
     found = os.walk(root, onerror=stop)
     return sorted((Path(folder) / name).relative_to(root).as_posix() for folder, _, names in found for name in names)
+
+
+def stream_texts(data: DataConfig) -> Iterator[str]:
+    """The texts of the `train` split, "" where a row has none. Raises ConfigError, whatever the library stumbles over."""
+    for row in rows(data):
+        if data.text_field not in row:
+            columns = ", ".join(map(str, row))
+            raise ConfigError(f"data.text_field={data.text_field} is no column of {data.source}; it has {columns}")
+        text = row[data.text_field]
+        if not isinstance(text, str | None):
+            kind = type(text).__name__
+            raise ConfigError(f"data.text_field={data.text_field} of {data.source} holds {kind}, not text")
+        yield text or ""
+
+
+def rows(data: DataConfig) -> Iterator[dict]:
+    try:
+        import datasets
+    except ImportError:
+        message = f'data.source={data.source} needs the package `datasets`: pip install "moe-lab[online]"'
+        raise ConfigError(message) from None
+    name = data.source.removeprefix("hf:")
+    if not name:
+        raise ConfigError("data.source=hf: names no data set; write hf:NAME, such as hf:HuggingFaceFW/fineweb-edu")
+    if name in FILE_LOADERS and not data.data_files:
+        raise ConfigError(f"data.source={data.source} needs data.data_files, such as data_files=data/*.{name}")
+    try:
+        yield from datasets.load_dataset(name, data.subset, data_files=data.data_files, split="train", streaming=True)
+    except Exception as error:  # hub, network and file formats raise their own kinds, and all are about the source
+        reason = " ".join(str(error).split())[:300]
+        message = f"data.source={data.source} cannot be read ({type(error).__name__}: {reason})"
+        raise ConfigError(f"{message}; check the name, data.subset, data.data_files and the network") from error
 
 
 def split(documents: dict[str, str], by_text: bool) -> tuple[list[str], list[str]]:

@@ -70,7 +70,9 @@ class Block(nn.Module):
         for norm, layer, depth in self.sublayers():
             rows = depth.choose(x, causal=not self.training)
             y, routing = layer(norm(rows.x), rows.positions, rows.keep)
-            x = depth.put_back(x, dropout(y, self.dropout, generator) if self.training else y, rows)
+            if self.training:
+                y = dropout(y, self.dropout, generator)
+            x = depth.put_back(x, y, rows)
             routings += [] if routing is None else [routing]
             reports += [] if rows.report is None else [rows.report]
         return x, routings, reports
