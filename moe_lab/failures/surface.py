@@ -52,15 +52,20 @@ class Quadratic(NamedTuple):
         return terms(np.asarray(x, dtype=float)) @ self.coefficients
 
 
+class Interval(NamedTuple):
+    low: float
+    high: float
+
+
 class Optimum(NamedTuple):
-    """The least predicted loss within the box, with its 95 % bootstrap intervals, (low, high)."""
+    """The least predicted loss within the box, with its 95 % bootstrap intervals."""
 
     a: float
     b: float
     loss: float
-    a_interval: tuple[float, float]
-    b_interval: tuple[float, float]
-    loss_interval: tuple[float, float]
+    a_interval: Interval
+    b_interval: Interval
+    loss_interval: Interval
     share_at_edge: float  # of the resamples: theirs lay on the box's edge, so the optimum may lie beyond it
 
 
@@ -103,10 +108,10 @@ def bootstrap_optimum(x: ArrayLike, y: ArrayLike, n_resamples: int = 2000, seed:
     draws = np.random.default_rng(seed).choice(residuals, (n_resamples, n))  # (R, n)
     coefficients = np.linalg.lstsq(terms(fit.points), (fitted + draws).T, rcond=None)[0].T  # (R, 6)
     optima = least_in_box(coefficients, fit.box)  # (R, 3)
-    intervals = np.quantile(optima, (0.025, 0.975), axis=0).T.tolist()
+    intervals = map(Interval, *np.quantile(optima, (0.025, 0.975), axis=0).tolist())
     least = least_in_box(fit.coefficients[None], fit.box)[0].tolist()
     at_edge = ~inside(optima[:, :2], fit.box)
-    return Optimum(*least, *map(tuple, intervals), share_at_edge=at_edge.mean().item())
+    return Optimum(*least, *intervals, share_at_edge=at_edge.mean().item())
 
 
 def best_on_grid(lrs: ArrayLike, losses_by_seed: ArrayLike) -> GridBest:
