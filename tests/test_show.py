@@ -151,8 +151,9 @@ def test_buttons_and_slider_reach_the_trainers_controls(watched) -> None:
     checkpoint.click()
     stop.click()
     assert asyncio.run(run.finished())["status"] == "interrupted"
-    assert [action for action, _ in controls.asked] == ["pause", "resume", "lr_scale", "save", "stop"]
-    assert controls.asked[2] == ("lr_scale", 2.0)
+    asked = controls.take(step=1)
+    assert [row["action"] for row in asked] == ["pause", "resume", "lr_scale", "save", "stop"]
+    assert asked[2]["value"] == 2.0
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -89,9 +89,8 @@ def store(id: str, entry: Mapping[str, Any]) -> None:
 def origin_of(lab: Lab, notebook: str, corpus: str | None) -> dict[str, Any]:
     """What made the numbers. `settings` lists where the config is not the profile's file: overrides of a reader."""
     settings = differences(load_config(ROOT / "configs" / f"{lab.profile}.yaml"), lab.config)
-    known = {"corpus": corpus} if corpus is not None else {}
-    made = {"notebook": notebook, "profile": lab.profile, "seed": lab.config.training.seed}
-    return made | provenance() | known | {"settings": settings}
+    made = {"notebook": notebook, "profile": lab.profile, "seed": lab.config.training.seed, "settings": settings}
+    return made | provenance() | ({"corpus": corpus} if corpus is not None else {})
 
 
 def plain(name: str, value: Any) -> Any:

@@ -101,11 +101,10 @@ def explore_number_line() -> None:
     import ipywidgets
     from IPython.display import display
 
-    style = {"description_width": "5em"}
-    options = {"layout": {"width": "32em"}, "style": style, "readout_format": ".3g"}
+    options = {"layout": {"width": "32em"}, "readout_format": ".3g"}
     weight = ipywidgets.FloatLogSlider(1.0, base=2, min=-10, max=3, step=0.125, description="weight", **options)
     update = ipywidgets.FloatLogSlider(3e-4, base=10, min=-5.5, max=-1, step=0.02, description="update", **options)
-    way = ipywidgets.ToggleButtons(options=[("down", -1), ("up", 1)], description="direction", style=style)
+    way = ipywidgets.ToggleButtons(options=[("down", -1), ("up", 1)], description="direction")
 
     def picture() -> dict[str, str]:
         return to_html(*number_line([(weight.value, way.value * update.value)]))
