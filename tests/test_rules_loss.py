@@ -14,7 +14,7 @@ from moe_lab.health.during import rules_loss
 
 
 def test_learning_rates_are_held_against_the_usual() -> None:
-    def rules(lr, share=lambda step: 1.0, updates=40):
+    def rules(lr, share=lambda step: 1.0, updates=30):
         model = toy()
         optimizers = adamw(model, lr=lr)
 
@@ -26,7 +26,7 @@ def test_learning_rates_are_held_against_the_usual() -> None:
     assert "lr_too_low" in rules(1e-5)
     assert "lr_too_high" in rules(1.0)
     assert rules(0.003, lambda step: min(1, (step + 1) / 200)) == []  # a long warm-up
-    assert rules(0.003, lambda step: 1 - step / 100, 100) == []  # a decay to the end
+    assert rules(0.003, lambda step: 1 - step / 50, 50) == []  # a decay to the end
 
 
 def test_fine_tuning_is_not_called_slow() -> None:

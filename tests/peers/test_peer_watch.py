@@ -21,8 +21,8 @@ TEXT = torch.tensor(list(Path(torch.__file__).read_bytes()[:60_000]))  # prose a
 def llama() -> nn.Module:
     config = LlamaConfig(
         vocab_size=256,
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=32,
+        intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -33,10 +33,10 @@ def llama() -> nn.Module:
 
 def gpt2() -> nn.Module:
     """Its head is tied to the embedding, and its table of positions is longer than its vocabulary."""
-    return GPT2LMHeadModel(GPT2Config(vocab_size=256, n_positions=512, n_embd=64, n_layer=2, n_head=4))
+    return GPT2LMHeadModel(GPT2Config(vocab_size=256, n_positions=512, n_embd=32, n_layer=2, n_head=4))
 
 
-def trained(model: nn.Module, optimizer, n: int = 80) -> Watch:
+def trained(model: nn.Module, optimizer, n: int = 50) -> Watch:
     generator = torch.Generator().manual_seed(0)
     with Watch(model, optimizer) as watch:
         for step in range(n):
