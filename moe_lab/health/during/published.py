@@ -8,14 +8,8 @@ from pathlib import Path
 from ..findings import SEVERITIES, Finding
 
 STANDS = "what was found before stands; the training itself is not affected"
-
-
-def not_measured(severity: str, where: str, message: str, step: int | None = None) -> Finding:
-    return Finding("not_measured", severity, where, message, STANDS, step=step)
-
-
-# made before anything can go wrong
-LAST_WORDS = not_measured("warning", "the watch", "the watch failed, and failed again while it said so")
+FAILED_TWICE = "the watch failed, and failed again while it said so"
+LAST_WORDS = Finding("not_measured", "warning", "the watch", FAILED_TWICE, STANDS)  # made before anything can go wrong
 
 
 class Published:
@@ -59,7 +53,7 @@ class Published:
         """Say once for each `where` what cannot be measured."""
         if self.is_news("not_measured", severity, where):
             message = f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            self.add(not_measured(severity, where, message, step), [where])
+            self.add(Finding("not_measured", severity, where, message, STANDS, step=step), [where])
 
 
 def open_log(path: Path, start_step: int) -> list[Finding]:

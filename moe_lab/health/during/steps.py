@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..sampling import plain
-from .tracking import Tracked
+from .tracking import GroupState, Tracked
 
 EVERY, PAIRS = 5, 12  # updates between pairs of steps, pairs of a tensor; then the kind is known
 PER_GROUP = 4  # tensors of a group that are measured
@@ -52,50 +52,48 @@ class Steps:
     """Measures steps as they are taken. Numbers stay on their devices until `fetch`, which leaves them in `Tracked.steps`."""
 
     def __init__(self) -> None:
-        self.chosen: dict[int, list[Tracked]] = {}  # by the optimizer's id
-        self.before: dict[int, tuple] = {}  # by the tensor's id: LR, weight and gradient before the step
+        self.chosen: list[Tracked] = []
+        self.before: dict[
+            int, tuple
+        ] = {}  # by the tensor's id: LR, weight and gradient before the step, the step if replayed
         self.first: dict[int, tuple[Tensor, Tensor]] = {}  # the first of two steps, and its gradient
         self.waiting: list[tuple[Tracked, Tensor]] = []
 
     def choose(self, tracked: Sequence[Tracked]) -> None:
         """Of each group the largest tensor of each kind, those with a spectrum first."""
-        groups: dict[tuple, dict[str, Tracked]] = {}
+        groups: dict[GroupState, dict[str, Tracked]] = {}
         for t in sorted(tracked, key=lambda t: (not has_spectrum(t.param), -t.param.numel())):
-            if t.optimizer is not None:
-                groups.setdefault((id(t.optimizer), t.group_number), {}).setdefault(t.kind, t)
-        self.chosen = {}
-        for (key, _), kinds in groups.items():
-            self.chosen.setdefault(key, []).extend(list(kinds.values())[:PER_GROUP])
+            if t.owner:
+                groups.setdefault(t.owner, {}).setdefault(t.kind, t)
+        self.chosen = [t for kinds in groups.values() for t in list(kinds.values())[:PER_GROUP]]
 
     def begin(self, optimizer: Optimizer, n: int, replayed: Mapping[int, Tensor]) -> None:
         """Before update n (from 1). `replayed`: by the tensor's id, the intended step of a 16-bit one: whole, or of its sample."""
         if n % EVERY not in (1, 2):
             return
-        for t in self.chosen.get(id(optimizer), ()):
-            lr, grad, step = t.group.get("lr"), t.param.grad, replayed.get(id(t))
-            if lr is None or grad is None or grad.is_sparse or len(t.steps) >= PAIRS or (t.is_narrow and step is None):
+        for t in (t for t in self.chosen if t.optimizer is optimizer and len(t.steps) < PAIRS):
+            lr, grad, moved = t.group.get("lr"), t.param.grad, replayed.get(id(t))
+            if lr is None or grad is None or grad.is_sparse or (t.is_narrow and moved is None):
                 continue
             lr = lr.detach().clone() if isinstance(lr, Tensor) else lr
-            view = part if step is None or step.shape == t.param.shape else lambda x, t=t: t.sample(x).float()
-            self.before[id(t)] = lr, view(t.param), view(grad)
-            if step is not None:
-                self.note(t, n, *self.before.pop(id(t)), part(step) if view is part else step)
+            if moved is None or moved.shape == t.param.shape:
+                moved = moved if moved is None else part(moved)
+                self.before[id(t)] = lr, part(t.param), part(grad), moved
+            else:
+                self.before[id(t)] = lr, t.sample(t.param).float(), t.sample(grad).float(), moved
 
     def end(self, optimizer: Optimizer, n: int) -> None:
-        for t in self.chosen.get(id(optimizer), ()) if self.before else ():
-            if id(t) in self.before:
-                lr, weight, grad = self.before.pop(id(t))
-                self.note(t, n, lr, weight, grad, part(t.param) - weight)
-
-    def note(self, t: Tracked, n: int, lr: Tensor | float, weight: Tensor, grad: Tensor, moved: Tensor) -> None:
-        step = (moved / lr + (t.group.get("weight_decay") or 0.0) * weight).float()
-        if n % EVERY == 1:
-            self.first[id(t)] = step, grad
-        elif id(t) in self.first:
-            before, grad_before = self.first.pop(id(t))
-            columns = [step, before, weight, grad, grad_before]
-            if all(column.shape == step.shape for column in columns):
-                self.waiting.append((t, numbers(columns, has_spectrum(t.param))))
+        for t in (t for t in self.chosen if t.optimizer is optimizer and id(t) in self.before):
+            lr, weight, grad, moved = self.before.pop(id(t))
+            moved = part(t.param) - weight if moved is None else moved
+            step = (moved / lr + (t.group.get("weight_decay") or 0.0) * weight).float()
+            if n % EVERY == 1:
+                self.first[id(t)] = step, grad
+            elif id(t) in self.first:
+                before, grad_before = self.first.pop(id(t))
+                columns = [step, before, weight, grad, grad_before]
+                if all(column.shape == step.shape for column in columns):
+                    self.waiting.append((t, numbers(columns, has_spectrum(t.param))))
 
     def fetch(self) -> None:
         for t, values in self.waiting:

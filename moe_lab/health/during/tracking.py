@@ -19,7 +19,7 @@ LR_STEADY = 10  # updates without a rise before an LR is called the peak
 
 
 class Scalars:
-    """A number an update, a loss or a learning rate. Those on a device stay there until `fetch`."""
+    """A loss or a learning rate an update. Those on a device stay there until `fetch`."""
 
     def __init__(self) -> None:
         self.waiting: list[Tensor | float] = []
@@ -97,10 +97,6 @@ class Tracked(Sums):
     @property
     def group(self) -> dict:
         return self.owner.group if self.owner else {}
-
-    @property
-    def group_number(self) -> int:
-        return self.owner.number if self.owner else 0
 
     @property
     def state(self) -> dict:
