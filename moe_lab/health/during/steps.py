@@ -53,9 +53,8 @@ class Steps:
 
     def __init__(self) -> None:
         self.chosen: list[Tracked] = []
-        self.before: dict[
-            int, tuple
-        ] = {}  # by the tensor's id: LR, weight and gradient before the step, the step if replayed
+        # by the tensor's id: LR, weight, gradient, and the step where it was replayed
+        self.before: dict[int, tuple] = {}
         self.first: dict[int, tuple[Tensor, Tensor]] = {}  # the first of two steps, and its gradient
         self.waiting: list[tuple[Tracked, Tensor]] = []
 
