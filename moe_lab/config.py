@@ -33,8 +33,8 @@ Count = Annotated[int, "> 0"]
 CountOrZero = Annotated[int, ">= 0"]
 TwoOrMore = Annotated[int, ">= 2"]
 Positive = Annotated[float, "> 0"]
-Weight = Annotated[float, ">= 0"]
-Share = Annotated[float, ">= 0", "< 1"]
+NonNegative = Annotated[float, ">= 0"]
+ShareBelow1 = Annotated[float, ">= 0", "< 1"]
 Layers = tuple[int, ...]
 
 
@@ -52,7 +52,7 @@ class ModelConfig:
     max_seq_len: TwoOrMore = 256  # tokens in a training window; generation may reach no further
     rope_theta: Positive = 10000.0  # base of the rotary frequencies
     norm_eps: Positive = 1e-5  # epsilon of every RMSNorm
-    dropout: Share = 0.0  # share of a sublayer's output dropped in training
+    dropout: ShareBelow1 = 0.0  # share of a sublayer's output dropped in training
     init_std: Positive = 0.02  # standard deviation of the matrices' start values
     moe_layers: Layers = ()  # layers with experts; one that is also Mamba is a Routing Mamba
     n_experts: TwoOrMore = 8  # experts of an MoE layer
@@ -60,12 +60,12 @@ class ModelConfig:
     d_ff_expert: Count = 256  # hidden width of one expert
     moe_router_hidden: CountOrZero = 128  # hidden width of the MLP router; 0: a linear router
     moe_capacity_factor: Positive | None = None  # cap of tokens over the even share; None: no drops
-    moe_balance_weight: Weight = 0.01  # weight of the load-balance loss, summed over layers
-    moe_z_weight: Weight = 0.001  # weight of the router z-loss, summed over layers
+    moe_balance_weight: NonNegative = 0.01  # weight of the load-balance loss, summed over layers
+    moe_z_weight: NonNegative = 0.001  # weight of the router z-loss, summed over layers
     mod_enabled: bool = False  # Mixture-of-Depths around every sublayer
     mod_capacity_factor: Annotated[float, "> 0", "<= 1"] = 0.75  # share of tokens computed
     mod_router_hidden: CountOrZero = 128  # hidden width of MoD's router and predictor; 0: linear
-    mod_predictor_weight: Weight = 0.01  # weight of predictors' BCE, mean over sublayers
+    mod_predictor_weight: NonNegative = 0.01  # weight of predictors' BCE, mean over sublayers
     mamba_enabled: bool = False  # whether mamba_layers take Mamba in place of attention
     mamba_layers: Layers = ()  # layers whose sequence sublayer is Mamba
     ssm_state_dim: Count = 16  # state values per channel of Mamba (d_state)
@@ -74,7 +74,7 @@ class ModelConfig:
     mamba_dt_rank: Count | None = None  # rank of Mamba's step-size projection; None: ⌈d_model / 16⌉
     mamba_kernel: Literal["torch", "mamba_ssm"] = "torch"  # who computes the scan
     n_pred_tokens: Count = 2  # prediction heads: t+1 … t+n
-    aux_loss_weights: tuple[Weight, ...] = (1.0, 0.5)  # weight of each head; made to sum to 1
+    aux_loss_weights: tuple[NonNegative, ...] = (1.0, 0.5)  # weight of each head; made to sum to 1
 
     def conflicts(self) -> Iterator[str]:
         if self.n_heads % self.n_kv_heads:
@@ -145,15 +145,15 @@ class OptimizerConfig:
     """Who moves the weights: Muon on matrices beside AdamW on the rest, or AdamW alone."""
 
     type: Literal["muon", "adamw"] = "muon"  # muon: AdamW for what is no matrix
-    momentum: Share = 0.95  # Muon's momentum
+    momentum: ShareBelow1 = 0.95  # Muon's momentum
     nesterov: bool = True  # Muon's momentum looks ahead
     ns_steps: Count = 5  # Newton–Schulz iterations of Muon
     adjust_lr: Literal["original", "match_rms_adamw"] = "original"  # the convention of Muon's LR
     adamw_lr_ratio: Positive = 0.3  # AdamW's LR beside Muon over max_lr
     embedding_lr_ratio: Positive | None = None  # of embeddings and heads; None: adamw_lr_ratio
-    betas: tuple[Share, ...] = (0.9, 0.95)  # AdamW's two betas
+    betas: tuple[ShareBelow1, ...] = (0.9, 0.95)  # AdamW's two betas
     eps: Positive = 1e-8  # AdamW's epsilon
-    weight_decay: Weight = 0.01  # decay of matrices, embeddings and heads; nothing else decays
+    weight_decay: NonNegative = 0.01  # decay of matrices, embeddings and heads; nothing else decays
 
     def conflicts(self) -> Iterator[str]:
         if len(self.betas) != 2:

@@ -63,7 +63,7 @@ def test_a_text_that_looks_like_a_number_survives_a_round_trip() -> None:
 
 def test_the_table_of_fields_is_in_the_docs() -> None:
     rows = ["    d_model: Count = 192  # width of the residual stream\n"]
-    rows += ["    betas: tuple[Share, ...] = (0.9, 0.95)  # AdamW's two betas\n"]
+    rows += ["    betas: tuple[ShareBelow1, ...] = (0.9, 0.95)  # AdamW's two betas\n"]
     assert all(sum(row in section.__doc__ for section in SECTIONS.values()) == 1 for row in rows)
     for section in SECTIONS.values():
         table = re.findall(r"^    (\w+): .+ = .+  # \S.+$", section.__doc__, re.MULTILINE)
