@@ -54,11 +54,10 @@ def backward(module: nn.Module, x: Tensor) -> None:
 
 def scan() -> dict:
     """The two-level scan against the plain loop over tokens, with the states kept for autograd."""
-    n_batch, n_time, width, n_state = 8, 256, 384, 8
     torch.manual_seed(0)
-    delta, x = torch.rand(n_batch, n_time, width) * 0.1, torch.randn(n_batch, n_time, width)
-    B, C = torch.randn(n_batch, n_time, n_state), torch.randn(n_batch, n_time, n_state)
-    A = -torch.arange(1.0, n_state + 1)[:, None].repeat(1, width)
+    delta, x = torch.rand(8, 256, 384) * 0.1, torch.randn(8, 256, 384)
+    B, C = torch.randn(2, 8, 256, 8)
+    A = -torch.arange(1.0, 9)[:, None].repeat(1, 384)
     inputs = [t.requires_grad_() for t in (delta, A, B, C, x)]
 
     def plain(delta: Tensor, A: Tensor, B: Tensor, C: Tensor, x: Tensor) -> Tensor:

@@ -69,12 +69,9 @@ def measure(folder: str) -> dict:
     pairs, inside = [], []
     for pair in tqdm(range(PAIRS), unit="pair", desc="watch cost"):
         seconds = {}
+        watch.seconds = 0.0
         for attached in (True, False) if pair % 2 else (False, True):  # whatever drifts, drifts for both
-            if attached:
-                watch.attach()
-                watch.seconds = 0.0
-            else:
-                watch.close()
+            (watch.attach if attached else watch.close)()
             seconds[attached] = stretch(trainer, watch if attached else None)
         pairs.append([seconds[True], seconds[False]])
         inside.append(watch.seconds / seconds[False])
