@@ -297,7 +297,7 @@ def test_a_bad_file_is_one_line(tmp_path: Path, text: str, expected: str) -> Non
 
 
 def test_what_is_no_file_and_no_mapping(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"none.yaml: cannot be read as UTF-8 text: No such file or directory$"):
+    with pytest.raises(ValueError, match=r"none.yaml: no such file$"):
         preflight(tmp_path / "none.yaml")
     with pytest.raises(ValueError, match=r": cannot be read as UTF-8 text: "):
         preflight(tmp_path)

@@ -103,8 +103,10 @@ def read_entries(path: Path) -> list[Entry]:
         raise ValueError(f"{path}: to read it needs PyYAML: pip install pyyaml; or give a mapping") from None
     try:
         text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as UTF-8 text: {getattr(error, 'strerror', error)}") from None
+        raise ValueError(f"{path}: cannot be read as UTF-8 text: {error}") from None
     lines = text.splitlines() + [""]  # an empty value at the end of a file stands in the line after it
 
     def inside(node: yaml.Node) -> Iterable | None:
