@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 from moe_lab.health import Watch, random_state
-from moe_lab.health.during.branch import Branch, branch_findings, branch_probe, lr_branches, paired
+from moe_lab.health.during.branch import Branch, branch_findings, branch_probe, paired
 
 
 def problem():
@@ -163,7 +163,7 @@ def test_a_wrapped_optimizer_is_probed_and_its_watch_counts_nothing() -> None:
     watch = Watch(model, optimizer)
     (wrapped,) = branch_probe(model, Wrapper(optimizer), squares, batches, n_updates=3)
     (plain,) = branch_probe(model, optimizer, squares, batches, n_updates=3)
-    assert wrapped == plain and wrapped.gain != 0.0
+    assert wrapped == plain and wrapped.gain != 0.0 and plain.name == "group 0 × 3"
     assert watch.step == 0
 
 
@@ -190,7 +190,3 @@ def test_the_error_is_of_the_paired_differences() -> None:
     assert mean == 0.5 and error == pytest.approx(torch.tensor([1.0, 0, 1, 0]).std().item() / 2, rel=1e-6)
     assert paired([1.0, 2.0], [1.0, math.inf]) == (-math.inf, math.inf)
     assert not Branch("x", 1.0, 0.04, 0.001).is_proof and not Branch("x", 1.0, 0.2, 0.1).is_proof
-
-
-def test_names_of_unnamed_groups() -> None:
-    assert list(lr_branches([SGD(nn.Linear(2, 2).parameters(), lr=0.1)])) == ["group 0 × 3"]

@@ -178,8 +178,8 @@ class Replays:
         """Add the step that is about to be taken. An optimizer whose step cannot be replayed is given up: the error is returned,
         unless it keeps what rounding loses."""
         self.last = {}
-        mine = [t for t in self.tensors if t.optimizer is optimizer and id(optimizer) not in self.failed]
-        if not mine:
+        mine = [t for t in self.tensors if t.optimizer is optimizer]
+        if not mine or id(optimizer) in self.failed:
             return None
         random_state = RandomState({t.index.device for t in mine})  # a replayed step may round stochastically
         try:
@@ -212,7 +212,7 @@ class Replays:
                     t.bank.intend(t, t.sample(self.last[id(t)]))
 
     def add_samples(self, tensors: Sequence[Tracked]) -> None:
-        moved = replay(tensors).split([len(t.index) for t in tensors])
+        moved = replay(tensors).split([t.n_elements for t in tensors])
         for t, part in zip(tensors, moved, strict=True):
             self.last[id(t)] = part
             t.bank.intend(t, part)
