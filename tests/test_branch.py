@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW
 
-from moe_lab.health import Watch, random_state
+from moe_lab.health import Watch
 from moe_lab.health.during.branch import Branch, branch_findings, branch_probe, paired
 
 
@@ -144,11 +144,6 @@ def test_branches_draw_the_same_numbers_on_every_device(monkeypatch) -> None:
     (branch,) = branch_probe(model, optimizer, noisy, batches, {"same": no_change}, n_updates=3)
     assert branch.gain == 0.0
     assert [fake.drawn for fake in fakes.values()] == [100, 100]
-
-
-def test_the_devices_of_a_model_are_those_of_parameters_and_buffers() -> None:
-    model = SimpleNamespace(parameters=lambda: on("cuda:1", "cpu", "cuda:0", "cuda:1"), buffers=lambda: on("mps"))
-    assert list(map(str, random_state.random_devices(model))) == ["cuda:0", "cuda:1", "mps"]
 
 
 class Wrapper(torch.optim.Optimizer):

@@ -1,7 +1,9 @@
 """A watch beside a training: it changes nothing, keeps up with what the loop does, and never ends it."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -129,6 +131,22 @@ def test_after_closing_nothing_is_left_and_it_can_be_attached_again() -> None:
     watch.check()
     assert watch.state.window_start == 25
     assert all(r.realised_intended < 1.2 * r.intended_square for r in watch.readings)
+
+
+def test_a_closed_watch_gives_its_memory_back_without_garbage_collection() -> None:
+    model = toy(dtype=torch.bfloat16)
+    model.spare = nn.Parameter(torch.ones(3))  # a missing gradient, which a repeated forward pass is asked about
+    optimizers = [Muon(matrices(model)), AdamW(rest(model), lr=0.01)]
+    with Watch(model, optimizers, budget=100) as watch:
+        train(watch, model, optimizers, 32)
+    assert model.spare in watch.state.forward.answers
+    kept = [weakref.ref(thing) for thing in (watch, watch.state, watch.state.forward, watch.state.banks[0].intended)]
+    gc.disable()
+    try:
+        del watch
+        assert [reference() for reference in kept] == [None] * 4
+    finally:
+        gc.enable()
 
 
 def test_a_resumed_optimizers_learning_rates_are_its_own() -> None:

@@ -1,26 +1,19 @@
-"""Torch's random numbers on the CPU and on every device that a model lives on: kept once, put back as often as needed."""
+"""Torch's random numbers on the CPU and on every device of some tensors: kept once, put back as often as needed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 import torch
-from torch import nn
-
-
-def random_devices(where: nn.Module | Iterable[torch.device]) -> list[torch.device]:
-    """Of a model's parameters and buffers, or of these devices, those with a generator of their own beside the CPU's."""
-    if hasattr(where, "parameters"):
-        where = [t.device for t in (*where.parameters(), *where.buffers())]
-    return sorted({device for device in where if device.type not in ("cpu", "meta")}, key=str)
+from torch import Tensor
 
 
 class RandomState:
-    """The state of torch's default generators when this was made: the CPU's, and those of a model's devices or of some."""
+    """The state of torch's default generators when this was made: the CPU's, and those of the devices of these tensors."""
 
-    def __init__(self, where: nn.Module | Iterable[torch.device]):
+    def __init__(self, tensors: Iterable[Tensor]):
         self.cpu, self.others = torch.get_rng_state(), []
-        for device in random_devices(where):
+        for device in {t.device for t in tensors if t.device.type not in ("cpu", "meta")}:
             keeper = torch.get_device_module(device)  # torch.cuda, torch.mps, torch.xpu …
             which = () if device.type == "mps" else (device,)  # there is one alone, and its functions take no argument
             self.others.append((keeper, keeper.get_rng_state(*which), which))

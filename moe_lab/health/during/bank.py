@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -22,7 +23,7 @@ class Bank:
     def __init__(self, tensors: Sequence[Tracked]):
         self.tensors = list(tensors)
         for t in tensors:
-            t.bank = self
+            t.bank = weakref.ref(self)
         self.device = tensors[0].index.device
         self.dtype = torch.float64 if tensors[0].param.dtype in WIDE else torch.float32
         sizes = [t.n_elements for t in tensors]

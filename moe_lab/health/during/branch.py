@@ -124,7 +124,7 @@ def kept(model: nn.Module, optimizers: Sequence[Optimizer]) -> Iterator[Callable
     """Gives a function that puts model, optimizers and random state back to how they are now; the end does so as well."""
     params = [*model.parameters(), *(p for o in optimizers for group in o.param_groups for p in group["params"])]
     gradients = [(p, p.grad) for p in params]
-    random_state = RandomState(model)
+    random_state = RandomState([*params, *model.buffers()])
     states = copy.deepcopy((model.state_dict(), [o.state_dict() for o in optimizers]))
 
     def start_over() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cache
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,27 +42,32 @@ class Hook:
 
 
 class ForwardProbe:
-    """Listens to a model's forward passes for the first updates, and can repeat one with a tensor changed."""
+    """Listens to a model's forward passes, and can repeat the last one with a tensor changed."""
 
-    def __init__(self, model: nn.Module, failed: Callable[[Exception], None], is_new: bool):
-        self.model = unwrapped(model)
+    def __init__(self, model: nn.Module, is_new: bool):
+        self.model = model
+        self.handles: list = []
         self.inputs: tuple[tuple, dict] | None = None
-        self.logit_variance: Tensor | float | None = None
-        self.matters = cache(self.try_changed)  # what was said of a tensor stays said when the inputs are gone
+        self.logit_variance: Tensor | None = None
+        self.answers: dict[Tensor, bool | None] = {}  # of `matters`: they stand when the inputs are gone
         linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
         embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
         # the token table has a head of its shape; a table of positions may be longer
         tables = [m for m in embeddings if m.weight.shape in {head.weight.shape for head in linears}]
         self.is_language_model = bool(tables)
-        self.handles = [model.register_forward_pre_hook(Hook(self.keep_inputs, failed), with_kwargs=True)]
-        self.vocab_size = None
-        if embeddings:
-            table = max(tables or embeddings, key=lambda m: m.num_embeddings)
-            self.vocab_size = table.num_embeddings
-            self.handles.append(table.register_forward_pre_hook(Hook(self.keep_ids, failed)))
+        self.table = max(tables or embeddings, key=lambda m: m.num_embeddings, default=None)
+        self.vocab_size = self.table and self.table.num_embeddings
         # of a model that has been trained the variance says nothing about a first loss
-        for head in [m for m in linears if m.out_features == self.vocab_size and is_new][:1]:
-            self.handles.append(head.register_forward_hook(Hook(self.keep_variance, failed)))
+        self.head = next((m for m in linears if m.out_features == self.vocab_size and is_new), None)
+
+    def listen(self, failed: Callable[[Exception], None]) -> None:
+        """Until `close`."""
+        hook = partial(Hook, failed=failed)
+        self.handles = [self.model.register_forward_pre_hook(hook(self.keep_inputs), with_kwargs=True)]
+        if self.table is not None:
+            self.handles.append(self.table.register_forward_pre_hook(hook(self.keep_ids)))
+        if self.head is not None:
+            self.handles.append(self.head.register_forward_hook(hook(self.keep_variance)))
 
     def keep_inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.inputs = tuple(map(detached, args)), {k: detached(v) for k, v in kwargs.items() if k != "labels"}
@@ -79,25 +84,28 @@ class ForwardProbe:
             rows = rows[:: max(1, len(rows) // VARIANCE_ROWS)][:VARIANCE_ROWS]
             self.logit_variance = rows.float().var(dim=-1).mean()
 
-    def try_changed(self, param: Tensor) -> bool | None:
-        """Whether changing `param` changes the model's output for the last input; None where no forward can be repeated.
+    def matters(self, param: Tensor) -> bool | None:
+        """Whether changing `param` changes the model's output for the last input; None where no forward can be repeated."""
+        if self.inputs is not None and param not in self.answers:
+            self.answers[param] = self.try_changed(unwrapped(self.model), param, *self.inputs)
+        return self.answers.get(param)
 
-        Computed in evaluation mode without gradients, with copies in place of the tensor and of the buffers: a backward
+    def try_changed(self, model: nn.Module, param: Tensor, args: tuple, kwargs: dict) -> bool | None:
+        """Computed in evaluation mode without gradients, with copies in place of the tensor and of the buffers: a backward
         pass that is still to come must find the weights as they were. Modes and random state are put back.
         """
-        name = next((name for name, p in self.model.named_parameters() if p is param), None)
-        if self.inputs is None or name is None or is_sharded(self.model):
+        name = next((name for name, p in model.named_parameters() if p is param), None)
+        if name is None or is_sharded(model):
             return None
-        args, kwargs = self.inputs
-        modes = [(module, module.training) for module in self.model.modules()]
-        random_state = RandomState(self.model)
+        modes = [(module, module.training) for module in model.modules()]
+        random_state = RandomState([*model.parameters(), *model.buffers()])
 
         def outputs(p: Tensor) -> list[Tensor]:
-            copies = {key: buffer.clone() for key, buffer in self.model.named_buffers()}
-            return tensors_of(functional_call(self.model, {**copies, name: p}, args, kwargs))
+            copies = {key: buffer.clone() for key, buffer in model.named_buffers()}
+            return tensors_of(functional_call(model, {**copies, name: p}, args, kwargs))
 
         try:
-            self.model.eval()
+            model.eval()
             with torch.no_grad():
                 before, after = outputs(param), outputs(param + 0.1 + param.abs())
         except Exception:  # the model's own code, called in a way it may not be made for: then it cannot be told

@@ -35,7 +35,7 @@ class Gradients:
         scale, skipped = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         alike = grouped(dense, lambda t: (t.bank, t.param.grad.dtype.itemsize < 4))
         for (bank, narrow), here in alike.items():
-            bank.touch(here)
+            bank().touch(here)
             # the norm of a float16 gradient may be beyond float16
             sizes = norms([plain(t.param.grad) for t in here], torch.float32 if narrow else None)
             self.waiting.append((here, sizes if scale is None else sizes / scale.to(sizes.device), skipped))

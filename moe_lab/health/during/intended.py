@@ -181,7 +181,7 @@ class Replays:
         mine = [t for t in self.tensors if t.optimizer is optimizer]
         if not mine or id(optimizer) in self.failed:
             return None
-        random_state = RandomState({t.index.device for t in mine})  # a replayed step may round stochastically
+        random_state = RandomState([t.index for t in mine])  # a replayed step may round stochastically
         try:
             self.add_steps([t for t in mine if t.param.grad is not None and not t.param.grad.is_sparse])
         except Exception as error:  # it may be anything that a foreign step raises on such copies
@@ -209,13 +209,13 @@ class Replays:
             for t in alike if kin in self.whole else ():
                 if id(t) in self.few:
                     self.last[id(t)] = replay([t], whole=True)
-                    t.bank.intend(t, t.sample(self.last[id(t)]))
+                    t.bank().intend(t, t.sample(self.last[id(t)]))
 
     def add_samples(self, tensors: Sequence[Tracked]) -> None:
         moved = replay(tensors).split([t.n_elements for t in tensors])
         for t, part in zip(tensors, moved, strict=True):
             self.last[id(t)] = part
-            t.bank.intend(t, part)
+            t.bank().intend(t, part)
 
     def compare(self, tensors: Sequence[Tracked]) -> None:
         age = tensors[0].age

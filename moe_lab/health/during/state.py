@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 from torch.optim import Optimizer
@@ -33,7 +33,6 @@ class State:
         frozen_on_purpose: set[str],
         start_step: int,
         n_matrices: int,
-        forward_failed: Callable[[Exception], None],
     ):
         self.model, self.optimizers, self.budget = model, optimizers, budget
         self.frozen_on_purpose, self.start_step = frozen_on_purpose, start_step
@@ -48,7 +47,7 @@ class State:
         self.groups: list[GroupState] = []
         self.signature: tuple = ()
         self.follow()
-        self.forward = ForwardProbe(model, forward_failed, is_new=not start_step)
+        self.forward = ForwardProbe(model, is_new=not start_step)
 
     # ---- what happens ------------------------------------------------------------------------------------------------
 

@@ -79,7 +79,7 @@ class Tracked(Sums):
         values = plain(param)
         self.index = sample_positions(values.shape).to(values.device)
         self.n_elements = len(self.index)  # sampled
-        self.bank: Any = None  # the Bank where its sample is
+        self.bank: Any = None  # a weak reference to the Bank where its sample is
         self.is_narrow = param.dtype.itemsize < 4  # 16 bits or less
         self.is_master = False  # a wider copy, whose gradient is made by whoever copies
         # gradients that were read

@@ -75,8 +75,7 @@ class Watch:
         self.findings: list[Finding] = self.published.findings
         self.handles: list = []
         frozen = {name for name, _ in model.named_parameters() if name.startswith(tuple(expect_frozen))}
-        unheard = partial(self.fail, where="the forward pass", what=UNHEARD, stop=self.stop_listening)
-        self.state = State(model, optimizers, budget, frozen, start_step, n_matrices, unheard)
+        self.state = State(model, optimizers, budget, frozen, start_step, n_matrices)
         self.state.findings = self.findings
         self.rules: Sequence[Rule] = ALL
         self.next_check = (start_step // CHECK_EVERY + 1) * CHECK_EVERY
@@ -125,13 +124,16 @@ class Watch:
         for optimizer in self.state.optimizers:
             self.handles.append(optimizer.register_step_pre_hook(before))
             self.handles.append(optimizer.register_step_post_hook(after))
+        forward = self.state.forward
+        if self.state.n_seen < LISTENED:
+            forward.listen(partial(self.fail, where="the forward pass", what=UNHEARD, stop=forward.close))
 
     def close(self) -> None:
         """Detach from model and optimizers. Findings stay."""
         for handle in self.handles:
             handle.remove()
         self.handles = []
-        self.stop_listening()
+        self.state.forward.close()
 
     def __enter__(self) -> Watch:
         return self
@@ -207,9 +209,6 @@ class Watch:
 
     def stop(self, error: Exception) -> None:
         self.fail(error, "the watch", "the watch stopped", stop=self.close)
-
-    def stop_listening(self) -> None:
-        self.state.forward.close()
 
 
 def has_closure(args: tuple, kwargs: dict) -> bool:
