@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from datetime import datetime
 from pathlib import Path
 
 from tqdm import tqdm
 
 from moe_lab.config import SECTIONS, ConfigError, load_config
 from moe_lab.course import case
+from moe_lab.course.notebook import new_run_dir
 from moe_lab.health.after.inspection import inspect_checkpoint
 from moe_lab.health.before.preflight import preflight
 from moe_lab.health.during.watch import Watch
@@ -34,8 +34,7 @@ def run(args: argparse.Namespace) -> int:
     if args.resume and not args.run_dir:
         raise ConfigError("--resume needs --run-dir: the directory of the run to go on with")
     config = load_config(args.config, args.overrides)
-    name = f"{datetime.now():%Y-%m-%d_%H%M%S}_{Path(args.config).stem}"
-    trainer = Trainer(config, args.run_dir or Path("runs") / name, resume=args.resume)
+    trainer = Trainer(config, args.run_dir or new_run_dir(Path(args.config).stem), resume=args.resume)
     before = preflight_of(args.config)
     for finding in before:
         print(line_of(finding), file=sys.stderr)

@@ -179,8 +179,8 @@ class DataConfig:
     max_bytes: Count | None = None  # stop reading after this much text, in bytes; required for hf:
 
     def conflicts(self) -> Iterator[str]:
-        if not self.source:
-            yield "source is empty; write stdlib, a path, or hf:NAME"
+        if self.source in ("", "hf:"):
+            yield f"source={self.source} names no text; write stdlib, a path, or hf:NAME"
         if self.source.startswith("hf:") and self.max_bytes is None:
             yield f"max_bytes is needed with data.source={self.source}: how much text to take"
 

@@ -28,11 +28,23 @@ class ConfigError(ValueError):
     """The user's input is wrong. One line: the field or file, the value, what to do."""
 
 
-def section(name: str):
-    """Make a class the frozen dataclass of a YAML section, which is checked whenever one is built.
+class SectionHelp:
+    """A section's docstring, with the lines of its fields wherever the source is at hand; read when help asks."""
 
-    A field's type holds its range and the comment after it is its meaning: `help` prints both.
-    """
+    def __init__(self, name: str, text: str):
+        self.name, self.text = name, text
+
+    def __get__(self, instance: Any, section: type) -> str:
+        try:
+            source = inspect.getsource(section)
+        except (OSError, TypeError):
+            return self.text
+        lines = re.findall(r"^    \w+: .* = .*  # .*\n", source, re.MULTILINE)
+        return f"{self.text}\n\nFields of the YAML section `{self.name}`:\n\n{''.join(lines)}"
+
+
+def section(name: str):
+    """Make a class the frozen dataclass of a YAML section, which is checked whenever one is built."""
 
     def decorate(cls):
         def check(self) -> None:
@@ -42,9 +54,9 @@ def section(name: str):
                 raise ConfigError(f"{name}.{message}")
 
         cls.hints, cls.__post_init__ = typing.get_type_hints(cls, include_extras=True), check
-        lines = re.findall(r"^    \w+: .* = .*  # .*\n", inspect.getsource(cls), re.MULTILINE)
-        cls.__doc__ += f"\n\nFields of the YAML section `{name}`:\n\n{''.join(lines)}"
-        return dataclass(frozen=True, kw_only=True)(cls)
+        made = dataclass(frozen=True, kw_only=True)(cls)
+        made.__doc__ = SectionHelp(name, cls.__doc__)
+        return made
 
     return decorate
 

@@ -1,4 +1,5 @@
 import ast
+import inspect
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -70,6 +71,12 @@ def test_the_table_of_fields_is_in_the_docs() -> None:
         assert table == [f.name for f in fields(section)]
 
 
+@pytest.mark.parametrize("error", [OSError, TypeError])
+def test_the_source_is_read_when_help_asks_and_may_be_missing(monkeypatch, error: type) -> None:
+    monkeypatch.setattr(inspect, "getsource", lambda section: (_ for _ in ()).throw(error))
+    assert SECTIONS["precision"].__doc__ == "Number formats of the weights and of matrix products."
+
+
 def test_overrides_win_and_are_typed(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("training: {steps: 5, seed: 1}\n")
     words = ["training.steps=7", "training.max_lr=1e-3", "model.moe_layers=[0, 2]", "model.mamba_enabled=true"]
@@ -136,7 +143,6 @@ IN_A_FILE = {
     "bad YAML": ("model:\n  d_model: [1, 2\ntraining:\n", r", line 3: not valid YAML: expected ',' or '\]', but got ':'"),
     "a tab": ("model:\n\td_model: 3\n", r", line 2: not valid YAML: .*'\\t'.*"),
     "an object": ("a: !!python/object:os.system x", r", line 1: not valid YAML: could not determine a constructor.*"),
-    "two documents": ("--- {}\n--- {}", r", line 2: not valid YAML: but found another document"),
     "a section twice": ("data: {}\nmodel: {}\ndata: {}", r", line 3: .* the key 'data' stands here and in line 1"),
     "a key twice": ("model:\n  d_ff: 1\n  d_ff: 2", r", line 3: .* the key 'd_ff' stands here and in line 2"),
     "a list for a key": ("[a, b]: 1", r", line 1: not valid YAML: a key must be a word"),
@@ -144,12 +150,10 @@ IN_A_FILE = {
     "a key of two lines": ('model: {"a\\nb": 1}', r", line 1: not valid YAML: a key must be a word"),
     "an unknown key": ("training: {warmup: 3}", r": unknown key training.warmup; did you mean warmup_steps\?"),
     "a key of nowhere": ("training: {xyzzy: 3}", ": unknown key training.xyzzy"),
-    "a key of another section": ("training: {momentum: 0.9}", ": unknown key training.momentum"),
     "an unknown section": ("trainign: {steps: 3}", r": unknown section 'trainign'; did you mean training\?"),
     "a number for a section": ("training: 3", ": section training must hold keys and values, got 3"),
     "a list of sections": ("- model", r": expected sections such as `model:`, got \['model'\]"),
     "an empty file": ("", ": the file is empty; a config holds sections such as `model:`"),
-    "comments only": ("# model:\n", ": the file is empty; a config holds sections such as `model:`"),
     "bytes": (b"\xff\xfe\x00", ": cannot be read as UTF-8 text: 'utf-8' codec.*"),
     "text for a number": ("training: {steps: many}", ": training.steps='many' must be a whole number"),
     "a number in quotes": ("training: {max_lr: '1e-3'}", ": training.max_lr='1e-3' must be a number"),
@@ -174,6 +178,7 @@ IN_A_FILE = {
     "a weight missing": ("model: {n_pred_tokens: 3}", ": model.aux_loss_weights has 2 values for .*n_pred_tokens=3.*"),
     "a layer twice": ("model: {moe_layers: [1, 1]}", r": model.moe_layers=\[1, 1\] names a layer twice; name each once"),
     "no weight for the next token": ("model: {aux_loss_weights: [0, 1]}", r": model.aux_loss_weights\[0\]=0: .*"),
+    "no name of a data set": ("data: {source: 'hf:'}", ": data.source=hf: names no text; write stdlib, a path, or hf:NAME"),
     "an endless stream": ("data: {source: 'hf:a/b'}", ": data.max_bytes is needed with data.source=hf:a/b: .*"),
 }  # fmt: skip
 
@@ -200,7 +205,6 @@ def test_no_such_file(tmp_path: Path) -> None:
     [
         (["training.steps"], "override 'training.steps' must read section.key=value, such as training.steps=200"),
         (["steps=3"], "override 'steps=3' must read section.key=value, such as training.steps=200"),
-        (["training.step=3"], "override: unknown key training.step; did you mean steps?"),
         (["train.steps=3"], "override: unknown section 'train'; did you mean training?"),
         (["training.steps=1e-3"], "override: training.steps=0.001 must be a whole number"),
         (["training.max_lr="], "override: training.max_lr=None must be a number"),

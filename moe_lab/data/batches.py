@@ -10,11 +10,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from moe_lab.config import ConfigError
-
 
 class Batches:
-    """An endless, seeded stream of batches; where it stands fits into four numbers.
+    """An endless, seeded stream of batches; where it stands fits into two numbers.
 
     Window i covers `tokens[i * T : i * T + T + 1]`, so that each token but the first is a target once. An epoch is a
     permutation of all whole windows and follows from (seed, epoch) alone; the tokens after the last whole window are
@@ -47,16 +45,10 @@ class Batches:
         return self.order[self.position - 1]
 
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "position": self.position, "seed": self.seed, "n_windows": self.n_windows}
+        return {"epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where `state` was taken. Raises ConfigError if it belongs to other data or another seed."""
-        for name, cause in (("n_windows", "the data or model.max_seq_len"), ("seed", "training.seed")):
-            if state[name] != getattr(self, name):
-                raise ConfigError(
-                    f"the stored data state has {name}={state[name]}, this run {getattr(self, name)}: {cause} changed; "
-                    "restore it or start a new run"
-                )
+        """Go on where `state` was taken, of the same tokens, seq_len and seed."""
         self.go_to(state["epoch"], state["position"])
 
 

@@ -34,10 +34,6 @@ class Corpus(NamedTuple):
     n_bytes: int  # UTF-8 bytes of all documents
     skipped: dict[str, int]  # reason -> files (rows of a Hugging Face data set)
 
-    def describe(self) -> str:
-        size = f"{self.n_documents:,} documents, {self.n_bytes:,} bytes"
-        return f"{size}, corpus {self.hash[:12]}{count_line(self.skipped)}"
-
 
 def read_corpus(data: DataConfig, progress: bool = True) -> Corpus:
     """Read `data.source`, at most `data.max_bytes` bytes of it, and split it. See `split` for the rule.
@@ -156,8 +152,6 @@ def rows(data: DataConfig) -> Iterator[dict]:
         message = f'data.source={data.source} needs the package `datasets`: pip install "moe-lab[online]"'
         raise ConfigError(message) from None
     name = data.source.removeprefix("hf:")
-    if not name:
-        raise ConfigError("data.source=hf: names no data set; write hf:NAME, such as hf:HuggingFaceFW/fineweb-edu")
     if name in FILE_LOADERS and not data.data_files:
         raise ConfigError(f"data.source={data.source} needs data.data_files, such as data_files=data/*.{name}")
     try:

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 from moe_lab.config import ROOT, ConfigError, DataConfig, ModelConfig
-from moe_lab.data.corpus import Corpus, read_corpus
+from moe_lab.data.corpus import Corpus, count_line, read_corpus
 
 CACHE = ROOT / ".cache"
 FORMAT = 1  # raise it whenever the same text would give other files
@@ -43,9 +43,8 @@ class Dataset(NamedTuple):
 def prepare(data: DataConfig, model: ModelConfig, cache_dir: Path | None = None, progress: bool = True) -> Dataset:
     """Read the corpus, and train a tokenizer and encode the text unless that was done before.
 
-    The files lie in `cache_dir / "data"` (by default `.cache` in the repository, or of an installed package in
-    the current folder), in a folder named by their content.
-    The source itself is read each time, so that a changed text is noticed.
+    The files lie in `cache_dir / "data"`, in a folder named by their content. The source itself is read each time, so
+    that a changed text is noticed.
     Raises ConfigError if the source cannot be read or holds too little text for `model.max_seq_len`.
     """
     corpus = read_corpus(data, progress)
@@ -66,7 +65,8 @@ def prepare(data: DataConfig, model: ModelConfig, cache_dir: Path | None = None,
             f"{model.max_seq_len + 1:,} are needed) and {len(validation):,} validation tokens (2 are needed); "
             "give more text, raise data.max_bytes or lower model.max_seq_len"
         )
-    was_read = f"{data.source}: {corpus.describe()}"
+    was_read = f"{data.source}: {corpus.n_documents:,} documents, {corpus.n_bytes:,} bytes, "
+    was_read += f"corpus {corpus.hash[:12]}{count_line(corpus.skipped)}"
     return Dataset(tokenizer, train, validation, folder, corpus.hash, was_read, **meta)
 
 

@@ -27,10 +27,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def place(model: nn.Module, optimizers: list[Optimizer] | None, precision: PrecisionConfig, device: torch.device):
-    """The model, on the device and with parameters as `precision` says.
-
-    Raises ConfigError if it would have to leave optimizers behind that were made for it: what they keep stays where it is.
-    """
+    """The model, on the device and with parameters as `precision` says. Optimizers that are given cannot be moved."""
     elsewhere = {p.device.type for p in model.parameters()} - {device.type}
     if optimizers and elsewhere:
         raise ConfigError(
@@ -87,10 +84,10 @@ def keep_freed_memory() -> bool:
     return all(ctypes.CDLL(None).mallopt(name, value) for name, value in settings)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return "can't allocate memory" in str(error) or "out of memory" in str(error)  # CPU; MPS
+def is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "out of memory" in str(error)):
+        return True  # CPU; MPS
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def out_of_memory_advice(config: Config, device: torch.device, step: int) -> str:

@@ -79,7 +79,11 @@ def to_resume(run_dir: Path, given: Config) -> tuple[dict[str, Any], Config]:
 
 @contextlib.contextmanager
 def opened(trainer: Trainer) -> Iterator[None]:
-    """The directory, made if need be, held against other processes and begun."""
+    """The run's directory, held against other processes and with everything that a run begins with.
+
+    `fit` opens it itself. For who writes there too, such as a Watch with a log: nobody else writes by then, and what lies
+    beyond the checkpoint is cut. Raises RunError if another process trains there, or did meanwhile.
+    """
     run_dir = trainer.run_dir
     try:
         run_dir.mkdir(parents=True, exist_ok=True)

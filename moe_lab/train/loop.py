@@ -147,13 +147,7 @@ class Trainer:
         finally:
             self.flush()
 
-    def opened(self) -> contextlib.AbstractContextManager[None]:
-        """The run directory, held against other processes and with everything that a run begins with.
-
-        `fit` opens it itself. For who writes there too, such as a Watch with a log: nobody else writes by then, and what is
-        older than the checkpoint is cut. Raises RunError if another process trains there, or did meanwhile.
-        """
-        return directory.opened(self)
+    opened = directory.opened
 
     def stop(self) -> None:
         """Ask, from any thread, for the end: the update in progress is finished and saved."""

@@ -27,17 +27,15 @@ class Readings:
         self.norms = [p for name, p in model.named_parameters() if name.endswith("norm.weight")]
         self.waiting: list[dict] = []
 
-    def norm_deviation(self) -> Tensor | None:
-        """Largest |w - 1| over the RMSNorm weights, a scalar on the device; None for a model without any."""
-        if not self.norms:
-            return None
+    def norm_deviation(self) -> Tensor:
+        """Largest |w - 1| over the RMSNorm weights, a scalar on the device."""
         return torch.stack([(p.detach().float() - 1).abs().max() for p in self.norms]).max()
 
-    def add(self, report: Report, loads: list[list[Tensor]], deviation: Tensor | None, seconds: float) -> None:
+    def add(self, report: Report, loads: list[list[Tensor]], deviation: Tensor, seconds: float) -> None:
         """Keep a step as a record row whose numbers are still tensors. `loads`: of each micro-batch, of each MoE layer."""
         means = [torch.stack(of_layer).mean(0) for of_layer in zip(*loads, strict=True)]
         row = {"step": report.step, "tokens": report.tokens, "loss": None, "losses": report.losses, "lr": report.lr}
-        row |= {"grad_norm": report.grad_norm} | ({} if deviation is None else {"norm_deviation": deviation})
+        row |= {"grad_norm": report.grad_norm, "norm_deviation": deviation}
         row |= {"expert_load": [load[:-1] for load in means], "drop_rate": [load[-1] for load in means]}
         self.waiting.append(row | {"seconds": seconds})
 
