@@ -2,8 +2,7 @@
 
 One training of configs/lab.yaml, in which stretches of ten updates with the watch and without it take turns: each stretch
 with it holds one check of the rules and two looks at the gradients, as every ten updates do at the defaults. Writes
-benchmarks/watch_cost.json. Two numbers: stretch against stretch, which holds everything and the machine's noise, and the
-time inside the watch's own functions, which holds no noise and no effects on what runs after them.
+benchmarks/watch_cost.json.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -24,24 +22,6 @@ from moe_lab.failures.results import provenance, write_json
 from moe_lab.health import Watch
 
 STRETCH, PAIRS = 10, 16  # updates of a stretch, pairs of stretches
-LIMITS = {"time": 0.03, "bytes": 0.02}  # shares that the watch may cost
-
-
-class Timed(Watch):
-    """A watch that adds up the seconds spent in it."""
-
-    seconds = 0.0
-
-    def timed(self, hook: Callable, *args) -> None:
-        start = time.perf_counter()
-        hook(*args)
-        self.seconds += time.perf_counter() - start
-
-    def before_step(self, *args) -> None:
-        self.timed(super().before_step, *args)
-
-    def after_step(self, *args) -> None:
-        self.timed(super().after_step, *args)
 
 
 def stretch(trainer: Trainer, watch: Watch | None) -> float:
@@ -64,26 +44,22 @@ def measure(folder: str) -> dict:
     config = load_config(ROOT / "configs" / "lab.yaml")
     # each stretch ends with one write of its ten rows, with the watch and without
     trainer = Trainer(config.with_(training={"log_interval": STRETCH}), folder)
-    watch = Timed(trainer.model, trainer.optimizers)
+    watch = Watch(trainer.model, trainer.optimizers)
     stretch(trainer, watch)  # warm: caches, the optimizers' state
-    pairs, inside = [], []
+    pairs = []
     for pair in tqdm(range(PAIRS), unit="pair", desc="watch cost"):
         seconds = {}
-        watch.seconds = 0.0
         for attached in (True, False) if pair % 2 else (False, True):  # whatever drifts, drifts for both
             (watch.attach if attached else watch.close)()
             seconds[attached] = stretch(trainer, watch if attached else None)
         pairs.append([seconds[True], seconds[False]])
-        inside.append(watch.seconds / seconds[False])
     return {
         "compute": trainer.config.precision.compute,
         "updates_per_stretch": STRETCH,
         "seconds_with_and_without": pairs,
         "cost": interval([on / off - 1 for on, off in pairs]),
-        "cost_inside": interval(inside),
         "bytes": {"watch": watch.n_bytes(), "model_and_optimizers": n_bytes(trainer)},
         "bytes_share": watch.n_bytes() / n_bytes(trainer),
-        "limits": LIMITS,
         "findings": [f.rule for f in watch.findings if f.severity != "info"],
     }
 
@@ -98,9 +74,8 @@ def interval(values: list[float]) -> dict[str, float]:
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         result = measure(folder)
-    for name in ("cost", "cost_inside"):
-        median, low, high = (f"{result[name][key]:+.2%}" for key in ("median", "low", "high"))
-        print(f"{name}: {median} of the time of an update (95 %: {low} to {high})")
+    median, low, high = (f"{result['cost'][key]:+.2%}" for key in ("median", "low", "high"))
+    print(f"time: {median} of an update's (95 %: {low} to {high})")
     print(f"memory: {result['bytes_share']:.2%} of the model's and the optimizers' bytes")
     made = provenance() | {"threads": torch.get_num_threads()}
     write_json(ROOT / "benchmarks" / "watch_cost.json", {"provenance": made, **result})

@@ -2,5 +2,5 @@
 
 true_width.py  the two phases, their statistics and their command
 one_block.py   the runs: one block in a one-layer language model
-shadow.py      what rounding keeps of each update, beside a float32 run or in a bf16 one
+shadow.py      what rounding would keep of each update of a float32 run
 """

@@ -1,4 +1,4 @@
-"""One block in a one-layer language model, at any width: float32 with the rounding shadowed, or bf16 with each step replayed.
+"""One block in a one-layer language model, at any width: in bf16, or in float32 with the rounding shadowed.
 
 Real text, real gradients, the report's cure as LRs (`designs.CURE`), constant after 20 updates of warm-up. The runs are
 cells of `moe_lab.failures.experiments`, which keeps the finished ones.
@@ -13,12 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.true_width.shadow import Shadow, displacement
-from moe_lab.config import Config, ModelConfig
+from benchmarks.true_width.shadow import Shadow
+from moe_lab.config import Config
 from moe_lab.failures.designs import CURE, study_config, with_lrs
 from moe_lab.failures.experiments import Cell, run_cells, validation_loss
-from moe_lab.health import Watch
-from moe_lab.model import LanguageModel, build_model
 from moe_lab.train import Trainer, read_record
 
 MARKS = (40, 60, 80, 100, 120, 150)  # updates after which the runs at the case's width are read
@@ -46,7 +44,7 @@ class OneBlock:
         return with_lrs(base.with_(training={"steps": self.steps}), *CURE, parameters=self.parameters)
 
     def cell(self) -> Cell:
-        return Cell(config=self.config(), probe=rounding, options={"run": asdict(self)})
+        return Cell(config=self.config(), probe=rounding, options={"one_block": asdict(self)})
 
 
 def rows_of(runs: Sequence[OneBlock]) -> list[dict[str, Any]]:
@@ -56,36 +54,28 @@ def rows_of(runs: Sequence[OneBlock]) -> list[dict[str, Any]]:
     return [rows[cell.key] for cell in cells]
 
 
-def rounding(trainer: Trainer, run: Mapping[str, Any]) -> dict[str, Any]:
-    """The probe: training losses; at each mark also the validation loss and what rounding keeps."""
-    scale(trainer.model, run["std"], trainer.config.model)
-    shadow = watch = None
-    if run["parameters"] == "float32":
-        shadow = Shadow(trainer.model, trainer.optimizers, run["lrs"])
-    else:
-        watch = Watch(trainer.model, trainer.optimizers, n_matrices=10**6)
-    row: dict[str, Any] = {"run": run, "validation": {}, "shadow": {}}
+def rounding(trainer: Trainer, one_block: Mapping[str, Any]) -> dict[str, Any]:
+    """The probe: training losses, validation losses at the marks, and what rounding would keep up to the first of them."""
+    scale(trainer.model, one_block["std"], trainer.config.model.init_std)
+    is_float32 = one_block["parameters"] == "float32"
+    shadow = Shadow(trainer.model, trainer.optimizers, one_block["lrs"]) if is_float32 else None
+    row: dict[str, Any] = {"run": one_block, "validation": {}, "shadow": {}}
     for mark in sorted({mark for mark in MARKS if mark < trainer.n_steps} | {trainer.n_steps}):
         for _ in trainer.steps(mark):
             pass
         row["validation"][str(mark)] = validation_loss(trainer, VALIDATION_TOKENS)
-        row["shadow"] |= {str(mark): shadow.read()} if shadow else {}
-    row["displacement"] = displacement(watch) if watch else {}
+        if shadow and mark == MARKS[0]:
+            row["shadow"] = shadow.read()
     row["next_token"] = [r["losses"]["next_token"] for r in read_record(trainer.run_dir) if "loss" in r]
     return row
 
 
-def start_values(config: ModelConfig, std: str, seed: int = 0) -> LanguageModel:
-    """A float32 model with matrices of standard deviation `init_std` (std "0.02") or 1/sqrt(fan_in) ("fan_in")."""
-    return scale(build_model(config, seed), std, config)
-
-
 @torch.no_grad()
-def scale(model: nn.Module, std: str, config: ModelConfig) -> nn.Module:
+def scale(model: nn.Module, std: str, init_std: float) -> None:
+    """With std "fan_in", start values of deviation 1/sqrt(fan_in) in place of `init_std`."""
     for name, p in model.named_parameters():
         if std == "fan_in" and has_fan_in(name, p):
-            p.mul_(p.shape[-1] ** -0.5 / config.init_std)
-    return model
+            p.mul_(p.shape[-1] ** -0.5 / init_std)
 
 
 def has_fan_in(name: str, p: Tensor) -> bool:

@@ -1,8 +1,6 @@
-"""What bf16 weights keep of their updates, on sampled elements: foretold from a float32 run, or found in a bf16 run.
+"""What bf16 weights would keep of each update of a float32 run, on sampled elements and at several learning rates.
 
-`Shadow` computes, beside a float32 run and at several learning rates, what rounding would have kept of each update. It
-carries nothing over to the next one, so it says what one update keeps, at every point of one healthy trajectory.
-`displacement` compares, in a bf16 run, the way that weights have gone with the sum of the steps they were meant to take.
+Nothing is carried over to the next update: the shares say what one update keeps, at every point of a healthy trajectory.
 """
 
 # Shapes: L learning rates, S sampled elements of a tensor.
@@ -16,19 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from moe_lab.health import Watch
-from moe_lab.health.measures import is_lost, ratio_of_sums
 from moe_lab.optim.groups import group_of
 
 SAMPLE = 4096  # elements of a tensor; a smaller one is taken whole
 
 
-def kept(weight: Tensor, direction: Tensor, lrs: Tensor, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
-    """What a weight of `dtype` would realise of `lr · direction`: weight and direction (S,) float32, lrs (L,) → realised,
-    intended (L, S) float32 and lost (L, S) bool."""
-    start = weight.to(dtype).float()
+def kept(weight: Tensor, direction: Tensor, lrs: Tensor) -> tuple[Tensor, Tensor]:
+    """What a bf16 weight would realise of `lr · direction`: weight and direction (S,) float32, lrs (L,) → realised and
+    intended, (L, S) float32."""
+    start = weight.bfloat16().float()
     intended = lrs[:, None] * direction
-    return (start + intended).to(dtype).float() - start, intended, is_lost(start, intended, dtype)
+    return (start + intended).bfloat16().float() - start, intended
 
 
 class Sample:
@@ -41,7 +37,7 @@ class Sample:
         self.index = drawn if n > SAMPLE else torch.arange(n)  # flat positions
         self.touched = torch.zeros(len(self.index), dtype=torch.bool)
         self.before = torch.empty(0)
-        self.sums = torch.zeros(4, n_lrs, len(self.index), dtype=torch.float64)  # Σ r·u, Σ u·u, lost, all
+        self.sums = torch.zeros(n_lrs, 2, dtype=torch.float64)  # Σ r·u, Σ u·u
 
 
 class Shadow:
@@ -49,8 +45,8 @@ class Shadow:
     update at that LR (u), on sampled elements.
     """
 
-    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], lrs: Sequence[float], dtype=torch.bfloat16):
-        self.lrs, self.dtype = torch.tensor(lrs, dtype=torch.float32), dtype
+    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], lrs: Sequence[float]):
+        self.lrs = torch.tensor(lrs, dtype=torch.float32)
         self.parameters = dict(model.named_parameters())
         self.samples = {p: Sample(p, len(lrs)) for p in self.parameters.values()}
         for optimizer in optimizers:
@@ -72,38 +68,23 @@ class Shadow:
     def after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         for p, sample, lr in self.moving(optimizer):
             direction = (p.take(sample.index) - sample.before) / lr * sample.touched
-            r, u, lost = kept(sample.before, direction, self.lrs, self.dtype)
-            r, u = r.double(), u.double()
-            sample.sums += torch.stack([r * u, u * u, lost, u != 0])
+            r, u = (x.double() for x in kept(sample.before, direction, self.lrs))
+            sample.sums += torch.stack([r * u, u * u], dim=1).sum(2)
 
     def read(self) -> dict[str, dict[str, list[float]]]:
-        """name → LR → Σ ru, Σ u², then over elements Σ (Σ ru)², Σ (Σ ru)(Σ u²), Σ (Σ u²)², lost, all; each estimated for
-        the whole tensor from its sample."""
+        """name → LR → Σ ru, Σ u², each estimated for the whole tensor from its sample."""
         table = {}
         for name, p in self.parameters.items():
-            ru, uu, lost, n = self.samples[p].sums  # (L, S) each
-            scale = p.numel() / ru.shape[1]
-            squares = [scale * x for x in (ru * ru, ru * uu, uu * uu)]
-            rows = scale * torch.stack([ru, uu, *squares, lost, n], dim=1).sum(2)  # (L, 7)
-            table[name] = {f"{lr:.6g}": row for lr, row in zip(self.lrs.tolist(), rows.tolist(), strict=True)}
+            sample = self.samples[p]
+            rows = (p.numel() / len(sample.index) * sample.sums).tolist()
+            table[name] = {f"{lr:.6g}": row for lr, row in zip(self.lrs.tolist(), rows, strict=True)}
         return table
 
 
-def displacement(watch: Watch) -> dict[str, list[float]]:
-    """name → the seven sums of `Shadow.read` in a bf16 run: of whole displacements since the watch began, against the sum of
-    the steps that were meant, each replayed in float32. `lost` are elements that are where they began."""
-    watch.check()
-    known = [r for r in watch.readings if r.intended_square is not None]
-    columns = ("realised_intended", "intended_square", "moments_rruu", "moments_ruuu", "moments_uuuu")
-    return {r.name: [*(getattr(r, c) for c in columns), r.unchanged, r.n_touched] for r in known}
-
-
-def share(rows: Iterable[Sequence[float]]) -> dict[str, float]:
-    """From rows of `Shadow.read` or `displacement`: realised share ρ = Σ ru / Σ u², its standard error over elements, lost
-    share of the updates (each 0 to 1; ρ may exceed 1 where rounding up prevails)."""
-    *sums, lost, n = (sum(column) for column in zip(*rows, strict=True))
-    rho, error = ratio_of_sums(*sums) if sums[1] else (math.nan, math.nan)
-    return {"rho": rho, "error": error, "lost": lost / n if sums[1] else math.nan}
+def share(rows: Iterable[Sequence[float]]) -> float:
+    """From rows of `Shadow.read`: realised share ρ = Σ ru / Σ u²; it may exceed 1 where rounding up prevails."""
+    ru, uu = (sum(column) for column in zip(*rows, strict=True))
+    return ru / uu if uu else math.nan
 
 
 def at_lr(table: dict[str, dict[str, list[float]]], lr: float, factors: dict[str, float] | None = None) -> dict:
@@ -111,7 +92,7 @@ def at_lr(table: dict[str, dict[str, list[float]]], lr: float, factors: dict[str
     return {name: rows[f"{lr * (factors[name] if factors else 1):.6g}"] for name, rows in table.items()}
 
 
-def by_part(sums: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+def by_part(sums: dict[str, list[float]]) -> dict[str, float]:
     """Part of a block → `share`. `Muon` is all of Muon's matrices together."""
     parts: dict[str, list] = {}
     for name, row in sums.items():

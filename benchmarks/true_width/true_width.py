@@ -4,9 +4,8 @@
     python -m benchmarks.true_width.true_width measure     # width 1536; refuses to start without the prediction
 
 One block in a one-layer language model (dense, or 8 experts top-2), real text, real gradients, the report's cure as LRs
-(`designs.CURE`), constant after 20 updates of warm-up. The trajectory is float32; at each update and for several LRs, a
-shadow computes what rounding to bf16 would have kept of it. The shadow carries nothing over to the next update: it says
-what one update keeps. A paired run with bf16 weights (same start values and batches) says what it adds up to.
+(`designs.CURE`), constant after 20 updates of warm-up. The trajectory is float32, and a shadow computes what rounding to
+bf16 would have kept of each update. A paired run with bf16 weights (same start values and batches) says what it costs.
 
 Init std is part of the statement: `0.02` everywhere as in the case, or `fan_in`: 1/sqrt(fan_in) for every matrix except
 the embedding, which has no fan-in and stays at 0.02.
@@ -26,14 +25,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks.true_width.one_block import LRS, MARKS, OneBlock, has_fan_in, rows_of, start_values
+from benchmarks.true_width.one_block import LRS, MARKS, OneBlock, has_fan_in, rows_of
 from benchmarks.true_width.shadow import at_lr, by_part, part_of
 from moe_lab.config import ConfigError
 from moe_lab.data.prepare import CACHE
 from moe_lab.failures.results import RESULTS, origins, write_json
-from moe_lab.health.measures import predict_lost
+from moe_lab.model import build_model
 from moe_lab.optim.groups import group_of
 from moe_lab.train.command import exit_code
 
@@ -87,33 +86,20 @@ def line_at(width: int, points: Sequence[tuple[int, float]]) -> float:
     return np.polyfit(np.log2(x / width), y, 1)[1].item()
 
 
-def fresh_share(model: nn.Module, lr: float) -> dict[str, float]:
-    """ρ of each of Muon's matrices without any training: `predict_lost` on start values, elements of lr / sqrt(fan_in)."""
-    matrices = {part_of(name): p for name, p in model.named_parameters() if group_of(name) == "muon"}
-    steps = {part: lr * p.shape[-1] ** -0.5 for part, p in matrices.items()}
-    return {part: predict_lost(p.flatten()[:1_000_000], steps[part]).realised for part, p in matrices.items()}
-
-
 def predicted_shares(width: int, block: str, std: str, rows: Rows) -> list[dict[str, Any]]:
     """A row for each kind and LR, over the first MARKS[0] updates. `rho` is the prediction: at each narrow width, ρ at the
-    LR that `matching_factor` gives, and a line through the three; `low` and `high` are their extremes. For comparison
-    `same_lr` (a line through ρ at the same LR) and `fresh` (no run at all)."""
+    LR that `matching_factor` gives, and a line through the three."""
     table = []
-    model = start_values(OneBlock(block=block, d_model=width).config().model, std)
+    model = build_model(OneBlock(block=block, d_model=width).config().model)
     for lr in LRS:
-        matched, same = {}, {}
+        points: dict[str, list[tuple[int, float]]] = {}
         for row in those(rows, block=block, std=std, parameters="float32"):
-            d, shadow = row["run"]["d_model"], row["shadow"][str(MARKS[0])]
-            factors = {n: matching_factor(n, p, std, width / d) for n, p in model.named_parameters()}
-            for points, found in ((matched, at_lr(shadow, lr, factors)), (same, at_lr(shadow, lr))):
-                for part, values in by_part(found).items():
-                    points.setdefault(part, []).append((d, values["rho"]))
-        fresh = fresh_share(model, lr)
-        for part, points in matched.items():
-            rho, ends = line_at(width, points), [value for _, value in points]
-            row = {"block": block, "std": std, "kind": part, "lr": lr, "rho": rho, "low": min(rho, *ends)}
-            row |= {"high": max(rho, *ends), "same_lr": line_at(width, same[part]), "fresh": fresh.get(part)}
-            table.append(row)
+            d = row["run"]["d_model"]
+            factors = {name: matching_factor(name, p, std, width / d) for name, p in model.named_parameters()}
+            for part, rho in by_part(at_lr(row["shadow"], lr, factors)).items():
+                points.setdefault(part, []).append((d, rho))
+        key = {"block": block, "std": std, "lr": lr}
+        table += [key | {"kind": part, "rho": line_at(width, found)} for part, found in points.items()]
     return table
 
 
@@ -128,7 +114,7 @@ def nats(width: int, block: str, rows: Rows) -> dict[str, dict[str, float]]:
     for mark in (m for m in sick["validation"] if m in sound["validation"]):
         means = [sum(row["next_token"][int(mark) - WINDOW : int(mark)]) / WINDOW for row in (sick, sound)]
         difference = sick["validation"][mark] - sound["validation"][mark]
-        table[mark] = {"training": means[0] - means[1], "validation": difference, "float32": sound["validation"][mark]}
+        table[mark] = {"training": means[0] - means[1], "validation": difference}
     return table
 
 
@@ -160,14 +146,14 @@ def predict(width: int) -> None:
     rows = rows_of(narrow_runs(width))
     kinds = [(block, std) for block, stds in BLOCKS.items() for std in stds]
     shares = [row for block, std in kinds for row in predicted_shares(width, block, std, rows)]
-    costs, narrow = {}, {}
+    costs = {}
     for block, last in PAIR.items():
         widths = sorted({row["run"]["d_model"] for row in rows})
-        by_width = narrow[block] = {d: table for d in widths if (table := nats(d, block, rows))}
+        by_width = {d: table for d in widths if (table := nats(d, block, rows))}
         costs[block] = {str(mark): {} for mark in MARKS if mark <= last}
         for mark, loss in product(costs[block], ("training", "validation")):
             costs[block][mark][loss] = line_at(width, [(d, table[mark][loss]) for d, table in by_width.items()])
-    save(width, {"width": width, "prediction": provenance(rows) | {"nats": costs, "narrow": narrow, "shares": shares}})
+    save(width, {"width": width, "prediction": provenance(rows) | {"nats": costs, "shares": shares}})
 
 
 def measure(width: int) -> None:
@@ -184,21 +170,16 @@ def measure(width: int) -> None:
     if facts["begun"] < made:
         ages = f"the prediction ({made}) is younger than a run ({facts['begun']})"
         raise ConfigError(f"{result_path(width)}: {ages}; delete that run")
-    shares, displacements, widths = [], {}, []
-    for row in rows:
-        run, marks = row["run"], sorted(row["shadow"], key=int)
-        if row["displacement"]:
-            displacements[run["block"]] = {"updates": row["updates"], "kinds": by_part(row["displacement"])}
-        for mark, lr in product(dict.fromkeys([*marks[:1], *marks[-1:]]), LRS):
-            key = {"block": run["block"], "std": run["std"], "lr": lr, "updates": int(mark)}
-            parts = by_part(at_lr(row["shadow"][mark], lr))
-            shares += [key | {"kind": part} | values for part, values in parts.items()]
+    shares, widths = [], []
     for row, lr in product([*rows_of(narrow_runs(width)), *rows], LRS):
-        if table := row["shadow"].get(str(MARKS[0])):
-            key = {name: row["run"][name] for name in ("block", "std", "d_model")}
-            widths.append(key | {"lr": lr} | by_part(at_lr(table, lr))["Muon"])
+        if row["shadow"]:
+            key = {name: row["run"][name] for name in ("block", "std", "d_model")} | {"lr": lr}
+            parts = by_part(at_lr(row["shadow"], lr))
+            widths.append(key | {"rho": parts["Muon"]})
+            if key["d_model"] == width:
+                shares += [key | {"kind": part, "rho": rho} for part, rho in parts.items()]
     costs = {block: nats(width, block, rows) for block in BLOCKS}
-    measured = facts | {"nats": costs, "displacement": displacements, "widths": widths, "shares": shares}
+    measured = facts | {"nats": costs, "widths": widths, "shares": shares}
     save(width, stored | {"measured": measured})
 
 
