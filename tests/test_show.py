@@ -41,6 +41,14 @@ def watched(shell, monkeypatch) -> None:
     monkeypatch.setattr(live, "REDRAW_S", 0.03)
 
 
+@pytest.fixture
+def in_a_script(monkeypatch) -> None:
+    """No shell, and so no handles; a front end is guessed none the less, as in an editor's terminal."""
+    monkeypatch.setenv("MOE_LAB_INTERACTIVE", "1")
+    monkeypatch.setattr(live, "get_ipython", lambda: None)
+    monkeypatch.setattr(live, "display", lambda *shown, **options: print(*shown))
+
+
 def of_steps(n: int) -> Config:
     """Of a run with one head, so that the next token's loss has the weight 1."""
     return Config().with_(model={"n_pred_tokens": 1, "aux_loss_weights": (1.0,)}, training={"steps": n})
@@ -173,9 +181,13 @@ def test_starting_again_stops_the_run_before(headless) -> None:
     assert live._active is second
 
 
-def test_headless_progress_is_told_by_the_waiting_cell(headless, capsys) -> None:
+@pytest.mark.parametrize("mode", ["headless", "in_a_script"])
+def test_progress_is_told_by_the_waiting_cell(mode, request, capsys) -> None:
+    request.getfixturevalue(mode)
     finished(FakeTrainer(n_steps=25, step_s=0.01))
-    told = [line for line in capsys.readouterr().err.splitlines() if "%" in line]
+    out, err = capsys.readouterr()
+    assert (out == "") == (mode == "in_a_script")  # nothing is shown
+    told = [line for line in err.splitlines() if "%" in line]
     assert 3 <= len(told) <= 10
     assert re.search(r"^ *\d+ %  running · step \d+/25 · loss \d\.\d+ · 6,000 tokens/s", told[0])
 

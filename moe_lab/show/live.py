@@ -5,7 +5,7 @@
 
 The trainer runs in a worker thread, and buttons only set its locked controls. The figure is a plain picture under a
 display id, so it survives saving, reloading and papermill. Headless there are no widgets, one figure at the end, and a
-line of progress every tenth of the run. A wrong guess of `is_interactive` costs some metadata and nothing else.
+line of progress every tenth of the run; in a plain script those lines alone.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from IPython import get_ipython
+from IPython.display import display
 
 from moe_lab.show.plots import next_token_weight, training_figure
 from moe_lab.show.style import to_html
@@ -45,11 +47,9 @@ def keep_live(widget: Any) -> None:
     change of a widget until one comes. Sending the missing status opens it again; a second one is ignored.
     """
     try:
-        from IPython import get_ipython
-
         kernel = get_ipython().kernel
         lock, publish = kernel._main_asyncio_lock, kernel._publish_status
-    except AttributeError:  # another kernel, or none: nothing to mend
+    except AttributeError:  # another kernel: nothing to mend
         return
 
     def acknowledge(_: Any) -> None:
@@ -84,7 +84,8 @@ class LiveRun:
 
     def __init__(self, trainer: Any, floors: Mapping[str, float] | None = None):
         self.trainer, self.floors = trainer, floors or trainer.floors
-        self.controls = is_interactive()
+        self.can_show = get_ipython() is not None  # not in a plain script
+        self.controls = self.can_show and is_interactive()
         self.rows: list[dict[str, Any]] = []
         self.training: Future[dict[str, Any]] = Future()
         self._threads = [threading.Thread(target=self._train, daemon=True)]
@@ -92,8 +93,6 @@ class LiveRun:
     def start(self) -> LiveRun:
         """Show the controls and the figure here and begin to train. A run that is still going is stopped first, so
         the cell may be run again."""
-        from IPython.display import display
-
         global _active
         if _active is not None:
             _active.stop_and_join()
@@ -104,7 +103,9 @@ class LiveRun:
             self._box = self._widgets()
             self._handle = display(self._box, display_id=True)
             self._threads.append(threading.Thread(target=self._draw, daemon=True))
-        self._picture = display({"text/plain": "(the figure comes with the first readings)"}, raw=True, display_id=True)
+        if self.can_show:
+            text = {"text/plain": "(the figure comes with the first readings)"}
+            self._picture = display(text, raw=True, display_id=True)
         release_thread_pool()
         for thread in self._threads:
             thread.start()
@@ -175,8 +176,9 @@ class LiveRun:
     # ---- output ----
 
     def _redraw(self) -> None:
-        figure, description = training_figure(list(self.rows), self.floors, self.trainer.config)
-        self._picture.update(to_html(figure, description), raw=True)
+        if self.can_show:
+            figure, description = training_figure(list(self.rows), self.floors, self.trainer.config)
+            self._picture.update(to_html(figure, description), raw=True)
 
     def _close(self) -> None:
         """The last picture, and text in place of the controls: a saved notebook would show them as errors."""
