@@ -8,7 +8,7 @@ from toy import Toy, adamw, finding, said, spoken, toy, train, watched
 
 from moe_lab.health import Watch
 from moe_lab.health.during.rule import Rule
-from moe_lab.health.during.rules_updates import DIRECTION_BIAS
+from moe_lab.health.during.rules_updates import direction_bias
 
 # ---- updates ---------------------------------------------------------------------------------------------------------
 
@@ -81,7 +81,7 @@ def one_way(lr: float) -> list:
         model.weight.grad = sign * half
         optimizer.step()
     watch.check()
-    return spoken(DIRECTION_BIAS, watch.state)
+    return spoken(direction_bias, watch.state)
 
 
 def test_updates_that_survive_downwards_only() -> None:

@@ -86,7 +86,7 @@ def functions_of_health() -> dict[types.CodeType, types.FunctionType]:
         if name.startswith("moe_lab.health"):
             classes = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == name]
             for member in (m for space in (module, *classes) for m in vars(space).values()):
-                member = member.fget if isinstance(member, property) else member
+                member = member.fget if isinstance(member, property) else getattr(member, "when", member)
                 function = inspect.unwrap(member) if callable(member) else member
                 if isinstance(function, types.FunctionType) and "moe_lab/health" in function.__code__.co_filename:
                     found[function.__code__] = function

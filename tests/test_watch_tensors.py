@@ -200,13 +200,10 @@ def test_bad_input_is_refused_in_one_line(tmp_path) -> None:
 
     model = toy()
     optimizer = AdamW(model.parameters())
-    emptied = AdamW(model.parameters())
-    emptied.param_groups[0]["params"] = []
-    refused_as("AdamW has no parameters", model, emptied)
-    refused_as("empty", model, [])
+    refused_as("no parameter of the model is in the optimizer", model, [])
     refused_as("not a torch.optim.Optimizer", model, [model])
     refused_as("meta device", nn.Linear(2, 2, device="meta"), optimizer)
-    refused_as("no parameters", nn.ReLU(), optimizer)
+    refused_as("no parameter of the model is in the optimizer", nn.ReLU(), optimizer)
     refused_as("no parameter of the model is in the optimizer", model, AdamW(toy(1, width=8).parameters()))
     copied = copy.deepcopy(model)  # the optimizer trains another object than the one that is used
     refused_as("no parameter of the model is in the optimizer", model, AdamW(copied.parameters()))

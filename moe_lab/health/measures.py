@@ -125,9 +125,8 @@ class Sums:
     n_touched: float
     unchanged: float  # bit-identical since the watch began
     unchanged_lately: float  # … since the last reading
-    up: float
-    down: float
-    meant_down: float  # of those that moved, those whose intended displacement is downwards
+    down: float  # of those that moved
+    meant_down: float  # of them, those whose intended displacement is downwards
     moved_square: float  # Σ (now - start)²
     weight_square: float  # Σ start², all
     realised_intended: float | None  # Σ r u of the window; None where the intended update is not known

@@ -4,8 +4,7 @@ watch.py         the Watch: hooks, checks, report
 rules.py         the rules in the order in which they are asked
 rules_setup.py   who is updated at all: optimizers, frozen parts, decay of norms
 rules_updates.py what becomes of updates: broken gradients, lost to rounding, without gradient, one direction only
-rules_lr.py      learning rates, measured steps against the usual ones; reach
-rules_loss.py    the first loss, a loss that rises, stands still or is NaN
+rules_loss.py    learning rates, measured steps against the usual ones; reach; the loss that comes of them
 rule.py          what a rule is: something to look for, and the words for it
 state.py         what is known of a training, which the rules see
 tracking.py      which tensors are followed, under which names and in which groups

@@ -84,7 +84,6 @@ class Bank:
             "n_touched": on,
             "unchanged": on & (now == self.start),
             "unchanged_lately": on & (now == self.last),
-            "up": on & (moved > 0),
             "down": on & (moved < 0),
             "meant_down": (u < 0) & on & (moved != 0),
             "moved_square": on * moved**2,

@@ -10,28 +10,27 @@ from ..findings import Finding, grouped, several
 from .state import State
 from .tracking import Tracked
 
-Facts = list[Tracked] | Mapping[str, Any]
+# what is ill (kinds of tensors, groups, "loss") → its tensors, or facts by name
+Ill = Mapping[str, list[Tracked] | Mapping[str, Any]]
 
 
 class Rule(NamedTuple):
-    """One thing that can be wrong with a training.
+    """One thing that can be wrong with a training; a finding is made of what it did not name before at this severity or a
+    higher one.
 
-    `when(state)` maps what is ill (kinds of tensors, groups, "loss") to its tensors, or to facts by name; a finding is made of
-    those that this rule did not name before, at this severity or a higher one. `message` and `advice` may use {names} of the
-    tensors, or else of what is ill, {n}, how many, their {share} of the parameters, {updates} seen, and the first one's facts;
-    those may also set the finding's `where`, `value` and `limit`.
+    `message` and `advice` may use {names} of the tensors, or else of what is ill, {n}, how many, their {share} of the
+    parameters, {updates} seen, and the first one's facts; those may also set the finding's `where`, `value` and `limit`.
     """
 
     id: str  # of findings.RULES
     severity: str
-    when: Callable[[State], Mapping[str, Facts]]
+    when: Callable[[State], Ill]
     message: str
     advice: str
-    limit: float | None = 0  # of a number of tensors
 
-    def finding(self, state: State, ill: Mapping[str, Facts]) -> Finding:
+    def finding(self, state: State, ill: Ill) -> Finding:
         tensors = [t for facts in ill.values() if isinstance(facts, list) for t in facts]
-        facts = {"value": len(tensors), "limit": self.limit} if tensors else next(iter(ill.values()))
+        facts = {"value": len(tensors), "limit": 0} if tensors else next(iter(ill.values()))
         words = {
             "n": len(tensors or ill),
             "names": several([t.name for t in tensors] or list(ill)),
@@ -44,6 +43,11 @@ class Rule(NamedTuple):
         return Finding(
             self.id, self.severity, where, message, advice, facts.get("value"), facts.get("limit"), state.step
         )
+
+
+def rule(severity: str, message: str, advice: str) -> Callable[[Callable[[State], Ill]], Rule]:
+    """Makes the Rule that has the decorated function's name and asks it."""
+    return lambda when: Rule(when.__name__, severity, when, message, advice)
 
 
 def by_kind(tensors: Iterable[Tracked]) -> dict[str, list[Tracked]]:

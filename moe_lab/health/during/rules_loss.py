@@ -1,14 +1,18 @@
-"""Rules about the loss."""
+"""Rules about learning rates and the loss: what steps of their size usually are, how far they can get, what they achieve."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from statistics import fmean, variance
 
-from ..measures import trend
-from .rule import Rule
+from ..conventions import Group, convention_of, judge
+from ..measures import adam_reach, trend
+from . import intended
+from .rule import Ill, Rule, rule
 from .state import PRETRAINED, State
-from .tracking import HISTORY, LR_STEADY
+from .steps import kind_of, matrix_shape
+from .tracking import HISTORY, LR_STEADY, GroupState
 
 SIGMAS = 3.0  # standard errors of a difference of losses
 START_OFF = 0.2  # nats between the first loss and ln V + var/2; nats by which a loss rose
@@ -16,8 +20,118 @@ LR_ACTED = 30.0  # updates' worth of peak LR before the loss must have fallen
 LR_LATE = 0.2  # share of the peak LR below which the loss need not fall
 MOST_ACCUMULATED = 64  # the largest factor that a first loss is tried with
 
+# findings that ask how far weights move: without one of them, how far they can is noise
+ABOUT_MOVEMENT = {"lost_updates", "bf16_parameters", "frozen_tensor"}
+ABOUT_MOVEMENT |= {"lr_too_low", "muon_convention", "loss_not_falling"}
 
-def initial_loss(state: State) -> dict[str, dict]:
+# ---- learning rates --------------------------------------------------------------------------------------------------
+
+
+def measured_group(state: State, group: GroupState) -> Group | None:
+    """A group as it is judged: by the kind of its steps, and not by its optimizer's name. None where no table is for it."""
+    kind, seen = kind_of([t for t in state.tracked if t.owner is group])
+    if kind not in ("adam", "sign", "orthogonal") or not group.lrs:
+        return None
+    planned = float(group.group.get("initial_lr") or 0.0)
+    lr = max(group.peak, planned) if group.is_steady else group.peak
+    if kind == "adam":  # its number is what the table is about, whatever the RMS is by now
+        return Group(group.name, "adam", lr)
+    largest, step = max(seen, key=lambda pair: pair[0].param.numel())
+    if kind == "sign":
+        return Group(group.name, "adam", lr, rms=step.rms)
+    declared = group.group.get("adjust_lr") or group.group.get("adjust_lr_fn")
+    convention = convention_of([(matrix_shape(t.param.shape), step.rms) for t, step in seen], declared)
+    rms = None if convention else step.rms
+    return Group(group.name, "muon", lr, matrix_shape(largest.param.shape), convention or "its own", rms)
+
+
+def learning_rates(state: State, name: str) -> Ill:
+    """Peak LRs against what such models are trained with; low ones only once they stopped rising, and in a fresh model.
+    What is found under the rule of this name, by the groups that it is about."""
+    if not state.forward.is_language_model:
+        return {}  # the table is of language models
+    judged = {group: known for group in state.groups if (known := measured_group(state, group))}
+    if not judged:
+        return {}
+    low_too = state.is_fresh and all(group.is_steady for group in judged)
+    ill = {}
+    for finding in judge(judged.values(), state.n_parameters):
+        hot = finding.rule == "lr_too_high" or (finding.rule == "muon_convention" and finding.value > 1)
+        if finding.rule == name and (hot or low_too):
+            ill |= dict.fromkeys(finding.where.split(", "), finding.to_dict())
+    return ill
+
+
+@rule(
+    "info",
+    "within {budget} updates no weight of {where} can move by more than {value:.2g}, whatever its gradients",
+    "compare it with the movement you expect before you call a weight frozen or slow",
+)
+def reach(state: State) -> Ill:
+    """How far a weight can get within the budget, at the LRs seen so far and the last one from there on: the smallest reach
+    of the groups. Only beside a finding about movement."""
+    if state.budget is None or state.n_seen < LR_STEADY or not ABOUT_MOVEMENT & {f.rule for f in state.findings}:
+        return {}
+    found = []
+    for group in state.groups:
+        if group.lrs and intended.is_adam(group.optimizer, group.group):
+            lrs = [*group.lrs, *[group.peak] * max(0, state.budget - len(group.lrs))][: min(state.budget, 100_000)]
+            found.append((adam_reach(lrs, group.group["betas"]), group.name))
+    if not found:
+        return {}
+    most, name = min(found)
+    return {"the smallest": {"value": most, "where": name, "budget": state.budget}}
+
+
+# ---- the loss --------------------------------------------------------------------------------------------------------
+
+
+@rule("error", "the loss is not finite", "go back to a sound checkpoint with a lower LR")
+def nonfinite_loss(state: State) -> Ill:
+    return {} if all(map(math.isfinite, state.losses)) else {"loss": {}}
+
+
+def change(state: State) -> tuple[float, float, float]:
+    """Mean of the first and the last LR_STEADY losses of a fresh model, all finite, and the standard error of their
+    difference: infinite where there are too few."""
+    losses = state.losses
+    if len(losses) < 2 * LR_STEADY or not state.is_fresh or nonfinite_loss.when(state):
+        return 0.0, 0.0, math.inf
+    first, last = losses[:LR_STEADY], losses[-LR_STEADY:]
+    return fmean(first), fmean(last), math.sqrt(variance(first) / len(first) + variance(last) / len(last))
+
+
+def loss_rose(state: State) -> Ill:
+    first, last, noise = change(state)
+    if last - first <= SIGMAS * noise + START_OFF or state.losses[0] <= 0:
+        return {}
+    return {"loss": {"value": last - first, "limit": START_OFF, "first": first, "last": last}}
+
+
+@rule(
+    "warning",
+    "after {acted:.0f} updates' worth of the peak LR the loss has not fallen: {value:.1e} ± {error:.0e} an update",
+    "check the data first (random tokens? shuffled labels?), then the learning rate by a branch probe",
+)
+def loss_not_falling(state: State) -> Ill:
+    """The loss of a fresh model must fall once the LR has acted."""
+    first, last, noise = change(state)
+    groups = [group for group in state.groups if group.peak]
+    acted = max((group.total / group.peak for group in groups), default=0.0)
+    late = all(group.last < LR_LATE * group.peak for group in groups)
+    has_fallen = last - first <= -SIGMAS * noise
+    if math.isinf(noise) or loss_rose(state) or acted < LR_ACTED or late or has_fallen:
+        return {}
+    slope, error = trend(state.losses[-HISTORY:])
+    return {"loss": {"value": slope, "limit": 0.0, "error": error, "acted": acted}}
+
+
+@rule(
+    "warning",
+    "the first loss is {value:.3f}; an untrained model of this vocabulary shows {limit:.3f}{factor}",
+    "look for a division by the accumulation that is done twice or not at all, padding in the loss, or a wrong init",
+)
+def initial_loss(state: State) -> Ill:
     """The first loss, and by which factor it is off, in words."""
     expected = state.expected_start
     if expected is None or not state.losses or not state.is_fresh or not math.isfinite(state.losses[0]):
@@ -37,69 +151,15 @@ def initial_loss(state: State) -> dict[str, dict]:
     return {"loss": {"value": first, "limit": expected, "factor": factor}}
 
 
-def nonfinite_loss(state: State) -> dict[str, dict]:
-    return {} if all(map(math.isfinite, state.losses)) else {"loss": {}}
-
-
-def change(state: State) -> tuple[float, float, float] | None:
-    """Mean of the first and the last LR_STEADY losses of a fresh model with enough of them, all finite, and the standard error
-    of their difference."""
-    losses = state.losses
-    if len(losses) < 2 * LR_STEADY or not state.is_fresh or nonfinite_loss(state):
-        return None
-    first, last = losses[:LR_STEADY], losses[-LR_STEADY:]
-    return fmean(first), fmean(last), math.sqrt(variance(first) / len(first) + variance(last) / len(last))
-
-
-def loss_rose(state: State) -> dict[str, dict]:
-    first, last, noise = change(state) or (0.0, 0.0, 0.0)
-    if last - first <= SIGMAS * noise + START_OFF or state.losses[0] <= 0:
-        return {}
-    return {"loss": {"value": last - first, "limit": START_OFF, "first": first, "last": last}}
-
-
-def loss_not_falling(state: State) -> dict[str, dict]:
-    """The loss of a fresh model must fall once the LR has acted."""
-    seen = change(state)
-    if seen is None or loss_rose(state):
-        return {}
-    first, last, noise = seen
-    groups = [group for group in state.groups if group.peak]
-    acted = max((group.total / group.peak for group in groups), default=0.0)
-    late = all(group.last < LR_LATE * group.peak for group in groups)
-    if acted < LR_ACTED or late or last - first <= -SIGMAS * noise:
-        return {}
-    slope, error = trend(state.losses[-HISTORY:])
-    return {"loss": {"value": slope, "limit": 0.0, "error": error, "acted": acted}}
-
+ROSE = "the loss rose from {first:.2f} to {last:.2f}"
 
 RULES = (
-    Rule(
-        "nonfinite_loss",
-        "error",
-        nonfinite_loss,
-        "the loss is not finite",
-        "go back to a sound checkpoint with a lower LR",
+    *(
+        Rule(name, "warning", partial(learning_rates, name=name), "{message}", "{advice}")
+        for name in ("muon_convention", "lr_too_low", "lr_too_high")
     ),
-    Rule(
-        "lr_too_high",
-        "error",
-        loss_rose,
-        "the loss rose from {first:.2f} to {last:.2f}",
-        "lower the learning rate, or lengthen the warm-up",
-    ),
-    Rule(
-        "loss_not_falling",
-        "warning",
-        loss_not_falling,
-        "after {acted:.0f} updates' worth of the peak LR the loss has not fallen: {value:.1e} ± {error:.0e} an update",
-        "check the data first (random tokens? shuffled labels?), then the learning rate by a branch probe",
-    ),
-    Rule(
-        "initial_loss",
-        "warning",
-        initial_loss,
-        "the first loss is {value:.3f}; an untrained model of this vocabulary shows {limit:.3f}{factor}",
-        "look for a division by the accumulation that is done twice or not at all, padding in the loss, or a wrong init",
-    ),
+    nonfinite_loss,
+    Rule("lr_too_high", "error", loss_rose, ROSE, "lower the learning rate, or lengthen the warm-up"),
+    loss_not_falling,
+    initial_loss,
 )

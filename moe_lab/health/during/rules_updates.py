@@ -9,7 +9,7 @@ import torch
 
 from ..measures import share_of
 from . import intended
-from .rule import Rule, by_kind
+from .rule import Ill, Rule, by_kind, rule
 from .state import State
 from .steps import kind_of
 from .tracking import Tracked
@@ -28,11 +28,16 @@ WAIT_READINGS = 3  # readings of the gradients until then, 5 updates apart
 UNREPLAYED = 50  # updates before 16-bit weights under an unknown optimizer are judged
 
 
-def nonfinite_gradient(state: State) -> dict[str, list[Tracked]]:
+@rule(
+    "error",
+    "a gradient was NaN or infinite: {names}",
+    "stop, go back to the last sound checkpoint, and lower the learning rate or look for a log or division of 0",
+)
+def nonfinite_gradient(state: State) -> Ill:
     return by_kind(t for t in state.tracked if not t.finite)
 
 
-def lost_updates(state: State, limit: float, ulps: float) -> dict[str, dict]:
+def lost_updates(state: State, limit: float, ulps: float) -> Ill:
     """16-bit weights: realised against intended displacement, kind by kind, the worst first."""
     if state.window < LOST_UPDATES:
         return {}
@@ -42,22 +47,22 @@ def lost_updates(state: State, limit: float, ulps: float) -> dict[str, dict]:
     common = {"limit": limit, "window": state.window, "n_sick": len(sick), "n_kinds": len(kinds)}
     return {
         kind: {
-            "value": shares[kind].rho,
-            "error": shares[kind].error,
+            "value": share.rho,
+            "error": share.error,
             "worst": kind,
             "still": sum(t.unchanged for t in kinds[kind]) / max(1, sum(t.n_touched for t in kinds[kind])),
             "dtype": str(kinds[kind][0].param.dtype).removeprefix("torch."),
             **common,
         }
-        for kind in sorted(sick, key=lambda kind: sick[kind].rho)
+        for kind, share in sorted(sick.items(), key=lambda pair: pair[1].rho)
     }
 
 
-def badly_lost(state: State) -> dict[str, dict]:
+def badly_lost(state: State) -> Ill:
     return lost_updates(state, LOST_ERROR, LOST_ULPS[0])
 
 
-def partly_lost(state: State) -> dict[str, dict]:
+def partly_lost(state: State) -> Ill:
     """None where an error says what the warning would, or what is missing may be carried on to later updates."""
     lost = {} if badly_lost(state) else lost_updates(state, LOST_WARNING, LOST_ULPS[1])
     carrying = [o for o in state.optimizers if intended.keeps_lost_bits(o)]
@@ -65,8 +70,8 @@ def partly_lost(state: State) -> dict[str, dict]:
     return {kind: facts for kind, facts in lost.items() if kind not in carried}
 
 
-def no_gradient(state: State, matters: bool | None) -> dict[str, list[Tracked]]:
-    """Trainable tensors without any gradient of which `forward.matters` gives this answer.
+def no_gradient(state: State, matters: bool) -> Ill:
+    """Trainable tensors without any gradient, of which a change is seen in the output (`forward.matters`), or is not.
 
     That repeats a forward pass, once a kind for the whole training: no other rule computes anything.
     """
@@ -75,29 +80,21 @@ def no_gradient(state: State, matters: bool | None) -> dict[str, list[Tracked]]:
     never = [t for t in state.tracked if t.owner and t.param.requires_grad and not t.with_gradient]
     never = [t for t in never if t.no_gradient + t.zero_gradient >= WAIT_READINGS]
     never = [t for t in never if t.name not in state.frozen_on_purpose and not t.is_master]
-    return {kind: ts for kind, ts in by_kind(never).items() if state.forward.matters(ts[0].param) is matters}
+    return {kind: ts for kind, ts in by_kind(never).items() if bool(state.forward.matters(ts[0].param)) == matters}
 
 
-def idle(state: State, matters: bool | None) -> dict[str, list[Tracked]]:
-    """The same where nothing is cut off: what is behind a cut has no gradient either."""
-    return {} if no_gradient(state, True) else no_gradient(state, matters)
+def idle(state: State) -> Ill:
+    """Without a gradient where nothing is cut off: what is behind a cut has none either."""
+    return {} if no_gradient(state, matters=True) else no_gradient(state, matters=False)
 
 
-def sparse_gradient(state: State) -> dict[str, list[Tracked]]:
-    return by_kind(t for t in state.tracked if t.sparse)
-
-
-def bf16_parameters(state: State) -> dict[str, list[Tracked]]:
-    """16-bit weights under an optimizer whose step was not replayed: judged by what moved at all, and only a warning."""
-    if state.n_seen < UNREPLAYED:
-        return {}
-    replayed = {t.optimizer for t in state.tracked if t.intended_known}
-    unknown = [t for t in state.readings if t.is_narrow and t.owner and t.optimizer not in replayed]
-    return by_kind(t for t in unknown if t.is_still and not intended.keeps_lost_bits(t.optimizer))
-
-
-def frozen_tensor(state: State) -> dict[str, list[Tracked]]:
-    """Tensors with gradients and a learning rate of which nothing has moved although their travel would show."""
+@rule(
+    "error",
+    "{n} tensors have gradients and a learning rate, and no sampled element has moved: {names}",
+    "the optimizer may hold another object than the model uses, or something writes the old values back",
+)
+def frozen_tensor(state: State) -> Ill:
+    """Tensors of which nothing has moved although their travel would show."""
     stuck = [t for t in state.readings if t.owner and t.is_still and t.with_gradient >= FROZEN_READINGS]
     stuck = [t for t in stuck if not (t.intended_square and t.is_narrow)]  # lost_updates measures those
     stuck = [t for t in stuck if not intended.keeps_lost_bits(t.optimizer)]
@@ -118,13 +115,32 @@ def expected_ulps(state: State, t: Tracked) -> float:
     return FROZEN_SHARE * t.owner.total * step.get(kind, 0.0) / spacing
 
 
-def direction_bias(state: State) -> dict[str, dict]:
+@rule(
+    "warning",
+    "16-bit parameters whose intended steps are not known: no sampled element of {names} moved in {updates} updates",
+    "keep the parameters in float32, or make sure that this optimizer keeps what rounding loses",
+)
+def bf16_parameters(state: State) -> Ill:
+    """16-bit weights under an optimizer whose step was not replayed: judged by what moved at all, and only a warning."""
+    if state.n_seen < UNREPLAYED:
+        return {}
+    replayed = {t.optimizer for t in state.tracked if t.intended_known}
+    unknown = [t for t in state.readings if t.is_narrow and t.owner and t.optimizer not in replayed]
+    return by_kind(t for t in unknown if t.is_still and not intended.keeps_lost_bits(t.optimizer))
+
+
+@rule(
+    "warning",
+    "{worst}: {size:.0%} more of the moved elements went {way} than were meant to: the other way is rounded off",
+    "keep these weights in float32",
+)
+def direction_bias(state: State) -> Ill:
     """16-bit weights next to a power of two, the worst first: the spacing differs on both sides, and one direction survives
     rounding."""
     narrow = [t for t in state.readings if t.is_narrow and t.intended_square and t.constant]
     found = {}
     for kind, mine in by_kind(narrow).items():
-        moved = sum(t.up + t.down for t in mine)
+        moved = sum(t.n_touched - t.unchanged for t in mine)
         if moved < BIAS_ELEMENTS:
             continue
         bias = sum(t.down - t.meant_down for t in mine) / moved
@@ -132,6 +148,15 @@ def direction_bias(state: State) -> dict[str, dict]:
             way = "down" if bias > 0 else "up"
             found[kind] = {"value": bias, "limit": BIAS, "worst": kind, "size": abs(bias), "way": way}
     return dict(sorted(found.items(), key=lambda pair: -pair[1]["size"]))
+
+
+@rule(
+    "info",
+    "sparse gradients: {names}; its lost updates are not measured",
+    "nothing to do; set sparse=False for a while to have it measured",
+)
+def sparse_gradient(state: State) -> Ill:
+    return by_kind(t for t in state.tracked if t.sparse)
 
 
 LOST = (
@@ -142,66 +167,17 @@ KEEP_BITS = (
     "keep the parameters in float32 and compute under autocast; or use an optimizer with fp32 masters, Kahan "
     "summation or stochastic rounding"
 )
-IDLE = "take them out of the model or the optimizer, or find out why nothing uses them"
+CUT_OFF = "{n} tensors shape the output but got no gradient in {updates} updates: {names}"
+FIND_CUT = "learning is cut off there: look for detach(), no_grad, item() or an argmax between them and the loss"
+IDLE = "{n} trainable tensors got no gradient in {updates} updates, and no effect of theirs on the output was seen: {names}"
+USE = "take them out of the model or the optimizer, or find out why nothing uses them"
 
 RULES = (
-    Rule(
-        "nonfinite_gradient",
-        "error",
-        nonfinite_gradient,
-        "a gradient was NaN or infinite: {names}",
-        "stop, go back to the last sound checkpoint, and lower the learning rate or look for a log or division of 0",
-    ),
+    nonfinite_gradient,
     Rule("lost_updates", "error", badly_lost, LOST, KEEP_BITS),
     Rule("lost_updates", "warning", partly_lost, LOST, KEEP_BITS),
-    Rule(
-        "no_gradient",
-        "error",
-        partial(no_gradient, matters=True),
-        "{n} tensors shape the output but got no gradient in {updates} updates: {names}",
-        "learning is cut off there: look for detach(), no_grad, item() or an argmax between them and the loss",
-    ),
-    Rule(
-        "no_gradient",
-        "warning",
-        partial(idle, matters=False),
-        "{n} trainable tensors do not change the output and got no gradient in {updates} updates: {names}",
-        IDLE,
-    ),
-    Rule(
-        "no_gradient",
-        "warning",
-        partial(idle, matters=None),
-        "{n} trainable tensors got no gradient in {updates} updates: {names}",
-        IDLE,
-    ),
-    Rule(
-        "frozen_tensor",
-        "error",
-        frozen_tensor,
-        "{n} tensors have gradients and a learning rate, and no sampled element has moved: {names}",
-        "the optimizer may hold another object than the model uses, or something writes the old values back",
-    ),
-    Rule(
-        "bf16_parameters",
-        "warning",
-        bf16_parameters,
-        "16-bit parameters whose intended steps are not known: no sampled element of {names} moved in {updates} updates",
-        "keep the parameters in float32, or make sure that this optimizer keeps what rounding loses",
-    ),
-)
-DIRECTION_BIAS = Rule(
-    "direction_bias",
-    "warning",
-    direction_bias,
-    "{worst}: {size:.0%} more of the moved elements went {way} than were meant to: the other way is rounded off",
-    "keep these weights in float32",
-)
-SPARSE_GRADIENT = Rule(
-    "sparse_gradient",
-    "info",
-    sparse_gradient,
-    "sparse gradients: {names}; its lost updates are not measured",
-    "nothing to do; set sparse=False for a while to have it measured",
-    limit=None,
+    Rule("no_gradient", "error", partial(no_gradient, matters=True), CUT_OFF, FIND_CUT),
+    Rule("no_gradient", "warning", idle, IDLE, USE),
+    frozen_tensor,
+    bf16_parameters,
 )

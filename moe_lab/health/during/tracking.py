@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -130,27 +130,25 @@ class Tracked(Sums):
         return "lost" if self.is_still else "yes"
 
 
-def refusals(model: nn.Module, optimizers: list[Any], expect_frozen: Sequence[str]) -> Iterator[str]:
-    """Why these cannot be watched, and what to do; only the first is sure."""
+def refuse_bad_input(model: nn.Module, optimizers: list[Any], expect_frozen: Sequence[str]) -> None:
+    """Raises ValueError for what cannot be watched, saying what to do."""
     for optimizer in optimizers:
-        kind = type(optimizer).__name__
         if not isinstance(optimizer, Optimizer) or not has_step_hooks(optimizer):
-            yield f"optimizer={kind} is not a torch.optim.Optimizer; pass one, or a list of them"
-        if not any(group["params"] for group in optimizer.param_groups):
-            yield f"optimizer {kind} has no parameters; pass the one that trains the model"
-    if not optimizers:
-        yield "optimizer=[] is empty; pass the optimizer that trains the model"
+            kind = type(optimizer).__name__
+            raise ValueError(f"optimizer={kind} is not a torch.optim.Optimizer; pass one, or a list of them")
     if isinstance(expect_frozen, str):
-        yield f"expect_frozen={expect_frozen!r} must be a list of names, such as [{expect_frozen!r}]"
-    named = dict(model.named_parameters())
-    if not named:
-        yield f"model={type(model).__name__} has no parameters"
-    for name, p in named.items():
-        if p.device.type == "meta":
-            yield f"{name} is on the meta device and holds no values; materialise the model before watching it"
+        raise ValueError(f"expect_frozen={expect_frozen!r} must be a list of names, such as [{expect_frozen!r}]")
+    names = [name for name, _ in model.named_parameters()]
     for prefix in expect_frozen:
-        if not any(name.startswith(prefix) for name in named):
-            yield f"expect_frozen: no parameter's name starts with {prefix!r}; the first one is {next(iter(named))!r}"
+        if not any(name.startswith(prefix) for name in names):
+            raise ValueError(
+                f"expect_frozen: no parameter's name starts with {prefix!r}; the first is {next(iter(names), None)!r}"
+            )
+    for name, p in model.named_parameters():
+        if p.device.type == "meta":
+            raise ValueError(
+                f"{name} is on the meta device and holds no values; materialise the model before watching it"
+            )
 
 
 def innermost(optimizer: Any) -> Any:

@@ -31,7 +31,7 @@ from .report import table
 from .rule import Rule
 from .rules import ALL, AT_START
 from .state import WINDOW, State
-from .tracking import Tracked, innermost, refusals
+from .tracking import Tracked, innermost, refuse_bad_input
 
 CHECK_EVERY = 10  # updates between checks of the rules: the only transfers from the device
 LISTENED = 20  # updates during which forward passes are listened to
@@ -69,8 +69,7 @@ class Watch:
     ):
         given = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
         optimizers = [innermost(o) for o in given]
-        for refusal in refusals(model, optimizers, expect_frozen):
-            raise ValueError(refusal)
+        refuse_bad_input(model, optimizers, expect_frozen)
         self.published = Published(log, start_step)
         self.findings: list[Finding] = self.published.findings
         self.handles: list = []
@@ -121,9 +120,8 @@ class Watch:
         if self.state.n_seen:
             self.state.restart_window()  # what happened meanwhile was not seen
         before, after = Hook(self.before_step, self.stop), Hook(self.after_step, self.stop)
-        for optimizer in self.state.optimizers:
-            self.handles.append(optimizer.register_step_pre_hook(before))
-            self.handles.append(optimizer.register_step_post_hook(after))
+        self.handles = [o.register_step_pre_hook(before) for o in self.state.optimizers]
+        self.handles += [o.register_step_post_hook(after) for o in self.state.optimizers]
         forward = self.state.forward
         if self.state.n_seen < LISTENED:
             forward.listen(partial(self.fail, where="the forward pass", what=UNHEARD, stop=forward.close))
