@@ -27,10 +27,7 @@ HEALTH_SCHEMA = {"sections": tuple(SECTIONS), "dead_keys": case.case()["dead_key
 
 
 def run(args: argparse.Namespace) -> int:
-    """Say what preflight says, train under a watch, and say where the files are and what was found.
-
-    Returns 1 if preflight or the watch found an error.
-    """
+    """Returns 1 if preflight or the watch found an error."""
     if args.resume and not args.run_dir:
         raise ConfigError("--resume needs --run-dir: the directory of the run to go on with")
     config = load_config(args.config, args.overrides)

@@ -38,7 +38,7 @@ ShareBelow1 = Annotated[float, ">= 0", "< 1"]
 Layers = tuple[int, ...]
 
 
-@section("model")
+@section
 class ModelConfig:
     """The network. Layer indices count from 0; `None` means: follow from the other fields."""
 
@@ -119,7 +119,7 @@ class ModelConfig:
         return layer in self.moe_layers
 
 
-@section("training")
+@section
 class TrainingConfig:
     """The run. A step is one optimizer update; micro-batches are never counted."""
 
@@ -140,7 +140,7 @@ class TrainingConfig:
     seed: Annotated[int, ">= 0", "< 2147483648"] = 0  # of start values, data order, dropout
 
 
-@section("optimizer")
+@section
 class OptimizerConfig:
     """Who moves the weights: Muon on matrices beside AdamW on the rest, or AdamW alone."""
 
@@ -160,7 +160,7 @@ class OptimizerConfig:
             yield f"betas={list(self.betas)} must be two numbers"
 
 
-@section("precision")
+@section
 class PrecisionConfig:
     """Number formats of the weights and of matrix products."""
 
@@ -168,7 +168,7 @@ class PrecisionConfig:
     compute: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where 1.3 × faster
 
 
-@section("data")
+@section
 class DataConfig:
     """The text. A source that cannot be read is an error; nothing ever takes its place."""
 

@@ -1,7 +1,4 @@
-"""How sections of a config are checked, and what YAML and a command line say. Errors are one line.
-
-`moe_lab.config` holds the sections.
-"""
+"""How the sections of moe_lab.config are checked, and what YAML and a command line say. Errors are one line."""
 
 from __future__ import annotations
 
@@ -28,11 +25,12 @@ class ConfigError(ValueError):
     """The user's input is wrong. One line: the field or file, the value, what to do."""
 
 
+@dataclass
 class SectionHelp:
     """A section's docstring, with the lines of its fields wherever the source is at hand; read when help asks."""
 
-    def __init__(self, name: str, text: str):
-        self.name, self.text = name, text
+    name: str
+    text: str
 
     def __get__(self, instance: Any, section: type) -> str:
         try:
@@ -43,22 +41,20 @@ class SectionHelp:
         return f"{self.text}\n\nFields of the YAML section `{self.name}`:\n\n{''.join(lines)}"
 
 
-def section(name: str):
-    """Make a class the frozen dataclass of a YAML section, which is checked whenever one is built."""
+def section(cls: type) -> type:
+    """Make `ModelConfig` the frozen dataclass of the YAML section `model`, which is checked whenever one is built."""
+    name = cls.__name__.removesuffix("Config").lower()
 
-    def decorate(cls):
-        def check(self) -> None:
-            for key, hint in cls.hints.items():
-                check_value(f"{name}.{key}", getattr(self, key), hint)
-            for message in getattr(self, "conflicts", tuple)():
-                raise ConfigError(f"{name}.{message}")
+    def check(self) -> None:
+        for key, hint in cls.hints.items():
+            check_value(f"{name}.{key}", getattr(self, key), hint)
+        for message in getattr(self, "conflicts", tuple)():
+            raise ConfigError(f"{name}.{message}")
 
-        cls.hints, cls.__post_init__ = typing.get_type_hints(cls, include_extras=True), check
-        made = dataclass(frozen=True, kw_only=True)(cls)
-        made.__doc__ = SectionHelp(name, cls.__doc__)
-        return made
-
-    return decorate
+    cls.hints, cls.__post_init__ = typing.get_type_hints(cls, include_extras=True), check
+    made = dataclass(frozen=True, kw_only=True)(cls)
+    made.__doc__ = SectionHelp(name, cls.__doc__)
+    return made
 
 
 def build(kind: type, values: Any, section: str = "") -> Any:

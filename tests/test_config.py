@@ -251,42 +251,31 @@ def test_the_case_as_reported_differs_in_what_the_report_names() -> None:
 # ---- no key that nothing reads (B20) --------------------------------------------------------------------------------
 
 # By what name the rooms that make a run call a section: `config` is the model's in model/, the optimizer's in optim/.
-SPOKEN = {"training": "training", "optimizer": "optimizer", "precision": "precision", "data": "data", "model": "model"}
-SPOKEN |= {"model_config": "model"}
+SPOKEN = {name: name for name in SECTIONS} | {"config": "config", "model_config": "model"}
 ROOMS = {"data": {}, "model": {"config": "model"}, "optim": {"config": "optimizer"}, "train": {}}
 
 
 def attributes(tree: ast.AST) -> set[tuple[str, str]]:
     """(last name before the dot, name after it) of every attribute that is read."""
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-            base = node.value
-            found.add((getattr(base, "id", getattr(base, "attr", "")), node.attr))
-    return found
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)]
+    return {(getattr(node.value, "id", getattr(node.value, "attr", "")), node.attr) for node in nodes}
 
 
 def unread(sources: dict[str, str]) -> set[str]:
     """`section.key` for each field that no room reads, directly or by a property of config.py; `sources` by path."""
-    read, used = set(), set()
+    read = set()
     for path, source in sources.items():
         spoken = SPOKEN | ROOMS[path.split("/")[0]]
-        for base, name in attributes(ast.parse(source)):
-            if base in spoken or base == "config":
-                used.add(name)
-                read.add(f"{spoken.get(base)}.{name}")
-    sections = {cls.__name__: name for name, cls in SECTIONS.items()}
+        read |= {(spoken[base], name) for base, name in attributes(ast.parse(source)) if base in spoken}
     classes = [node for node in ast.parse((PACKAGE / "config.py").read_text()).body if isinstance(node, ast.ClassDef)]
-    # to check a value, as `conflicts` does, is not to use it
-    methods = [
-        (m, sections.get(c.name)) for c in classes for m in c.body if getattr(m, "name", "conflicts") != "conflicts"
-    ]
-    for _ in methods:  # a property may read a property
-        for method, section in methods:
-            if method.name in used:
-                used |= {attribute for base, attribute in attributes(method) if base == "self"}
-                read |= {f"{section if base == 'self' else base}.{name}" for base, name in attributes(method)}
-    return {f"{name}.{f.name}" for name, section in SECTIONS.items() for f in fields(section)} - read
+    properties = [(c.name.removesuffix("Config").lower() or "config", m) for c in classes for m in c.body]
+    # to check a value is not to use it
+    properties = [(section, m) for section, m in properties if getattr(m, "name", "conflicts") != "conflicts"]
+    for _ in properties:  # one may read another
+        for section, method in properties:
+            if (section, method.name) in read:
+                read |= {(section if base == "self" else base, name) for base, name in attributes(method)}
+    return {f"{name}.{f.name}" for name, kind in SECTIONS.items() for f in fields(kind) if (name, f.name) not in read}
 
 
 def package_sources() -> dict[str, str]:

@@ -35,11 +35,8 @@ class DamagedError(RunError):
 
 
 def checkpoint_bytes(model: nn.Module, optimizers: list[Optimizer]) -> int:
-    """An upper bound of a checkpoint's size: the model, and of each optimizer what it keeps or is going to keep.
-
-    Of an optimizer that has not stepped: two moments in the parameters' format; where it rounds (`optim.rounding`),
-    two moments and a master copy in float32.
-    """
+    """An upper bound of a checkpoint's size: the model, and what its optimizers keep or are going to keep: two moments in
+    the parameters' format, or, where one rounds (`optim.rounding`), two moments and a master copy in float32."""
     tensors = [*model.parameters(), *model.buffers()]
     total = (1 << 20) + sum(t.nbytes + 12 * min(t.numel(), WHOLE) + PER_TENSOR for t in tensors)
     for optimizer in optimizers:
@@ -89,24 +86,14 @@ def load_checkpoint(path: Path, device: str = "cpu") -> dict[str, Any]:
     into memory, which says nothing about the file.
     """
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        with path.open("rb") as file:  # Python calls a failing disk an OSError; torch alone, a damaged file
+            return torch.load(file, map_location=device, weights_only=True)
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-        if isinstance(error, OSError) or is_out_of_memory(error) or not reads_through(path):
+        if isinstance(error, OSError) or is_out_of_memory(error):
             line = f"{path}: cannot be read ({reason}); mend that, and try again: nothing was changed"
             raise RunError(line) from error
         raise DamagedError(f"{path}: not a whole checkpoint ({reason}); use another one") from error
-
-
-def reads_through(path: Path) -> bool:
-    """Whether the disk gives all bytes of a file: torch reports a failing disk in the words of a damaged file."""
-    try:
-        with path.open("rb") as file:
-            while file.read(1 << 24):
-                continue
-    except OSError:
-        return False
-    return True
 
 
 def step_of(path: Path) -> int:

@@ -16,10 +16,7 @@ CONTROLS = "controls.jsonl"
 
 
 class Controls:
-    """Callers on any thread ask; the loop obeys between two updates and writes what it did to controls.jsonl.
-
-    `replay` feeds such a file back, so that a run that was steered by hand can be repeated.
-    """
+    """Callers on any thread ask; the loop obeys between two updates and writes what it did to controls.jsonl."""
 
     def __init__(self) -> None:
         self.lock = threading.Condition()
@@ -46,7 +43,7 @@ class Controls:
         self.ask("lr_scale", value=float(scale))
 
     def replay(self, path: str | Path) -> None:
-        """Schedule the actions of a controls.jsonl at the steps at which they happened."""
+        """Repeat a run that was steered by hand: the actions of its controls.jsonl, at their steps."""
         self.scheduled = [row for row in read_jsonl(Path(path)) if row["action"] in ("stop", "save", "lr_scale")]
 
     def take(self, step: int) -> list[dict]:
@@ -65,7 +62,6 @@ class Controls:
             return None if self.paused or self.asked else self.stopped
 
     def wait_while_paused(self, seconds: float) -> None:
-        """Wait at most `seconds` for the pause to end."""
         with self.lock:
             if self.paused:
                 self.lock.wait(seconds)

@@ -205,7 +205,6 @@ class Trainer:
                 )
 
     def report_rows(self, rows: list[dict]) -> None:
-        """Append finished rows to the record, and hand them to the listeners."""
         append_jsonl(self.run_dir / RECORD, rows)
         for row in rows:
             for listener in self.listeners:
@@ -241,7 +240,6 @@ class Trainer:
                 self.controls.wait_while_paused(0.1)
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint of now."""
         self.flush()  # the record must reach as far as the checkpoint, and the gradients must have been finite
         with self.off_the_clock():
             ckpt.check_disk(self)
