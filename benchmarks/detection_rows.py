@@ -91,12 +91,8 @@ def without_group(name: str) -> Make:
     return partial(language, optimizers=optimizers)
 
 
-def with_detached(path: str) -> Make:
-    return partial(language, plant=lambda model: bugs.detach_output(model.get_submodule(path)))
-
-
-def with_frozen(prefix: str) -> Make:
-    return partial(language, plant=partial(bugs.freeze, prefix=prefix))
+def planted(bug: Callable[[nn.Module, str], object], place: str) -> Make:
+    return partial(language, plant=lambda model: bug(model, place))
 
 
 def cosine_end(seed: int, folder: Path) -> Run:
@@ -228,10 +224,11 @@ ROWS = [
         lrs(0.02, d_model=384, compute="float32", convention=MATCHED)),
     Row("embeddings and heads in no optimizer", "group missing", "calibration", without_group("adamw_decayed")),
     Row("norms in no optimizer", "group missing", "judged", without_group("adamw")),
-    Row("a feed-forward branch detached", "branch detached", "calibration", with_detached("layers.1.ffn")),
-    Row("an attention's values detached", "branch detached", "judged", with_detached("layers.2.seq_layer.v_proj")),
-    Row("a block frozen by accident", "frozen by accident", "calibration", with_frozen("layers.1.")),
-    Row("the embedding frozen by accident", "frozen by accident", "judged", with_frozen("embedding.")),
+    Row("a feed-forward branch detached", "branch detached", "calibration", planted(bugs.detach_output, "layers.1.ffn")),
+    Row("an attention's values detached", "branch detached", "judged",
+        planted(bugs.detach_output, "layers.2.seq_layer.v_proj")),
+    Row("a block frozen by accident", "frozen by accident", "calibration", planted(bugs.freeze, "layers.1")),
+    Row("the embedding frozen by accident", "frozen by accident", "judged", planted(bugs.freeze, "embedding")),
     Row("tuned Muon: the lab's default run", None, "calibration", partial(language, config=LAB)),
     Row("plain AdamW", None, "judged", one_adamw()),
     Row("match_rms_adamw", None, "judged", lrs(3e-3, convention=MATCHED)),

@@ -24,7 +24,7 @@ def disputed() -> Experiment:
         (96, "bfloat16", 0.05, "match_rms_adamw", "original", 3e-3),
         (384, "float32", 3e-4, "original", "match_rms_adamw", 1e-2),
     ):
-        config = study_config(d_model, steps=100, compute=compute)
+        config = study_config(d_model, compute=compute)
         name, adamw = f"{convention} {lr:g}, {d_model}", 3e-3  # AdamW's LR is that of the rows
         arms[name] = Arm(with_lrs(config, lr, adamw, convention))
         arms[f"{name}, convention repaired"] = Arm(with_lrs(config, lr, adamw, other))

@@ -43,11 +43,6 @@ def test_each_line_is_drawn_and_told(positions) -> None:
         assert ("lost" in line) == explorables.add_in_bf16(weight, update).lost
 
 
-def test_a_negative_weight_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"weight=-1.0 must be positive"):
-        explorables.number_line([(-1.0, 0.1)])
-
-
 def test_headless_it_shows_the_chosen_positions(monkeypatch) -> None:
     shown = []
     monkeypatch.setenv("MOE_LAB_INTERACTIVE", "0")

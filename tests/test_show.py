@@ -61,7 +61,7 @@ def finished(trainer: FakeTrainer) -> LiveRun:
 
 
 @pytest.mark.parametrize("rows", [[], [eval_row(0)], [step_row(1)], MANY], ids=["none", "eval", "one", "many"])
-@pytest.mark.parametrize("floors", [None, FLOORS], ids=["no floors", "floors"])
+@pytest.mark.parametrize("floors", [{}, FLOORS], ids=["no floors", "floors"])
 def test_the_figure_draws_whatever_there_is(rows, floors) -> None:
     figure, description = training_figure(rows, floors, of_steps(1500))
     assert Image.open(io.BytesIO(png(figure))).size == (800, 480)
@@ -105,7 +105,6 @@ def test_loss_bars_order_and_compare() -> None:
     names = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
     assert names == ["uniform", "unigram", "sick", "bigram", "trigram", "healthy"]
     assert description.endswith("The best model, healthy, is 0.270 below the lowest floor, trigram.")
-    assert loss_bars({}, {})[1].endswith("No model yet.")
 
 
 def test_smoothing_keeps_a_straight_line_at_the_start() -> None:

@@ -140,18 +140,9 @@ def test_an_optimum_at_the_edge_or_beside_a_divergence_is_not_interpolated() -> 
     assert (diverged.lr, diverged.at_edge, diverged.optimum_lr) == (1e-3, False, None)
 
 
-@pytest.mark.parametrize(
-    ("lrs", "losses", "message"),
-    [
-        ([1e-3, 1e-2], [[1, 2]], "three or more"),
-        ([1e-2, 1e-3, 1e-4], [[1, 2, 3]], "ascending"),
-        ([0, 1e-3, 1e-2], [[1, 2, 3]], "positive"),
-        ([1e-4, 1e-3, 1e-2], [[math.inf] * 3], "at each learning rate a run diverged"),
-    ],
-)
-def test_a_grid_that_says_nothing_is_refused(lrs, losses, message) -> None:
-    with pytest.raises(ConfigError, match=message):
-        best_on_grid(lrs, losses)
+def test_a_grid_on_which_every_run_diverged_is_refused() -> None:
+    with pytest.raises(ConfigError, match="at each learning rate a run diverged"):
+        best_on_grid([1e-4, 1e-3, 1e-2], [[math.inf] * 3])
 
 
 def subsets(names):

@@ -19,14 +19,6 @@ from moe_lab.optim.groups import group_of
 SAMPLE = 4096  # elements of a tensor; a smaller one is taken whole
 
 
-def kept(weight: Tensor, direction: Tensor, lrs: Tensor) -> tuple[Tensor, Tensor]:
-    """What a bf16 weight would realise of `lr · direction`: weight and direction (S,) float32, lrs (L,) → realised and
-    intended, (L, S) float32."""
-    start = weight.bfloat16().float()
-    intended = lrs[:, None] * direction
-    return (start + intended).bfloat16().float() - start, intended
-
-
 class Sample:
     """Elements of one tensor, and what they have added up to. An element counts from its first gradient on, as an
     embedding's rows do."""
@@ -68,7 +60,8 @@ class Shadow:
     def after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         for p, sample, lr in self.moving(optimizer):
             direction = (p.take(sample.index) - sample.before) / lr * sample.touched
-            r, u = (x.double() for x in kept(sample.before, direction, self.lrs))
+            start, u = sample.before.bfloat16().float(), self.lrs[:, None] * direction  # (S,), (L, S)
+            r, u = ((start + u).bfloat16().float() - start).double(), u.double()
             sample.sums += torch.stack([r * u, u * u], dim=1).sum(2)
 
     def read(self) -> dict[str, dict[str, list[float]]]:

@@ -37,9 +37,9 @@ def forget_group(optimizers: list[Optimizer], name: str) -> list[Optimizer]:
     return [optimizer for optimizer in optimizers if optimizer.param_groups]
 
 
-def detach_output(module: nn.Module) -> Any:
-    """A branch cut off from learning: what `module` returns is detached. Returns the hook's handle."""
-    return module.register_forward_hook(lambda module, args, output: detached(output))
+def detach_output(model: nn.Module, path: str) -> None:
+    """A branch cut off from learning: what the module at `path` returns is detached."""
+    model.get_submodule(path).register_forward_hook(lambda module, args, output: detached(output))
 
 
 def detached(output: Any) -> Any:
@@ -50,14 +50,6 @@ def detached(output: Any) -> Any:
     return type(output)(*map(detached, output)) if hasattr(output, "_fields") else tuple(map(detached, output))
 
 
-def freeze(model: nn.Module, prefix: str) -> list[str]:
-    """A module frozen by accident: requires_grad is off for every parameter whose name starts with `prefix`.
-
-    Returns their names. Raises ValueError if there is none.
-    """
-    frozen = {name: p for name, p in model.named_parameters() if name.startswith(prefix)}
-    if not frozen:
-        raise ValueError(f"no parameter's name starts with {prefix!r}")
-    for p in frozen.values():
-        p.requires_grad_(False)
-    return list(frozen)
+def freeze(model: nn.Module, path: str) -> None:
+    """A module frozen by accident: requires_grad is off for all parameters of the one at `path`."""
+    model.get_submodule(path).requires_grad_(False)

@@ -117,11 +117,9 @@ def bootstrap_optimum(x: ArrayLike, y: ArrayLike, n_resamples: int = 2000, seed:
 def best_on_grid(lrs: ArrayLike, losses_by_seed: ArrayLike) -> GridBest:
     """Best of three or more learning rates (L,), ascending, by losses (S, L); a diverged run's loss is infinite.
 
-    Raises ConfigError for another order, and if at each learning rate a run diverged.
+    Raises ConfigError if at each learning rate a run diverged.
     """
     grid, mean = np.asarray(lrs, dtype=float), np.mean(losses_by_seed, axis=0)  # infinite where one seed diverged
-    if len(grid) < 3 or grid[0] <= 0 or not (np.diff(grid) > 0).all():
-        raise ConfigError(f"lrs={grid.tolist()} must be three or more positive numbers, ascending")
     if not (mean < math.inf).any():
         raise ConfigError("at each learning rate a run diverged; add lower ones")
     i = int(mean.argmin())

@@ -31,9 +31,7 @@ class Sum(NamedTuple):
 
 
 def add_in_bf16(weight: float, update: float) -> Sum:
-    """`weight` is rounded to bf16 first. Raises ValueError unless it is positive: the negative half is a mirror image."""
-    if not weight > 0:
-        raise ValueError(f"weight={weight} must be positive")
+    """A positive `weight` is rounded to bf16 first; the negative half is a mirror image."""
     kept = torch.tensor(weight, dtype=torch.float64).bfloat16()
     target = kept.double() + update
     result = target.float().bfloat16()
@@ -44,7 +42,7 @@ def add_in_bf16(weight: float, update: float) -> Sum:
 
 def number_line(positions: Sequence[tuple[float, float]] = POSITIONS) -> tuple[Figure, str]:
     """One line a (weight, update): the bf16 numbers around the weight, the stretch that rounds back to it, and where the
-    updated weight lands. Returns the figure and its text description. Raises ValueError for a weight that is not positive."""
+    updated weight lands. Returns the figure and its text description."""
     height = 0.25 + 1.15 * len(positions)
     figure = new_figure(10, height)
     lines = []

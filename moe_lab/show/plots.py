@@ -51,12 +51,12 @@ def next_token_weight(config: Config) -> float:
     return config.model.aux_loss_weights[0] / sum(config.model.aux_loss_weights)
 
 
-def training_figure(rows: Rows, floors: Mapping[str, float] | None, config: Config) -> tuple[Figure, str]:
+def training_figure(rows: Rows, floors: Mapping[str, float], config: Config) -> tuple[Figure, str]:
     """Loss, norm weights, gradient norm and expert load of a run so far; any number of rows will do.
 
     `floors` are losses in nats per token by name (uniform, unigram, bigram, trigram).
     """
-    figure, scale, floors = new_figure(), "no unit, log scale", floors or {}
+    figure, scale = new_figure(), "no unit, log scale"
     loss = new_axes(figure, (0.065, 0.57, 0.335, 0.37), "Loss", "step", "nats per token")
     norm = new_axes(figure, (0.62, 0.57, 0.35, 0.37), "Norm weights: largest |w − 1|", "step", scale)
     grad = new_axes(figure, (0.065, 0.09, 0.335, 0.34), "Gradient norm, before clipping", "step", scale)
@@ -167,11 +167,9 @@ def loss_bars(floors: Mapping[str, float], models: Mapping[str, float]) -> tuple
     title = "Loss on the validation split, lower is better (■ table of counts, ● model)"
     axes = dot_chart(rows, title, "nats per token")
     listed = ", ".join(f"{name} {loss:.3f}" for loss, name, _, _ in rows)
-    second = "No model yet."
-    if models and floors:
-        best, floor = min(models, key=models.get), min(floors, key=floors.get)
-        distance = beside(models[best], floors[floor])
-        second = f"The best model, {best}, is {distance} the lowest floor, {floor}."
+    best, floor = min(models, key=models.get), min(floors, key=floors.get)
+    distance = beside(models[best], floors[floor])
+    second = f"The best model, {best}, is {distance} the lowest floor, {floor}."
     return axes.figure, f"Loss in nats per token, highest first: {listed}.\n{second}"
 
 

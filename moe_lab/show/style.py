@@ -50,13 +50,12 @@ def new_axes(figure: Figure, box: tuple[float, float, float, float], title: str,
 
 def row_axes(names: Sequence[str], title: str, unit: str) -> Axes:
     """Axes of a figure of their own, with a row for each name, the first on top."""
-    n_rows = max(len(names), 1)
-    height = 1 + 0.34 * n_rows
+    height = 1 + 0.34 * len(names)
     box = (0.24, 0.57 / height, 0.6, 1 - 0.92 / height)
     axes = new_axes(new_figure(10, height), box, title, unit, "")
     axes.grid(False)
     axes.set_yticks(range(len(names)), names, fontsize=9, color=INK)
-    axes.set_ylim(n_rows - 0.5, -0.5)
+    axes.set_ylim(len(names) - 0.5, -0.5)
     return axes
 
 

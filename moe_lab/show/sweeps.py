@@ -45,35 +45,29 @@ def lr_sweep(
     """Mean loss over the learning rate, on a log scale, a line a method and a panel a setting; the band reaches from the
     best seed to the worst. A dot is one run. Lines of `floors`, nats per token by name, are drawn where they fit."""
     figure, width = new_figure(10, 3.9), 0.9 / len(panels)
-    losses = np.concatenate([[*sweep.values()] for methods in panels.values() for sweep in methods.values()])
-    losses = losses[np.isfinite(losses)]
+    every = np.concatenate([[*sweep.values()] for methods in panels.values() for sweep in methods.values()])
+    every = every[np.isfinite(every)]
     lines = []
     for i, (title, methods) in enumerate(panels.items()):
         unit = "nats per token" if i == 0 else ""  # all panels share its limits
         axes = new_axes(figure, (0.06 + i * width, 0.14, width - 0.15, 0.76), title, "learning rate", unit)
         axes.set_xscale("log")
-        axes.set_ylim(losses.min() - 0.15, losses.max() + 0.15)
+        axes.set_ylim(every.min() - 0.15, every.max() + 0.15)
         labels = draw_floors(axes, floors or {})
         for (name, sweep), style in zip(methods.items(), SERIES[: len(methods)], strict=True):
-            lrs, means = draw_sweep(axes, sweep, *style)
-            last = means[-1] if math.isfinite(means[-1]) else losses.max()
-            labels.append((last, name, style[0]))
+            lrs, (colour, line, marker) = sorted(sweep), style
+            losses = np.array([sweep[lr] for lr in lrs], dtype=float)  # (LRs, seeds)
+            losses[np.isinf(losses)] = math.nan
+            means = losses.mean(axis=1)  # NaN where a seed diverged
+            axes.fill_between(lrs, losses.min(axis=1), losses.max(axis=1), color=colour, alpha=0.2, linewidth=0)
+            axes.plot(lrs, means, color=colour, linestyle=line, linewidth=1.6)
+            axes.plot(lrs, losses, linestyle="none", marker=marker, markersize=3.5, color=colour)
+            last = means[-1] if math.isfinite(means[-1]) else every.max()
+            labels.append((last, name, colour))
             best = np.nanargmin(means)
             lines.append(f"{title}, {name}: best {means[best]:.3f} at {lrs[best]:g}")
         label_right(axes, labels)
     return figure, "Validation loss in nats per token over the learning rate.\n" + "; ".join(lines) + "."
-
-
-def draw_sweep(axes: Axes, sweep: Sweep, colour: str, line: object, marker: str) -> tuple[list[float], np.ndarray]:
-    """Returns the learning rates in ascending order and their mean losses, NaN where a seed diverged."""
-    lrs = sorted(sweep)
-    losses = np.array([sweep[lr] for lr in lrs], dtype=float)  # (LRs, seeds)
-    losses[np.isinf(losses)] = math.nan
-    means = losses.mean(axis=1)
-    axes.fill_between(lrs, losses.min(axis=1), losses.max(axis=1), color=colour, alpha=0.2, linewidth=0)
-    axes.plot(lrs, means, color=colour, linestyle=line, linewidth=1.6)
-    axes.plot(lrs, losses, linestyle="none", marker=marker, markersize=3.5, color=colour)
-    return lrs, means
 
 
 def lr_surface(panels: Mapping[str, Surface]) -> tuple[Figure, str]:
