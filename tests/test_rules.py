@@ -13,15 +13,6 @@ from moe_lab.health.during.rules_updates import direction_bias
 # ---- updates ---------------------------------------------------------------------------------------------------------
 
 
-def test_steps_that_bf16_can_hold_are_not_lost() -> None:
-    model = toy(dtype=torch.bfloat16)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(1e-3)  # the same step is many spacings of a small weight
-    watch = watched(model, adamw(model, lr=1e-3), 40)
-    assert "lost_updates" not in said(watch)
-
-
 def test_an_unknown_optimizer_that_moves_nothing_gets_a_warning() -> None:
     class Signs(torch.optim.Optimizer):
         @torch.no_grad()

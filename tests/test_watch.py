@@ -4,12 +4,12 @@ import copy
 import gc
 import pickle
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, AdamW
-from torch.utils._python_dispatch import TorchDispatchMode
 from toy import VOCAB, Toy, loss_of, said, toy, train
 
 from moe_lab.health import Watch
@@ -198,26 +198,6 @@ def test_closures(kind) -> None:
     assert {r.gradient for r in watch.readings} == {"yes"}
 
 
-def test_parameters_that_join_later_are_taken_in() -> None:
-    model = toy()
-    model.up.requires_grad_(False)
-    model.head.requires_grad_(False)
-    optimizer = AdamW([p for p in model.parameters() if p is not model.head.weight], lr=1e-3)
-    with Watch(model, optimizer, expect_frozen=["up.", "head."]) as watch:
-        train(watch, model, [optimizer], 40)
-        assert "head.weight" not in {r.name for r in watch.readings}
-        assert {r.name: r.gradient for r in watch.readings}["up.weight"] == "-"
-        model.up.requires_grad_(True)
-        model.head.requires_grad_(True)
-        optimizer.add_param_group({"params": [model.head.weight], "lr": 2e-3})
-        train(watch, model, [optimizer], 30)
-    readings = {r.name: r for r in watch.readings}
-    assert readings["head.weight"].gradient == readings["up.weight"].gradient == "yes"
-    assert readings["head.weight"].owner.name == "adamw[1]"
-    assert watch.state.groups[1].lrs[0] == 2e-3
-    assert set(said(watch)) <= {"not_frozen"}
-
-
 def test_a_step_within_a_step_counts_once_even_after_an_error() -> None:
     class Mine(AdamW):
         broken = False
@@ -286,21 +266,26 @@ def test_a_long_training_is_watched_in_bounded_memory(monkeypatch) -> None:
 
 
 def test_a_layer_that_is_unfrozen_is_read_at_the_next_check_even_between_two_readings() -> None:
-    """Gradual unfreezing: the check takes the layer in, and every rule sees a reading of it."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(VOCAB, 16), nn.RMSNorm(16), nn.Linear(16, 16), nn.Linear(16, VOCAB))
-    model[2].requires_grad_(False)
-    optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    watch = Watch(model, optimizer, expect_frozen=["2."])
-    train(watch, model, [optimizer], 20)
-    model[2].requires_grad_(True)
-    optimizer.add_param_group({"params": list(model[2].parameters())})
+    """Gradual unfreezing: the check takes the layer in, under its group, and every rule sees a reading of it."""
+    model = toy()
+    model.up.requires_grad_(False)
+    model.head.requires_grad_(False)
+    optimizer = AdamW([p for p in model.parameters() if p is not model.head.weight], lr=1e-3)
+    watch = Watch(model, optimizer, expect_frozen=["up.", "head."])
+    train(watch, model, [optimizer], 40)
+    assert "head.weight" not in {r.name for r in watch.readings}
+    assert {r.name: r.gradient for r in watch.readings}["up.weight"] == "-"
+    model.up.requires_grad_(True)
+    model.head.requires_grad_(True)
+    optimizer.add_param_group({"params": [model.head.weight], "lr": 2e-3})
     watch.check()
     assert {r.name for r in watch.readings} == {name for name, _ in model.named_parameters()}
-    assert [f for f in watch.findings if f.rule == "not_measured"] == []
-    train(watch, model, [optimizer], 10)
+    train(watch, model, [optimizer], 30)
     watch.check()
-    assert len(watch.readings) == len(watch.state.tracked) and set(said(watch)) <= {"not_frozen"}
+    readings = {r.name: r for r in watch.readings}
+    assert readings["head.weight"].gradient == readings["up.weight"].gradient == "yes"
+    assert readings["head.weight"].owner.name == "adamw[1]" and watch.state.groups[1].lrs[0] == 2e-3
+    assert len(readings) == len(watch.state.tracked) and set(said(watch)) <= {"not_frozen"}
 
 
 class Accelerated(torch.optim.Optimizer):
@@ -308,27 +293,16 @@ class Accelerated(torch.optim.Optimizer):
 
     def __init__(self, optimizer):
         self.optimizer = optimizer
-
-    state = property(lambda self: self.optimizer.state)
-    param_groups = property(lambda self: self.optimizer.param_groups)
-    defaults = property(lambda self: self.optimizer.defaults)
-
-    def zero_grad(self, set_to_none=None):
-        self.optimizer.zero_grad()
-
-    def step(self, closure=None):
-        self.optimizer.step(closure)
-
-
-class Lightning:
-    """As Lightning wraps one: no Optimizer at all."""
-
-    def __init__(self, optimizer):
-        self.optimizer = optimizer
+        self.state, self.param_groups = optimizer.state, optimizer.param_groups
         self.zero_grad, self.step = optimizer.zero_grad, optimizer.step
 
 
-@pytest.mark.parametrize("wrap", [Accelerated, Lightning, lambda optimizer: Lightning(Accelerated(optimizer))])
+def lightning(optimizer) -> SimpleNamespace:
+    """As Lightning wraps one: no Optimizer at all."""
+    return SimpleNamespace(optimizer=optimizer, zero_grad=optimizer.zero_grad, step=optimizer.step)
+
+
+@pytest.mark.parametrize("wrap", [Accelerated, lightning, lambda optimizer: lightning(Accelerated(optimizer))])
 def test_wrappers_that_hold_the_optimizer_are_watched(wrap) -> None:
     for in_a_list in (True, False):
         model = toy()
@@ -342,17 +316,7 @@ def test_the_variance_of_the_logits_is_taken_from_some_rows() -> None:
     """All logits of a long batch in float32 may be gigabytes: B · T · V · 4."""
     model = toy().bfloat16()
     watch = Watch(model, AdamW(model.parameters()))
-    ids = torch.randint(VOCAB, (40, 100), generator=torch.Generator().manual_seed(0))
-    sizes = []
-
-    class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if "var" in str(function) or "_to_copy" in str(function):
-                sizes.extend(t.numel() for t in args if isinstance(t, torch.Tensor) and t.shape[-1] == VOCAB)
-            return function(*args, **(kwargs or {}))
-
-    with Sizes():
-        logits = model(ids)
-    assert max(sizes) == 256 * VOCAB
-    expected = logits.float().var(dim=-1).mean()
-    assert watch.state.forward.logit_variance.item() == pytest.approx(expected.item(), rel=0.1)
+    logits = model(torch.randint(VOCAB, (40, 100), generator=torch.Generator().manual_seed(0))).flatten(0, 1)
+    variance = watch.state.forward.logit_variance
+    assert torch.equal(variance, logits[::15][:256].float().var(dim=-1).mean())
+    assert variance.item() == pytest.approx(logits.float().var(dim=-1).mean().item(), rel=0.1)

@@ -3,35 +3,12 @@
 import json
 
 import torch
-from torch.optim import SGD, AdamW
-from toy import finding, said, toy, train, watched
+from torch.optim import AdamW
+from toy import finding, said, toy, train
 
 from moe_lab.health import Watch
 from moe_lab.health.during.bank import Bank
 from moe_lab.health.during.rule import Rule
-
-
-class Exotic(SGD):
-    """Goes by a known name, and needs what a replay does not have."""
-
-    def step(self, closure=None):
-        for p in self.param_groups[0]["params"]:
-            if p.grad is not None:
-                p.data.add_(p.grad, alpha=-self.scales[id(p)])
-
-
-Exotic.__name__ = "AdamW"
-
-
-def test_an_optimizer_that_cannot_be_replayed_is_given_up_aloud() -> None:
-    model = toy(dtype=torch.bfloat16)
-    optimizer = Exotic(model.parameters(), lr=0.1)
-    optimizer.scales = {id(p): 1e-5 for p in model.parameters()}
-    watch = watched(model, [optimizer], 60)
-    (told,) = [f for f in watch.findings if f.rule == "not_measured"]
-    assert told.severity == "info" and told.where == "AdamW" and "KeyError" in told.message
-    assert "bf16_parameters" in said(watch)  # what can still be said
-    assert all(r.intended_square is None for r in watch.readings)
 
 
 def test_a_broken_rule_is_named_once_and_asked_again() -> None:

@@ -52,20 +52,12 @@ def test_odd_tensors_are_watched(fused) -> None:
     assert torch.equal(t.sample(model.conv.weight), model.conv.weight.detach().contiguous().flatten()[t.index])
 
 
-@pytest.mark.parametrize(
-    ("dtype", "lr", "sick"),
-    [
-        (torch.float16, 1e-4, True),
-        (torch.bfloat16, 1e-4, True),
-        (torch.float32, 1e-4, False),
-        (torch.float64, 1e-12, False),
-    ],
-)
-def test_number_formats(dtype, lr, sick) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_number_formats(dtype) -> None:
     """In float64 even a step of 1e-12 arrives, which float32 copies of the samples would not show."""
     model = toy(dtype=dtype)
-    watch = watched(model, adamw(model, lr, weight_decay=0.0, eps=1e-7), 40)
-    assert ("lost_updates" in said(watch, "error")) == sick
+    watch = watched(model, adamw(model, 1e-12 if dtype == torch.float64 else 1e-4, weight_decay=0.0, eps=1e-7), 40)
+    assert ("lost_updates" in said(watch, "error")) == (dtype.itemsize == 2)
     assert "frozen_tensor" not in said(watch)
     assert {r.param.dtype for r in watch.readings} == {r.state_dtypes[0] for r in watch.readings} == {dtype}
     if dtype == torch.float64:

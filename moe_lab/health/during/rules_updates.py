@@ -39,12 +39,13 @@ def nonfinite_gradient(state: State) -> Ill:
 
 def lost_updates(state: State, limit: float, ulps: float) -> Ill:
     """16-bit weights: realised against intended displacement, kind by kind, the worst first."""
-    if state.window < LOST_UPDATES:
+    window = state.step - state.window_start
+    if window < LOST_UPDATES:
         return {}
     kinds = by_kind(t for t in state.readings if t.intended_square and t.is_narrow)
     shares = {kind: share_of(mine) for kind, mine in kinds.items()}
     sick = {k: s for k, s in shares.items() if s.rho + SIGMAS * s.error < limit and s.intended_ulps >= ulps}
-    common = {"limit": limit, "window": state.window, "n_sick": len(sick), "n_kinds": len(kinds)}
+    common = {"limit": limit, "window": window, "n_sick": len(sick), "n_kinds": len(kinds)}
     return {
         kind: {
             "value": share.rho,

@@ -33,10 +33,11 @@ class State:
         frozen_on_purpose: set[str],
         start_step: int,
         n_matrices: int,
+        findings: Sequence[Finding],
     ):
         self.model, self.optimizers, self.budget = model, optimizers, budget
         self.frozen_on_purpose, self.start_step = frozen_on_purpose, start_step
-        self.findings: list[Finding] = []  # made so far
+        self.findings = findings  # made so far, by the watch
         self.observed = Scalars()
         self.losses: list[float] = []  # the first HISTORY and at least as many of the last
         self.counts = Counter({id(o): start_step for o in optimizers})  # of the run's updates
@@ -130,11 +131,6 @@ class State:
     def n_seen(self) -> int:
         """Updates under this watch."""
         return self.step - self.start_step
-
-    @property
-    def window(self) -> int:
-        """Updates in the window of intended against realised displacement."""
-        return self.step - self.window_start
 
     @property
     def readings(self) -> list[Tracked]:

@@ -1,15 +1,8 @@
 """A watch over a training: attached to the optimizers' own step hooks, it says by step 100 what is wrong.
 
-    with health.Watch(model, optimizer, log="findings.jsonl") as watch:
-        for batch in batches:
-            ...
-            optimizer.step()
-            watch.observe(loss=loss)      # optional
-    watch.report()
-
-Between checks it leaves the step alone: no value is fetched from the device, and only gradients of every fifth update are
-looked at. Where weights are kept in 16 bits it also replays the optimizer's step on sampled elements, every update. It
-changes no number of the training, and an error of its own ends the watch, with a finding, and not the training.
+Between checks no value is fetched from the device, and only gradients of every fifth update are looked at. Where weights
+are kept in 16 bits the optimizer's step is replayed on sampled elements, every update. No number of the training changes,
+and an error of the watch ends the watch, with a finding, and not the training.
 """
 
 from __future__ import annotations
@@ -52,8 +45,8 @@ class Watch:
     at the same steps as an uninterrupted one, takes what stands in `log` up to there as its own findings, and out of the file
     what stands beyond. What it has to see anew are start values, gradients and losses: rules that wait, wait again (20 updates
     for lost ones), and what they named before is not named again.
-    Raises ValueError, one line, for an optimizer without parameters, a model on the meta device, names in `expect_frozen`
-    that no tensor has, or a log that cannot be written or holds something else.
+    Raises ValueError, one line, for optimizers without a parameter of the model, a model on the meta device, names in
+    `expect_frozen` that no tensor has, or a log that cannot be written or holds something else.
     """
 
     def __init__(
@@ -74,8 +67,7 @@ class Watch:
         self.findings: list[Finding] = self.published.findings
         self.handles: list = []
         frozen = {name for name, _ in model.named_parameters() if name.startswith(tuple(expect_frozen))}
-        self.state = State(model, optimizers, budget, frozen, start_step, n_matrices)
-        self.state.findings = self.findings
+        self.state = State(model, optimizers, budget, frozen, start_step, n_matrices, self.findings)
         self.rules: Sequence[Rule] = ALL
         self.next_check = (start_step // CHECK_EVERY + 1) * CHECK_EVERY
         self.attach()
