@@ -40,7 +40,7 @@ def test_it_names_the_starved_group_by_what_training_so_would_do() -> None:
     probed = {b.name: b for b in branch_probe(model, optimizer, loss_fn, batches, max_grad_norm=None)}
     assert set(probed) == {"a × 3", "b × 3", "all × 3"}
     assert probed["b × 3"].is_proof and probed["b × 3"].gain > 3 * abs(probed["a × 3"].gain)
-    (finding,) = branch_findings(list(probed.values()), step=30)
+    (finding,) = branch_findings(list(probed.values()))
     assert (finding.rule, finding.severity) == ("lr_too_low", "error") and finding.where in ("b × 3", "all × 3")
 
     optimizer.param_groups[1]["lr"] *= 3

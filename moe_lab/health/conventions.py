@@ -1,7 +1,6 @@
 """What a learning rate means: how far it moves an element, in which convention, and what such models are trained with.
 
-Pure functions of numbers, for a config before training and for a run while it trains. A matrix is (A, B): A outputs,
-B inputs (fan-in). Learning rates are peak values, after warm-up.
+A matrix is (A, B): A outputs, B inputs (fan-in). Learning rates are peak values, after warm-up.
 """
 
 from __future__ import annotations
@@ -112,7 +111,7 @@ def usual_adamw_lr(n_parameters: float) -> float:
 
 
 def distance(ratio: float) -> float:
-    """By which factor an LR is off the usual one, up or down: at least 1."""
+    """By which factor an LR is off, up or down: at least 1."""
     return max(ratio, 1 / ratio)
 
 

@@ -64,9 +64,9 @@ RULES: dict[str, tuple[str, str]] = {
     "not_measured": ("warning", "something that the watch could not measure, and why"),
     "lr_too_low": (
         "error",
-        "learning rates far below what such a model is trained with; an error once a branch probe proved it",
+        "learning rates far below a language model's usual; an error once a branch probe proved it",
     ),
-    "lr_too_high": ("error", "learning rates far above what such a model is trained with, or the loss blows up"),
+    "lr_too_high": ("error", "learning rates far above a language model's usual, or the loss blows up"),
     "muon_convention": ("warning", "a Muon learning rate that fits the other convention, or AdamW"),
     "initial_loss": ("warning", "the first loss is not what an untrained model of this vocabulary shows"),
     "nonfinite_loss": ("error", "the loss is NaN or infinite"),

@@ -14,8 +14,7 @@ from torch import Tensor
 def ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Distance from |x| to the next larger number of `dtype`, same shape, float32 (float64 for float64); x in any float dtype.
 
-    Next to a power of two the distance downwards is half of it: from 1.0 in bfloat16 the next number is 1 + 2^-7
-    upwards and 1 - 2^-8 downwards, so that an update is lost up to 2^-8 and down to 2^-9.
+    Below a power of two the next smaller one is at half of it: from 1.0 in bfloat16 an update is lost up to 2^-8, down to 2^-9.
     """
     x = x.double() if torch.finfo(dtype).bits == 64 else x.float()
     bits, exponent = (torch.int64, 0x7FF << 52) if x.dtype == torch.float64 else (torch.int32, 0xFF << 23)
@@ -46,13 +45,13 @@ class Prediction(NamedTuple):
     realised: float  # expected ρ of one update
 
 
-def predict_lost(weight: Tensor, step_rms: float, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Prediction:
+def predict_lost(weight: Tensor, step_rms: float, dtype: torch.dtype = torch.bfloat16) -> Prediction:
     """What one update of root mean square `step_rms` would lose if `weight` were kept in `dtype`, before any training.
 
     Updates are drawn from a normal distribution, independent of the weights: Muon's elements are close to that, AdamW's
     are larger in the middle (most are near ±LR late, fewer early), so take it as a size and not as a forecast.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     kept = weight.detach().flatten().float().cpu().to(dtype).float()
     update = torch.randn(kept.shape, generator=generator) * step_rms
     realised = (kept + update).to(dtype).float() - kept
@@ -70,8 +69,7 @@ def adam_ratio_bound(t: float, betas: Sequence[float] = (0.9, 0.95)) -> float:
 
     At update t, m̂ = Σ a_k·g and v̂ = Σ c_k·g² over ages k = 0 … t-1 of the gradients, with weights that sum to 1:
     a_k = (1-β1)·β1^k / (1-β1^t) and c_k likewise with β2. By Cauchy–Schwarz (Σ a·g)² ≤ Σ a²/c · Σ c·g², equal for
-    g ∝ a/c, so the bound is sqrt(Σ a²/c), and gradients exist that reach it. It is 1 at t = 1, where any gradient gives 1.
-    A constant gradient gives 1 always. In the limit it is infinite if β1² ≥ β2.
+    g ∝ a/c, so the bound sqrt(Σ a²/c) is reached. In the limit it is infinite if β1² ≥ β2; a constant gradient gives 1.
     Raises ValueError for betas outside of 0 ≤ β1 < 1, 0 < β2 < 1. Adam: Kingma & Ba 2015, alg. 1 and sec. 2.1.
     """
     b1, b2 = betas
@@ -89,11 +87,10 @@ def adam_ratio_bound(t: float, betas: Sequence[float] = (0.9, 0.95)) -> float:
 
 def adam_reach(lrs: Sequence[float], betas: tuple[float, float] = (0.9, 0.95)) -> float:
     """A distance that no element can exceed under Adam(W) after updates at these learning rates, whatever its gradients are:
-    Σ LR × the largest ratio of that update (`adam_ratio_bound`).
+    Σ LR × `adam_ratio_bound`, without weight decay, which would add up to Σ LR · decay · |weight|.
 
-    A gradient that never changes travels Σ LR; the reach is above what one sequence can, since each update's bound asks
-    for gradients of its own. Weight decay is taken as 0 and would add up to Σ LR · decay · |weight|; eps > 0 only
-    shortens steps. Raises ValueError for a learning rate that is negative or not finite, and for impossible betas.
+    One sequence of gradients cannot reach it all, and a constant one travels Σ LR. Raises ValueError for a learning rate that
+    is negative or not finite, and for impossible betas.
     """
     if not all(math.isfinite(lr) and lr >= 0 for lr in lrs):
         raise ValueError("lrs must hold finite learning rates of 0 or more")

@@ -1,5 +1,4 @@
 """Afterwards, from a file: what a checkpoint shows by itself.
 
-inspection.py        inspect_checkpoint(path): what never moved, which learning rate is baked in, what does not fit
-checkpoint_file.py   reading a file without executing it, and where trainers keep what in it
+inspection.py    inspect_checkpoint(path): what never moved, which learning rate is baked in, what does not fit
 """

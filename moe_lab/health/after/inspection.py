@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import math
 import re
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +18,9 @@ from ..before.preflight import entries_of_mapping, judged_rates
 from ..during.intended import keeps_bits
 from ..findings import Finding, grouped, several
 from ..sampling import tensor_kind
-from . import checkpoint_file as file
-from .checkpoint_file import is_readable, numbers, wide
 
-MANY_UNCHANGED = 0.5  # share of a kind's sampled elements from which on it is worth a line
+WEIGHTS = ("model_state_dict", "state_dict", "model")  # where trainers keep the tensors; or the file is the mapping
+NO_MEMORY = re.compile(r"can(?:'t|not) allocate|not enough memory", re.IGNORECASE)
 FEW_COLUMNS = 0.8  # of those that a sample could see; health.start_sample sees more
 TOKENS = ("tokens_seen", "n_tokens", "consumed_tokens")
 STUCK = "see whether their updates are rounded away (16-bit parameters) or never made"
@@ -38,10 +40,10 @@ def inspect_checkpoint(path: str | Path) -> list[Finding]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}; give the path of a checkpoint")
-    state, problem = file.load(path)
-    weights = file.weights_of(state)
+    state, problem = load(path)
+    weights = weights_of(state)
     if not weights:
-        reason = problem or "it holds no tensors by name, neither itself nor under " + ", ".join(file.WEIGHTS)
+        reason = problem or "it holds no tensors by name, neither itself nor under " + ", ".join(WEIGHTS)
         message = f"not a checkpoint that can be inspected: {reason}"
         return [Finding("unreadable", "error", str(path), message, "use another checkpoint")]
     readable = {name: t for name, t in weights.items() if is_readable(t)}
@@ -56,12 +58,95 @@ def inspect_checkpoint(path: str | Path) -> list[Finding]:
     ]
 
 
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def load(path: Path) -> tuple[Any, str]:
+    """What the file holds and an empty text, or None and why it cannot be read. Only tensors and plain values are built.
+
+    Raises ValueError, in one line, where not the file is at fault: no permission, a disk's error, too little memory.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)), ""
+    except Exception as error:
+        no_memory = isinstance(error, MemoryError) or NO_MEMORY.search(str(error))
+        # torch looks for the end of a file that is cut short before its beginning: EINVAL
+        if no_memory or isinstance(error, OSError) and error.errno != errno.EINVAL:
+            reason = "not enough memory" if no_memory else error.strerror or str(error)
+            raise ValueError(f"{path}: cannot be read: {reason}") from error
+        if asked := re.search(r"GLOBAL (\S+)", str(error)):  # how torch names what it refused to look up
+            return None, f"it asks for {asked[1]}, no plain value: reading it could run code, so it was not read"
+        return None, f"it is cut short, damaged, or no file of torch.save ({type(error).__name__})"
+
+
+def weights_of(state: Any) -> dict[str, Tensor]:
+    """The named tensors of a checkpoint; empty if there are none."""
+    places = [*map(state.get, WEIGHTS), state] if isinstance(state, Mapping) else []
+    found = ({str(k): t for k, t in place.items() if isinstance(t, Tensor)} for place in mappings(places))
+    return next(filter(None, found), {})
+
+
+def is_readable(t: Any) -> bool:
+    return isinstance(t, Tensor) and t.layout is torch.strided and t.device.type == "cpu" and not t.is_quantized
+
+
+def wide(t: Tensor) -> Tensor:
+    """8-bit floats, which have few operations, as float32; every other tensor as it is."""
+    return t.float() if t.is_floating_point() and t.itemsize == 1 else t
+
+
+def numbers(*values: Any) -> list[float]:
+    """The finite numbers among values, single ones in tensors and in lists included."""
+    finite = []
+    for value in values:
+        if is_readable(value) and value.numel() == 1:
+            value = value.item()
+        if isinstance(value, (list, tuple)):
+            finite += numbers(*value)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            finite.append(float(value))
+    return finite
+
+
+def mappings(values: Any) -> list[Mapping]:
+    """Those among a mapping's values or a list's that are mappings themselves; none of anything else."""
+    values = list(values.values()) if isinstance(values, Mapping) else values
+    return [v for v in values if isinstance(v, Mapping)] if isinstance(values, (list, tuple)) else []
+
+
+def parts(state: Mapping, word: str) -> list[Mapping]:
+    """The mappings that a checkpoint keeps under keys with `word`, singly or in lists."""
+    named = [value for key, value in state.items() if word in str(key).lower()]
+    return [part for value in named for part in mappings(value if isinstance(value, (list, tuple)) else [value])]
+
+
+def in_optimizers(state: Mapping, key: str) -> list[Mapping]:
+    """The `param_groups` of all stored optimizers, or the `state` of each of their tensors."""
+    return [inner for part in parts(state, "optim") for inner in mappings(part.get(key))]
+
+
+def stored_rates(state: Mapping) -> dict[str, float]:
+    """Peak LR of each optimizer group: `initial_lr` where there is one, else `lr`."""
+    groups = enumerate(in_optimizers(state, "param_groups"))
+    rates = {g.get("name", f"group_{i}"): numbers(g.get("initial_lr"), g.get("lr")) for i, g in groups}
+    return {str(name): lr[0] for name, lr in rates.items() if lr}
+
+
+def optimizer_steps(state: Mapping) -> int | None:
+    """The most updates that an optimizer counted for one tensor; None if none counts."""
+    counted = numbers(*(entry.get("step") for entry in in_optimizers(state, "state")))
+    return int(max(counted)) if counted else None
+
+
 def plan_of(config: Any) -> Plan:
     """What the stored config plans: nothing if there is none, or one of a size that is no config's."""
     try:
         return Plan(entries_of_mapping(config) if isinstance(config, Mapping) else [])
     except ValueError:
         return Plan([])
+
+
+# ---- findings --------------------------------------------------------------------------------------------------------
 
 
 def nonfinite(weights: Mapping[str, Tensor]) -> Iterator[Finding]:
@@ -81,7 +166,7 @@ def unexpected(names: Iterable[str], severity: str, what: str) -> Iterator[Findi
 def held_against_start(weights: Mapping[str, Tensor], state: Mapping) -> Iterator[Finding]:
     """What has moved, by the start values in the file, or by the constants that a start leaves."""
     sample = state.get("initial_sample")
-    counted = numbers(file.optimizer_steps(state), state.get("step"), state.get("global_step"))
+    counted = numbers(optimizer_steps(state), state.get("step"), state.get("global_step"))
     updates = counted[0] if counted else None
     if isinstance(sample, Mapping):
         starts = {str(name): start_of(kept, weights.get(name)) for name, kept in sample.items()}
@@ -94,7 +179,7 @@ def held_against_start(weights: Mapping[str, Tensor], state: Mapping) -> Iterato
         yield Finding("never_moved", "info", "every tensor", message, "inspect a later one")
     elif isinstance(sample, Mapping):
         starts = {name: start for name, start in starts.items() if start and len(start[0])}
-        yield from never_moved(weights, starts, updates, any(file.stored_rates(state).values()))
+        yield from never_moved(weights, starts, updates, any(stored_rates(state).values()))
         yield from few_columns(weights, starts)
     else:
         yield from constants(weights)
@@ -119,28 +204,18 @@ def kind_of(name: str) -> str:
 def never_moved(
     weights: Mapping[str, Tensor], starts: Mapping[str, Start], updates: float | None, has_rates: bool
 ) -> Iterator[Finding]:
-    """Per kind, the tensors of which no sampled element has moved; and the kinds of which most elements have not."""
+    """Per kind, the tensors of which no sampled element has moved."""
     same = {}  # elements that are bit-identical now; of a run that was cast after its start, to the cast values
     for name, (index, value) in starts.items():
         same[name] = wide(weights[name].flatten()[index]) == wide(value.to(weights[name].dtype))
     stuck = {name for name, elements in same.items() if elements.all()}
     severity = "error" if updates and has_rates and len(stuck) < len(starts) else "warning"
     after = f"in {updates:.0f} updates" if updates else "since the start"
-    slow: dict[str, float] = {}
     for kind, names in grouped(starts, kind_of).items():
         frozen = [name for name in names if name in stuck]
-        share = torch.cat([same[name] for name in names]).float().mean().item()
         if frozen:
             message = f"{len(frozen)} of {len(names)} {kind}: no sampled element has moved {after}"
             yield Finding("never_moved", severity, several(frozen), message, STUCK, len(frozen) / len(names), 0)
-        elif share >= MANY_UNCHANGED:
-            slow[kind] = share
-    if slow:
-        worst = sorted(slow, key=slow.get, reverse=True)
-        listed = ", ".join(f"{kind} {slow[kind]:.0%}" for kind in worst[:4]) + (", …" if len(worst) > 4 else "")
-        message = f"{len(slow)} kinds of tensors have moved in part only {after}; unchanged sampled elements: {listed}"
-        advice = "normal for rows whose tokens did not occur; else updates are small, or rounded away"
-        yield Finding("never_moved", "info", several(worst), message, advice, slow[worst[0]], MANY_UNCHANGED)
 
 
 def few_columns(weights: Mapping[str, Tensor], starts: Mapping[str, Start]) -> Iterator[Finding]:
@@ -178,11 +253,11 @@ def constants(weights: Mapping[str, Tensor]) -> Iterator[Finding]:
 def sixteen_bits(weights: Mapping[str, Tensor], state: Mapping) -> Iterator[Finding]:
     """16-bit weights without anything in the optimizer's state that keeps what rounding loses."""
     narrow = [name for name, t in weights.items() if t.dtype in (torch.bfloat16, torch.float16)]
-    kept = [*file.parts(state, "optim"), *file.in_optimizers(state, "state")]
-    if not narrow or keeps_bits(kept, file.in_optimizers(state, "param_groups")):
+    kept = [*parts(state, "optim"), *in_optimizers(state, "state")]
+    if not narrow or keeps_bits(kept, in_optimizers(state, "param_groups")):
         return
     formats = " and ".join(sorted({str(weights[name].dtype).removeprefix("torch.") for name in narrow}))
-    if file.in_optimizers(state, "state"):
+    if in_optimizers(state, "state"):
         severity, why = "error", "the optimizer's state keeps nothing of what rounding loses"
         advice = "train float32 parameters and compute under autocast"
     else:
@@ -194,8 +269,8 @@ def sixteen_bits(weights: Mapping[str, Tensor], state: Mapping) -> Iterator[Find
 
 def baked_in(state: Mapping, plan: Plan, n_parameters: int) -> Iterator[Finding]:
     """The learning rates that a plain load_state_dict would bring back; a warning if they are out of the usual range."""
-    rates = file.stored_rates(state)
-    for part in file.parts(state, "sched"):
+    rates = stored_rates(state)
+    for part in parts(state, "sched"):
         for key in ("max_lr", "max_lrs", "base_lrs"):
             rates |= {f"scheduler {key}": lr for lr in numbers(part.get(key))[:1]}
     if not rates:
@@ -213,7 +288,7 @@ def baked_in(state: Mapping, plan: Plan, n_parameters: int) -> Iterator[Finding]
 
 def counters(state: Mapping, plan: Plan) -> Iterator[Finding]:
     """The checkpoint's step and tokens against the updates that its optimizer counted."""
-    counted, at_once = file.optimizer_steps(state), plan.tokens_per_update()
+    counted, at_once = optimizer_steps(state), plan.tokens_per_update()
     for step in numbers(state.get("step"))[:1]:
         if counted is not None and int(step) != counted:
             message = f"the checkpoint says step {step:g} and its optimizer has made {counted} updates"

@@ -8,8 +8,7 @@ rules_loss.py    learning rates, measured steps against the usual ones; reach; t
 rule.py          what a rule is: something to look for, and the words for it
 state.py         what is known of a training, which the rules see
 tracking.py      which tensors are followed, under which names and in which groups
-bank.py          their sampled elements: where they were, are, and were meant to go
-gradients.py     who gets a gradient, and how large
+bank.py          their sampled elements: where they were, are, and were meant to go; who gets a gradient, and how large
 intended.py      what a step is meant to do: the optimizer's own, replayed in float32
 steps.py         what kind of step an optimizer takes, measured
 forward.py       what forward passes tell: vocabulary, the logits' variance, which tensors matter

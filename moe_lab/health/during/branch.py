@@ -1,7 +1,6 @@
 """The branch probe: from one state, over one sequence of batches, a few updates under each of several settings.
 
-What differs afterwards was caused by the setting. It proves a suspicion (is this learning rate too low?) and is the general
-way to attribute a loss to a cause.
+What differs afterwards was caused by the setting: a proof that a learning rate is too low, or of any other cause.
 """
 
 from __future__ import annotations
@@ -101,18 +100,18 @@ def raise_lrs(groups: Sequence[tuple[Optimizer, int]], optimizers: list[Optimize
         optimizer.param_groups[number]["lr"] = optimizer.param_groups[number]["lr"] * FACTOR
 
 
-def branch_findings(branches: Sequence[Branch], step: int | None = None) -> list[Finding]:
+def branch_findings(branches: Sequence[Branch]) -> list[Finding]:
     """`lr_too_low`, an error, for the branch that gained most, if that is proof. For branches with raised LRs."""
     best = max((branch for branch in branches if branch.is_proof), key=lambda branch: branch.gain, default=None)
     if best is None:
         return []
     message = f"from the same state on the same batches, {best.name} ends {best.gain:.2f} ± {best.error:.2f} nats lower"
     advice = "raise that learning rate, and probe again until a factor of 3 gains nothing"
-    return [Finding("lr_too_low", "error", best.name, message, advice, best.gain, GAIN, step)]
+    return [Finding("lr_too_low", "error", best.name, message, advice, best.gain, GAIN)]
 
 
 def paired(base: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
-    """Mean of `base - other` over batches, and its standard error. A branch that diverged gains minus infinity."""
+    """Mean of `base - other`, and its standard error. A branch that diverged gains minus infinity."""
     gains = [a - b for a, b in zip(base, other, strict=True)]
     if not all(map(math.isfinite, gains)):
         return -math.inf, math.inf

@@ -91,9 +91,8 @@ class ForwardProbe:
         return self.answers.get(param)
 
     def try_changed(self, model: nn.Module, param: Tensor, args: tuple, kwargs: dict) -> bool | None:
-        """Computed in evaluation mode without gradients, with copies in place of the tensor and of the buffers: a backward
-        pass that is still to come must find the weights as they were. Modes and random state are put back.
-        """
+        """In evaluation mode without gradients, with copies in place of the tensor and of the buffers: a backward pass that
+        is still to come must find the weights as they were. Modes and random state are put back."""
         name = next((name for name, p in model.named_parameters() if p is param), None)
         if name is None or is_sharded(model):
             return None

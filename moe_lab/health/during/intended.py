@@ -1,8 +1,8 @@
 """What an optimizer is about to do, in exact arithmetic: its own step, replayed in float32 on copies.
 
-The real step works on 16-bit tensors, whose number format may round its work away. A replay hands the optimizer's own `step`
-float32 copies of weight, gradient and state, so it needs no formula per optimizer and no class's name. Where a step treats
-each element by itself, sampled elements suffice; that is tried, and compared with whole tensors.
+A replay hands the optimizer's own `step` float32 copies of weight, gradient and state, so it needs no formula per optimizer
+and no class's name. Where a step treats each element by itself, sampled elements suffice; that is tried, and compared with
+whole tensors.
 
 It runs on another object, with copies of options and state and without hooks, and the random state is put back. Refused, with
 an info: optimizers that keep tensors or objects outside of `state` (masters, an inner optimizer), and all but torch's own where
@@ -83,7 +83,7 @@ def shadow_of(optimizer: Optimizer, group: dict, weight: Tensor, state: dict) ->
     if several and not type(optimizer).step.__module__.startswith("torch.optim."):
         raise ValueError("several processes train, and its step might talk to the others")
     options = {key: duplicate(value) for key, value in group.items() if key != "params"}
-    options |= {key: False for key in ("foreach", "differentiable") if key in options}
+    options |= dict.fromkeys(options.keys() & {"foreach", "differentiable"}, False)
     shadow = object.__new__(type(optimizer))
     for name, value in vars(optimizer).items():
         if name.endswith("_hooks"):
@@ -106,8 +106,8 @@ def advance(optimizer: Optimizer, grad: Tensor) -> Tensor:
 def replay(tensors: Sequence[Tracked], whole: bool = False) -> Tensor:
     """What the next step is meant to do, float32: to one whole tensor, in its shape, or to the samples of several, in a row.
 
-    Samples are right only where each element's step is its own; their tensors have a dimension, are in one group, and have
-    seen as many updates. Gradients are dense. Raises whatever the optimizer's step raises on such copies.
+    Several tensors have a dimension, are in one group, and have seen as many updates; their elements' steps must be their own.
+    Gradients are dense. Raises whatever the optimizer's step raises on such copies.
     """
     first, states = tensors[0], [t.state for t in tensors]
 
@@ -146,16 +146,13 @@ def is_adam(optimizer: Optimizer, group: dict) -> bool:
 
 
 def family(t: Tracked) -> tuple[GroupState | None, int]:
-    """Tensors whose steps are alike: of one group, and all scalars, vectors, or of more dimensions."""
+    """What tensors with steps alike share: the group, and whether they are scalars, vectors, or of more dimensions."""
     return t.owner, min(t.param.ndim, 2)
 
 
 class Replays:
-    """The intended steps of 16-bit tensors, added up in their banks.
-
-    Samples are replayed by themselves until they turn out to depend on their tensor: their step fails, or differs from
-    that of whole tensors. Then a few whole tensors of the group are replayed.
-    """
+    """The intended steps of 16-bit tensors, added up in their banks: of samples, until their step fails or differs from that of
+    whole tensors; then of a few whole tensors of the group."""
 
     def __init__(self, n_matrices: int) -> None:
         self.n_matrices = n_matrices
@@ -175,7 +172,7 @@ class Replays:
             self.few |= {id(t) for t in alike[stride // 2 :: stride]}
 
     def add(self, optimizer: Optimizer) -> Exception | None:
-        """Add the step that is about to be taken. An optimizer whose step cannot be replayed is given up: the error is returned,
+        """Add the step that is about to be taken. If it cannot be replayed, the optimizer is given up and the error returned,
         unless it keeps what rounding loses."""
         self.last = {}
         mine = [t for t in self.tensors if t.optimizer is optimizer]

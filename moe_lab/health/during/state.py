@@ -10,9 +10,8 @@ from torch.optim import Optimizer
 
 from ..findings import Finding
 from ..measures import expected_start
-from .bank import Bank, banks_of
+from .bank import Bank, Gradients, banks_of
 from .forward import ForwardProbe
-from .gradients import Gradients
 from .intended import Replays
 from .steps import Steps
 from .tracking import HISTORY, GroupState, Scalars, Tracked, track
