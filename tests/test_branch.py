@@ -125,10 +125,6 @@ class FakeGenerator:
         self.drawn = int(state)
 
 
-def on(*devices: str) -> list[SimpleNamespace]:
-    return [SimpleNamespace(device=torch.device(device)) for device in devices]
-
-
 def test_branches_draw_the_same_numbers_on_every_device(monkeypatch) -> None:
     """Of a model on two CUDA devices or on an Apple GPU: the CPU's generator alone says nothing of theirs."""
     fakes = {"cuda": FakeGenerator(True), "mps": FakeGenerator(False)}
@@ -140,7 +136,8 @@ def test_branches_draw_the_same_numbers_on_every_device(monkeypatch) -> None:
         return squares(model, batch + 0.01 * sum(fake.drawn for fake in fakes.values()))
 
     model, optimizer, batches = dropping()
-    monkeypatch.setattr(model, "buffers", lambda: on("cuda:1", "mps", "meta"))
+    elsewhere = [SimpleNamespace(device=torch.device(name)) for name in ("cuda:1", "mps", "meta")]
+    monkeypatch.setattr(model, "buffers", lambda: elsewhere)
     (branch,) = branch_probe(model, optimizer, noisy, batches, {"same": no_change}, n_updates=3)
     assert branch.gain == 0.0
     assert [fake.drawn for fake in fakes.values()] == [100, 100]

@@ -62,10 +62,7 @@ RULES: dict[str, tuple[str, str]] = {
     "nonfinite_gradient": ("error", "a gradient is NaN or infinite"),
     "sparse_gradient": ("info", "sparse gradients: lost updates of this tensor are not measured"),
     "not_measured": ("warning", "something that the watch could not measure, and why"),
-    "lr_too_low": (
-        "error",
-        "learning rates far below a language model's usual; an error once a branch probe proved it",
-    ),
+    "lr_too_low": ("error", "learning rates far below a language model's usual; an error if a branch probe proves it"),
     "lr_too_high": ("error", "learning rates far above a language model's usual, or the loss blows up"),
     "muon_convention": ("warning", "a Muon learning rate that fits the other convention, or AdamW"),
     "initial_loss": ("warning", "the first loss is not what an untrained model of this vocabulary shows"),

@@ -102,17 +102,12 @@ def expected_start(vocab_size: int, logit_variance: float) -> float:
     return math.log(vocab_size) + logit_variance / 2
 
 
-class Trend(NamedTuple):
-    slope: float  # per update
-    error: float  # its standard error, from the residuals
-
-
-def trend(losses: Sequence[float]) -> Trend:
-    """Least-squares line through losses of consecutive updates, at least 3 of them."""
+def trend(losses: Sequence[float]) -> tuple[float, float]:
+    """Slope per update of the least-squares line through at least 3 losses, and its standard error, from the residuals."""
     n = len(losses)
     slope, start = linear_regression(range(n), losses)
     rest = math.fsum((loss - start - slope * update) ** 2 for update, loss in enumerate(losses))
-    return Trend(slope, math.sqrt(rest / (n - 2) * 12 / (n**3 - n)))
+    return slope, math.sqrt(rest / (n - 2) * 12 / (n**3 - n))
 
 
 class Sums:

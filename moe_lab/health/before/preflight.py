@@ -62,9 +62,7 @@ def preflight(
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def leaves(
-    origin: str | Path, tree: Any, inside: Callable[[Any], Iterable | None]
-) -> list[tuple[tuple[str, ...], Any]]:
+def leaves(origin: str | Path, tree: Any, inside: Callable[[Any], Iterable | None]) -> list[tuple]:
     """Path and value of each leaf of a tree, in order; `inside(value)` gives keys and values, or None for a leaf."""
 
     def walk(value: Any, path: tuple[str, ...]) -> Iterator[tuple]:
