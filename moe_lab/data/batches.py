@@ -22,7 +22,6 @@ class Batches:
 
     def __init__(self, tokens: np.ndarray, seq_len: int, batch_size: int, seed: int):
         self.windows, self.batch_size, self.seed = whole_windows(tokens, seq_len), batch_size, seed
-        self.n_windows = len(self.windows)
         self.go_to(epoch=0, position=0)
 
     def go_to(self, epoch: int, position: int) -> None:
@@ -31,7 +30,7 @@ class Batches:
         # bits would give every seed the same order.
         digest = hashlib.sha256(f"{self.seed} {epoch}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
-        self.order = torch.randperm(self.n_windows, generator=generator).tolist()
+        self.order = torch.randperm(len(self.windows), generator=generator).tolist()
         self.epoch, self.position = epoch, position
 
     def next_batch(self) -> torch.Tensor:
@@ -39,7 +38,7 @@ class Batches:
         return as_batch(self.windows[[self.next_window() for _ in range(self.batch_size)]])
 
     def next_window(self) -> int:
-        if self.position == self.n_windows:
+        if self.position == len(self.order):
             self.go_to(self.epoch + 1, 0)
         self.position += 1
         return self.order[self.position - 1]

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -23,18 +23,8 @@ from moe_lab.train import checkpoint as ckpt
 from moe_lab.train import device, directory
 from moe_lab.train.controls import CONTROLS, Controls, signals_ask_to_stop
 from moe_lab.train.evaluate import evaluate
-from moe_lab.train.readings import Readings, load_and_drops
+from moe_lab.train.readings import Readings, Report, load_and_drops
 from moe_lab.train.record import RECORD, append_jsonl, write_summary
-
-
-class Report(NamedTuple):
-    """One update; the tensors are scalars on the run's device, and nothing was fetched for it."""
-
-    step: int  # this update's number, from 1
-    tokens: int  # trained on so far, with this update's
-    lr: dict[str, float]  # of each group, in this update
-    losses: dict[str, Tensor]  # the weighted terms, measured before the update; their sum is the loss
-    grad_norm: Tensor  # before clipping
 
 
 class Trainer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,15 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from moe_lab.model.moe import Routing
 
-if TYPE_CHECKING:
-    from moe_lab.train.loop import Report
+
+class Report(NamedTuple):
+    """One update; the tensors are scalars on the run's device, and nothing was fetched for it."""
+
+    step: int  # this update's number, from 1
+    tokens: int  # trained on so far, with this update's
+    lr: dict[str, float]  # of each group, in this update
+    losses: dict[str, Tensor]  # the weighted terms, measured before the update; their sum is the loss
+    grad_norm: Tensor  # before clipping
 
 
 def load_and_drops(routing: Routing) -> Tensor:
