@@ -88,7 +88,7 @@ def until(happened: Callable[[], bool]) -> None:
 def test_a_pause_freezes_the_run_until_it_ends(run: Trainer, tmp_path: Path, end: str) -> None:
     trainer = Trainer(run.config, tmp_path / "run")
     trainer.listeners.append(lambda row: row["step"] == 2 and trainer.controls.pause())
-    thread = threading.Thread(target=trainer.fit)
+    thread = threading.Thread(target=trainer.fit, daemon=True)
     thread.start()
     until((tmp_path / "run" / "controls.jsonl").exists)  # the loop has noticed
     frozen = parameters(trainer)
@@ -99,7 +99,7 @@ def test_a_pause_freezes_the_run_until_it_ends(run: Trainer, tmp_path: Path, end
     stored = load_checkpoint(step_path(tmp_path / "run", 2))["model_state_dict"]
     assert all(p.equal(frozen[name]) and p.equal(stored[name]) for name, p in parameters(trainer).items())
     trainer.stop() if end == "stop" else trainer.controls.resume()
-    thread.join(60)
+    thread.join(20)
     assert not thread.is_alive() and trainer.step == (6 if end == "resume" else 2)
     rows, unpaused = (without_times(read_record(run_dir)) for run_dir in (tmp_path / "run", run.run_dir))
     assert rows == unpaused[: len(rows)]
