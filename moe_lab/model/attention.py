@@ -1,16 +1,22 @@
 """Causal grouped-query attention with rotary positions."""
 
-# Shapes: B batch, T time, D d_model, H query heads, G key/value heads, C head_dim, S cached positions.
+# Shapes: B batch, T time, D d_model, H query heads, G key/value heads, R = H / G, C head_dim, S cached positions.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from moe_lab.config import ModelConfig
+from moe_lab.model.layers import in_autocast, no_autocast
+
+BLOCK = 64  # queries whose scores are made at once on a CPU: they fit its cache
+SHORT = 512  # tokens up to which all probabilities are kept for the backward pass
 
 
 class KeyValueCache(NamedTuple):
@@ -22,23 +28,80 @@ class KeyValueCache(NamedTuple):
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine tables, each (B, 1, T, C) float32, for positions (B, T) int64 in the sequence.
+    """Cosine and sine tables, each (B, 1, T, C / 2) float32, for positions (B, T) int64 in the sequence.
 
     Source: Su et al. 2021, sec. 3.4.2, https://arxiv.org/abs/2104.09864, with the halves of a head as the pairs
     (GPT-NeoX order, as in Llama) where the paper pairs neighbours.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions.float().unsqueeze(-1) * (1.0 / theta**exponents)  # (B, T, C / 2)
-    angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)
+    angles = (positions.float().unsqueeze(-1) * (1.0 / theta**exponents)).unsqueeze(1)
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+class Rotation(Function):
     """Turn each pair of x (B, H, T, C) by its position's angle; computed in float32, returned in x's dtype."""
-    cos, sin = table
-    first, second = x.float().chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return (x.float() * cos + turned * sin).type_as(x)
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        first, second = x.float().chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).type_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return Rotation.apply(grad, cos, -sin), None, None  # the gradient is turned back
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of queries (B, H, T, C) to keys and values (B, G, T, C) → (B, H, T, C)."""
+    (batch, n_heads, length, width), n_kv = q.shape, k.shape[1]
+    if q.device.type != "cpu" or length > SHORT:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    q = q.unflatten(1, (n_kv, -1)).transpose(2, 3).reshape(batch * n_kv, -1, width)  # (B·G, T·R, C)
+    with no_autocast(q):
+        y = BlockAttention.apply(q, k.flatten(0, 1), v.flatten(0, 1))
+    return y.view(batch, n_kv, length, -1, width).transpose(2, 3).reshape(batch, n_heads, length, width)
+
+
+class BlockAttention(Function):
+    """Causal attention on a CPU, BLOCK queries at a time: q (N, T·R, C), R queries a position, k and v (N, T, C).
+
+    In bfloat16 torch's own kernel spends most of its backward pass outside matrix products. As there, scores and their
+    softmax are float32.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        n_queries = q.shape[1] // k.shape[1]
+        queries, keys = q.float() * q.shape[-1] ** -0.5, k.float().transpose(1, 2)
+        later = torch.ones(BLOCK, BLOCK, dtype=torch.bool).triu(1).unsqueeze(1)
+        y, probs = torch.empty_like(q), []
+        for start in range(0, k.shape[1], BLOCK):
+            rows, seen = slice(start * n_queries, (start + BLOCK) * n_queries), slice(start + BLOCK)
+            scores = queries[:, rows] @ keys[:, :, seen]
+            own = scores.unflatten(1, (-1, n_queries))[..., start:]  # (N, BLOCK, R, BLOCK): the block's own keys
+            own.masked_fill_(later[: own.shape[1], :, : own.shape[-1]], -math.inf)
+            probs.append(scores.softmax(dim=-1).type_as(v))
+            y[:, rows] = probs[-1] @ v[:, seen]
+        ctx.save_for_backward(q, k, v, *probs)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, *probs = ctx.saved_tensors
+        n_queries, scale = q.shape[1] // k.shape[1], q.shape[-1] ** -0.5
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        grad_k, grad_v = grad_k.float(), grad_v.float()  # sums over blocks
+        for index, p in enumerate(probs):
+            start = index * BLOCK
+            rows, seen = slice(start * n_queries, (start + BLOCK) * n_queries), slice(start + BLOCK)
+            grad_v[:, seen] += p.transpose(1, 2) @ grad[:, rows]
+            grad_p = grad[:, rows] @ v[:, seen].transpose(1, 2)
+            grad_scores = torch._softmax_backward_data(grad_p, p, -1, p.dtype)
+            grad_q[:, rows] = grad_scores @ k[:, seen]
+            grad_k[:, seen] += grad_scores.transpose(1, 2) @ q[:, rows]
+        return grad_q.mul_(scale), grad_k.mul_(scale).type_as(k), grad_v.type_as(v)
 
 
 class Attention(nn.Module):
@@ -58,12 +121,13 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries (B, H, T, C), rotated keys and values (B, G, T, C)."""
-        table = rotary(positions, self.head_dim, self.theta)
+        cos, sin = rotary(positions, self.head_dim, self.theta)
+        x = in_autocast(x)  # once for all three
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return rotate(q, table), rotate(k, table), v
+        return Rotation.apply(q, cos, sin), Rotation.apply(k, cos, sin), v
 
     def forward(self, x: Tensor, positions: Tensor, keep: Tensor | None = None) -> tuple[Tensor, None]:
         """x (B, T, D) in order of time, positions (B, T) int64 → (B, T, D), and no routing.
@@ -71,8 +135,7 @@ class Attention(nn.Module):
         A row sees itself and the rows before it, whatever their positions; `keep` is not needed here, since
         MoD puts the rows that do not count last.
         """
-        q, k, v = self.project(x, positions)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        y = attend(*self.project(x, positions))
         return self.o_proj(y.transpose(1, 2).flatten(2)), None
 
     def new_cache(self, batch: int, max_len: int, device: torch.device, dtype: torch.dtype) -> KeyValueCache:

@@ -18,6 +18,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor | None = None, keep: Tensor | None = None) -> tuple[Tensor, None]:
         """(…, d_model) → (…, d_model), and no routing. Each token by itself: positions and `keep` are not needed."""
+        x = in_autocast(x)  # once for both
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)), None
 
     def step(self, x: Tensor, position: int, cache: None, keep: Tensor) -> Tensor:
@@ -54,3 +55,9 @@ def dropout(x: Tensor, p: float, generator: torch.Generator | None) -> Tensor:
 def no_autocast(x: Tensor):
     """A context in which operations on x's device keep the dtype they are given."""
     return torch.autocast(x.device.type, enabled=False)
+
+
+def in_autocast(x: Tensor) -> Tensor:
+    """x in the dtype in which autocast would multiply it: who multiplies it several times casts it once."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
