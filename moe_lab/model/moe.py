@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from moe_lab.config import ModelConfig
 from moe_lab.model.layers import RouterMLP
@@ -103,39 +104,78 @@ class MoE(nn.Module):
 
     def experts(self, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         """Sum over K of weight · SwiGLU_expert(token): (N, D), (N, K) with id E for nowhere, (N, K) → (N, D)."""
-        n_tokens, top_k = expert_ids.shape
-        rows, ends = self.arrange(expert_ids.flatten())  # (S,), (E,)
-        nowhere = (expert_ids == self.n_experts).flatten().unsqueeze(1)  # (S, 1)
-        slots = tokens.repeat_interleave(top_k, dim=0).masked_fill(nowhere, 0)  # (S, D)
         where = tokens.device.type
-        dtype = torch.get_autocast_dtype(where) if torch.is_autocast_enabled(where) else slots.dtype
-        n_rows = slots.shape[0] + self.n_experts * ROWS  # enough however the tokens fall: no look at the counts
-        grouped = slots.new_zeros(n_rows, slots.shape[1], dtype=dtype).index_copy(0, rows, slots.to(dtype))
+        dtype = torch.get_autocast_dtype(where) if torch.is_autocast_enabled(where) else tokens.dtype
+        rows, copied, ends = self.arrange(expert_ids)
+        weights = weights.masked_fill(expert_ids == self.n_experts, 0)
+        grouped = Spread.apply(tokens, dtype, rows, copied)  # (n_rows, D)
 
         def product(rows_in: Tensor, stack: Tensor) -> Tensor:
             return F.grouped_mm(rows_in, stack.to(dtype).transpose(1, 2), offs=ends)
 
         hidden = F.silu(product(grouped, self.gate_proj)) * product(grouped, self.up_proj)  # (n_rows, F)
-        y = product(hidden, self.down_proj).index_select(0, rows)  # (S, D)
-        # rows past the last group are never written: masked_fill, since 0 · NaN would be NaN
-        y = y.masked_fill(nowhere, 0) * weights.flatten().unsqueeze(1)
-        return y.unflatten(0, (n_tokens, top_k)).sum(dim=1).type_as(tokens)
+        return Collect.apply(product(hidden, self.down_proj), weights, rows, copied).type_as(tokens)
 
-    def arrange(self, slot_experts: Tensor) -> tuple[Tensor, Tensor]:
-        """The row of each slot in the grouped buffer (S,), and where each expert's rows end (E,) int32.
+    def arrange(self, expert_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of expert_ids (N, K), E for nowhere: where slots stand in a buffer of n_rows rows, grouped by expert.
 
-        Works on the device without reading a count back (torch's float32 fallback of grouped_mm on CUDA does read `ends`;
-        its bfloat16 kernel does not). Slots of expert E come after all groups.
+        rows (N, K), each slot's row; copied (n_rows,), whose token a row holds, any where no slot stands; ends (E,) int32,
+        where each expert's rows end. Slots that go nowhere share a row of padding: rows past the last group are never
+        written, and may hold anything. Works on the device without reading a count back (torch's float32 fallback of
+        grouped_mm on CUDA does read `ends`; its bfloat16 kernel does not).
         """
+        slot_experts, top_k = expert_ids.flatten(), expert_ids.shape[1]  # (S,)
         order = slot_experts.argsort(stable=True)
         sorted_experts = slot_experts[order]
         counts = slot_experts.new_zeros(self.n_experts + 1).scatter_add_(0, slot_experts, torch.ones_like(slot_experts))
+        spare = counts[:1].clone()  # the row after expert 0's: its group always has padding
         padded = (counts + ROWS - 1) // ROWS * ROWS
+        padded[:1] = (spare + ROWS) // ROWS * ROWS
         ends = padded.cumsum(0)
         first_row, first_slot = ends - padded, counts.cumsum(0) - counts
         rank = torch.arange(len(order), device=order.device) - first_slot[sorted_experts]
-        rows = torch.empty_like(order).index_copy_(0, order, first_row[sorted_experts] + rank)
-        return rows, ends[: self.n_experts].int()
+        in_order = torch.where(sorted_experts < self.n_experts, first_row[sorted_experts] + rank, spare)
+        rows = torch.empty_like(order).index_copy_(0, order, in_order)
+        n_rows = len(order) + self.n_experts * ROWS  # enough however the tokens fall: no look at the counts
+        copied = order.new_zeros(n_rows).index_copy_(0, in_order, order // top_k)
+        return rows.view_as(expert_ids), copied, ends[: self.n_experts].int()
+
+
+class Spread(Function):
+    """Tokens (N, D) → a copy of each in the rows of its experts, (n_rows, D) in `dtype`. Places as of `MoE.arrange`."""
+
+    @staticmethod
+    def forward(ctx, tokens, dtype, rows, copied):
+        ctx.save_for_backward(rows)
+        ctx.dtype = tokens.dtype
+        return tokens.to(dtype).index_select(0, copied)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (rows,) = ctx.saved_tensors
+        first, *others = (grad.index_select(0, row) for row in rows.unbind(1))
+        return sum(others, first.to(ctx.dtype)), None, None, None
+
+
+class Collect(Function):
+    """Rows (n_rows, D) and weights (N, K) → the weighted sum of each token's rows, (N, D) in the weights' dtype."""
+
+    @staticmethod
+    def forward(ctx, y, weights, rows, copied):
+        ctx.save_for_backward(y, weights, rows, copied)
+        total = weights.new_zeros(len(rows), y.shape[1])
+        for row, weight in zip(rows.unbind(1), weights.unsqueeze(2).unbind(1), strict=True):
+            total.addcmul_(y.index_select(0, row), weight)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, weights, rows, copied = ctx.saved_tensors
+        by_weight = [(y.index_select(0, row) * grad).sum(dim=1) for row in rows.unbind(1)]
+        # padding has weight 0, so that no expert learns from it
+        weight = weights.new_zeros(len(copied)).index_copy_(0, rows.flatten(), weights.flatten())
+        grad_y = (grad.index_select(0, copied) * weight.unsqueeze(1)).type_as(y)
+        return grad_y, torch.stack(by_weight, dim=1), None, None
 
 
 def load_balancing_loss(routing: Routing) -> Tensor:
