@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
+from torch.autograd import Function
+
+LOGITS = 2**24  # that a loss makes at once: 64 MB in float32
+CACHED = 2**18  # of these a CPU takes so many at a time, which its cache holds
 
 
 def targets_of(ids: Tensor, mask: Tensor | None, ahead: int) -> Tensor:
@@ -14,10 +18,58 @@ def targets_of(ids: Tensor, mask: Tensor | None, ahead: int) -> Tensor:
     return targets if mask is None else targets.masked_fill(~mask[:, ahead:], -100)
 
 
-def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats over the targets that are not -100; 0 if there is none. Logits in any float dtype."""
-    total = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+def token_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats over the targets (B, T) that are not -100, 0 if there is none; hidden (B, T, D)."""
+    learns = torch.is_grad_enabled()
+    weights = [p for p in head.parameters() if p.requires_grad]
+    total = HeadLoss.apply(hidden.flatten(0, 1), targets.flatten(), head, learns, *weights)
     return total / (targets != -100).sum().clamp(min=1)
+
+
+def loss_and_slope(logits: Tensor, index: Tensor, counts: Tensor, slope: Tensor) -> Tensor:
+    """Summed cross-entropy of logits (N, V) with index (N, 1) where counts (N, 1); its gradient, as if all counted, into
+    slope (N, V)."""
+    probs = logits.softmax(dim=-1, dtype=torch.float32)
+    # log-sum-exp by the likeliest token, whose probability does not underflow
+    whole = logits.amax(dim=-1, keepdim=True).float() - probs.amax(dim=-1, keepdim=True).log()
+    slope.copy_(probs.scatter_add_(1, index, probs.new_full(index.shape, -1.0)))
+    return ((whole - logits.gather(1, index)) * counts).sum()
+
+
+class HeadLoss(Function):
+    """Summed cross-entropy of head(hidden), hidden (N, D), targets (N,); LOGITS logits exist at a time.
+
+    If `learns`, gradients are made in the forward pass, as `F.linear_cross_entropy` does, which on a CPU multiplies
+    bfloat16 in float32 and in chunks of few rows. The module is called for each chunk: its hooks see the logits.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, targets, head, learns, *weights):
+        total, slopes = hidden.new_zeros((), dtype=torch.float32), []
+        sums: list[Tensor] = []  # of the weights' gradients
+        index, counts = targets.unsqueeze(1).clamp(min=0), (targets != -100).unsqueeze(1)  # (N, 1)
+        n_rows, n_cached = (max(1, n // head.out_features) for n in (LOGITS, CACHED))
+        for start in range(0, len(hidden), n_rows):
+            rows = slice(start, start + n_rows)
+            with torch.set_grad_enabled(learns):
+                x = (hidden[rows].detach() * counts[rows]).requires_grad_()  # what does not count teaches nothing
+                logits = head(x)
+            slope = torch.empty_like(logits, requires_grad=False)
+            whole = (logits.detach(), index[rows], counts[rows], slope)
+            for part in zip(*(t.split(n_cached if t.is_cpu else n_rows) for t in whole), strict=True):
+                total += loss_and_slope(*part)
+            if logits.requires_grad:
+                by_rows, *by_weights = torch.autograd.grad(logits, (x, *weights), slope)
+                slopes.append(by_rows * counts[rows])
+                sums = [a.add_(b) for a, b in zip(sums, by_weights, strict=True)] if sums else by_weights
+        ctx.save_for_backward(*([torch.cat(slopes), *sums] if slopes else ()))
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        # none are there if nothing was to learn, or a hook cut the logits off
+        by_hidden, *by_weights = [t * grad for t in ctx.saved_tensors] or [None] * (len(ctx.needs_input_grad) - 3)
+        return by_hidden, None, None, None, *by_weights
 
 
 def head_losses(
@@ -32,5 +84,5 @@ def head_losses(
     for index, (head, weight) in enumerate(zip(heads, weights, strict=True)):
         targets = targets_of(ids, mask, index + 1)  # (B, T - index)
         name = "next_token" if index == 0 else f"future_{index + 1}"
-        terms[name] = weight / sum(weights) * token_loss(head(hidden[:, : targets.shape[1]]), targets)
+        terms[name] = weight / sum(weights) * token_loss(head, hidden[:, : targets.shape[1]], targets)
     return terms

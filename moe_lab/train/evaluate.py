@@ -36,9 +36,9 @@ def evaluate(
             ids = ids.to(device)
             with autocast():
                 trunk = model.trunk(ids[:, :-1])
-                logits = model.lm_heads[0](trunk.hidden)
+                loss = token_loss(model.lm_heads[0], trunk.hidden, targets_of(ids, None, 1))
             count = ids[:, 1:].numel()
-            total += token_loss(logits, targets_of(ids, None, 1)) * count
+            total += loss * count
             if trunk.depth:
                 agreed = agreed + torch.stack([agreement(report) for report in trunk.depth]) * count
     finally:
