@@ -62,6 +62,7 @@ class HeadLoss(Function):
                 by_rows, *by_weights = torch.autograd.grad(logits, (x, *weights), slope)
                 slopes.append(by_rows * counts[rows])
                 sums = [a.add_(b) for a, b in zip(sums, by_weights, strict=True)] if sums else by_weights
+            del logits, slope, whole, part  # before the next are made
         ctx.save_for_backward(*([torch.cat(slopes), *sums] if slopes else ()))
         return total
 
