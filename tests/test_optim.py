@@ -1,5 +1,6 @@
 """Who updates which tensor, how far, and at which share of the learning rate."""
 
+import copy
 import fnmatch
 import math
 import re
@@ -7,12 +8,13 @@ import re
 import pytest
 import torch
 from helpers import MECHANISMS, normal, perturb, refused, tiny
+from test_kernels import Calls
 from torch import nn
 
 from moe_lab import build_model
 from moe_lab.config import OptimizerConfig
 from moe_lab.health import conventions
-from moe_lab.optim import Muon, build_optimizers, groups_of, lr_share, products
+from moe_lab.optim import Muon, build_optimizers, groups_of, lr_share, muon, products
 from moe_lab.optim.groups import split_parameters
 from moe_lab.optim.muon import CONVENTIONS, lr_factor, orthogonalise
 
@@ -95,9 +97,9 @@ def test_only_matrices_embeddings_and_heads_decay(model, kind: str) -> None:
 def test_options_and_learning_rates_arrive(model) -> None:
     options = {"momentum": 0.8, "nesterov": False, "ns_steps": 3, "weight_decay": 0.03, "adjust_lr": "match_rms_adamw"}
     config = OptimizerConfig(**options, adamw_lr_ratio=0.2, betas=(0.7, 0.8), eps=1e-5)
-    muon, adamw = build_optimizers(model, config, max_lr=0.05)
+    matrices, adamw = build_optimizers(model, config, max_lr=0.05)
     wanted = options | {"lr": 0.05, "initial_lr": 0.05}
-    assert {key: muon.param_groups[0][key] for key in wanted} == wanted
+    assert {key: matrices.param_groups[0][key] for key in wanted} == wanted
     for group in adamw.param_groups:
         assert group["lr"] == group["initial_lr"] == pytest.approx(0.01)
         assert group["betas"] == (0.7, 0.8) and group["eps"] == 1e-5
@@ -122,32 +124,63 @@ def test_orthogonalised_singular_values_are_near_one(shape: tuple, scale: float)
     assert torch.linalg.svdvals(matrix / matrix.norm()).min() < 0.3  # which they were not before
 
 
-@pytest.mark.parametrize("shape", [(48, 32), (32, 80), (64, 64)])
-def test_products_in_float32_round_as_those_in_bfloat16_do(shape: tuple, monkeypatch) -> None:
-    """Only the order of sums differs, by the last bit of a product; float32 without the rounding is farther off."""
-    matrix, found = normal(*shape, seed=1), {}
-    for fast in (True, False):
-        monkeypatch.setattr(products, "has_fast_bfloat16", lambda device, fast=fast: fast)
-        found[fast] = orthogonalise(matrix, 5)
-        assert found[fast].dtype == torch.bfloat16
-    difference = (found[True].float() - found[False].float()).norm() / found[True].float().norm()
-    assert difference < 0.005
+@pytest.mark.parametrize("fast", [True, False], ids=["bfloat16", "float32"])
+def test_a_batch_is_its_matrices_one_by_one(fast: bool, monkeypatch) -> None:
+    """Of one shape or another, from stacks and alone, in batches that hold all of a shape or parts of a stack."""
+    monkeypatch.setattr(products, "has_fast_bfloat16", lambda device: fast)
+    shapes = [(3, 20, 48), (5, 20, 48), (20, 48), (3, 48, 20), (48, 20), (20, 48), (70, 80), (2, 70, 80)]
+
+    def updated(shapes: list[tuple], together: bool, limit: int) -> list[torch.Tensor]:
+        monkeypatch.setattr(muon, "BATCH_BYTES", limit)
+        params = [nn.Parameter(normal(*shape, seed=i)) for i, shape in enumerate(shapes)]
+        optimizers = [Muon(each, weight_decay=0.1) for each in ([params] if together else [[p] for p in params])]
+        for step in range(3):
+            for i, p in enumerate(params):
+                p.grad = normal(*p.shape, seed=100 * step + i)
+            for optimizer in optimizers:
+                optimizer.step()
+        if together:
+            sizes = [4 * sum(piece[0].numel() for piece in batch) for batch in optimizers[0].batches(params)]
+            assert sum(sizes) == 4 * sum(p.numel() for p in params)
+            assert max(sizes) <= max(limit, 4 * 70 * 80)  # bounded, but for a matrix that is larger by itself
+            assert len(sizes) == (6 if limit > 1 << 20 else 17 if limit < 4 * 20 * 48 else len(sizes))
+        return [p.detach() for p in params]
+
+    alone = updated(shapes, together=False, limit=1)
+    for limit in (1, 4 * 20 * 48 * 2, 1 << 21):
+        for ours, wanted, shape in zip(updated(shapes, True, limit), alone, shapes, strict=True):
+            torch.testing.assert_close(ours, wanted, rtol=0, atol=2e-3 if fast else 1e-6, msg=str(shape))
 
 
-@pytest.mark.parametrize("shape", [(48, 32), (32, 80), (64, 64)])
-def test_slow_products_follow_the_formula_to_the_last_bit(shape: tuple, monkeypatch) -> None:
-    """Newton–Schulz with every product summed in float32 and rounded to bfloat16, written out."""
-    monkeypatch.setattr(products, "has_fast_bfloat16", lambda device: False)
-    a, b, c = 3.4445, -4.7750, 2.0315
-    matrix = normal(*shape, seed=2)
-    x = (matrix if shape[0] <= shape[1] else matrix.T).bfloat16()
-    x = (x / x.norm().clamp(min=1e-7)).float()
-    for _ in range(5):
-        gram = (x @ x.T).bfloat16().float()
-        polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c).bfloat16().float()
-        x = torch.addmm(x, polynomial, x, beta=a).bfloat16().float()
-    x = x.bfloat16()
-    assert torch.equal(orthogonalise(matrix, 5), x if shape[0] <= shape[1] else x.T)
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_no_optimizer_waits_for_its_device(model, kind: str) -> None:
+    optimizers = build_optimizers(model, OptimizerConfig(type=kind, weight_decay=0.1), max_lr=0.1)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with Calls() as calls:
+        for optimizer in optimizers:
+            optimizer.step()
+    assert not calls.names & {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select"} and calls.names
+
+
+def test_fused_adamw_is_adamw(model) -> None:
+    """One pass over the tensors; elsewhere than on CPUs, CUDA and MPS there is none."""
+    (ours,) = build_optimizers(model, OptimizerConfig(type="adamw", weight_decay=0.1), max_lr=0.01)
+    twin = copy.deepcopy(model)
+    (peer,) = build_optimizers(twin, OptimizerConfig(type="adamw", weight_decay=0.1), max_lr=0.01)
+    assert all(group["fused"] for group in ours.param_groups)
+    for group in peer.param_groups:
+        group["fused"] = False
+    for step in range(4):
+        for i, (p, q) in enumerate(zip(model.parameters(), twin.parameters(), strict=True)):
+            p.grad = normal(*p.shape, seed=100 * step + i)
+            q.grad = p.grad.clone()
+        ours.step()
+        peer.step()
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6, msg=name)
+    elsewhere = build_optimizers(model.to("meta"), OptimizerConfig(), max_lr=0.01)
+    assert not elsewhere[1].param_groups[0]["fused"]
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps", "meta"])

@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import refused
 from tiny_run import contents, evaluations_of, steps_of, tiny, train, without_times
+from torch.optim import AdamW
 
 from moe_lab import RunError, Trainer, load_config
 from moe_lab.config import Config, to_yaml
@@ -158,6 +160,25 @@ def test_what_the_state_depends_on_is_kept(half_way, capsys) -> None:
     assert resumed.config.training.seed == 0 and resumed.config.training.batch_size == 2
     assert [group["momentum"] for group in resumed.optimizers[0].param_groups] == [0.95]
     assert resumed.config == Trainer(config, run_dir, resume=True).config
+
+
+def test_a_checkpoint_of_an_optimizer_that_was_not_fused_is_resumed_fused(half_way, monkeypatch) -> None:
+    """torch takes the counts to the device where the state that it loads says fused; on CUDA a fused step needs them there."""
+    config, run_dir = half_way
+    path = run_dir / "checkpoints" / "checkpoint_interrupted.pt"
+    state = load_checkpoint(path)
+    for group in state["optimizer_state_dict"][1]["param_groups"]:
+        group["fused"] = None
+    torch.save(state, path)
+    handed, load = [], AdamW.load_state_dict
+
+    def noted(optimizer: AdamW, state: dict) -> None:
+        handed.extend(group["fused"] for group in state["param_groups"])
+        load(optimizer, state)
+
+    monkeypatch.setattr(AdamW, "load_state_dict", noted)
+    resumed = train(config, run_dir, resume=True)
+    assert handed == [True, True] and "fused" not in resumed.optimizers[0].param_groups[0]
 
 
 def test_another_architecture_is_an_error(half_way) -> None:

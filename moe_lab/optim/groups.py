@@ -16,6 +16,7 @@ MATRICES = {
     *("in_proj", "x_proj", "dt_proj", "out_proj"),
 }
 DECAYED = ("embedding", "lm_heads")
+FUSED_ON = {"cpu", "cuda", "mps"}  # where torch has AdamW in one pass, its counts on the device
 
 
 def group_of(name: str) -> str:
@@ -46,7 +47,8 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig, max_lr: float) -
     decay = {"muon": config.weight_decay, "adamw_decayed": config.weight_decay, "adamw": 0.0}
     split = split_parameters(model).items()
     matrices, decayed, rest = ({"params": params, "name": name, "weight_decay": decay[name]} for name, params in split)
-    adam = {"betas": tuple(config.betas), "eps": config.eps}
+    fused = {p.device.type for p in model.parameters()} <= FUSED_ON
+    adam = {"betas": tuple(config.betas), "eps": config.eps, "fused": fused}
     if config.type == "muon":
         decayed["lr"] = (config.embedding_lr_ratio or config.adamw_lr_ratio) * max_lr
         momentum = {"momentum": config.momentum, "nesterov": config.nesterov}

@@ -20,14 +20,9 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def multipliable(x: Tensor) -> Tensor:
-    """bfloat16 values in the dtype in which their device multiplies them fast: bfloat16, or float32 for `rounded`."""
-    return x if has_fast_bfloat16(x.device) else x.float()
-
-
-def rounded(product: Tensor) -> Tensor:
-    """The product's values rounded to bfloat16, in the dtype that it has; of a bfloat16 product, itself."""
-    return product.bfloat16().to(product.dtype)
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """In which a device multiplies matrices fast, whatever it costs in digits."""
+    return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
 
 
 class RoundedProducts(TorchDispatchMode):

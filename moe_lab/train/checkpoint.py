@@ -159,6 +159,9 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
     trainer.model.load_state_dict(state["model_state_dict"])
     for optimizer, stored in zip(trainer.optimizers, state["optimizer_state_dict"], strict=True):
         given = [dict(group) for group in optimizer.param_groups]
+        for group, options in zip(stored["param_groups"], given, strict=True):
+            if "fused" in options:  # then the counts are taken to the device, where a fused step looks for them
+                group["fused"] = options["fused"]
         optimizer.load_state_dict(stored)
         for group, options in zip(optimizer.param_groups, given, strict=True):
             group.update(options)

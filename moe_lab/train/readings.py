@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import islice
 from typing import NamedTuple
 
@@ -36,7 +37,8 @@ class Readings:
 
     def norm_deviation(self) -> Tensor:
         """Largest |w - 1| over the RMSNorm weights, a scalar on the device."""
-        return torch.stack([(p.detach().float() - 1).abs().max() for p in self.norms]).max()
+        apart = torch._foreach_sub([p.detach().float() for p in self.norms], 1.0)
+        return torch.stack(torch._foreach_norm(apart, math.inf)).max()
 
     def add(self, report: Report, loads: list[list[Tensor]], deviation: Tensor, seconds: float) -> None:
         """Keep a step as a record row whose numbers are still tensors. `loads`: of each micro-batch, of each MoE layer."""
