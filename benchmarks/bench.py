@@ -53,24 +53,24 @@ def backward(module: nn.Module, x: Tensor) -> None:
 
 
 def scan() -> dict:
-    """The two-level scan against the plain loop over tokens, with the states kept for autograd."""
+    """The scan by blocks against the plain loop over tokens, with the states kept for autograd."""
     torch.manual_seed(0)
     delta, x = torch.rand(8, 256, 384) * 0.1, torch.randn(8, 256, 384)
     B, C = torch.randn(2, 8, 256, 8)
     A = -torch.arange(1.0, 9)[:, None].repeat(1, 384)
     inputs = [t.requires_grad_() for t in (delta, A, B, C, x)]
 
-    def plain(delta: Tensor, A: Tensor, B: Tensor, C: Tensor, x: Tensor) -> Tensor:
+    def plain(delta: Tensor, A: Tensor, B: Tensor, C: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         decays = torch.exp(delta.unsqueeze(2) * A).unbind(1)
         added = (B.unsqueeze(3) * (delta * x).unsqueeze(2)).unbind(1)
         state, states = torch.zeros_like(added[0]), []
         for decay, new in zip(decays, added, strict=True):
             state = torch.addcmul(new, decay, state)
             states.append(state)
-        return (C.unsqueeze(2) @ torch.stack(states, 1)).squeeze(2)
+        return (C.unsqueeze(2) @ torch.stack(states, 1)).squeeze(2), state
 
-    def gradients(scan: Callable[..., Tensor]) -> None:
-        torch.autograd.grad(scan(*inputs).sum(), inputs)
+    def gradients(scan: Callable[..., tuple[Tensor, Tensor]]) -> None:
+        torch.autograd.grad(scan(*inputs)[0].sum(), inputs)
 
     name = "selective scan, 8 × 256 × 384, 8 states"
     return compare(name, partial(gradients, selective_scan), "plain loop", partial(gradients, plain))

@@ -1,7 +1,5 @@
 """The selective scan against the recurrence it stands for, and the block around it."""
 
-import math
-
 import pytest
 import torch
 from helpers import assert_agreement, assert_nonzero, normal, perturb, refused, seeded, tiny
@@ -10,19 +8,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_lab import build_model
 from moe_lab.config import ConfigError
+from moe_lab.model import scan
 from moe_lab.model.mamba import Mamba, RoutingMamba
 from moe_lab.model.scan import selective_scan
 
 NAMES = ("delta", "A", "B", "C", "x")
 
 
-def loop(delta: Tensor, A: Tensor, B: Tensor, C: Tensor, x: Tensor) -> Tensor:
+def loop(delta: Tensor, A: Tensor, B: Tensor, C: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t, y_t = C_t h_t, as it is written."""
     state, ys = torch.zeros(x.shape[0], *A.shape, dtype=x.dtype), []
     for t in range(x.shape[1]):
         state = (delta[:, t, None] * A).exp() * state + B[:, t, :, None] * (delta[:, t] * x[:, t])[:, None]
         ys.append((C[:, t, :, None] * state).sum(1))
-    return torch.stack(ys, dim=1)
+    return torch.stack(ys, dim=1), state
 
 
 def draw(length: int, batch: int = 2, d_state: int = 3, d_inner: int = 5, dtype=torch.float64) -> tuple[Tensor, ...]:
@@ -31,15 +30,22 @@ def draw(length: int, batch: int = 2, d_state: int = 3, d_inner: int = 5, dtype=
     return tuple(t.to(dtype).requires_grad_() for t in (delta, A, B, C, normal(batch, length, d_inner, seed=4)))
 
 
+@pytest.fixture(params=[1, 1000, 2**18], ids="{} elements".format)
+def elements(request, monkeypatch) -> int:
+    """How much of the states is computed at once: blocks of one chunk, of two, and all of it."""
+    monkeypatch.setitem(scan.ELEMENTS, "cpu", request.param)
+    return request.param
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 8, 9, 10, 15, 16, 17, 50, 64, 99])
-def test_the_scan_is_the_recurrence(length: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("length", [1, 2, 3, 15, 16, 17, 32, 33, 64, 99])
+def test_the_scan_is_the_recurrence(elements: int, length: int, dtype: torch.dtype) -> None:
     inputs = draw(length, dtype=dtype)
     twins = [t.detach().double().requires_grad_() for t in inputs]
     weight, tolerance = normal(2, length, 5), 1e-12 if dtype == torch.float64 else 1e-5
-    y, expected = selective_scan(*inputs), loop(*twins)
-    assert y.dtype == dtype
-    assert_agreement({"y": y}, {"y": expected}, tolerance)
+    (y, state), (expected, last) = selective_scan(*inputs), loop(*twins)
+    assert y.dtype == state.dtype == dtype
+    assert_agreement({"y": y, "state": state}, {"y": expected, "state": last}, tolerance)
     ours = dict(zip(NAMES, torch.autograd.grad((y * weight).sum(), inputs), strict=True))
     theirs = torch.autograd.grad((expected * weight).sum(), twins)
     assert_agreement(ours, dict(zip(NAMES, theirs, strict=True)), tolerance)
@@ -47,16 +53,17 @@ def test_the_scan_is_the_recurrence(length: int, dtype: torch.dtype) -> None:
         assert_nonzero(ours)
 
 
-@pytest.mark.parametrize("length", [1, 2, 5, 10])
-def test_the_gradient_is_that_of_the_function(length: int) -> None:
-    assert torch.autograd.gradcheck(selective_scan, draw(length, batch=2, d_state=2, d_inner=2))
+@pytest.mark.parametrize("length", [1, 2, 33])
+def test_the_gradient_is_that_of_the_function(elements: int, length: int) -> None:
+    inputs = draw(length, batch=2, d_state=2, d_inner=2)
+    assert torch.autograd.gradcheck(lambda *tensors: selective_scan(*tensors)[0], inputs, fast_mode=length > 2)
 
 
-def test_a_long_decay_neither_overflows_nor_hides() -> None:
+def test_a_long_decay_neither_overflows_nor_hides(elements: int) -> None:
     """exp(ΣΔA) underflows to nothing; a form that divides by it would give infinities."""
     delta, A, B, C, x = draw(100)
-    y = selective_scan(delta * 100, A * 10, B, C, x)
-    assert_agreement({"y": y}, {"y": loop(delta * 100, A * 10, B, C, x)}, 1e-12)
+    y, _ = selective_scan(delta * 100, A * 10, B, C, x)
+    assert_agreement({"y": y}, {"y": loop(delta * 100, A * 10, B, C, x)[0]}, 1e-12)
     assert all(grad.isfinite().all() for grad in torch.autograd.grad(y.sum(), (delta, A, B, C, x)))
 
 
@@ -64,8 +71,8 @@ def test_a_long_decay_neither_overflows_nor_hides() -> None:
 def test_the_scan_stays_in_float32_under_autocast() -> None:
     inputs = draw(30, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = selective_scan(*inputs)
-    assert mixed.dtype == torch.float32 and torch.equal(mixed, selective_scan(*inputs))
+        mixed, _ = selective_scan(*inputs)
+    assert mixed.dtype == torch.float32 and torch.equal(mixed, selective_scan(*inputs)[0])
 
 
 class CountOps(TorchDispatchMode):
@@ -81,16 +88,29 @@ class CountOps(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("length", [100, 900])
-def test_iterations_grow_with_the_root_of_the_length(length: int) -> None:
-    """Every iteration computes something, so their number is at most that of the operations."""
+def test_iterations_are_few(length: int) -> None:
+    """Every iteration computes something, so their number is at most that of the operations: two loops within chunks, one
+    over them. Where the states of all T positions fit into one block, that is."""
     inputs = draw(length, batch=1, d_state=1, d_inner=1)
     with CountOps() as forward:
-        y = selective_scan(*inputs)
+        y, _ = selective_scan(*inputs)
     with CountOps() as backward:
         y.sum().backward()
     fixed = 40  # what does not depend on the length
-    assert forward.count <= 2 * math.sqrt(length) + fixed
-    assert backward.count <= 3 * math.sqrt(length) + fixed  # the carry between chunks takes two operations
+    iterations = 2 * scan.CHUNK + length / scan.CHUNK
+    assert forward.count <= iterations + fixed
+    assert backward.count <= 2 * iterations + 2 * fixed  # the states once more, then the adjoint
+
+
+def test_what_is_kept_for_the_gradient_grows_with_the_length_alone(elements: int) -> None:
+    """Nothing of the size (B, T, N, D): of the states, one in a chunk at most."""
+    kept, d_state, d_inner = [], 9, 5
+    for length in (160, 320, 1280):
+        y, _ = selective_scan(*draw(length, 2, d_state, d_inner))
+        node = y.grad_fn.next_functions[0][0]  # behind the cut to length
+        kept.append(sum(t.numel() for t in node.saved_tensors) / 2 / length)
+    assert max(kept) / min(kept) < 1.2
+    assert max(kept) <= 2 * d_inner + 2 * d_state + d_state * d_inner * (1 / scan.CHUNK + 1 / 160)
 
 
 def new_block(**changes) -> Mamba:

@@ -35,7 +35,7 @@ class Mamba(nn.Module):
         self.kernel = config.mamba_kernel
         require_kernel(self.kernel)
         self.in_proj = nn.Linear(config.d_model, 2 * d_inner, bias=False)
-        self.conv1d = nn.Conv1d(d_inner, d_inner, config.mamba_d_conv, groups=d_inner, padding=config.mamba_d_conv - 1)
+        self.conv1d = nn.Conv1d(d_inner, d_inner, config.mamba_d_conv, groups=d_inner)
         self.x_proj = nn.Linear(d_inner, self.dt_rank + 2 * self.d_state, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, d_inner)
         self.A_log = nn.Parameter(torch.empty(d_inner, self.d_state))
@@ -59,10 +59,16 @@ class Mamba(nn.Module):
     def forward(self, x: Tensor, positions: Tensor | None = None, keep: Tensor | None = None) -> tuple[Tensor, None]:
         """x (B, T, D) in order of time → (B, T, D), and no routing. Positions are not needed; rows that do not count come last."""
         u, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, T, I) each
-        u = F.silu(self.conv1d(u.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2))
+        u = F.silu(self.convolve(F.pad(u, (0, 0, self.conv1d.kernel_size[0] - 1, 0))))
         delta, B, C = self.select(u)
         scan = cuda_scan if self.kernel == "mamba_ssm" else selective_scan
-        return self.finish(scan(delta, self.rates(), B, C, u.float()), u, gate), None
+        return self.finish(scan(delta, self.rates(), B, C, u.float())[0], u, gate), None
+
+    def convolve(self, u: Tensor) -> Tensor:
+        """(B, W - 1 + T, I) → (B, T, I). As an image of height 1 whose channels come last: nothing is transposed."""
+        image = u.transpose(1, 2).unsqueeze(2)  # (B, I, 1, T)
+        weight, bias = self.conv1d.weight.unsqueeze(2), self.conv1d.bias
+        return F.conv2d(image, weight, bias, groups=len(bias)).squeeze(2).transpose(1, 2)
 
     def select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Step sizes (B, T, I), input and output projections (B, T, N), float32: what makes the scan selective."""
@@ -140,9 +146,10 @@ def require_kernel(name: str) -> None:
         raise ConfigError(f"model.mamba_kernel=mamba_ssm needs {lacks}, which is missing here; install it or set torch")
 
 
-def cuda_scan(delta: Tensor, rates: Tensor, B: Tensor, C: Tensor, x: Tensor) -> Tensor:
+def cuda_scan(delta: Tensor, rates: Tensor, B: Tensor, C: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """`selective_scan` by the authors' kernel, which puts time last and A as (I, N)."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
     x, delta, B, C = (t.transpose(1, 2).contiguous() for t in (x, delta, B, C))
-    return selective_scan_fn(x, delta, rates.t().contiguous(), B, C).transpose(1, 2)
+    y, state = selective_scan_fn(x, delta, rates.t().contiguous(), B, C, return_last_state=True)
+    return y.transpose(1, 2), state.transpose(1, 2)
