@@ -20,11 +20,12 @@ SHORT = 512  # tokens up to which all probabilities are kept for the backward pa
 
 
 class KeyValueCache(NamedTuple):
-    """What attention remembers of a sequence in generation. Filled in place, one position a step."""
+    """What attention remembers of a sequence in generation. Filled in place; the rows that MoD skipped are no keys."""
 
     keys: Tensor  # (B, G, S, C), rotated
     values: Tensor  # (B, G, S, C)
-    kept: Tensor  # (B, S) bool; false where MoD skipped the token: then it is no key
+    kept: Tensor  # (B, S) bool, with MoD; of the prompt, kept rows come first, then those skipped
+    table: tuple[Tensor, Tensor]  # of `rotary`, all positions
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -119,15 +120,14 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.d_model, n_kv, bias=False)
         self.o_proj = nn.Linear(config.n_heads * self.head_dim, config.d_model, bias=False)
 
-    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries (B, H, T, C), rotated keys and values (B, G, T, C)."""
-        cos, sin = rotary(positions, self.head_dim, self.theta)
+    def project(self, x: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries (B, H, T, C), rotated keys and values (B, G, T, C), by the `rotary` table of their positions."""
         x = in_autocast(x)  # once for all three
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return Rotation.apply(q, cos, sin), Rotation.apply(k, cos, sin), v
+        return Rotation.apply(q, *table), Rotation.apply(k, *table), v
 
     def forward(self, x: Tensor, positions: Tensor, keep: Tensor | None = None) -> tuple[Tensor, None]:
         """x (B, T, D) in order of time, positions (B, T) int64 → (B, T, D), and no routing.
@@ -135,25 +135,29 @@ class Attention(nn.Module):
         A row sees itself and the rows before it, whatever their positions; `keep` is not needed here, since
         MoD puts the rows that do not count last.
         """
-        y = attend(*self.project(x, positions))
+        y = attend(*self.project(x, rotary(positions, self.head_dim, self.theta)))
         return self.o_proj(y.transpose(1, 2).flatten(2)), None
 
     def new_cache(self, batch: int, max_len: int, device: torch.device, dtype: torch.dtype) -> KeyValueCache:
         shape = (batch, self.k_proj.out_features // self.head_dim, max_len, self.head_dim)
         empty = torch.zeros(shape, device=device, dtype=dtype)
-        return KeyValueCache(empty, empty.clone(), torch.zeros(batch, max_len, device=device, dtype=torch.bool))
+        table = rotary(torch.arange(max_len, device=device).unsqueeze(0), self.head_dim, self.theta)
+        return KeyValueCache(empty, empty.clone(), torch.zeros(batch, max_len, device=device, dtype=torch.bool), table)
 
-    def step(self, x: Tensor, position: int, cache: KeyValueCache, keep: Tensor) -> Tensor:
-        """One token a row: x (B, 1, D) at `position`; `keep` (B,) bool says whose token is computed and remembered.
-
-        Returns (B, 1, D), undefined in rows that are not kept.
+    def step(self, x: Tensor, positions: Tensor, keep: Tensor | None, start: int, cache: KeyValueCache) -> Tensor:
+        """`forward` that fills the cache with a prompt, x (B, T, D) at start = 0, or with the token that stands at `start`,
+        x (B, 1, D), which sees what is there. Undefined in rows that are not kept.
         """
-        positions = torch.full((len(x), 1), position, device=x.device)
-        q, k, v = self.project(x, positions)
-        cache.keys[:, :, position], cache.values[:, :, position] = k[:, :, 0], v[:, :, 0]
-        cache.kept[:, position] = keep
-        seen = slice(0, position + 1)
-        mask = cache.kept[:, None, None, seen]  # (B, 1, 1, S)
-        keys, values = cache.keys[:, :, seen], cache.values[:, :, seen]
-        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
+        end, is_token = start + x.shape[1], x.shape[1] == 1
+        table = [t[:, :, start:end] for t in cache.table] if is_token else rotary(positions, self.head_dim, self.theta)
+        q, k, v = self.project(x, table)
+        cache.keys[:, :, start:end], cache.values[:, :, start:end] = k, v
+        if keep is not None:
+            cache.kept[:, start:end] = keep
+        if is_token:
+            mask = None if keep is None else cache.kept[:, None, None, :end]  # (B, 1, 1, S)
+            keys, values = cache.keys[:, :, :end], cache.values[:, :, :end]
+            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
+        else:
+            y = attend(q, k, v)  # what is skipped comes last: no kept row sees it
         return self.o_proj(y.transpose(1, 2).flatten(2))

@@ -73,8 +73,9 @@ class Depth(nn.Module):
         best = scores.topk(n_chosen, dim=1).indices  # (B, C)
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True)
         if causal:
-            # stable: kept tokens first and in order of time
-            index = (predicted <= 0).to(torch.uint8).argsort(dim=1, stable=True)
+            # stable: kept tokens first and in order of time; a lone token needs no order
+            skip = predicted <= 0
+            index = skip.to(torch.uint8).argsort(dim=1, stable=True) if x.shape[1] > 1 else skip.long() * 0
             keep = predicted.gather(1, index) > 0
         else:
             index, keep = best.sort(dim=1).values, None

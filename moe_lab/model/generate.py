@@ -1,4 +1,4 @@
-"""Text from a model, one token a step, with caches of constant work per step."""
+"""Text from a model: the prompt in one pass, which fills the caches, then one token a step."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def generate(
     """Continue a prompt: ids (B, T) int64 → (B, T + max_new_tokens) int64; a text → the text with its continuation.
 
     A text needs `tokenizer` (a `tokenizers.Tokenizer`). `model` is a LanguageModel; it computes as in evaluation whatever
-    its mode, which is neither asked nor changed: another thread may be training it. The prompt is read step by step too: one code path, whose work per token grows with nothing but
-    attention's cache. Raises ValueError past max_seq_len and for options out of range.
+    its mode, which is neither asked nor changed: another thread may be training it. The work per new token grows with
+    nothing but attention's cache. Raises ValueError past max_seq_len and for options out of range.
     """
     is_text = isinstance(prompt, str)
     if is_text:
@@ -68,19 +68,23 @@ def generate(
     batch, length = prompt.shape
     check_options(model.config.max_seq_len, length, max_new_tokens, temperature, top_k, top_p)
     weight = model.embedding.weight
-    ids = prompt.to(weight.device)
     total = length + max_new_tokens
+    ids = prompt.new_empty(batch, total, device=weight.device)
+    ids[:, :length] = prompt
     caches = [block.seq_layer.new_cache(batch, total, weight.device, weight.dtype) for block in model.layers]
-    for position in range(total - 1):
-        logits = step(model, ids[:, position : position + 1], position, caches)
-        if position >= length - 1:
-            ids = torch.cat([ids, choose(logits, temperature, top_k, top_p, generator).unsqueeze(1)], dim=1)
+    done = 0
+    for position in range(length, total):
+        logits = step(model, ids[:, done:position], done, caches)
+        ids[:, position] = choose(logits, temperature, top_k, top_p, generator)
+        done = position
     return tokenizer.decode(ids[0].tolist()) if is_text else ids
 
 
-def step(model: nn.Module, token: Tensor, position: int, caches: list) -> Tensor:
-    """Logits (B, V) of the token after `token` (B, 1), which stands at `position`; the caches take it in."""
-    x = model.embedding(token)
+def step(model: nn.Module, tokens: Tensor, start: int, caches: list) -> Tensor:
+    """Logits (B, V) of the token after `tokens` (B, T), which the caches take in: a whole prompt at start = 0, or one
+    token a row after the `start` that are there.
+    """
+    x = model.embedding(tokens)
     for block, cache in zip(model.layers, caches, strict=True):
-        x = block.step(x, position, cache)
-    return model.lm_heads[0](model.final_norm(x))[:, 0]
+        x = block.step(x, start, cache)
+    return model.lm_heads[0](model.final_norm(x[:, -1]))

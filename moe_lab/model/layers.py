@@ -21,7 +21,7 @@ class SwiGLU(nn.Module):
         x = in_autocast(x)  # once for both
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)), None
 
-    def step(self, x: Tensor, position: int, cache: None, keep: Tensor) -> Tensor:
+    def step(self, x: Tensor, positions: Tensor, keep: Tensor | None, start: int, cache) -> Tensor:
         return self(x)[0]
 
 

@@ -32,8 +32,8 @@ class Mamba(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         d_inner, self.dt_rank, self.d_state = config.mamba_expand * config.d_model, config.dt_rank, config.ssm_state_dim
-        self.kernel = config.mamba_kernel
-        require_kernel(self.kernel)
+        require_kernel(config.mamba_kernel)
+        self.scan = cuda_scan if config.mamba_kernel == "mamba_ssm" else selective_scan
         self.in_proj = nn.Linear(config.d_model, 2 * d_inner, bias=False)
         self.conv1d = nn.Conv1d(d_inner, d_inner, config.mamba_d_conv, groups=d_inner)
         self.x_proj = nn.Linear(d_inner, self.dt_rank + 2 * self.d_state, bias=False)
@@ -61,8 +61,7 @@ class Mamba(nn.Module):
         u, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, T, I) each
         u = F.silu(self.convolve(F.pad(u, (0, 0, self.conv1d.kernel_size[0] - 1, 0))))
         delta, B, C = self.select(u)
-        scan = cuda_scan if self.kernel == "mamba_ssm" else selective_scan
-        return self.finish(scan(delta, self.rates(), B, C, u.float())[0], u, gate), None
+        return self.finish(self.scan(delta, self.rates(), B, C, u.float())[0], u, gate), None
 
     def convolve(self, u: Tensor) -> Tensor:
         """(B, W - 1 + T, I) → (B, T, I). As an image of height 1 whose channels come last: nothing is transposed."""
@@ -89,18 +88,26 @@ class Mamba(nn.Module):
         window = torch.zeros(batch, taps - 1, n_inner, device=device, dtype=dtype)
         return MambaState(window, torch.zeros(batch, self.d_state, n_inner, device=device))
 
-    def step(self, x: Tensor, position: int, cache: MambaState, keep: Tensor) -> Tensor:
-        """One token a row: x (B, 1, D) → (B, 1, D). Where `keep` (B,) is false the state stays as it was."""
-        u, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, 1, I)
-        window = torch.cat([cache.window, u.type_as(cache.window)], dim=1)  # (B, W, I)
-        u = (window * self.conv1d.weight.squeeze(1).t()).sum(1, keepdim=True) + self.conv1d.bias
-        u = F.silu(u).type_as(x)
+    def step(self, x: Tensor, positions: Tensor, keep: Tensor | None, start: int, cache: MambaState) -> Tensor:
+        """`forward` that fills the cache with a prompt, x (B, T, D) at start = 0, or goes on from it by a token, (B, 1, D).
+        Rows where `keep` (B, T) is false, which come last, leave the state as it was.
+        """
+        u, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, T, I)
+        inputs = torch.cat([cache.window, u.type_as(cache.window)], dim=1)  # (B, W - 1 + T, I)
+        u = F.silu(self.convolve(inputs)).type_as(x)
         delta, B, C = self.select(u)
-        state = (delta * self.rates()).exp() * cache.state + B.transpose(1, 2) * (delta * u.float())
-        rows = keep[:, None, None]
-        cache.window.copy_(torch.where(rows, window[:, 1:], cache.window))
-        cache.state.copy_(torch.where(rows, state, cache.state))
-        y = (C.transpose(1, 2) * state).sum(1, keepdim=True)  # no matrix product: autocast would round the state
+        newest = inputs[:, x.shape[1] :]
+        if keep is not None:
+            delta = delta * keep.unsqueeze(-1)
+            index = keep.sum(1, keepdim=True) + torch.arange(newest.shape[1], device=x.device)  # (B, W - 1)
+            newest = inputs.gather(1, index.unsqueeze(-1).expand_as(newest))
+        if x.shape[1] > 1:
+            y, state = self.scan(delta, self.rates(), B, C, u.float())
+        else:
+            state = (delta * self.rates()).exp() * cache.state + B.transpose(1, 2) * (delta * u.float())
+            y = (C.transpose(1, 2) * state).sum(1, keepdim=True)  # no matrix product: autocast would round the state
+        cache.window.copy_(newest)
+        cache.state.copy_(state)
         return self.finish(y, u, gate)
 
 
@@ -133,9 +140,9 @@ class RoutingMamba(nn.Module):
     def new_cache(self, batch: int, max_len: int, device: torch.device, dtype: torch.dtype) -> list[MambaState]:
         return [expert.new_cache(batch, max_len, device, dtype) for expert in self.experts]
 
-    def step(self, x: Tensor, position: int, cache: list[MambaState], keep: Tensor) -> Tensor:
-        """One token a row: x (B, 1, D) → (B, 1, D). Where `keep` (B,) is false no expert's state changes."""
-        outputs = [expert.step(x, position, state, keep) for expert, state in zip(self.experts, cache, strict=True)]
+    def step(self, x: Tensor, positions: Tensor, keep: Tensor | None, start: int, cache: list[MambaState]) -> Tensor:
+        """`Mamba.step` of every expert, mixed."""
+        outputs = [expert.step(x, positions, keep, start, c) for expert, c in zip(self.experts, cache, strict=True)]
         return self.mix(torch.stack(outputs, dim=-1), self.router(x.flatten(0, 1)))
 
 

@@ -89,11 +89,20 @@ class MoE(nn.Module):
             routing = routing.of(keep.flatten())
         return y.unflatten(0, x.shape[:2]), routing
 
-    def step(self, x: Tensor, position: int, cache: None, keep: Tensor) -> Tensor:
-        """One token a row in generation, (B, 1, D) → (B, 1, D): as in evaluation, nothing is dropped."""
+    def step(self, x: Tensor, positions: Tensor, keep: Tensor | None, start: int, cache) -> Tensor:
+        """(B, T, D) → (B, T, D) in generation: as in evaluation, nothing is dropped. Few rows are not padded to ROWS."""
         tokens = x.flatten(0, 1)
         routing = self.router(tokens)
-        return self.experts(tokens, routing.expert_ids, routing.weights).unflatten(0, x.shape[:2])
+        experts, slots = routing.expert_ids.flatten().sort()  # (S,) each: slots in the order of their experts
+        ends = torch.searchsorted(experts, torch.arange(self.n_experts, device=x.device), right=True, out_int32=True)
+
+        def product(rows: Tensor, stack: Tensor) -> Tensor:
+            return F.grouped_mm(rows, stack.to(rows.dtype).transpose(1, 2), offs=ends)
+
+        rows = tokens[slots // routing.expert_ids.shape[1]]
+        y = product(F.silu(product(rows, self.gate_proj)) * product(rows, self.up_proj), self.down_proj)
+        y = torch.empty_like(y).index_copy_(0, slots, y).view(*routing.weights.shape, -1)  # (N, K, D)
+        return (y * routing.weights.unsqueeze(2)).sum(1).type_as(x).unflatten(0, x.shape[:2])
 
     def drop_overflow(self, expert_ids: Tensor) -> Tensor:
         """Send the slots beyond an expert's capacity nowhere (id E); among equals the earlier token stays."""

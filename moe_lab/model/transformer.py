@@ -48,7 +48,7 @@ class Block(nn.Module):
     """x + sublayer(norm(x)), twice. With MoD around each sublayer, only the chosen tokens get the second term.
 
     Every sublayer is called as `layer(x, positions, keep) → (y, routing or None)`, and in generation as
-    `layer.step(x, position, cache, keep) → y`.
+    `layer.step(x, positions, keep, start, cache) → y`.
     """
 
     def __init__(self, config: ModelConfig, layer: int):
@@ -81,13 +81,11 @@ class Block(nn.Module):
         """(norm, layer, who chooses its tokens) of the sequence sublayer and of the feed-forward sublayer."""
         return (self.seq_norm, self.seq_layer, self.seq_depth), (self.ffn_norm, self.ffn, self.ffn_depth)
 
-    def step(self, x: Tensor, position: int, cache) -> Tensor:
-        """One token a row, x (B, 1, D) at `position`, as in evaluation whatever the mode → (B, 1, D)."""
-        everyone = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    def step(self, x: Tensor, start: int, cache) -> Tensor:
+        """A prompt at start = 0 or one token a row after it, x (B, T, D), as in evaluation whatever the mode → (B, T, D)."""
         for norm, layer, depth in self.sublayers():
             rows = depth.choose(x, causal=True)
-            y = layer.step(norm(x), position, cache, everyone if rows.keep is None else rows.keep.squeeze(1))
-            x = depth.put_back(x, y, rows)
+            x = depth.put_back(x, layer.step(norm(rows.x), rows.positions, rows.keep, start, cache), rows)
         return x
 
 
