@@ -26,13 +26,16 @@ def test_caches_change_nothing(name: str, length: int) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", MECHANISMS)
-def test_a_prompt_in_one_pass_is_the_prompt_step_by_step(name: str) -> None:
+def test_a_prompt_in_one_pass_is_the_prompt_step_by_step(name: str, batch: int) -> None:
     """The same logits, and caches from which the same tokens follow; whatever the mode."""
-    model, ids = model_with(name, moe_capacity_factor=0.2), random_ids(3, 52)
+    model, ids = model_with(name, moe_capacity_factor=0.2), random_ids(batch, 52)
     slowly = cached_logits(model, ids)
+    torch.testing.assert_close(slowly, model.eval()(ids).logits, atol=1e-5, rtol=1e-5)
+    model.train()
     for length in (*range(1, 20), 31, 32, 33, 47, 48):
-        caches = caches_of(model, 3, 52)
+        caches = caches_of(model, batch, 52)
         logits = [step(model, ids[:, :length], 0, caches)]
         logits += [step(model, ids[:, t : t + 1], t, caches) for t in range(length, length + 4)]
         expected = slowly[:, length - 1 : length + 4]

@@ -42,7 +42,6 @@ def check_options(limit: int, length: int, max_new_tokens: int, temperature, top
             raise ValueError(message)
 
 
-@torch.no_grad()
 def generate(
     model: nn.Module,
     prompt: Tensor | str,
@@ -73,10 +72,11 @@ def generate(
     ids[:, :length] = prompt
     caches = [block.seq_layer.new_cache(batch, total, weight.device, weight.dtype) for block in model.layers]
     done = 0
-    for position in range(length, total):
-        logits = step(model, ids[:, done:position], done, caches)
-        ids[:, position] = choose(logits, temperature, top_k, top_p, generator)
-        done = position
+    with torch.inference_mode():
+        for position in range(length, total):
+            logits = step(model, ids[:, done:position], done, caches)
+            ids[:, position] = choose(logits, temperature, top_k, top_p, generator)
+            done = position
     return tokenizer.decode(ids[0].tolist()) if is_text else ids
 
 

@@ -93,16 +93,31 @@ class MoE(nn.Module):
         """(B, T, D) → (B, T, D) in generation: as in evaluation, nothing is dropped. Few rows are not padded to ROWS."""
         tokens = x.flatten(0, 1)
         routing = self.router(tokens)
-        experts, slots = routing.expert_ids.flatten().sort()  # (S,) each: slots in the order of their experts
-        ends = torch.searchsorted(experts, torch.arange(self.n_experts, device=x.device), right=True, out_int32=True)
+        if len(tokens) == 1 and x.device.type == "cpu":  # where it costs nothing to read ids back
+            y = torch.stack([self.expert(tokens[0], index) for index in routing.expert_ids[0].tolist()])
+        else:
+            y = self.experts_unpadded(tokens, routing.expert_ids)
+        y = y.view(*routing.weights.shape, -1) * routing.weights.unsqueeze(2)  # (N, K, D)
+        return y.sum(1).type_as(x).unflatten(0, x.shape[:2])
+
+    def expert(self, token: Tensor, index: int) -> Tensor:
+        """One expert's output for one token, (D,) → (D,)."""
+        gate, up, down = (stack[index] for stack in (self.gate_proj, self.up_proj, self.down_proj))
+        return down @ (F.silu(gate @ token) * (up @ token))
+
+    def experts_unpadded(self, tokens: Tensor, expert_ids: Tensor) -> Tensor:
+        """The outputs of tokens (N, D) by their experts (N, K), slot by slot: (S, D)."""
+        experts, slots = expert_ids.flatten().sort()  # (S,) each: slots in the order of their experts
+        ends = torch.searchsorted(
+            experts, torch.arange(self.n_experts, device=slots.device), right=True, out_int32=True
+        )
 
         def product(rows: Tensor, stack: Tensor) -> Tensor:
             return F.grouped_mm(rows, stack.to(rows.dtype).transpose(1, 2), offs=ends)
 
-        rows = tokens[slots // routing.expert_ids.shape[1]]
+        rows = tokens[slots // expert_ids.shape[1]]
         y = product(F.silu(product(rows, self.gate_proj)) * product(rows, self.up_proj), self.down_proj)
-        y = torch.empty_like(y).index_copy_(0, slots, y).view(*routing.weights.shape, -1)  # (N, K, D)
-        return (y * routing.weights.unsqueeze(2)).sum(1).type_as(x).unflatten(0, x.shape[:2])
+        return torch.empty_like(y).index_copy_(0, slots, y)
 
     def drop_overflow(self, expert_ids: Tensor) -> Tensor:
         """Send the slots beyond an expert's capacity nowhere (id E); among equals the earlier token stays."""
