@@ -134,7 +134,12 @@ def judge(groups: Iterable[Group], n_parameters: float) -> list[Finding]:
     muon, adam = kinds.get("muon", []), kinds.get("adam", [])
     low = [group for group in muon + adam if ratios[group.kind] < LOW]
     high = [group for group in muon + adam if ratios[group.kind] > group.limit]
-    told, hint = [], ""
+
+    def finding(rule: str, out: Sequence[Group], says: str, advice: str, ratio: float, limit: float) -> Finding:
+        message = f"learning rate {', '.join(group.described for group in out)} is {says}"
+        return Finding(rule, "warning", ", ".join(group.name for group in out), message, advice, ratio, limit)
+
+    findings, hint = [], ""
     if muon:
         name = CONVENTIONS[muon[0].convention != "match_rms_adamw"]
         other = [group._replace(convention=name, rms=None) for group in muon]
@@ -147,17 +152,13 @@ def judge(groups: Iterable[Group], n_parameters: float) -> list[Finding]:
             says += "it seems meant for that, or for AdamW"
             advice = f"keep the number and set the convention to {name}, or keep {muon[0].convention} and try about "
             advice += f"{muon[0].lr * usual / muon[0].adamw_lr:.2g}"
-            told.append(("muon_convention", muon, says, advice, mine, LOW if low else muon[0].limit))
-        elif nearer > 1:
+            return [finding("muon_convention", muon, says, advice, mine, LOW if low else muon[0].limit)]
+        if nearer > 1:
             hint = f". Read as {name}, Muon's would be {ratio:.2g} × the usual"
-    for rule, out, advice in (("lr_too_low", low, RAISE), ("lr_too_high", high, LOWER)) if not told else ():
+    for rule, out, advice in (("lr_too_low", low, RAISE), ("lr_too_high", high, LOWER)):
         if out:
             worst = max(out, key=lambda group: distance(ratios[group.kind]))
             ratio, limit = ratios[worst.kind], LOW if out is low else worst.limit
             says = f"up to {distance(ratio):.2g} times {'below' if out is low else 'above'} the usual; {compared}"
-            told.append((rule, out, says + hint * (out[0].kind == "muon"), advice, ratio, limit))
-    findings = []
-    for rule, out, says, *rest in told:
-        message = f"learning rate {', '.join(group.described for group in out)} is {says}"
-        findings.append(Finding(rule, "warning", ", ".join(group.name for group in out), message, *rest))
+            findings.append(finding(rule, out, says + hint * (out[0].kind == "muon"), advice, ratio, limit))
     return findings

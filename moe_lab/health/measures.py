@@ -139,17 +139,14 @@ class Share(NamedTuple):
     intended_ulps: float  # root mean square of the window's intended displacement, in ULPs of the weight
 
 
-def ratio_of_sums(ru: float, uu: float, rruu: float, ruuu: float, uuuu: float) -> tuple[float, float]:
-    """ρ = Σ ru / Σ u² with its standard error over elements, from sums over them."""
-    rho = ru / uu
-    return rho, math.sqrt(max(0.0, rruu - 2 * rho * ruuu + rho**2 * uuuu)) / uu
-
-
 def share_of(readings: Sequence[Sums]) -> Share | None:
     """ρ over several tensors with its standard error; None where the intended updates are not known or zero."""
     known = [r for r in readings if r.intended_square]
     if not known:
         return None
-    columns = ("realised_intended", "intended_square", "moments_rruu", "moments_ruuu", "moments_uuuu")
-    *sums, ulps, n = (sum(getattr(r, name) for r in known) for name in (*columns, "ulps_square", "n_touched"))
-    return Share(*ratio_of_sums(*sums), math.sqrt(ulps / max(n, 1)))
+    total = {name: sum(getattr(r, name) for r in known) for name in SUMS}
+    square = total["intended_square"]
+    rho = total["realised_intended"] / square
+    rest = total["moments_rruu"] - 2 * rho * total["moments_ruuu"] + rho**2 * total["moments_uuuu"]
+    ulps = math.sqrt(total["ulps_square"] / max(total["n_touched"], 1))
+    return Share(rho, math.sqrt(max(0.0, rest)) / square, ulps)

@@ -204,7 +204,6 @@ def kind_of(name: str) -> str:
 def never_moved(
     weights: Mapping[str, Tensor], starts: Mapping[str, Start], updates: float | None, has_rates: bool
 ) -> Iterator[Finding]:
-    """Per kind, the tensors of which no sampled element has moved."""
     same = {}  # elements that are bit-identical now; of a run that was cast after its start, to the cast values
     for name, (index, value) in starts.items():
         same[name] = wide(weights[name].flatten()[index]) == wide(value.to(weights[name].dtype))
@@ -296,7 +295,6 @@ def counters(state: Mapping, plan: Plan) -> Iterator[Finding]:
         told = [(name, tokens) for name in TOKENS for tokens in numbers(state.get(name))]
         for name, tokens in told[:1]:
             if at_once is not None and tokens != step * at_once:
-                message = (
-                    f"{name} is {tokens:g} and {step:g} updates of the stored config are {step * at_once:g} tokens"
-                )
-                yield Finding("step_counters", "warning", name, message, MICRO_BATCHES, tokens, step * at_once)
+                planned = step * at_once
+                message = f"{name} is {tokens:g} and {step:g} updates of the stored config are {planned:g} tokens"
+                yield Finding("step_counters", "warning", name, message, MICRO_BATCHES, tokens, planned)

@@ -94,7 +94,6 @@ def entries_of_mapping(values: Mapping) -> list[Entry]:
 
 
 def read_entries(path: Path) -> list[Entry]:
-    """The entries of a YAML file with their lines and comments."""
     try:
         import yaml
     except ModuleNotFoundError:

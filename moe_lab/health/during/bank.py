@@ -58,7 +58,6 @@ class Bank:
             self.touched[self.places[id(t)]] |= part
 
     def intend(self, t: Tracked, moved: Tensor) -> None:
-        """Add an intended step to those of the window."""
         self.intended[self.places[id(t)]] += moved
         t.intended_known = True
 

@@ -61,7 +61,6 @@ class ForwardProbe:
         self.head = next((m for m in linears if m.out_features == self.vocab_size and is_new), None)
 
     def listen(self, failed: Callable[[Exception], None]) -> None:
-        """Until `close`."""
         hook = partial(Hook, failed=failed)
         self.handles = [self.model.register_forward_pre_hook(hook(self.keep_inputs), with_kwargs=True)]
         if self.table is not None:

@@ -38,7 +38,6 @@ class Published:
         return SEVERITIES.index(severity) < before
 
     def add(self, finding: Finding, subjects: list[str]) -> None:
-        """Keep and write a finding about these subjects."""
         self.note(finding, subjects)
         self.findings.append(finding)
         if self.log:

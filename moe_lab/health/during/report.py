@@ -38,7 +38,6 @@ def table(readings: Sequence[Tracked], step: int) -> str:
 
 
 def cells(mine: Sequence[Tracked]) -> tuple[str, ...]:
-    """The columns for tensors of one kind."""
     touched = sum(t.n_touched for t in mine)
     weight = math.sqrt(sum(t.weight_square for t in mine) / sum(t.n_elements for t in mine)) or 1.0
     share, gradients = share_of(mine), {t.gradient for t in mine}

@@ -114,7 +114,6 @@ def loss_rose(state: State) -> Ill:
     "check the data first (random tokens? shuffled labels?), then the learning rate by a branch probe",
 )
 def loss_not_falling(state: State) -> Ill:
-    """The loss of a fresh model must fall once the LR has acted."""
     first, last, noise = change(state)
     groups = [group for group in state.groups if group.peak]
     acted = max((group.total / group.peak for group in groups), default=0.0)
@@ -132,7 +131,6 @@ def loss_not_falling(state: State) -> Ill:
     "look for a division by the accumulation that is done twice or not at all, padding in the loss, or a wrong init",
 )
 def initial_loss(state: State) -> Ill:
-    """The first loss, and by which factor it is off, in words."""
     expected = state.expected_start
     if expected is None or not state.losses or not state.is_fresh or not math.isfinite(state.losses[0]):
         return {}

@@ -95,7 +95,6 @@ def idle(state: State) -> Ill:
     "the optimizer may hold another object than the model uses, or something writes the old values back",
 )
 def frozen_tensor(state: State) -> Ill:
-    """Tensors of which nothing has moved although their travel would show."""
     stuck = [t for t in state.readings if t.owner and t.is_still and t.with_gradient >= FROZEN_READINGS]
     stuck = [t for t in stuck if not (t.intended_square and t.is_narrow)]  # lost_updates measures those
     stuck = [t for t in stuck if not intended.keeps_lost_bits(t.optimizer)]

@@ -133,7 +133,6 @@ class State:
 
     @property
     def readings(self) -> list[Tracked]:
-        """The tensors that were read."""
         return [t for bank in self.banks if bank.read_at is not None for t in bank.tensors]
 
     @property
