@@ -40,7 +40,6 @@ class Branch(NamedTuple):
 
     @property
     def is_proof(self) -> bool:
-        """Whether the gain is larger than `GAIN` and than three standard errors."""
         return self.gain > GAIN and self.gain > SIGMAS * self.error
 
 

@@ -141,9 +141,8 @@ def refuse_bad_input(model: nn.Module, optimizers: list[Any], expect_frozen: Seq
     names = [name for name, _ in model.named_parameters()]
     for prefix in expect_frozen:
         if not any(name.startswith(prefix) for name in names):
-            raise ValueError(
-                f"expect_frozen: no parameter's name starts with {prefix!r}; the first is {next(iter(names), None)!r}"
-            )
+            first = next(iter(names), None)
+            raise ValueError(f"expect_frozen: no parameter's name starts with {prefix!r}; the first is {first!r}")
     for name, p in model.named_parameters():
         if p.device.type == "meta":
             raise ValueError(
