@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moe_lab import build_model
 from moe_lab.failures.bugs import detach_output
 from moe_lab.model import LanguageModel, heads, transformer
-from moe_lab.model.layers import dropout
+from moe_lab.model.layers import RMSNorm, dropout
 
 
 def everything(**changes):
@@ -134,6 +134,21 @@ def test_which_terms_there_are_and_one_batch_overfits(mechanism: str) -> None:
     assert list(terms) == expected
     assert all(term.shape == () and term.requires_grad for term in terms.values())
     assert terms["next_token"].item() * 1.6 < 0.5  # from ln 257 = 5.5
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
+def test_the_norm_is_torchs(dtype, tolerance) -> None:
+    results = []
+    for kind, as_dtype in ((RMSNorm, dtype), (nn.RMSNorm, torch.float64)):
+        norm = kind(16, eps=0.1).to(as_dtype)
+        with torch.no_grad():
+            norm.weight.copy_(normal(16, seed=1).to(dtype))
+        x = (normal(3, 5, 16) * 2).to(dtype).to(as_dtype).requires_grad_()
+        y = norm(x)
+        assert y.dtype == as_dtype
+        grads = torch.autograd.grad(y, (x, norm.weight), normal(3, 5, 16, seed=2).to(dtype).to(as_dtype))
+        results.append({"y": y.detach().double(), "x": grads[0].double(), "weight": grads[1].double()})
+    assert_agreement(*results, tolerance)
 
 
 def naive_head_losses(model, ids: Tensor, mask: Tensor) -> list[float]:

@@ -15,7 +15,7 @@ from moe_lab.model.attention import Attention
 from moe_lab.model.depth import Depth, DepthReport, EveryToken, agreement, predictor_loss
 from moe_lab.model.generate import generate
 from moe_lab.model.heads import head_losses
-from moe_lab.model.layers import SwiGLU, dropout
+from moe_lab.model.layers import RMSNorm, SwiGLU, dropout
 from moe_lab.model.mamba import Mamba, RoutingMamba
 from moe_lab.model.moe import MoE, Routing, load_balancing_loss, router_z_loss
 
@@ -55,9 +55,9 @@ class Block(nn.Module):
         super().__init__()
         is_mamba, is_moe = config.is_mamba(layer), config.is_moe(layer)
         mixer = (RoutingMamba if is_moe else Mamba) if is_mamba else Attention
-        self.seq_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.seq_norm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.seq_layer = mixer(config)
-        self.ffn_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.ffn_norm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.ffn = MoE(config) if is_moe and not is_mamba else SwiGLU(config.d_model, config.d_ff)
         self.dropout = config.dropout
         self.seq_depth, self.ffn_depth = (Depth(config) if config.mod_enabled else EveryToken() for _ in range(2))
@@ -98,7 +98,7 @@ class LanguageModel(nn.Module):
         self.recompute_blocks = False  # activation checkpointing: set by whoever trains
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.final_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.final_norm = RMSNorm(config.d_model, eps=config.norm_eps)
         heads = (nn.Linear(config.d_model, config.vocab_size, bias=False) for _ in range(config.n_pred_tokens))
         self.lm_heads = nn.ModuleList(heads)
 
