@@ -120,8 +120,9 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.d_model, n_kv, bias=False)
         self.o_proj = nn.Linear(config.n_heads * self.head_dim, config.d_model, bias=False)
 
-    def project(self, x: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries (B, H, T, C), rotated keys and values (B, G, T, C), by the `rotary` table of their positions."""
+    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries (B, H, T, C), rotated keys and values (B, G, T, C)."""
+        table = rotary(positions, self.head_dim, self.theta)
         x = in_autocast(x)  # once for all three
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -135,7 +136,7 @@ class Attention(nn.Module):
         A row sees itself and the rows before it, whatever their positions; `keep` is not needed here, since
         MoD puts the rows that do not count last.
         """
-        y = attend(*self.project(x, rotary(positions, self.head_dim, self.theta)))
+        y = attend(*self.project(x, positions))
         return self.o_proj(y.transpose(1, 2).flatten(2)), None
 
     def new_cache(self, batch: int, max_len: int, device: torch.device, dtype: torch.dtype) -> KeyValueCache:
@@ -149,15 +150,22 @@ class Attention(nn.Module):
         x (B, 1, D), which sees what is there. Undefined in rows that are not kept.
         """
         end, is_token = start + x.shape[1], x.shape[1] == 1
-        table = [t[:, :, start:end] for t in cache.table] if is_token else rotary(positions, self.head_dim, self.theta)
-        q, k, v = self.project(x, table)
+        batch, n_kv, _, width = cache.keys.shape
+        if is_token:
+            table = [t[:, :, start:end] for t in cache.table]
+            heads = torch.cat([self.q_proj(x), self.k_proj(x)], dim=-1).view(batch, -1, 1, width)  # turned as one
+            q, k = Rotation.apply(heads, *table).split([heads.shape[1] - n_kv, n_kv], dim=1)
+            v = self.v_proj(x).view(batch, n_kv, 1, width)
+        else:
+            q, k, v = self.project(x, positions)
         cache.keys[:, :, start:end], cache.values[:, :, start:end] = k, v
         if keep is not None:
             cache.kept[:, start:end] = keep
         if is_token:
             mask = None if keep is None else cache.kept[:, None, None, :end]  # (B, 1, 1, S)
             keys, values = cache.keys[:, :, :end], cache.values[:, :, :end]
-            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
+            rows = q.reshape(batch, n_kv, -1, width)  # (B, G, R, C): who shares a key head sees the same keys
+            y = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask).reshape(q.shape)
         else:
             y = attend(q, k, v)  # what is skipped comes last: no kept row sees it
         return self.o_proj(y.transpose(1, 2).flatten(2))
