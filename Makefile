@@ -4,35 +4,45 @@
 .DEFAULT_GOAL := help
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PARAMS ?=
 # Two tests at a time, each with one thread: more threads make small tensors slower.
 TWO := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: help setup run test lab notebooks outputs docs-table bench seeds detection watch-cost studies mutants health-wheel browser format
+.PHONY: help setup test-setup run test lab notebooks outputs docs-table bench record seeds detection watch-cost studies mutants health-wheel browser format
 
 help:
-	@echo "make setup | run | test | lab | notebooks | outputs | docs-table | bench | seeds | detection | watch-cost | studies | mutants | health-wheel | format; see README.md"
+	@echo "make setup | run | test | lab | notebooks | outputs | docs-table | bench | record | seeds | detection | watch-cost | studies | mutants | health-wheel | format; see README.md"
 
 # Once: the stamp is newer than what it was made from, so a second call installs nothing.
 setup: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python of at least 3.11 found; install one, or set PYTHON=…" >&2; exit 2; }
-	@echo "installing the environment into .venv (once; a few minutes)"
+	@echo "installing the environment into .venv (once; a minute or more, and what the download takes)"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[lab,test]"
+	$(INSTALL) -e ".[lab]"
+	@$(BIN)/python -c "import torch; print('torch', torch.__version__, 'with CUDA' if torch.version.cuda else 'for the CPU')"
+	@du -sh .venv
+	@touch $@
+
+# What tests and comparisons need beside it: transformers, datasets, torchao, playwright, pytest, ruff
+test-setup: .venv/tested
+.venv/tested: .venv/installed
+	@echo "installing what the tests need (once)"
+	$(INSTALL) -e ".[lab,test]"
 	@touch $@
 
 run: setup
 	@$(BIN)/python -m moe_lab notebook notebooks/05_fixed_training.ipynb $(PARAMS)
 
-test: setup browser
+test: test-setup browser
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(TWO) --dist loadscope --no-loadscope-reorder tests
 	MOE_LAB_PROFILE=smoke MOE_LAB_INTERACTIVE=0 $(TWO) --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout=300 notebooks
 
 # The live dashboard is tested with real clicks. Any Chromium will do; else Debian's package or Playwright's build.
-browser: setup
+browser: test-setup
 	@command -v chromium chromium-browser google-chrome >/dev/null \
 	|| ls $${PLAYWRIGHT_BROWSERS_PATH:-$$HOME/.cache/ms-playwright}/chromium-* >/dev/null 2>&1 \
 	|| { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && echo "installing Chromium for the browser test" \
@@ -47,15 +57,20 @@ notebooks: setup
 	$(BIN)/python -m moe_lab notebook all $(PARAMS)
 
 # The one way to committed outputs: executes every notebook in profile lab, in place, and writes down the minutes.
-outputs: setup
+outputs: test-setup
 	$(BIN)/python -m benchmarks.outputs
 	$(MAKE) docs-table
 
 docs-table: setup
 	$(BIN)/python -m benchmarks.docs_table
 
-bench: setup
-	$(BIN)/python -m benchmarks.bench
+# Works of ours beside other libraries', a quarter of an hour on an idle machine; on a busy one with THREADS=1
+bench: test-setup
+	THREADS="$(THREADS)" $(BIN)/python -m benchmarks.bench
+
+# Training time to a loss, against an older commit (AGAINST=…); KEPT="what changed" adds a line to docs/records.md
+record: setup
+	KEPT="$(KEPT)" AGAINST="$(AGAINST)" $(BIN)/python -m benchmarks.record $(PARAMS)
 
 seeds: setup
 	$(BIN)/python -m benchmarks.seeds
@@ -72,13 +87,13 @@ watch-cost: setup
 studies: setup
 	$(BIN)/python -m benchmarks.studies
 
-mutants: setup
+mutants: test-setup
 	$(BIN)/python tests/mutants.py
 
 # The checks alone, as a wheel, under the oldest and the newest torch that they claim: on Linux some 3 GB to download for each
-health-wheel: setup
+health-wheel: test-setup
 	$(BIN)/python tests/health_wheel.py
 
-format: setup
+format: test-setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .

@@ -1,154 +1,104 @@
-"""Side by side with peers: `make bench` prints a table and writes benchmarks/results.json.
+"""Side by side with what people would otherwise use: `make bench`, some ten minutes on an idle machine.
 
-Each pair is timed in turn, A B A B …, and the ratio is the median over pairs, so that a machine whose speed drifts does
-not favour either. Times are milliseconds for forward and backward (or for one update).
+Pairs in one process, in turn, with one thread and with two, in float32 and, where the CPU multiplies it fast, in bfloat16;
+medians with their intervals, and peak memory. Prints a table, writes benchmarks/results.json, the README's lines and
+docs/growth.png. That both give the same is a test's business, named in each row.
+
+    make bench THREADS=1                 # on a busy machine: with one thread CPU time is measured, which others do not lengthen
+    python -m benchmarks.bench WORD …    # only the works whose name holds a word; nothing is written
 """
 
 from __future__ import annotations
 
 import os
-import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
 
-from moe_lab import build_model, load_config
-from moe_lab.config import ROOT, ModelConfig
+from benchmarks import growth, peers, shares
+from benchmarks.docs_table import bench_cells, write_pages
+from benchmarks.measure import computes, cpu_kind, paired, peak_bytes
+from moe_lab.config import ROOT
 from moe_lab.failures.results import provenance, write_json
-from moe_lab.model.mamba import Mamba
-from moe_lab.model.moe import MoE
-from moe_lab.model.scan import selective_scan
-from moe_lab.optim import Muon
 from moe_lab.train.device import keep_freed_memory
 
-PAIRS = 7
+
+class Work(NamedTuple):
+    name: str
+    peer: str
+    goal: str  # what the issue of it asks for
+    make: Callable[..., peers.Pair]
+    test: str  # where the results are compared
+    pairs: int = 7
+    dtypes: Sequence[str] = ("float32", "bfloat16")
+    sizes: Sequence[int | None] = (None,)
+    memory: bool = True
 
 
-def milliseconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return 1e3 * (time.perf_counter() - start)
+MODEL = "tests/peers/test_peer_model.py::test_the_whole_model_agrees"
+WORKS = [
+    Work("training step of Mixtral's shape", "transformers", "1.4 ×, bf16 2 ×", peers.mixtral_step, MODEL),
+    Work("default step with optimizers", peers.FIRST, "1.67 ×", peers.default_step, MODEL),
+    Work(
+        "Muon, the default run's tensors", "torch.optim.Muon", "1.5 ×", peers.muon,
+        "tests/peers/test_peer_muon.py", dtypes=("float32",),
+    ),
+    Work(
+        "Mamba block over 4096 tokens", "transformers, slow path", "4 ×", peers.mamba,
+        "tests/peers/test_peer_mamba.py::test_mamba_mixer_agrees", 3, sizes=(64, 256, 1024, 4096),
+    ),
+    Work(
+        "loss over 4 heads, vocabulary 50257", "logits, cross_entropy", "1 ×, memory ÷ 4", peers.heads,
+        "tests/test_model.py::test_head_losses_follow_a_loop", 3,
+    ),
+    Work(
+        "256 new tokens after 256", "transformers", "2 ×", peers.generation,
+        "tests/test_generate.py::test_caches_change_nothing", 3, memory=False,
+    ),
+    Work("evaluation of the validation split", peers.FIRST, "2 ×", peers.evaluation, MODEL, 3, memory=False),
+    Work(
+        "`from moe_lab import health`", "`import torch`", "+ 0.1 s", peers.imports,
+        "tests/test_health_wheel.py", dtypes=("float32",), memory=False,
+    ),
+]  # fmt: skip
 
 
-def row(name: str, peer: str, pairs: Sequence[tuple[float, float]]) -> dict:
-    """Medians of ours and the peer's milliseconds and, over pairs, of their ratio."""
-    ours, theirs = (round(statistics.median(times), 1) for times in zip(*pairs, strict=True))
-    ratio = round(statistics.median(b / a for a, b in pairs), 2)
-    return {"what": name, "peer": peer, "ours_ms": ours, "peer_ms": theirs, "peer_over_ours": ratio}
-
-
-def compare(name: str, ours: Callable, peer_name: str, peer: Callable) -> dict:
-    ours(), peer()
-    return row(name, peer_name, [(milliseconds(ours), milliseconds(peer)) for _ in range(PAIRS)])
-
-
-def backward(module: nn.Module, x: Tensor) -> None:
-    y = module(x)
-    (y[0] if isinstance(y, tuple) else y).sum().backward()
-
-
-def scan() -> dict:
-    """The scan by blocks against the plain loop over tokens, with the states kept for autograd."""
+def measured(work: Work, dtype: str, size: int | None) -> dict:
+    """One row: with one thread, with two, and in memory."""
     torch.manual_seed(0)
-    delta, x = torch.rand(8, 256, 384) * 0.1, torch.randn(8, 256, 384)
-    B, C = torch.randn(2, 8, 256, 8)
-    A = -torch.arange(1.0, 9)[:, None].repeat(1, 384)
-    inputs = [t.requires_grad_() for t in (delta, A, B, C, x)]
-
-    def plain(delta: Tensor, A: Tensor, B: Tensor, C: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        decays = torch.exp(delta.unsqueeze(2) * A).unbind(1)
-        added = (B.unsqueeze(3) * (delta * x).unsqueeze(2)).unbind(1)
-        state, states = torch.zeros_like(added[0]), []
-        for decay, new in zip(decays, added, strict=True):
-            state = torch.addcmul(new, decay, state)
-            states.append(state)
-        return (C.unsqueeze(2) @ torch.stack(states, 1)).squeeze(2), state
-
-    def gradients(scan: Callable[..., tuple[Tensor, Tensor]]) -> None:
-        torch.autograd.grad(scan(*inputs)[0].sum(), inputs)
-
-    name = "selective scan, 8 × 256 × 384, 8 states"
-    return compare(name, partial(gradients, selective_scan), "plain loop", partial(gradients, plain))
-
-
-def against_transformers() -> list[dict]:
-    from transformers import MambaConfig, MixtralConfig
-    from transformers.models.mamba.modeling_mamba import MambaMixer
-    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
-
-    config = ModelConfig(d_model=192, moe_layers=(0,), d_ff_expert=256, ssm_state_dim=8, moe_router_hidden=0)
-    x = torch.randn(8, 256, 192, requires_grad=True)
-    sizes = {"intermediate_size": 256, "num_local_experts": 8, "num_experts_per_tok": 2}
-    pairs = {
-        "Mamba block, 8 × 256 × 192": (
-            Mamba(config),
-            MambaMixer(MambaConfig(hidden_size=192, state_size=8, num_hidden_layers=1), 0),
-        ),
-        "MoE block, 8 experts top-2, 8 × 256 × 192": (
-            MoE(config),
-            MixtralSparseMoeBlock(MixtralConfig(hidden_size=192, **sizes)),
-        ),
-    }
-    for p in nn.ModuleList(module for pair in pairs.values() for module in pair).parameters():
-        nn.init.normal_(p, std=0.02)
-    calls = {name: [partial(backward, module, x) for module in pair] for name, pair in pairs.items()}
-    return [compare(name, ours, "transformers", peer) for name, (ours, peer) in calls.items()]
-
-
-def muon() -> dict:
-    """A stack of matrices in one call against torch.optim.Muon, one matrix at a time."""
-    stack = nn.Parameter(torch.randn(16, 256, 192))
-    singles = [nn.Parameter(w.detach().clone()) for w in stack]
-    stack.grad = torch.randn_like(stack)
-    for p, g in zip(singles, stack.grad, strict=True):
-        p.grad = g.clone()
-    ours, peer = Muon([stack], lr=0.02), torch.optim.Muon(singles, lr=0.02)
-    return compare("Muon, a stack of 16 matrices 256 × 192", ours.step, "torch.optim.Muon", peer.step)
-
-
-def training_step(keep: bool) -> float:
-    """Median milliseconds of a training step of the lab's model, without the optimizer."""
-    if keep and not keep_freed_memory():
-        return float("nan")
-    config = load_config(ROOT / "configs" / "lab.yaml")
-    model = build_model(config.model)
-    ids = torch.randint(config.model.vocab_size, (config.training.batch_size, config.model.max_seq_len + 1))
-
-    def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
-            sum(model.losses(ids).values()).backward()
-
-    step()
-    return statistics.median(milliseconds(step) for _ in range(PAIRS))
-
-
-def allocator() -> dict:
-    """A process with and one without glibc keeping freed memory, in turn."""
-
-    def in_a_process(keep: bool) -> float:
-        command = [sys.executable, "-m", "benchmarks.bench", "step", str(int(keep))]
-        return float(subprocess.check_output(command, text=True, cwd=ROOT))
-
-    pairs = [(in_a_process(True), in_a_process(False)) for _ in range(3)]
-    return row("training step of the lab's model", "glibc's default allocator", pairs)
+    torch.set_num_threads(1)
+    pair = work.make(dtype, *([] if size is None else [size]))
+    row = {"work": work.name, "peer": work.peer, "way": pair.peer_kind, "goal": work.goal, "test": work.test}
+    row |= {"dtype": dtype, "size": size, "threads": {}}
+    for threads in map(int, (os.environ.get("THREADS") or "1 2").split()):
+        torch.set_num_threads(threads)
+        row["threads"][threads] = paired(pair.ours, pair.peer, work.pairs)
+    torch.set_num_threads(1)
+    if work.memory:
+        row["bytes"] = {"ours": peak_bytes(pair.ours), "peer": peak_bytes(pair.peer)}
+    return row
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["step"]:
-        print(training_step(keep=sys.argv[2] == "1"))
-        return
     keep_freed_memory()
-    rows = [scan(), *against_transformers(), muon(), allocator()]
-    print(f"{'what':46} {'ours ms':>9} {'peer ms':>9} {'peer/ours':>10}  peer")
-    for row in rows:
-        print(f"{row['what']:46} {row['ours_ms']:9} {row['peer_ms']:9} {row['peer_over_ours']:10}  {row['peer']}")
-    made = provenance() | {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    write_json(ROOT / "benchmarks" / "results.json", made | {"rows": rows})
+    words = sys.argv[1:]
+    works = [work for work in WORKS if not words or any(word in work.name for word in words)]
+    rows = []
+    for work in works:
+        for dtype in [dtype for dtype in work.dtypes if dtype in computes()]:
+            for size in work.sizes:
+                rows.append(measured(work, dtype, size))
+                print(" | ".join(bench_cells([rows[-1]])), flush=True)
+    if words:
+        return
+    made = provenance() | {"cpu": cpu_kind(), "cores": os.cpu_count()}
+    matrices = [shares.of_step(dtype) for dtype in computes()]
+    found = {**made, "rows": rows, "matrix_rate": matrices, "growth": growth.curves()}
+    write_json(ROOT / "benchmarks" / "results.json", found)
+    growth.draw(found["growth"], ROOT / "docs" / "growth.png")
+    write_pages()
 
 
 if __name__ == "__main__":

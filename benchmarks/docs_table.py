@@ -1,8 +1,9 @@
 """Write what is generated in the documentation, between its marks: `make docs-table`.
 
-The README's table of notebooks and each notebook's card come from the minutes that were measured; the tables of health's own
-README from its rules and from benchmarks/watch_cost.json; those of docs/health.md from benchmarks/detection.json. What was
-learned from them is written by hand, beside the marks.
+The README's table of notebooks and each notebook's card come from the minutes that were measured, its lines of `make bench` from
+benchmarks/results.json, as do those of docs/records.md, whose list comes from benchmarks/records.json; the tables of health's
+own README from its rules and from benchmarks/watch_cost.json; those of docs/health.md from benchmarks/detection.json. What
+was learned from them is written by hand, beside the marks.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import nbformat
 from moe_lab.config import ROOT
 from moe_lab.course.machine import read_minutes
 from moe_lab.course.runner import all_notebooks
-from moe_lab.failures.results import load_results
+from moe_lab.failures.results import load_results, spread
 from moe_lab.health import RULES, SICKNESSES
 from moe_lab.train.record import write_atomically
 
@@ -24,6 +25,7 @@ CARD = re.compile(r"(<!-- minutes -->).*?(<!-- /minutes -->)")
 README = ROOT / "README.md"
 HEALTH_README = ROOT / "moe_lab" / "health" / "README.md"
 HEALTH_PAGE = ROOT / "docs" / "health.md"
+RECORDS_PAGE = ROOT / "docs" / "records.md"
 
 
 def filled(text: str, mark: str, lines: list[str]) -> str:
@@ -92,20 +94,108 @@ def disputed() -> list[str]:
     return lines
 
 
-def health_pages() -> dict[Path, str]:
-    """What the two pages about health should hold now."""
+def number(found: dict, digits: int = 2) -> str:
+    """A median with its interval."""
+    median, low, high = (f"{found[key]:.{digits}f}" for key in ("median", "low", "high"))
+    return f"{median} ({low}–{high})"
+
+
+def bench_cells(rows: list[dict]) -> list[str]:
+    """The line of one work: its rows are its dtypes and sizes."""
+    first = rows[0]
+    cells = [first["work"], f"{first['peer']} {first['way']}".strip(), first["goal"]]
+    for dtype in ("float32", "bfloat16"):
+        several = []
+        for row in (row for row in rows if row["dtype"] == dtype):
+            seconds = first["goal"].endswith(" s")
+            found = [one["seconds_more" if seconds else "times_faster"] for one in row["threads"].values()]
+            several.append((f"T {row['size']}: " if row["size"] else "") + " / ".join(map(number, found)))
+        cells.append("; ".join(several))
+    sizes = [[f"{row['bytes'][who] / 2**20:.0f}" for who in ("ours", "peer")] for row in rows if "bytes" in row]
+    return [*cells, "; ".join(" : ".join(pair) for pair in sizes)]
+
+
+def bench() -> list[str]:
+    """Ten lines of `make bench`."""
+    found, watch = measured("results"), measured("watch_cost")
+    lines = [
+        f"commit {found['commit']}, torch {found['torch']}, {found['cpu']}, {found['cores']} cores. One thread (CPU time) / two "
+        "(wall), the peer's time over ours, median and 95 % interval; MiB at the peak, ours : the peer's.",
+        "",
+        "| work | against | at least | float32 | bfloat16 | MiB |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for work in dict.fromkeys(row["work"] for row in found["rows"]):
+        lines.append("| " + " | ".join(bench_cells([row for row in found["rows"] if row["work"] == work])) + " |")
+    shares = {part["dtype"]: number({key: 100 * part["share"][key] for key in part["share"]}, 0) + " %"
+              for part in found["matrix_rate"]}  # fmt: skip
+    cells = [shares.get(dtype, "") for dtype in ("float32", "bfloat16")]
+    lines.append("| the same training step | the matrix rate | 75 %, bf16 50 % | " + " | ".join(cells) + " | |")
+    cost = number({key: 100 * watch["cost"][key] for key in watch["cost"]})
+    cells = [f"{cost} %" if dtype == watch["compute"] else "" for dtype in ("float32", "bfloat16")]
+    return [*lines, "| a Watch on the default run | no Watch | 1 % | " + " | ".join(cells) + " | |"]
+
+
+def parts() -> list[str]:
+    """Where a training step of Mixtral's shape spends its time."""
+    found = measured("results")["matrix_rate"]
+    names = list(found[0]["parts_ms"])
+    lines = ["| one thread | " + " | ".join(names) + " | step, ms | GFLOP/s of the products | of a step |"]
+    lines.append("| --- " * (len(names) + 4) + "|")
+    for part in found:
+        times = [f"{100 * ms / part['step_ms']:.0f} %" for ms in part["parts_ms"].values()]
+        rest = [
+            f"{part['step_ms']:.0f}",
+            f"{part['gflops_per_s']:.0f}",
+            f"{1e3 * part['step_gflop'] / part['step_ms']:.0f}",
+        ]
+        lines.append("| " + " | ".join([part["dtype"], *times, *rest]) + " |")
+    return lines
+
+
+def records() -> list[str]:
+    """The list of records, the oldest first; the first line is what they are compared with."""
+    kept = json.loads((ROOT / "benchmarks" / "records.json").read_text(encoding="utf-8"))
+    lines = ["| | what changed | commit | time (CPU time) | updates | seconds | loss | CPU, threads, products |"]
+    lines.append("| --- " * 8 + "|")
+    for index, line in enumerate(kept, 1):
+        updates, seconds, loss = (
+            spread(run[key] for run in line["runs"]["now"]) for key in ("step", "seconds", "loss")
+        )
+        ratio = f"{line['ratio_seconds']:.2f} ({line['ratio_cpu_seconds']:.2f}) × {line['against']}"
+        cells = [
+            str(index),
+            line["what"],
+            line["commit"],
+            ratio,
+            f"{updates.mean:.0f}",
+            f"{seconds.mean:.0f}",
+            str(loss),
+        ]
+        machine = f"{line['cpu']}, {line['threads']}, {line['runs']['now'][0]['compute']}"
+        lines.append("| " + " | ".join([*cells, machine]) + " |")
+    return lines
+
+
+def generated_pages() -> dict[Path, str]:
+    """What the pages with generated parts should hold now (the README's table of notebooks and minutes apart)."""
     marks = {HEALTH_README: (rules, sicknesses, cost), HEALTH_PAGE: (disputed, detection)}
+    marks |= {README: (bench,), RECORDS_PAGE: (records, parts)}
     pages = {}
-    for path, parts in marks.items():
+    for path, several in marks.items():
         pages[path] = path.read_text(encoding="utf-8")
-        for part in parts:
+        for part in several:
             pages[path] = filled(pages[path], part.__name__, part())
     return pages
 
 
-def main() -> None:
-    for path, text in health_pages().items():
+def write_pages() -> None:
+    for path, text in generated_pages().items():
         write_atomically(path, text)
+
+
+def main() -> None:
+    write_pages()
     minutes_of = read_minutes()
     rows = ["| notebook | question | minutes: smoke | lab |", "| --- | --- | --- | --- |"]
     for path in all_notebooks():

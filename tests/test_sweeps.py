@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.docs_table import filled, health_pages
+from benchmarks.docs_table import filled, generated_pages
 from moe_lab.failures.experiments import load_results
 from moe_lab.show.style import save
 from moe_lab.show.sweeps import Surface, lr_surface, lr_sweep
@@ -62,9 +62,9 @@ def test_a_surface_shows_points_marks_and_intervals(tmp_path) -> None:
     assert "failure 6.76 at 0.0003 and 9e-05" in description
 
 
-def test_the_health_pages_are_those_of_the_rules_and_the_committed_runs() -> None:
-    pages = health_pages()
-    assert len(pages) == 2
+def test_the_generated_pages_are_those_of_the_rules_and_the_committed_runs() -> None:
+    pages = generated_pages()
+    assert len(pages) == 4
     for path, text in pages.items():
         assert path.read_text(encoding="utf-8") == text, "run: make docs-table"
 

@@ -1,0 +1,73 @@
+"""How a measurement is made here: what computes, pairs in turn, medians with intervals, and peak memory."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch.profiler import profile
+
+from moe_lab.optim.products import has_fast_bfloat16
+
+
+def cpu_kind() -> str:
+    """What decides about speed, such as `x86_64, AVX512, with bf16 units`."""
+    units = "with" if has_fast_bfloat16(torch.device("cpu")) else "without"
+    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {units} bf16 units"
+
+
+def interval(values: Sequence[float]) -> dict[str, float]:
+    """The median with its 95 % bootstrap interval."""
+    drawn = np.random.default_rng(0).choice(values, (10_000, len(values)))
+    low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
+    names = ("median", "low", "high")
+    return dict(zip(names, (round(float(v), 4) for v in (statistics.median(values), low, high)), strict=True))
+
+
+def cpu_seconds() -> float:
+    """CPU time so far, that of processes which have ended included."""
+    used = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Of one thread CPU time, which other processes do not lengthen; of several, whose waiting counts as work, the wall's."""
+    clock = cpu_seconds if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
+    call()
+    return clock() - start
+
+
+def paired(ours: Callable[[], object], peer: Callable[[], object], pairs: int) -> dict:
+    """Both in turn, the order changed each time, after a call of each that does not count: medians in seconds, how many
+    times as long the peer takes and how many seconds less, with intervals over pairs."""
+    calls = {"ours_s": ours, "peer_s": peer}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for pair in range(pairs):
+        for name in list(calls)[:: -1 if pair % 2 else 1]:
+            times[name].append(seconds(calls[name]))
+    both = list(zip(*times.values(), strict=True))
+    medians = {name: round(statistics.median(values), 5) for name, values in times.items()}
+    over = {"times_faster": [b / a for a, b in both], "seconds_more": [a - b for a, b in both]}
+    return medians | {name: interval(values) for name, values in over.items()} | {"pairs": pairs}
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """The most that torch's CPU allocator held during a call, above what it held before."""
+    with profile(profile_memory=True) as profiler:
+        call()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return int(max(np.cumsum([event.nbytes() for event in events]), default=0))
+
+
+def computes() -> list[str]:
+    """The dtypes that are compared here."""
+    return ["float32", "bfloat16"] if has_fast_bfloat16(torch.device("cpu")) else ["float32"]
