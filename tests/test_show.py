@@ -15,7 +15,7 @@ from PIL import Image
 from moe_lab.config import Config
 from moe_lab.show import live
 from moe_lab.show.live import LiveRun, is_interactive
-from moe_lab.show.plots import loss_bars, smooth, training_figure
+from moe_lab.show.plots import loss_bars, smooth, time_figure, training_figure
 from moe_lab.show.style import png, to_html
 from moe_lab.train.record import RECORD, append_jsonl
 
@@ -204,3 +204,40 @@ def test_a_cancelled_wait_stops_the_run_gracefully(headless) -> None:
         return await task
 
     assert asyncio.run(interrupted())["status"] == "interrupted"
+
+
+def test_the_loss_over_time_says_when_each_table_was_passed() -> None:
+    rows = [step_row(step) | {"seconds": 6.0 * step} for step in range(1, 21)]
+    rows += [
+        eval_row(step) | {"seconds": 6.0 * step, "validation_loss": loss}
+        for step, loss in ((0, 8.3), (10, 6.0), (20, 4.2))
+    ]
+    figure, description = time_figure(rows, FLOORS, of_steps(20))
+    curves = [line.get_xdata() for line in figure.axes[0].get_lines() if len(line.get_xdata()) == 20]
+    assert all(list(curve) == pytest.approx([0.1 * step for step in range(1, 21)]) for curve in curves)
+    assert len(curves) == 2
+    passed = (
+        "the uniform table after 0.0 minutes, the unigram table after 1.0 minutes, the bigram table after 2.0 minutes"
+    )
+    assert description == f"2.0 minutes in all. The validation loss was seen below {passed}."
+
+
+def test_an_evaluation_is_not_silent(headless, monkeypatch, capsys) -> None:
+    """A line comes every SILENT_S while one goes on, and says how far it is."""
+    monkeypatch.setattr(live, "SILENT_S", 0.02)
+    trainer = FakeTrainer(n_steps=3)
+    run_steps = trainer.fit
+
+    def fit() -> dict:
+        for share in (0.25, 0.75):
+            trainer.controls.evaluated = share
+            threading.Event().wait(0.3)
+        trainer.controls.evaluated = 1.0
+        return run_steps()
+
+    monkeypatch.setattr(trainer, "fit", fit)
+    finished(trainer)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if "evaluating, 25%" in line]
+    assert [line for line in lines if "evaluating, 75%" in line]
+    assert "evaluating" not in lines[-1]

@@ -26,6 +26,7 @@ from moe_lab.data import Batches
 from moe_lab.optim import groups_of, products
 from moe_lab.train import device, loop, read_record
 from moe_lab.train.checkpoint import load_checkpoint, save_atomically, step_path
+from moe_lab.train.controls import Controls
 from moe_lab.train.evaluate import evaluate
 
 
@@ -324,6 +325,15 @@ def test_an_evaluation_puts_each_modules_mode_back(run: Trainer) -> None:
     before = [module.training for module in model.modules()]
     evaluate(model, run.dataset.validation[:50], 2, contextlib.nullcontext)
     assert [module.training for module in model.modules()] == before and 0 < sum(before) < len(before)
+
+
+def test_an_evaluation_says_how_far_it_is(run: Trainer) -> None:
+    model, controls, shares = build_model(run.config.model), Controls(), []
+    model.final_norm.register_forward_hook(lambda *_: shares.append(controls.evaluated))
+    length = model.config.max_seq_len
+    evaluate(model, run.dataset.validation[: 8 * length + 1], 2, contextlib.nullcontext, controls)
+    assert shares == [0.0, 0.25, 0.5, 0.75]
+    assert controls.evaluated == 1.0
 
 
 # ---- precision ------------------------------------------------------------------------------------------------------

@@ -120,6 +120,7 @@ def run_notebook(
         parameters["run_dir"] = str(directory)
     directory.mkdir(parents=True, exist_ok=True)
     output = directory / path.name
+    print(f"{path.stem} …", file=sys.stderr, flush=True)
     try:
         execute(path, output, parameters)
     finally:
@@ -169,6 +170,5 @@ def run_all(parameters: Mapping[str, Any]) -> None:
     refuse_unknown(parameters, list(chain(*declared.values())))
     parent = new_run_dir("notebooks")
     for path, names in declared.items():
-        print(f"{path.stem} …", file=sys.stderr, flush=True)
         run_notebook(path, {name: value for name, value in parameters.items() if name in names}, parent / path.stem)
     print(parent)

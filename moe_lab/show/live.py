@@ -15,6 +15,7 @@ import ctypes
 import os
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future, wait
 from pathlib import Path
@@ -29,6 +30,7 @@ from moe_lab.show.style import to_html
 from moe_lab.train.record import read_record
 
 REDRAW_S = 1.0  # the least time between two pictures, seconds
+SILENT_S = 3.0  # the most, headless, between two lines during an evaluation
 _active: LiveRun | None = None  # a kernel trains one model at a time; see LiveRun.start
 
 
@@ -120,14 +122,15 @@ class LiveRun:
 
     async def finished(self) -> dict[str, Any]:
         """Await the end in a cell: the controls work meanwhile, and Interrupt stops the run gracefully."""
-        printed = 0  # tenths of the run, headless
+        printed, printed_at = 0, time.monotonic()  # tenths of the run, headless; and when
         try:
             while not self.training.done():
                 await asyncio.sleep(0.05)
                 row = self._last_step()
                 tenth = 10 * row["step"] // self.trainer.n_steps if row else 0
-                if tenth > printed and not self.controls:
-                    printed = tenth
+                silent = self.trainer.controls.evaluated < 1 and time.monotonic() - printed_at > SILENT_S
+                if (tenth > printed or silent) and not self.controls:
+                    printed, printed_at = tenth, time.monotonic()
                     print(f"{10 * tenth:3d} %  {self.status()}", file=sys.stderr, flush=True)
         except (asyncio.CancelledError, KeyboardInterrupt):
             self.trainer.stop()
@@ -140,6 +143,8 @@ class LiveRun:
         """One line: state, progress, loss, speed, time left."""
         controls, n_steps, row = self.trainer.controls, self.trainer.n_steps, self._last_step()
         state = "paused" if controls.paused else "running"
+        if controls.evaluated < 1:
+            state = f"evaluating, {controls.evaluated:.0%}"
         if self.training.done():
             state = "failed" if self.training.exception() else self.training.result()["status"]
         if row is None:

@@ -21,9 +21,9 @@ Rows = Sequence[Mapping[str, Any]]
 Curve = tuple[np.ndarray, np.ndarray]  # steps, values
 
 
-def column(rows: Rows, name: str) -> Curve:
+def column(rows: Rows, name: str, along: str = "step") -> Curve:
     """Steps and values of one field in the rows that have it, float64; None counts as not a number."""
-    pairs = [(row["step"], row[name]) for row in rows if name in row]
+    pairs = [(row[along], row[name]) for row in rows if name in row]
     steps, values = np.array(pairs, dtype=float).reshape(-1, 2).T
     return steps, values
 
@@ -51,6 +51,14 @@ def next_token_weight(config: Config) -> float:
     return config.model.aux_loss_weights[0] / sum(config.model.aux_loss_weights)
 
 
+def loss_curves(rows: Rows, config: Config, along: str = "step") -> tuple[Curve, Curve]:
+    """The next token's loss in training and in validation, nats per token."""
+    steps, losses = column(
+        [{along: row[along]} | row["losses"] for row in rows if "losses" in row], "next_token", along
+    )
+    return (steps, losses / next_token_weight(config)), column(rows, "validation_loss", along)
+
+
 def training_figure(rows: Rows, floors: Mapping[str, float], config: Config) -> tuple[Figure, str]:
     """Loss, norm weights, gradient norm and expert load of a run so far; any number of rows will do.
 
@@ -61,11 +69,12 @@ def training_figure(rows: Rows, floors: Mapping[str, float], config: Config) -> 
     norm = new_axes(figure, (0.62, 0.57, 0.35, 0.37), "Norm weights: largest |w − 1|", "step", scale)
     grad = new_axes(figure, (0.065, 0.09, 0.335, 0.34), "Gradient norm, before clipping", "step", scale)
     load = new_axes(figure, (0.62, 0.09, 0.35, 0.34), "Expert load, 1 = even share", "expert", "MoE layer")
-    steps, losses = column([{"step": row["step"]} | row["losses"] for row in rows if "losses" in row], "next_token")
+    training, validation = loss_curves(rows, config)
+    steps = training[0]
     for axes in (loss, norm, grad):
         axes.set_xlim(0, steps.max(initial=10))
         axes.locator_params(axis="x", nbins=5, integer=True)
-    first = draw_loss(loss, (steps, losses / next_token_weight(config)), column(rows, "validation_loss"), floors)
+    first = draw_loss(loss, training, validation, floors)
     norms, grads = column(rows, "norm_deviation"), column(rows, "grad_norm")
     draw_positive(norm, norms, "exactly 0: no norm weight has moved")
     draw_positive(grad, grads, "exactly 0: nothing learns", config.training.max_grad_norm)
@@ -75,6 +84,18 @@ def training_figure(rows: Rows, floors: Mapping[str, float], config: Config) -> 
     if not len(steps):
         return figure, f"No update yet; {config.n_steps} steps are planned.\nThe figure fills as the run goes on."
     return figure, f"Step {steps[-1]:.0f} of {config.n_steps}: {first}.\n{second[:1].upper()}{second[1:]}."
+
+
+def time_figure(rows: Rows, floors: Mapping[str, float], config: Config) -> tuple[Figure, str]:
+    """The loss over the run's own clock, which evaluations lengthen, and pauses and saves do not."""
+    figure = new_figure(10, 3.4)
+    axes = new_axes(figure, (0.065, 0.15, 0.75, 0.74), "Loss over time", "minutes", "nats per token")
+    training, (seconds, losses) = loss_curves(rows, config, "seconds")
+    draw_loss(axes, (training[0] / 60, training[1]), (seconds / 60, losses), floors)
+    passed = {name: seconds[losses < loss] / 60 for name, loss in floors.items()}
+    words = [f"the {name} table after {at[0]:.1f} minutes" for name, at in passed.items() if len(at)]
+    whole = max((row["seconds"] for row in rows), default=0.0) / 60
+    return figure, f"{whole:.1f} minutes in all. The validation loss was seen below {', '.join(words) or 'no table'}."
 
 
 def draw_loss(axes: Axes, training: Curve, validation: Curve, floors: Mapping[str, float]) -> str:

@@ -24,6 +24,7 @@ class Controls:
         self.scheduled: list[dict] = []
         self.paused = self.stopped = False
         self.lr_scale = 1.0
+        self.evaluated = 1.0  # share of the validation targets scored by an evaluation; 1: none is going on
 
     def ask(self, action: str, **value: float) -> None:
         with self.lock:

@@ -21,29 +21,34 @@ def evaluate(
 ) -> dict[str, float | list[float]] | None:
     """`validation_loss` in nats per token and, with MoD, `mod_agreement` of each router; None if a stop is asked of `controls`.
 
-    `autocast` makes the context to compute in. Each module's mode is put back.
+    `autocast` makes the context to compute in; `controls.evaluated` says how far it is. Each module's mode is put back.
     """
     device = model.embedding.weight.device
     total = torch.zeros((), device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
     agreed: Tensor | float = 0.0
-    n_targets = len(tokens) - 1
+    n_targets, done = len(tokens) - 1, 0
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         for ids in validation_windows(tokens, model.config.max_seq_len, batch_size):
-            if controls is not None and controls.stopped:
-                return None
+            if controls is not None:
+                controls.evaluated = done / n_targets
+                if controls.stopped:
+                    return None
             ids = ids.to(device)
             with autocast():
                 trunk = model.trunk(ids[:, :-1])
                 loss = token_loss(model.lm_heads[0], trunk.hidden, targets_of(ids, None, 1))
             count = ids[:, 1:].numel()
+            done += count
             total += loss * count
             if trunk.depth:
                 agreed = agreed + torch.stack([agreement(report) for report in trunk.depth]) * count
     finally:
         for module, was_training in modes.items():
             module.training = was_training
+        if controls is not None:
+            controls.evaluated = 1.0
     result: dict[str, float | list[float]] = {"validation_loss": (total / n_targets).item()}
     if isinstance(agreed, Tensor):
         result["mod_agreement"] = [round(share, 6) for share in (agreed / n_targets).tolist()]
