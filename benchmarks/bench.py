@@ -77,7 +77,9 @@ def measured(work: Work, dtype: str, size: int | None) -> dict:
         row["threads"][threads] = paired(pair.ours, pair.peer, work.pairs)
     torch.set_num_threads(1)
     if work.memory:
-        row["bytes"] = {"ours": peak_bytes(pair.ours), "peer": peak_bytes(pair.peer)}
+        row["bytes"] = {"ours": peak_bytes(pair.ours)}
+        if size in work.sizes[:1]:  # the peer's loop over tokens takes minutes to follow at the larger ones
+            row["bytes"]["peer"] = peak_bytes(pair.peer)
     return row
 
 

@@ -111,7 +111,7 @@ def bench_cells(rows: list[dict]) -> list[str]:
             found = [one["seconds_more" if seconds else "times_faster"] for one in row["threads"].values()]
             several.append((f"T {row['size']}: " if row["size"] else "") + " / ".join(map(number, found)))
         cells.append("; ".join(several))
-    sizes = [[f"{row['bytes'][who] / 2**20:.0f}" for who in ("ours", "peer")] for row in rows if "bytes" in row]
+    sizes = [[f"{n_bytes / 2**20:.0f}" for n_bytes in row["bytes"].values()] for row in rows if "bytes" in row]
     return [*cells, "; ".join(" : ".join(pair) for pair in sizes)]
 
 
