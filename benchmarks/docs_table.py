@@ -118,6 +118,8 @@ def bench_cells(rows: list[dict]) -> list[str]:
 def bench() -> list[str]:
     """Ten lines of `make bench`."""
     found, watch = measured("results"), measured("watch_cost")
+    if "matrix_rate" not in found:
+        return ["Not measured yet: `make bench`."]
     lines = [
         f"commit {found['commit']}, torch {found['torch']}, {found['cpu']}, {found['cores']} cores. One thread (CPU time) / two "
         "(wall), the peer's time over ours, median and 95 % interval; MiB at the peak, ours : the peer's.",
@@ -138,7 +140,9 @@ def bench() -> list[str]:
 
 def parts() -> list[str]:
     """Where a training step of Mixtral's shape spends its time."""
-    found = measured("results")["matrix_rate"]
+    found = measured("results").get("matrix_rate")
+    if not found:
+        return ["Not measured yet: `make bench`."]
     names = list(found[0]["parts_ms"])
     lines = ["| one thread | " + " | ".join(names) + " | step, ms | GFLOP/s of the products | of a step |"]
     lines.append("| --- " * (len(names) + 4) + "|")
