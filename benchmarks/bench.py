@@ -59,7 +59,7 @@ WORKS = [
     ),
     Work("evaluation of the validation split", peers.FIRST, "2 ×", peers.evaluation, MODEL, 3, memory=False),
     Work(
-        "`from moe_lab import health`", "`import torch`", "+ 0.1 s", peers.imports,
+        "`from moe_lab import health`, its Watch and preflight", "`import torch`", "+ 0.1 s", peers.imports,
         "tests/test_health_wheel.py", dtypes=("float32",), memory=False,
     ),
 ]  # fmt: skip
