@@ -136,8 +136,10 @@ def judge(groups: Iterable[Group], n_parameters: float) -> list[Finding]:
     high = [group for group in muon + adam if ratios[group.kind] > group.limit]
 
     def finding(rule: str, out: Sequence[Group], says: str, advice: str, ratio: float, limit: float) -> Finding:
-        message = f"learning rate {', '.join(group.described for group in out)} is {says}"
-        return Finding(rule, "warning", ", ".join(group.name for group in out), message, advice, ratio, limit)
+        where = ", ".join(group.name for group in out)
+        described = ", ".join(group.described for group in out)
+        message = f"learning rate {described} is {says}"
+        return Finding(rule, "warning", where, message, advice, ratio, limit)
 
     findings, hint = [], ""
     if muon:

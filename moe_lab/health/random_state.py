@@ -9,8 +9,6 @@ from torch import Tensor
 
 
 class RandomState:
-    """The state of torch's default generators when this was made: the CPU's, and those of the devices of these tensors."""
-
     def __init__(self, tensors: Iterable[Tensor]):
         self.cpu, self.others = torch.get_rng_state(), []
         for device in {t.device for t in tensors if t.device.type not in ("cpu", "meta")}:

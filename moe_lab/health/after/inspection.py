@@ -286,7 +286,6 @@ def baked_in(state: Mapping, plan: Plan, n_parameters: int) -> Iterator[Finding]
 
 
 def counters(state: Mapping, plan: Plan) -> Iterator[Finding]:
-    """The checkpoint's step and tokens against the updates that its optimizer counted."""
     counted, at_once = optimizer_steps(state), plan.tokens_per_update()
     for step in numbers(state.get("step"))[:1]:
         if counted is not None and int(step) != counted:

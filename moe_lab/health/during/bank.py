@@ -66,7 +66,6 @@ class Bank:
         return sum(value.nbytes for value in kept if isinstance(value, Tensor))
 
     def restart_window(self) -> None:
-        """Begin a new window of intended against realised displacement."""
         if self.watches_intent:
             self.origin = self.gather()
             self.intended.zero_()
@@ -115,7 +114,6 @@ class Bank:
 
 
 def banks_of(tensors: Sequence[Tracked]) -> list[Bank]:
-    """A bank for each device and width."""
     return [Bank(mine) for mine in grouped(tensors, lambda t: (t.index.device, t.param.dtype in WIDE)).values()]
 
 

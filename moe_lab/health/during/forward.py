@@ -115,7 +115,6 @@ class ForwardProbe:
         return len(before) != len(after) or any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
     def close(self) -> None:
-        """Stop listening, and let go of the inputs."""
         for handle in self.handles:
             handle.remove()
         self.inputs = None
@@ -140,7 +139,6 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def tensors_of(output: Any) -> list[Tensor]:
-    """All tensors of an output, however they are wrapped."""
     if isinstance(output, Tensor):
         return [output]
     parts = output.values() if isinstance(output, dict) else output

@@ -141,8 +141,9 @@ def refuse_bad_input(model: nn.Module, optimizers: list[Any], expect_frozen: Seq
     names = [name for name, _ in model.named_parameters()]
     for prefix in expect_frozen:
         if not any(name.startswith(prefix) for name in names):
-            first = next(iter(names), None)
-            raise ValueError(f"expect_frozen: no parameter's name starts with {prefix!r}; the first is {first!r}")
+            raise ValueError(
+                f"expect_frozen: no parameter's name starts with {prefix!r}; the first is {next(iter(names), None)!r}"
+            )
     for name, p in model.named_parameters():
         if p.device.type == "meta":
             raise ValueError(
