@@ -7,15 +7,14 @@ benchmarks/watch_cost.json.
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 import time
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.measure import interval
 from moe_lab import Trainer, load_config
 from moe_lab.config import ROOT
 from moe_lab.failures.results import provenance, write_json
@@ -62,13 +61,6 @@ def measure(folder: str) -> dict:
         "bytes_share": watch.n_bytes() / n_bytes(trainer),
         "findings": [f.rule for f in watch.findings if f.severity != "info"],
     }
-
-
-def interval(values: list[float]) -> dict[str, float]:
-    """The median with its 95 % bootstrap interval."""
-    drawn = np.random.default_rng(0).choice(values, (10_000, len(values)))
-    low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
-    return {"median": statistics.median(values), "low": float(low), "high": float(high)}
 
 
 def main() -> None:

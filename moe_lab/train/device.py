@@ -73,7 +73,7 @@ def keep_freed_memory() -> bool:
     """Let glibc keep freed memory for the next step instead of handing it back to the system. Returns whether it did.
 
     Training allocates the same tens of megabytes each step; by default glibc maps and unmaps them, and part of a CPU
-    step goes into page faults (`make bench`). The price: it holds for the whole process and for good; a notebook's kernel
+    step goes into page faults. The price: it holds for the whole process and for good; a notebook's kernel
     keeps the memory of its largest run until it is restarted.
     """
     if platform.libc_ver()[0] != "glibc":
