@@ -16,8 +16,8 @@ from moe_lab.optim.rounding import REMEDIES
 # (Muon's LR, AdamW's LR beside it), Muon in the convention `original`, as the case has it
 FAILURE = (3e-4, 9e-5)  # the second run of the case
 CURE = (1e-3, 3e-4)  # the report's fix
-TUNED = (4e-3, 1e-2)  # the centre of the surface
-POINTS = {"failure": FAILURE, "cure": CURE, "tuned": TUNED}
+CENTRE = (4e-3, 1e-2)  # of the surface
+POINTS = {"failure": FAILURE, "cure": CURE, "centre": CENTRE}
 
 SWEEP_LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 SWEEP_ADAMW = 1e-2  # AdamW's LR beside Muon while Muon's is swept
@@ -63,9 +63,9 @@ def sweep(d_model: int, compute: str = "bfloat16") -> Experiment:
 
 
 def surface(name: str, config: Config, evaluate_at: Sequence[int] = (200,)) -> Experiment:
-    """Muon's LR × AdamW's LR around TUNED: 3 × 3 in steps of 4, and axial points at 16 (a central composite design)."""
+    """Muon's LR × AdamW's LR around CENTRE: 3 × 3 in steps of 4, and axial points at 16 (a central composite design)."""
     offsets = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)] + [(-2, 0), (2, 0), (0, -2), (0, 2)]
-    lrs = [(TUNED[0] * 4**i, TUNED[1] * 4**j) for i, j in offsets]
+    lrs = [(CENTRE[0] * 4**i, CENTRE[1] * 4**j) for i, j in offsets]
     arms = {f"{muon:g} {adamw:g}": Arm(with_lrs(config, muon, adamw)) for muon, adamw in lrs}
     return Experiment(name=name, arms=arms, seeds=(0,), evaluate_at=evaluate_at)
 
@@ -80,7 +80,7 @@ def attribution(d_model: int) -> Experiment:
     """The three points in float32, in bf16 and in bf16 with fp32 masters, and every corner between failure and each
     other point, so that shares can be taken over all orders of fixing. Arms: `failure → muon of cure, bf16`, …"""
     settings = dict(POINTS)
-    for name in ("cure", "tuned"):
+    for name in ("cure", "centre"):
         settings[f"failure with Muon of {name}"] = (POINTS[name][0], FAILURE[1])
         settings[f"failure with AdamW of {name}"] = (FAILURE[0], POINTS[name][1])
     config, arms = study_config(d_model), {}
@@ -102,7 +102,7 @@ def remedies(d_model: int) -> Experiment:
 
 
 def reproduction() -> Experiment:
-    """Failure, cure and tuned with the lab's own model, every mixture in it, for 200 updates of 2,048 tokens."""
+    """Failure, cure and centre with the lab's own model, every mixture in it, for 200 updates of 2,048 tokens."""
     config = load_config(ROOT / "configs" / "lab.yaml")
     training = {"warmup_steps": 20, "min_lr_ratio": 1.0, "device": "cpu"}
     config = config.with_(training=training, precision={"compute": "bfloat16"})
@@ -114,7 +114,7 @@ def reproduction() -> Experiment:
 def healthy_188() -> Experiment:
     """What a healthy run shows after the first run's 188 updates at its 8,192 tokens each, beside the failure."""
     config = study_config(192).with_(training={"gradient_accumulation_steps": 8})
-    arms = {name: Arm(with_lrs(config, *POINTS[name])) for name in ("tuned", "cure", "failure")}
+    arms = {name: Arm(with_lrs(config, *POINTS[name])) for name in ("centre", "cure", "failure")}
     return Experiment(name="healthy_188", arms=arms, seeds=(0,), evaluate_at=(188,))
 
 
