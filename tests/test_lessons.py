@@ -1,12 +1,32 @@
-"""Predictions with and without a reader, and what a check of an exercise says."""
+"""Questions with and without a reader, and what a check of an exercise says."""
+
+import asyncio
+import math
 
 import IPython.display
 import ipywidgets
 import pytest
 
-from moe_lab.course.lessons import Predictions, exercise
+from moe_lab.course.lessons import NO_GUESS, Question, answers, ask, exercise, guesses, reveal, score
 
-OPTIONS = ["falls", "rises", "stays"]
+OPTIONS = {
+    "it falls": lambda m: m["last"] < m["first"],
+    "it rises": lambda m: m["last"] > m["first"],
+    "it stays": lambda m: m["last"] == m["first"],
+}
+LOSS = Question("What does a < b do?", OPTIONS, tempts="Because curves fall.")
+NORM = Question("And the norm?", OPTIONS, tempts="")
+
+
+def asked(question: Question) -> None:
+    asyncio.run(ask(question))
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    yield
+    guesses.clear()
+    answers.clear()
 
 
 @pytest.fixture
@@ -18,53 +38,70 @@ def shown(monkeypatch) -> list:
     return things
 
 
-def test_headless_prints_the_options_and_takes_the_first(monkeypatch, capsys) -> None:
+def test_headless_there_is_no_guess_and_no_score(monkeypatch, capsys) -> None:
     monkeypatch.setenv("MOE_LAB_INTERACTIVE", "0")
-    predictions = Predictions()
-    predictions.ask("loss", "What does the loss do?", OPTIONS)
-    predictions.ask("norm", "And the norm?", OPTIONS)
-    predictions.ask("never", "Not revealed", OPTIONS)
-    assert capsys.readouterr().out.startswith("What does the loss do?\n  (a) falls\n  (b) rises\n  (c) stays\n")
-    predictions.reveal("loss", "falls")
-    predictions.reveal("norm", "stays")
-    predictions.score()
-    assert capsys.readouterr().out.splitlines() == [
-        "measured: falls (as predicted)",
-        "measured: stays (predicted: falls)",
-        "1 of 2 predictions were right",
-    ]
+    asked(LOSS)
+    first, *options = capsys.readouterr().out.splitlines()
+    assert first == LOSS.text
+    assert [line[:6] for line in options] == ["  (a) ", "  (b) ", "  (c) "]
+    assert sorted(line[6:] for line in options) == sorted(OPTIONS)
+    reveal(LOSS, first=2, last=1)
+    score()
+    assert capsys.readouterr().out == "measured: it falls\n"
+
+
+def test_options_are_shuffled_by_text_and_seed_alone() -> None:
+    texts = [f"question {n}" for n in range(300)]
+    places = [Question(text, OPTIONS, "").shuffled().index("it falls") for text in texts]
+    assert places == [Question(text, OPTIONS, "").shuffled().index("it falls") for text in texts]
+    assert places != [Question(text, OPTIONS, "", seed=1).shuffled().index("it falls") for text in texts]
+    assert all(70 < places.count(place) < 130 for place in range(3))  # 100 expected, SD 8
+    assert Question("question 0", OPTIONS, "").shuffled() == ["it stays", "it falls", "it rises"]  # on every machine
 
 
 def test_a_reader_has_no_guess_before_a_click(shown, capsys) -> None:
-    predictions = Predictions()
-    predictions.ask("loss", "a < b?", OPTIONS)
-    predictions.reveal("loss", "falls")
-    predictions.score()
-    assert capsys.readouterr().out == "measured: falls (you made no prediction)\n0 of 1 predictions were right\n"
-
+    asked(LOSS)
+    reveal(LOSS, first=2, last=1)
+    score()
+    assert capsys.readouterr().out.splitlines() == [
+        "measured: it falls",
+        "you did not guess",
+        "Because curves fall.",
+        "0 of 0 predictions were right",
+    ]
     text, choice = shown[0].children
-    assert text.value == "<b>a &lt; b?</b>"
+    assert text.value == "<b>What does a &lt; b do?</b>"
     assert isinstance(choice, ipywidgets.RadioButtons) and choice.index is None
-    choice.value = "rises"
-    predictions.reveal("loss", "rises")
-    assert capsys.readouterr().out == "measured: rises (as predicted)\n"
+    assert choice.options == (*LOSS.shuffled(), NO_GUESS)
 
 
-def test_a_question_asked_again_is_not_scored_before_it_is_revealed_again(shown, capsys) -> None:
-    predictions = Predictions()
-    predictions.ask("loss", "?", OPTIONS)
-    shown[0].children[1].value = "falls"
-    predictions.reveal("loss", "falls")
-    predictions.ask("loss", "?", OPTIONS)
-    predictions.score()
-    assert capsys.readouterr().out.endswith("0 of 0 predictions were right\n")
+def test_guesses_are_kept_and_scored_over_what_was_answered(shown, capsys) -> None:
+    unanswered, unrevealed = (Question(f"{n}?", OPTIONS, "") for n in range(2))
+    for question, guess in ((LOSS, "it falls"), (NORM, "it rises"), (unanswered, NO_GUESS), (unrevealed, "it falls")):
+        asked(question)
+        shown[-1].children[1].value = guess
+    reveal(LOSS, first=2, last=1)
+    assert "✓ as you predicted" in capsys.readouterr().out
+    reveal(NORM, first=2, last=1)
+    assert "✗ you predicted: it rises" in capsys.readouterr().out
+    reveal(unanswered, first=2, last=1)
+    assert "you did not guess" in capsys.readouterr().out
+    score()
+    assert capsys.readouterr().out == "1 of 2 predictions were right\n"
+    asked(LOSS)  # again: not scored before it is revealed again
+    score()
+    assert capsys.readouterr().out == "0 of 1 predictions were right\n"
 
 
-def test_an_answer_that_is_no_option_is_a_mistake_of_the_notebook() -> None:
-    predictions = Predictions()
-    predictions.questions["loss"] = "?", OPTIONS
-    with pytest.raises(ValueError, match="loss: 'fell' is not one of the options"):
-        predictions.reveal("loss", "fell")
+@pytest.mark.parametrize(
+    ("measured", "found"),
+    [({"first": math.nan, "last": 1}, "no option"), ({"first": 1, "last": 1}, "'it falls' and 'it stays'")],
+    ids=["none", "two"],
+)
+def test_an_answer_that_is_not_one_option_is_a_mistake_of_the_notebook(measured, found) -> None:
+    question = Question("?", OPTIONS | {"it falls": lambda m: m["last"] <= m["first"]}, "")
+    with pytest.raises(AssertionError, match=rf"^question '\?': true of .+ is {found}; it must be one"):
+        reveal(question, **measured)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import json
+import math
 import os
 import re
 import signal
@@ -11,7 +13,9 @@ import time
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
+import torch
 from helpers import refused, write_notebook
 
 from benchmarks import outputs
@@ -137,6 +141,23 @@ def test_claims_print_one_stable_line_or_fail(capsys) -> None:
     assert capsys.readouterr().out == "05.1 holds: validation loss is below the trigram\n"
     with pytest.raises(AssertionError, match=r"^05\.1 does not hold: validation loss is below the trigram$"):
         notebook.claim("05.1", False, "validation loss is below the trigram")
+
+
+def test_a_claims_numbers_are_kept_where_the_environment_says(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("MOE_LAB_CLAIMS", str(tmp_path / "claims.jsonl"))
+    monkeypatch.setenv("MOE_LAB_PROFILE", "smoke")
+    notebook.claim("05.1", True, "it falls", loss=np.float32(1 / 3), by_seed={1: torch.tensor([0.5, 2])}, n=3)
+    notebook.claim("05.2", True, "it stays")
+    lines = [json.loads(line) for line in (tmp_path / "claims.jsonl").read_text().splitlines()]
+    numbers = {"loss": 0.333333, "by_seed": {"1": [0.5, 2]}, "n": 3}
+    assert lines[0] == {"id": "05.1", "statement": "it falls", "numbers": numbers, "profile": "smoke"}
+    assert lines[1]["numbers"] == {}
+    with refused(ConfigError, match=r"05\.3: loss=nan must be finite"):
+        notebook.claim("05.3", True, "it falls", loss=math.nan)
+    with pytest.raises(AssertionError):
+        notebook.claim("05.4", False, "it falls", loss=1)
+    assert len((tmp_path / "claims.jsonl").read_text().splitlines()) == 2
+    assert "1" not in capsys.readouterr().out.replace("05.1", "")  # the printed line has no number
 
 
 def test_parameters_are_cast_to_what_the_notebook_declares(tmp_path) -> None:

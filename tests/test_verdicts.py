@@ -1,4 +1,4 @@
-"""Verdicts: one stable line for the reader, one entry for the ledger, and no verdict that a cell did not derive."""
+"""Verdicts: one stable line for the reader, one entry for the ledger, and no verdict that the numbers do not give."""
 
 import json
 import math
@@ -15,12 +15,30 @@ from moe_lab.config import ConfigError
 from moe_lab.course import case, notebook, verdicts
 
 NOTEBOOK = "01_data_and_loss_floors"
+ONE = """
+def C05(share, n, **others):
+    if share < 0.5:
+        return "holds only if", "most of it is what any run could show by then"
+    return "holds", "as it says"
+def C02(n): return ("holds" if n == 1 else "does not hold"), "a sentence"
+def C03(outcome): return outcome, "a sentence"
+def C04(): return "does not hold", "none of its numbers"
+def C07(): return "open", "here"
+"""
+TWO = "def C07(): return 'open', 'and here'\n"
 
 
 @pytest.fixture
 def path(tmp_path, monkeypatch):
-    monkeypatch.setattr(verdicts, "VERDICTS", tmp_path / "results" / "verdicts.json")
-    return verdicts.VERDICTS
+    """The verdicts' file, beside two notebooks and what judges in them."""
+    for number, name, source in (("01", NOTEBOOK, ONE), ("02", "02_build_the_model", TWO), ("99", None, "C09 = print")):
+        (tmp_path / "checks").mkdir(exist_ok=True)
+        (tmp_path / "checks" / f"verdicts_{number}.py").write_text(source)
+        if name:
+            (tmp_path / f"{name}.ipynb").touch()
+    monkeypatch.setattr(case, "NOTEBOOKS", tmp_path)
+    monkeypatch.setattr(case, "VERDICTS", tmp_path / "results" / "verdicts.json")
+    return case.VERDICTS
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +47,11 @@ def lab():
 
 
 def test_a_verdict_is_one_line_and_one_entry(path, lab, capsys) -> None:
-    sentence = "most of it is what any run could show by then"
     numbers = {"share": np.float32(1 / 3), "n": np.int64(102), "bracket": (0.1, 2), "by_seed": {1: torch.tensor(0.5)}}
-    verdicts.check(
-        "C05", {"holds only if": True}, sentence, lab=lab, notebook=NOTEBOOK, corpus="abc", sure=True, **numbers
-    )
+    case.judge("C05", lab, corpus="abc", sure=True, **numbers)
+    sentence = "most of it is what any run could show by then"
     assert capsys.readouterr().out == f"C05 holds only if: {sentence}\n"
-    (id, entry), *others = verdicts.read_verdicts().items()
+    (id, entry), *others = case.read_verdicts().items()
     assert (id, others) == ("C05", [])
     assert entry["claim"] == case.claim("C05").sentence
     assert (entry["outcome"], entry["sentence"]) == ("holds only if", sentence)
@@ -56,57 +72,68 @@ def test_a_verdict_is_one_line_and_one_entry(path, lab, capsys) -> None:
 
 
 def test_a_second_verdict_replaces_the_first_and_ids_are_sorted(path, lab) -> None:
-    for id, outcome, n in (("C07", "open", 1), ("C02", "holds", 2), ("C07", "does not hold", 3)):
-        verdicts.check(id, {outcome: True}, "a sentence", lab=lab, notebook=NOTEBOOK, n=n)
+    case.judge("C03", lab, outcome="open")
+    case.judge("C02", lab, n=1)
+    case.judge("C03", lab, outcome="does not hold")
     stored = json.loads(path.read_text(encoding="utf-8"))
-    assert list(stored) == ["C02", "C07"]
-    assert (stored["C07"]["outcome"], stored["C07"]["numbers"]) == ("does not hold", {"n": 3})
+    assert list(stored) == ["C02", "C03"]
+    assert (stored["C03"]["outcome"], stored["C02"]["numbers"]) == ("does not hold", {"n": 1})
     assert [file.name for file in path.parent.iterdir()] == [path.name]
-    assert "corpus" not in stored["C07"]["provenance"]
+    assert "corpus" not in stored["C03"]["provenance"]
 
 
 @pytest.mark.parametrize("profile", ["smoke", "gpu"])
 def test_other_profiles_print_and_write_nothing(path, lab, profile, capsys) -> None:
-    verdicts.check("C02", {"holds": True}, "as measured", lab=lab, notebook=NOTEBOOK, n=1)
+    case.judge("C02", lab, n=1)
     before = path.read_bytes()
-    other = notebook.resolve(profile=profile)
-    verdicts.check("C02", {"does not hold": True}, "tiny numbers", lab=other, notebook=NOTEBOOK, n=2)
-    assert capsys.readouterr().out.splitlines()[-1] == "C02 does not hold: tiny numbers"
+    case.judge("C02", notebook.resolve(profile=profile), n=2)
+    assert capsys.readouterr().out.splitlines()[-1] == "C02 does not hold: a sentence"
     assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("id", "changes", "message"),
     [
-        ({"id": "C5"}, "'C5' is no claim of the case; did you mean C05?"),
-        ({"id": "B01"}, "'B01' is no claim"),
-        (
-            {"outcome": "hold"},
-            "C05: 'hold' is no outcome: holds, holds only if, does not hold, open; did you mean holds?",
-        ),
-        ({"notebook": "01_data_and_loss_floor"}, "is no notebook; did you mean 01_data_and_loss_floors?"),
-        ({"x": math.nan}, "C05: x=nan must be finite"),
-        ({"x": torch.tensor([1.0, math.inf])}, "C05: x=tensor([1., inf]) must be finite"),
-        ({"x": {"a": -math.inf}}, "C05: x={'a': -inf} must be finite"),
+        ("C5", {}, "'C5' is no claim of the case; did you mean C05?"),
+        ("B01", {}, "'B01' is no claim"),
+        ("C03", {"outcome": "hold"}, "C03: 'hold' is no outcome: holds, holds only if, does not hold, open; did you"),
+        ("C02", {"n": math.nan}, "C02: n=nan must be finite"),
+        ("C05", {"share": torch.tensor([1.0, math.inf])}, "C05: share=tensor([1., inf]) must be finite"),
+        ("C05", {"share": 1, "x": {"a": -math.inf}}, "C05: x={'a': -inf} must be finite"),
+        ("C07", {}, "C07: judged by notebooks 01 and 02; it must be one"),
+        ("C08", {}, "C08: judged by no notebook"),
+        ("C09", {}, "C09: checks/verdicts_99.py belongs to no notebook"),
     ],
 )
-def test_a_wrong_verdict_is_refused_in_one_line_and_leaves_no_trace(path, lab, changes, message, capsys) -> None:
-    given = {"id": "C05", "outcome": "holds", "sentence": "a sentence", "lab": lab, "notebook": NOTEBOOK} | changes
-    id, outcome, sentence = (given.pop(name) for name in ("id", "outcome", "sentence"))
+def test_a_wrong_verdict_is_refused_in_one_line_and_leaves_no_trace(path, lab, id, changes, message, capsys) -> None:
     with refused(ConfigError, match=re.escape(message)):
-        verdicts.check(id, {outcome: True}, sentence, **given)
+        case.judge(id, lab, **changes)
     assert capsys.readouterr().out == ""
     assert not path.exists()
 
 
+def test_a_number_that_the_verdict_does_not_know_is_a_mistake(path, lab) -> None:
+    with pytest.raises(TypeError, match="C04"):
+        case.judge("C04", lab, n=1)
+    assert not path.exists()
+
+
+def test_every_claim_that_a_notebook_judges_is_of_the_case_and_judged_once() -> None:
+    for file in (notebook.ROOT / "notebooks" / "checks").glob("verdicts_*.py"):
+        for id in re.findall(r"^def (C\d\d)\(", file.read_text(encoding="utf-8"), re.MULTILINE):
+            assert case.verdict_of(id)[0].startswith(file.stem.removeprefix("verdicts_") + "_")
+            assert case.claim(id)
+
+
+# until no notebook calls verdicts.check
 def test_the_outcome_is_the_condition_that_is_true(path, lab, capsys) -> None:
     conditions = {"holds": np.bool_(False), "holds only if": torch.tensor(True), "does not hold": False}
     sentences = {"holds": "always", "holds only if": "std is fixed", "does not hold": "never"}
     assert verdicts.check("C03", conditions, sentences, lab=lab, notebook=NOTEBOOK, n=7) == "holds only if"
     assert capsys.readouterr().out == "C03 holds only if: std is fixed\n"
-    assert verdicts.read_verdicts()["C03"]["numbers"] == {"n": 7}
+    assert case.read_verdicts()["C03"]["numbers"] == {"n": 7}
     assert verdicts.check("C03", {"holds": 1 < 2, "open": False}, "one for all", lab=lab, notebook=NOTEBOOK) == "holds"
-    assert verdicts.read_verdicts()["C03"]["sentence"] == "one for all"
+    assert case.read_verdicts()["C03"]["sentence"] == "one for all"
 
 
 @pytest.mark.parametrize(
@@ -129,18 +156,18 @@ def test_each_outcome_has_its_sentence(path, lab) -> None:
 
 
 def test_a_damaged_file_is_refused_and_kept(path, lab) -> None:
-    assert verdicts.read_verdicts() == {}
+    assert case.read_verdicts() == {}
     path.parent.mkdir()
     path.write_text('{"C01": {')
     with refused(ConfigError, match="cannot be read"):
-        verdicts.check("C02", {"holds": True}, "a sentence", lab=lab, notebook=NOTEBOOK)
+        case.judge("C02", lab, n=1)
     assert path.read_text() == '{"C01": {'
 
 
 def write_ten(path, first: int) -> None:
-    verdicts.VERDICTS = path
+    case.VERDICTS = path
     for n in range(first, first + 10):
-        verdicts.store(f"C{n:02d}", {"claim": ""})
+        case.store(f"C{n:02d}", {"claim": ""})
 
 
 def test_two_notebooks_at_once_lose_nothing(path) -> None:
@@ -150,12 +177,12 @@ def test_two_notebooks_at_once_lose_nothing(path) -> None:
         process.start()
     for process in processes:
         process.join(60)
-    assert list(verdicts.read_verdicts()) == [f"C{n:02d}" for n in range(1, 21)]
+    assert list(case.read_verdicts()) == [f"C{n:02d}" for n in range(1, 21)]
 
 
 def test_the_committed_verdicts_are_in_the_case() -> None:
-    for id, entry in verdicts.read_verdicts().items():
+    for id, entry in case.read_verdicts().items():
         assert entry["claim"] == case.claim(id).sentence
-        assert entry["outcome"] in verdicts.OUTCOMES
+        assert entry["outcome"] in case.OUTCOMES
         assert entry["provenance"]["profile"] == "lab"
         assert entry["provenance"]["settings"] == []

@@ -1,23 +1,37 @@
-"""The case: what the report claims, what it missed and what it observed, from case.yaml beside this file.
+"""The case: what the report claims, what it missed and what it observed, from case.yaml beside this file; and what the
+notebooks found about each claim, in notebooks/results/verdicts.json.
 
 case.claim("C05").sentence, case.bug("B18").symptom, case.observed_run("second").adamw_lr
 case.facts("training_1.5b")["d_model"]
+case.judge("C05", lab, cost=0.057)
 
 An id or a name that the case does not have raises ConfigError, with the nearest one.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
+from filelock import FileLock
+
+from moe_lab.config import ROOT, differences, load_config
+from moe_lab.course.notebook import Lab
+from moe_lab.data.prepare import CACHE
+from moe_lab.failures.results import plain, provenance
 from moe_lab.sections import ConfigError, read_yaml, suggestion
+from moe_lab.train.record import write_atomically
 
 CASE = Path(__file__).with_name("case.yaml")
+NOTEBOOKS = ROOT / "notebooks"
+VERDICTS = NOTEBOOKS / "results" / "verdicts.json"
+OUTCOMES = ("holds", "holds only if", "does not hold", "open")
 
 
 def claim(id: str) -> SimpleNamespace:
@@ -56,3 +70,68 @@ def entry(section: str, id: str) -> Any:
     short = re.fullmatch(r"([a-z]?)(\d+)", str(id).strip().lower())  # c5 and 5 mean C05
     near = suggestion(f"{(short[1] or what[0]).upper()}{int(short[2]):02d}" if short else str(id), known)
     raise ConfigError(f"{id!r} is no {what} of the case{near or '; known are ' + ', '.join(known)}")
+
+
+def judge(id: str, lab: Lab, *, corpus: str | None = None, **numbers: Any) -> None:
+    """Print what the numbers make of a claim, `C05 holds only if: sentence`; in profile lab, also put it in VERDICTS in
+    place of the claim's older entry.
+
+    Outcome and sentence are what the function of that name in notebooks/checks/verdicts_NN.py returns of the numbers; NN
+    is the notebook. `numbers` are finite numbers, truth values, or lists and mappings of them, of which six digits are
+    kept; `corpus` is the hash of the text. The printed line holds none, so that it is the same in every run. Raises
+    ConfigError for an unknown id or outcome, no function or two, and for a number that is not finite.
+    """
+    about = claim(id).sentence
+    notebook, verdict = verdict_of(id)
+    kept = {name: plain(f"{id}: {name}", value) for name, value in numbers.items()}
+    outcome, sentence = verdict(**numbers)
+    if outcome not in OUTCOMES:
+        raise ConfigError(f"{id}: {outcome!r} is no outcome: {', '.join(OUTCOMES)}{suggestion(outcome, OUTCOMES)}")
+    print(f"{id} {outcome}: {sentence}")
+    if lab.profile == "lab":
+        entry = {"claim": about, "outcome": outcome, "sentence": sentence, "numbers": kept}
+        store(id, entry | {"provenance": origin_of(lab, notebook, corpus)})
+
+
+def verdict_of(id: str) -> tuple[str, Callable[..., tuple[str, str]]]:
+    """The notebook that judges the claim, and its function."""
+    found = []
+    for path in sorted((NOTEBOOKS / "checks").glob("verdicts_*.py")):
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+        if hasattr(module, id):
+            found.append((path.stem.removeprefix("verdicts_"), getattr(module, id)))
+    if len(found) != 1:
+        where = "no notebook" if not found else f"notebooks {' and '.join(number for number, _ in found)}"
+        raise ConfigError(f"{id}: judged by {where}; it must be one checks/verdicts_NN.py")
+    (number, verdict), *_ = found
+    if not (notebooks := list(NOTEBOOKS.glob(f"{number}_*.ipynb"))):
+        raise ConfigError(f"{id}: checks/verdicts_{number}.py belongs to no notebook")
+    return notebooks[0].stem, verdict
+
+
+def read_verdicts() -> dict[str, dict[str, Any]]:
+    """Entries by claim id, in order: claim, outcome, sentence, numbers, provenance; empty before the first. Raises
+    ConfigError if VERDICTS cannot be read."""
+    if not VERDICTS.exists():
+        return {}
+    try:
+        return json.loads(VERDICTS.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{VERDICTS}: cannot be read: {str(error).splitlines()[0]}; restore it from git") from None
+
+
+def store(id: str, entry: Mapping[str, Any]) -> None:
+    VERDICTS.parent.mkdir(parents=True, exist_ok=True)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with FileLock(CACHE / "verdicts.lock"):  # two notebooks at once would lose one of two entries
+        entries = read_verdicts() | {id: entry}
+        text = json.dumps(dict(sorted(entries.items())), indent=2, ensure_ascii=False, allow_nan=False)
+        write_atomically(VERDICTS, text + "\n")
+
+
+def origin_of(lab: Lab, notebook: str, corpus: str | None) -> dict[str, Any]:
+    """What made the numbers. `settings` lists where the config is not the profile's file: overrides of a reader."""
+    settings = differences(load_config(ROOT / "configs" / f"{lab.profile}.yaml"), lab.config)
+    made = {"notebook": notebook, "profile": lab.profile, "seed": lab.config.training.seed, "settings": settings}
+    return made | provenance() | ({"corpus": corpus} if corpus is not None else {})

@@ -1,12 +1,88 @@
-"""What makes a notebook a lesson: predictions before results, and exercises whose checks say what is wrong."""
+"""What makes a notebook a lesson: questions before results, and exercises whose checks say what is wrong.
+
+    await ask(questions_03.cause)                            # shows the options; a person chooses one
+    reveal(questions_03.cause, with_gradient=15, looks=15)   # which of them was measured
+    score()
+
+Questions stand in notebooks/checks/questions_NN.py, so that no notebook shows its answers in code.
+"""
 
 from __future__ import annotations
 
 import functools
 import html
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from moe_lab.show.live import is_interactive
+
+NO_GUESS = "I'd rather not guess"
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """A question and its options, each with a predicate of what was measured, of which exactly one is to be true."""
+
+    text: str
+    options: Mapping[str, Callable[[Mapping[str, Any]], Any]]
+    tempts: str  # why the popular wrong answer tempts, and why it is wrong: shown with the answer
+    seed: int = 0  # another one shuffles the options anew
+
+    def shuffled(self) -> list[str]:
+        """The options in an order that text and seed decide: the same on every machine."""
+        return random.Random(f"{self.seed} {self.text}").sample(list(self.options), len(self.options))
+
+    def answer(self, measured: Mapping[str, Any]) -> str:
+        """The option that is true of what was measured. Raises AssertionError unless it is exactly one."""
+        true = [option for option, holds in self.options.items() if bool(holds(measured))]
+        found = " and ".join(map(repr, true)) or "no option"
+        assert len(true) == 1, f"question {self.text!r}: true of {dict(measured)} is {found}; it must be one"
+        return true[0]
+
+
+# what the reader of this kernel chose, and what was measured: a notebook has a kernel of its own
+guesses: dict[Question, str | None] = {}
+answers: dict[Question, str] = {}
+
+
+async def ask(question: Question) -> None:
+    """Show the options to choose from. Where nobody can click, print them: then there is no guess."""
+    guesses[question] = None
+    answers.pop(question, None)  # asked again: not scored before it is revealed again
+    options = question.shuffled()
+    if not is_interactive():
+        lines = [f"  ({letter}) {option}" for letter, option in zip("abcdef", options, strict=False)]
+        print(question.text, *lines, sep="\n")
+        return
+    import ipywidgets
+    from IPython.display import display
+
+    layout = ipywidgets.Layout(width="auto")
+    choice = ipywidgets.RadioButtons(options=[*options, NO_GUESS], index=None, layout=layout)
+    choice.observe(lambda change: guesses.__setitem__(question, change["new"]), "value")
+    display(ipywidgets.VBox([ipywidgets.HTML(f"<b>{html.escape(question.text)}</b>"), choice]))
+
+
+def reveal(question: Question, **measured: Any) -> None:
+    """Print which option was measured, and to a reader whether it was the guess, and why another one tempts."""
+    answers[question] = right = question.answer(measured)
+    print(f"measured: {right}")
+    if not is_interactive():
+        return
+    guess = guesses.get(question)
+    guessed = guess not in (None, NO_GUESS)
+    print(("✓ as you predicted" if guess == right else f"✗ you predicted: {guess}") if guessed else "you did not guess")
+    print(question.tempts)
+
+
+def score() -> None:
+    """Print how many of the reader's guesses were right; what was not answered does not count. Headless, nothing."""
+    if is_interactive():
+        made = [question for question in answers if guesses.get(question) not in (None, NO_GUESS)]
+        right = sum(guesses[question] == answers[question] for question in made)
+        print(f"{right} of {len(made)} predictions were right")
 
 
 class Predictions:

@@ -3,7 +3,7 @@
     lab = notebook.begin(profile=profile, seed=seed, device=device)
     lab.provenance()
     ...
-    notebook.claim("05.1", loss < trigram, "validation loss is below the trigram")
+    claim("05.1", loss < trigram, "validation loss is below the trigram", loss=loss, trigram=trigram)
 
 papermill turns `-p flag false` into the text "false", YAML makes a text of 1e-3, and a misspelt name is injected with
 no more than a warning. All three are settled here, before anything runs.
@@ -12,6 +12,7 @@ no more than a warning. All three are settled here, before anything runs.
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 from collections.abc import Iterable
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 
 from moe_lab.config import ROOT, Config, load_config
-from moe_lab.failures.results import provenance
+from moe_lab.failures.results import plain, provenance
 from moe_lab.sections import ConfigError, check_value, parse_word, suggestion
 from moe_lab.train.device import pick_device
 
@@ -136,8 +137,17 @@ def cast(name: str, value: Any, kind: type) -> Any:
     return kind(value)
 
 
-def claim(id: str, holds: Any, statement: str) -> None:
-    """Assert a claim and print its verdict: one line without raw numbers, so that it is the same in every run."""
+def claim(id: str, holds: Any, statement: str, **numbers: Any) -> None:
+    """Assert a claim and print its verdict: one line without raw numbers, so that it is the same in every run.
+
+    `numbers` are what it rests on, finite numbers, truth values, or lists and mappings of them. Where the environment
+    variable MOE_LAB_CLAIMS names a file, it gets a line of JSON: from there they go into the prose.
+    """
+    kept = {name: plain(f"{id}: {name}", value) for name, value in numbers.items()}
     if not bool(holds):
         raise AssertionError(f"{id} does not hold: {statement}")
     print(f"{id} holds: {statement}")
+    if path := os.environ.get("MOE_LAB_CLAIMS"):
+        line = {"id": id, "statement": statement, "numbers": kept, "profile": os.environ.get("MOE_LAB_PROFILE", "lab")}
+        with Path(path).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -8,22 +8,15 @@ Profile `lab` writes the file; other profiles only print, since their numbers ar
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
-from filelock import FileLock
-
-from moe_lab.config import ROOT, differences, load_config
+from moe_lab.config import ROOT
 from moe_lab.course import case
+from moe_lab.course.case import OUTCOMES, origin_of, store
 from moe_lab.course.notebook import Lab
-from moe_lab.data.prepare import CACHE
-from moe_lab.failures.results import provenance
+from moe_lab.failures.results import plain
 from moe_lab.sections import ConfigError, suggestion
-from moe_lab.train.record import write_atomically
-
-VERDICTS = ROOT / "notebooks" / "results" / "verdicts.json"
-OUTCOMES = ("holds", "holds only if", "does not hold", "open")
 
 
 def check(
@@ -64,40 +57,3 @@ def check(
     if lab.profile == "lab":
         store(id, entry | {"provenance": origin_of(lab, notebook, corpus)})
     return true[0]
-
-
-def read_verdicts() -> dict[str, dict[str, Any]]:
-    """Entries by claim id, in order: claim, outcome, sentence, numbers, provenance; empty before the first. Raises
-    ConfigError if VERDICTS cannot be read."""
-    if not VERDICTS.exists():
-        return {}
-    try:
-        return json.loads(VERDICTS.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{VERDICTS}: cannot be read: {str(error).splitlines()[0]}; restore it from git") from None
-
-
-def store(id: str, entry: Mapping[str, Any]) -> None:
-    VERDICTS.parent.mkdir(parents=True, exist_ok=True)
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with FileLock(CACHE / "verdicts.lock"):  # two notebooks at once would lose one of two entries
-        entries = read_verdicts() | {id: entry}
-        text = json.dumps(dict(sorted(entries.items())), indent=2, ensure_ascii=False, allow_nan=False)
-        write_atomically(VERDICTS, text + "\n")
-
-
-def origin_of(lab: Lab, notebook: str, corpus: str | None) -> dict[str, Any]:
-    """What made the numbers. `settings` lists where the config is not the profile's file: overrides of a reader."""
-    settings = differences(load_config(ROOT / "configs" / f"{lab.profile}.yaml"), lab.config)
-    made = {"notebook": notebook, "profile": lab.profile, "seed": lab.config.training.seed, "settings": settings}
-    return made | provenance() | ({"corpus": corpus} if corpus is not None else {})
-
-
-def plain(name: str, value: Any) -> Any:
-    """`value` as JSON holds it (numpy's and torch's too), with six digits of a fraction. Raises ConfigError for what is
-    not finite."""
-    try:
-        text = json.dumps(value, default=lambda array: array.tolist(), allow_nan=False)
-    except ValueError:
-        raise ConfigError(f"{name}={value!r} must be finite") from None
-    return json.loads(text, parse_float=lambda digits: float(f"{float(digits):.6g}"))

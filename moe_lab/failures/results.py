@@ -91,6 +91,16 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(value).replace("}, {", "},\n{") + "\n")
 
 
+def plain(name: str, value: Any) -> Any:
+    """`value` as JSON holds it (numpy's and torch's too), with six digits of a fraction. Raises ConfigError for what is
+    not finite."""
+    try:
+        text = json.dumps(value, default=lambda array: array.tolist(), allow_nan=False)
+    except ValueError:
+        raise ConfigError(f"{name}={value!r} must be finite") from None
+    return json.loads(text, parse_float=lambda digits: float(f"{float(digits):.6g}"))
+
+
 def load_results(name: str) -> Results:
     """Committed results. Raises ConfigError if there are none under that name."""
     path = RESULTS / f"{name}.json"

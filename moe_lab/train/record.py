@@ -87,11 +87,13 @@ def write_summary(trainer: Trainer, status: str) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The repository's short commit hash, with a plus sign where files differ from it; None without git, and for an
-    installed package, which may lie in somebody else's repository but is no part of it."""
+    """The repository's short commit hash, with a plus sign where files outside notebooks/ differ from it (`make outputs`
+    rewrites those); None without git, and for an installed package, which may lie in somebody else's repository."""
     options = {"cwd": Path(__file__).parent, "stderr": subprocess.DEVNULL, "text": True, "timeout": 10}
     try:
         subprocess.check_output(["git", "ls-files", "--error-unmatch", __file__], **options)
-        return subprocess.check_output(["git", "describe", "--always", "--dirty=+", "--exclude=*"], **options).strip()
+        made = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], **options).strip()
+        changes = ["git", "diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)notebooks"]
+        return made + "+" * subprocess.run(changes, **options).returncode
     except (OSError, subprocess.SubprocessError):
         return None
