@@ -8,7 +8,9 @@ import torch
 from matplotlib.figure import Figure
 
 from moe_lab.show import explorables
+from moe_lab.show.explorables import Choice, Slider, explore
 from moe_lab.show.plots import arrived_bars
+from moe_lab.show.style import new_figure
 from moe_lab.show.sweeps import cost_dots
 
 
@@ -37,41 +39,68 @@ def test_the_numbers_of_an_interval_are_those_of_bf16() -> None:
 
 @pytest.mark.parametrize("positions", [[(1.0, -3e-4)], explorables.POSITIONS, [(0.001, -0.1), (8.0, 3e-6)]], ids=len)
 def test_each_line_is_drawn_and_told(positions) -> None:
-    figure, text = explorables.number_line(positions)
+    figure, text, caption = explorables.number_line(positions)
     assert isinstance(figure, Figure) and len(figure.axes) == len(positions) == len(text.splitlines())
+    assert caption not in text
     for line, (weight, update) in zip(text.splitlines(), positions, strict=True):
         assert ("lost" in line) == explorables.add_in_bf16(weight, update).lost
 
 
-def test_headless_it_shows_the_chosen_positions(monkeypatch) -> None:
-    shown = []
-    monkeypatch.setenv("MOE_LAB_INTERACTIVE", "0")
-    monkeypatch.setattr(explorables, "show", lambda figure, text: shown.append(text))
+class Page:
+    """What `display` shows, and later pictures of a display id."""
+
+    def __init__(self, monkeypatch, live: str) -> None:
+        self.shown, self.pictures = [], []
+        monkeypatch.setenv("MOE_LAB_INTERACTIVE", live)
+        monkeypatch.setattr(IPython.display, "display", self.display)
+
+    def display(self, what, **options) -> "Page":
+        self.shown.append(what)
+        return self
+
+    def update(self, picture, raw) -> None:
+        self.pictures.append(picture["text/plain"])
+
+
+def test_headless_the_number_line_shows_the_chosen_positions(monkeypatch) -> None:
+    page = Page(monkeypatch, live="0")
     explorables.explore_number_line()
-    assert shown == [explorables.number_line()[1]]
+    (picture,) = page.shown
+    assert picture["text/plain"].splitlines()[:4] == explorables.number_line()[1].splitlines()
 
 
 def test_sliders_redraw_the_same_figure(monkeypatch) -> None:
-    shown, pictures = [], []
-
-    class Handle:
-        def update(self, picture, raw) -> None:
-            pictures.append(picture["text/plain"])
-
-    def display(what, **options) -> Handle:
-        shown.append(what)
-        return Handle()
-
-    monkeypatch.setenv("MOE_LAB_INTERACTIVE", "1")
-    monkeypatch.setattr(IPython.display, "display", display)
+    page = Page(monkeypatch, live="1")
     explorables.explore_number_line()
-    box, first = shown
+    box, _names, first = page.shown
     assert ": lost" in first["text/plain"]
     weight, update, way = box.children
     for widget, value, expected in ((update, 2.5e-3, "lands on 0.996"), (way, 1, ": lost"), (weight, 0.25, "lands on")):
         widget.value = value
-        assert expected in pictures[-1]
-    assert len(pictures) == 3
+        assert expected in page.pictures[-1]
+    assert len(page.pictures) == 3
+
+
+def draw_sum(first: float, second: str) -> tuple[Figure, str, str]:
+    return new_figure(2, 1), f"{first:g} and {second}", "A caption."
+
+
+@pytest.mark.parametrize("live", ["0", "1"])
+def test_an_explorable_starts_at_its_controls_values_and_follows_them(live, monkeypatch) -> None:
+    page = Page(monkeypatch, live)
+    second = Choice("second", {"left": "L", "right": "R"})
+    explore(draw_sum, first=Slider("first", 2.0, 0, 8, 0.5), second=second)
+    assert page.shown[-1]["text/plain"] == "2 and L\nA caption."
+    if live == "1":
+        for widget, value in zip(page.shown[0].children, (3.5, "R"), strict=True):
+            widget.value = value
+        assert page.pictures == ["3.5 and L\nA caption.", "3.5 and R\nA caption."]
+
+
+def test_headless_a_still_figure_stands_in_and_nothing_else_is_drawn(monkeypatch) -> None:
+    page = Page(monkeypatch, live="0")
+    explore(None, still=lambda: draw_sum(1, "still"), first=Slider("first", 2.0, 0, 8, 0.5))
+    assert [picture["text/plain"] for picture in page.shown] == ["1 and still\nA caption."]
 
 
 def test_bars_and_dots_are_told_with_their_numbers() -> None:

@@ -16,7 +16,7 @@ from moe_lab.config import Config
 from moe_lab.show import live
 from moe_lab.show.live import LiveRun, is_interactive
 from moe_lab.show.plots import loss_bars, smooth, time_figure, training_figure
-from moe_lab.show.style import png, to_html
+from moe_lab.show.style import GREY, INK, LARGEST_SVG, LETTERS, SERIES, new_figure, png, to_html
 from moe_lab.train.record import RECORD, append_jsonl
 
 FLOORS = {"uniform": 8.32, "unigram": 6.61, "bigram": 4.49, "trigram": 4.08}
@@ -112,13 +112,49 @@ def test_smoothing_keeps_a_straight_line_at_the_start() -> None:
     assert np.allclose(smooth(line)[:150], line[:150])
 
 
-def test_html_has_the_description_and_a_small_palette_picture() -> None:
-    bundle = to_html(training_figure(MANY, FLOORS, of_steps(1500))[0], "a < b\nsecond line")
+def picture_of(bundle: dict[str, str]) -> tuple[str, bytes]:
+    """Kind and bytes of the picture in a MIME bundle."""
+    kind, data = re.search('src="data:image/([a-z+]+);base64,([^"]+)', bundle["text/html"]).groups()
+    return kind, base64.b64decode(data)
+
+
+def test_a_picture_has_an_alt_text_and_a_caption_that_says_something_else() -> None:
+    bundle = to_html(new_figure(2, 1), "a < b\nsecond line", 'what "it" means')
     assert 'alt="a &lt; b\nsecond line"' in bundle["text/html"]
-    assert "<figcaption>a &lt; b<br>second line</figcaption>" in bundle["text/html"]
-    picture = base64.b64decode(re.search('base64,([^"]+)', bundle["text/html"])[1])
-    assert Image.open(io.BytesIO(picture)).mode == "P"
-    assert len(picture) < 40_000
+    assert "<figcaption>what &quot;it&quot; means</figcaption>" in bundle["text/html"]
+    assert bundle["text/plain"] == 'a < b\nsecond line\nwhat "it" means'
+
+
+def test_one_text_for_both_is_read_once_by_a_screen_reader() -> None:
+    page = to_html(new_figure(2, 1), "a < b\nsecond line")["text/html"]
+    assert 'alt="a &lt; b\nsecond line"' in page
+    assert '<figcaption aria-hidden="true">a &lt; b<br>second line</figcaption>' in page
+
+
+def test_lines_become_an_svg_with_readable_text_on_white_and_many_points_a_png_of_few_colours() -> None:
+    figure = training_figure(MANY, FLOORS, of_steps(1500))[0]
+    bundle = to_html(figure, "a run")
+    kind, data = picture_of(bundle)
+    assert kind == "svg+xml" and len(data) <= LARGEST_SVG
+    assert b">Loss</text>" in data and b"fill: #ffffff" in data  # text is text, and the paper is white
+    assert to_html(training_figure(MANY, FLOORS, of_steps(1500))[0], "a run") == bundle  # nothing random in it
+    cloud = new_figure(4, 4)
+    points = np.random.default_rng(0).normal(size=(2, 20_000))
+    cloud.add_axes((0, 0, 1, 1)).scatter(*points, c=points[0])
+    kind, data = picture_of(to_html(cloud, "a cloud"))
+    image = Image.open(io.BytesIO(data))
+    assert (kind, image.mode, image.size) == ("png", "P", (640, 640))  # two pixels for one
+
+
+def test_letters_stand_out_from_white_paper() -> None:
+    def luminance(colour: str) -> float:
+        """Of the web's contrast ratio. https://www.w3.org/TR/WCAG21/#dfn-relative-luminance"""
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return float(np.dot((0.2126, 0.7152, 0.0722), linear))
+
+    for colour in (INK, GREY, *(LETTERS.get(colour, colour) for colour, _, _ in SERIES)):
+        assert 1.05 / (luminance(colour) + 0.05) >= 4.5, colour
 
 
 def test_interactive_is_decided_by_our_variable_then_the_front_ends(monkeypatch) -> None:

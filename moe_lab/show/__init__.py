@@ -4,5 +4,5 @@ style.py        one style for every figure, and the way from a figure to a cell'
 plots.py        the figure of a run; losses on one scale; which share of the updates arrived
 live.py         LiveRun: a training in a thread, its figure and its controls
 sweeps.py       figures of tables of runs: learning rates, surfaces over two of them, differences
-explorables.py  figures with sliders: the number line of bf16
+explorables.py  figures with controls, and how to make one; the number line of bf16
 """

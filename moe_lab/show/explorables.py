@@ -1,22 +1,114 @@
-"""Figures to play with: sliders where somebody watches, else one figure with a few chosen positions."""
+"""Figures to play with: controls over a figure where somebody watches, else one still figure.
+
+An explorable is a function that draws and a line that names its controls, in whichever file owns the lesson:
+
+    def decay(rate: float, kind: str) -> tuple[Figure, str, str]:  # the figure, alt text, caption: what `show` takes
+        ...
+
+    def explore_decay() -> None:
+        explore(decay, rate=Slider("rate", 0.5, 0, 1, 0.01), kind=Choice("kind", {"sum": "sum", "mean": "mean"}))
+
+The notebook's cell is `explore_decay()`. Headless it shows the start position, or what `still()` draws, which must not
+give away what the notebook asks next. The alt text says what is seen now, so that a test, and whoever cannot see, can
+follow each move: add a line to EXPLORABLES in tests/browser/test_explorables.py and real keys and clicks will be tried.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moe_lab.health.measures import ulp
-from moe_lab.show.live import is_interactive
-from moe_lab.show.style import BLUE, GREEN, GREY, INK, PALE, VERMILION, new_axes, new_figure, show, to_html
+from moe_lab.show.live import is_interactive, keep_live
+from moe_lab.show.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    LETTERS,
+    PALE,
+    VERMILION,
+    name_sliders,
+    new_axes,
+    new_figure,
+    show,
+    to_html,
+)
 
 # (weight, update): the report's case, just lost and just kept on either side of 1, and the same update at a small weight
 POSITIONS = ((1.0, -3e-4), (1.0, 0.0035), (1.0, -0.0025), (0.02, -3e-4))
 MOST_TICKS = 40  # numbers of bf16 drawn one by one; where more lie in view, none is
+
+
+class Slider(NamedTuple):
+    """A number to move. With a `base`, the slider is logarithmic: `low`, `high` and `step` are exponents of it."""
+
+    label: str
+    value: float  # at the start
+    low: float
+    high: float
+    step: float
+    base: float | None = None
+
+    def widget(self) -> Any:
+        import ipywidgets
+
+        limits = {"min": self.low, "max": self.high, "step": self.step}
+        options = {"description": self.label, "readout_format": ".3g", "layout": {"width": "32em"}}
+        options |= {"style": {"description_width": "9em"}}
+        if self.base is None:
+            return ipywidgets.FloatSlider(self.value, **limits, **options)
+        return ipywidgets.FloatLogSlider(self.value, base=self.base, **limits, **options)
+
+
+class Choice(NamedTuple):
+    """Buttons of which one is pressed. The texts must differ; the first is pressed at the start."""
+
+    label: str
+    options: Mapping[str, Any]  # a button's text → the value it stands for
+
+    @property
+    def value(self) -> Any:
+        return next(iter(self.options.values()))
+
+    def widget(self) -> Any:
+        import ipywidgets
+
+        style = {"button_width": "auto", "description_width": "9em"}
+        return ipywidgets.ToggleButtons(options=list(self.options.items()), description=self.label, style=style)
+
+
+def explore(
+    draw: Callable[..., tuple[Figure, str, str]],
+    still: Callable[[], tuple[Figure, str, str]] | None = None,
+    **controls: Slider | Choice,
+) -> None:
+    """Show `draw(**values)`, and again at each move of one of `controls`, which bear its arguments' names.
+
+    Headless it shows what `still()` draws; without it, the controls' start values.
+    """
+    if not is_interactive():
+        show(*(still() if still else draw(**{name: control.value for name, control in controls.items()})))
+        return
+    import ipywidgets
+    from IPython.display import display
+
+    widgets = {name: control.widget() for name, control in controls.items()}
+
+    def picture() -> dict[str, str]:
+        return to_html(*draw(**{name: widget.value for name, widget in widgets.items()}))
+
+    display(ipywidgets.VBox([*widgets.values()]))
+    name_sliders()
+    handle = display(picture(), raw=True, display_id=True)
+    for widget in widgets.values():
+        keep_live(widget)
+        widget.observe(lambda _: handle.update(picture(), raw=True), names="value")
 
 
 class Sum(NamedTuple):
@@ -40,16 +132,19 @@ def add_in_bf16(weight: float, update: float) -> Sum:
     return Sum(kept.item(), target.item(), result.item(), bool(result == kept), *ends)
 
 
-def number_line(positions: Sequence[tuple[float, float]] = POSITIONS) -> tuple[Figure, str]:
+def number_line(positions: Sequence[tuple[float, float]] = POSITIONS) -> tuple[Figure, str, str]:
     """One line a (weight, update): the bf16 numbers around the weight, the stretch that rounds back to it, and where the
-    updated weight lands. Returns the figure and its text description."""
+    updated weight lands. Returns the figure, its alt text and its caption."""
     height = 0.25 + 1.15 * len(positions)
     figure = new_figure(10, height)
     lines = []
     for row, (weight, update) in enumerate(positions):
         box = (0.04, 1 - (1.15 * (row + 1) - 0.3) / height, 0.92, 0.45 / height)
         lines.append(draw_line(new_axes(figure, box, "", "", ""), add_in_bf16(weight, update), update))
-    return figure, "\n".join(lines)
+    caption = (
+        "The dot is the weight, the arrow its update, ticks are numbers of bf16; sums in grey round back to the dot."
+    )
+    return figure, "\n".join(lines), caption
 
 
 def draw_line(axes: Axes, s: Sum, update: float) -> str:
@@ -78,8 +173,8 @@ def draw_line(axes: Axes, s: Sum, update: float) -> str:
     axes.plot(s.result, 0, marker=marker, color=colour, markersize=9, markeredgewidth=2.2, zorder=4)
     total = f"{s.weight:.6g} {'+' if update >= 0 else '−'} {abs(update):.3g} = {s.target:.7g}"
     sentence = f"{total} in exact arithmetic: {verdict}"
-    axes.set_title(f"{sign} {sentence}", loc="left", fontsize=9.5, color=colour, fontweight="bold")
-    return f"{sentence} (sums from {s.low:.6g} to {s.high:.6g} round to {s.weight:.6g})."
+    axes.set_title(f"{sign} {sentence}", loc="left", fontsize=9.5, color=LETTERS[colour], fontweight="bold")
+    return f"{sentence}."
 
 
 def bf16_between(low: float, high: float) -> list[float]:
@@ -89,25 +184,11 @@ def bf16_between(low: float, high: float) -> list[float]:
 
 
 def explore_number_line() -> None:
-    """Two sliders and a switch over `number_line` where somebody can move them, else `POSITIONS` in one figure.
-
-    With sliders the figure stands at the first position until one moves; its text description changes with it.
-    """
-    if not is_interactive():
-        show(*number_line())
-        return
-    import ipywidgets
-    from IPython.display import display
-
-    options = {"layout": {"width": "32em"}, "readout_format": ".3g"}
-    weight = ipywidgets.FloatLogSlider(1.0, base=2, min=-10, max=3, step=0.125, description="weight", **options)
-    update = ipywidgets.FloatLogSlider(3e-4, base=10, min=-5.5, max=-1, step=0.02, description="update", **options)
-    way = ipywidgets.ToggleButtons(options=[("down", -1), ("up", 1)], description="direction")
-
-    def picture() -> dict[str, str]:
-        return to_html(*number_line([(weight.value, way.value * update.value)]))
-
-    display(ipywidgets.VBox([weight, update, way]))
-    handle = display(picture(), raw=True, display_id=True)
-    for widget in (weight, update, way):
-        widget.observe(lambda _: handle.update(picture(), raw=True), names="value")
+    """Where does 1 − 0.0003 land? Weight, size and direction of the update can be moved."""
+    explore(
+        lambda weight, update, way: number_line([(weight, way * update)]),
+        still=number_line,
+        weight=Slider("weight", 1.0, -10, 3, 0.125, base=2),
+        update=Slider("update", 3e-4, -5.5, -1, 0.02, base=10),
+        way=Choice("direction", {"down": -1, "up": 1}),
+    )
