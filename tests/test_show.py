@@ -64,7 +64,7 @@ def finished(trainer: FakeTrainer) -> LiveRun:
 @pytest.mark.parametrize("floors", [{}, FLOORS], ids=["no floors", "floors"])
 def test_the_figure_draws_whatever_there_is(rows, floors) -> None:
     figure, description = training_figure(rows, floors, of_steps(1500))
-    assert Image.open(io.BytesIO(png(figure))).size == (800, 480)
+    assert Image.open(io.BytesIO(png(figure))).size == (1600, 960)  # two pixels for one
     assert len(description.splitlines()) == 2
 
 

@@ -19,7 +19,7 @@ FLOORS = {"bigram": 4.4, "unigram": 5.2}
 def test_a_sweep_shows_every_run_its_band_and_its_best(n_panels, tmp_path) -> None:
     panels = {f"width {96 * (i + 1)}": {"one": SWEEP, "other": SWEEP} for i in range(n_panels)}
     figure, description = lr_sweep(panels, FLOORS)
-    assert Image.open(save(figure, tmp_path / "sweep.png")).size == (800, 312)
+    assert Image.open(save(figure, tmp_path / "sweep.png")).size == (1600, 624)
     assert len(figure.axes) == n_panels
     dots = [y for line in figure.axes[0].get_lines() for y in line.get_ydata() if line.get_linestyle() == "None"]
     assert sorted(dots) == sorted(2 * [loss for losses in SWEEP.values() for loss in losses])
@@ -48,7 +48,7 @@ def test_a_surface_shows_points_marks_and_intervals(tmp_path) -> None:
     marks = {"failure": (3e-4, 9e-5, 6.76)}
     surface = Surface(points, bowl, (1e-2, 1e-2), ((5e-3, 2e-2), (4e-3, 3e-2)), marks)
     figure, description = lr_surface({"width 96": surface, "width 192": surface})
-    assert Image.open(save(figure, tmp_path / "surface.png")).size == (800, 392)
+    assert Image.open(save(figure, tmp_path / "surface.png")).size == (1600, 784)
     for axes in figure.axes:
         words = [text.get_text() for text in axes.texts]
         assert "failure 6.76" in words
