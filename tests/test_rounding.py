@@ -13,7 +13,7 @@ from moe_lab import build_model
 from moe_lab.config import OptimizerConfig
 from moe_lab.health.during.intended import keeps_lost_bits
 from moe_lab.optim import Muon, build_optimizers, groups_of
-from moe_lab.optim.rounding import MODES, REMEDIES, Rounded, stochastic_round
+from moe_lab.optim.rounding import KEPT, MODES, PARTLY, REMEDIES, Rounded, stochastic_round
 
 EVERYTHING = tiny(**MECHANISMS["all"])
 CONFIG = OptimizerConfig(type="muon")
@@ -299,6 +299,23 @@ def test_a_remedy_casts_the_model_and_keeps_the_groups(name: str, kind: str) -> 
     lrs = {group["name"]: (group["lr"], group["initial_lr"], group["weight_decay"]) for group in groups_of(optimizers)}
     for group in groups_of(expected):
         assert lrs[group["name"]] == (group["lr"], group["lr"], group["weight_decay"])
+
+
+@pytest.mark.parametrize("name", PARTLY)
+def test_one_kind_stays_in_float32_with_its_bits_and_moves_as_it_would_there(name: str) -> None:
+    exact, model = build_model(EVERYTHING), build_model(EVERYTHING)
+    assert all(p.equal(q) for p, q in zip(exact.parameters(), model.parameters(), strict=True))
+    for optimizers in (build_optimizers(exact, CONFIG, MAX_LR), PARTLY[name](model, CONFIG, MAX_LR)):
+        for p in (p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]):
+            p.grad = torch.linspace(-1, 1, p.numel()).view_as(p).to(p.dtype)
+        for optimizer in optimizers:
+            optimizer.step()
+    kept = {key for key, p in model.named_parameters() if p.dtype == torch.float32}
+    assert kept == {key for key, _ in exact.named_parameters() if any(part in key for part in KEPT[name[:-11]])}
+    assert {p.dtype for key, p in model.named_parameters() if key not in kept} == {torch.bfloat16}
+    for key, p in exact.named_parameters():
+        if key in kept:
+            torch.testing.assert_close(model.get_parameter(key), p, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["masters", "kahan", "stochastic"])

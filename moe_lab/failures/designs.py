@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from moe_lab.config import ROOT, Config, load_config
 from moe_lab.failures.experiments import Arm, Experiment
-from moe_lab.optim.rounding import REMEDIES
+from moe_lab.optim.rounding import PARTLY, REMEDIES
 
 # (Muon's LR, AdamW's LR beside it), Muon in the convention `original`, as the case has it
 FAILURE = (3e-4, 9e-5)  # the second run of the case
@@ -99,6 +99,26 @@ def remedies(d_model: int) -> Experiment:
     arms = {"float32": Arm(with_lrs(config, *CURE)), "bf16": Arm(kept)}
     arms |= {remedy: Arm(kept, remedy=remedy) for remedy in REMEDIES}
     return Experiment(name=f"remedies_{d_model}", arms=arms)
+
+
+def kept_norms(d_model: int) -> Experiment:
+    """The sixth remedy, norms alone in float32, at the report's cure; and at the centre's learning rates under a cosine down to
+    0, in which a weight that moved at first stands still once the rate has sunk. Arms: `cure, float32`, `cure, bf16`, …"""
+    constant, arms = study_config(d_model), {}
+    decaying = constant.with_(training={"min_lr_ratio": 0.0})
+    for name, config, lrs in (("cure", constant, CURE), ("decay", decaying, CENTRE)):
+        exact = with_lrs(config, *lrs)
+        arms |= {f"{name}, float32": Arm(exact), f"{name}, bf16": Arm(with_lrs(config, *lrs, parameters="bfloat16"))}
+        arms[f"{name}, norms in float32"] = Arm(exact, remedy="norms in float32")
+    return Experiment(name=f"kept_norms_{d_model}", arms=arms)
+
+
+def kinds() -> Experiment:
+    """The lab's own model at its own learning rates, its schedule in 200 updates: float32, bf16, and bf16 with one kind of
+    tensor in float32, so that what bf16 costs is attributed to kinds."""
+    config = load_config(ROOT / "configs" / "lab.yaml", ["training.device=cpu", "precision.compute=bfloat16"])
+    arms = {"float32": Arm(config), "bf16": Arm(config.with_(precision={"parameters": "bfloat16"}))}
+    return Experiment(name="kinds", arms=arms | {name: Arm(config, remedy=name) for name in PARTLY})
 
 
 def reproduction() -> Experiment:

@@ -35,7 +35,7 @@ from moe_lab.config import Config, to_dict
 from moe_lab.data.corpus import read_corpus
 from moe_lab.data.prepare import CACHE
 from moe_lab.failures.results import RESULTS, Results, load_results, provenance
-from moe_lab.optim.rounding import REMEDIES
+from moe_lab.optim.rounding import PARTLY, REMEDIES
 from moe_lab.train import RunError, Trainer, read_record
 from moe_lab.train.evaluate import evaluate
 from moe_lab.train.record import write_atomically
@@ -47,8 +47,8 @@ FORMAT = 1  # raise it whenever the same cell would give other numbers
 @dataclass(frozen=True, kw_only=True)
 class Cell:
     """One run. `probe(trainer, **options)` drives the trainer by `trainer.steps(until)` and returns the row; a function of a
-    module, since it is sent to another process. `options` are plain values. `remedy` is a key of `optim.rounding.REMEDIES`,
-    for bf16 parameters."""
+    module, since it is sent to another process. `options` are plain values. `remedy` is a key of `optim.rounding.REMEDIES`
+    or `PARTLY`, for bf16 parameters."""
 
     config: Config
     probe: Callable[..., dict[str, Any]]
@@ -162,7 +162,7 @@ def make_trainer(config: Config, remedy: str | None, folder: str | Path) -> Trai
     if remedy is None:
         return Trainer(config, folder)
     model = Trainer(config.with_(precision={"parameters": "float32"}), folder).model  # the start values before the cast
-    optimizers = REMEDIES[remedy](model, config.optimizer, config.training.max_lr)
+    optimizers = (REMEDIES | PARTLY)[remedy](model, config.optimizer, config.training.max_lr)
     return Trainer(config, folder, model=model, optimizers=optimizers)
 
 

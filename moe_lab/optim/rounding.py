@@ -5,7 +5,7 @@ parameters in fp32 and compute under autocast (`precision.parameters: float32`).
 bf16, and two poor remedies which do not address the loss of updates at all.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -184,9 +184,29 @@ def smaller_norms(model: nn.Module, config: OptimizerConfig, max_lr: float) -> l
     return build_optimizers(model.to(torch.bfloat16), config, max_lr)
 
 
+def partly_cast(kept: Sequence[str], model: nn.Module, config: OptimizerConfig, max_lr: float) -> list[Optimizer]:
+    """bf16 parameters, but those whose names hold one of `kept` stay in float32."""
+    exact = {p: p.detach().clone() for name, p in model.named_parameters() if any(part in name for part in kept)}
+    model.to(torch.bfloat16)
+    for p, value in exact.items():
+        p.data = value
+    return build_optimizers(model, config, max_lr)
+
+
 # Each takes a float32 model, casts it to bfloat16 in place, and returns its optimizers, ready for a Trainer.
 REMEDIES: dict[str, Callable[[nn.Module, OptimizerConfig, float], list[Optimizer]]] = {
     **{mode: partial(wrapped, mode) for mode in MODES},
     "norm_lr_x10": faster_norms,
     "norms_at_0.1": smaller_norms,
 }
+# What stays in float32 while the rest is cast, by kind of tensor; the first is practitioners' remedy. Such a Trainer's config
+# says `precision.parameters: float32`: nothing is left for it to cast.
+KEPT = {
+    "norms": ("norm.weight",),
+    "Mamba's vectors": ("A_log", ".D", "dt_proj.bias", "conv1d"),
+    "matrices": (
+        *("q_proj", "k_proj", "v_proj", "o_proj", "ffn.gate_proj", "up_proj", "down_proj"),
+        *("in_proj", "x_proj", "dt_proj.weight", "out_proj"),
+    ),
+}
+PARTLY = {f"{kind} in float32": partial(partly_cast, parts) for kind, parts in KEPT.items()}
