@@ -3,7 +3,7 @@
 The README's table of notebooks and each notebook's card come from the minutes that were measured, its lines of `make bench` from
 benchmarks/results.json, as do those of docs/records.md, whose list comes from benchmarks/records.json; the tables of health's
 own README from its rules and from benchmarks/watch_cost.json; those of docs/health.md from benchmarks/detection.json. What
-was learned from them is written by hand, beside the marks.
+was learned from them is written by hand, beside the marks. The course's pages: benchmarks/course_pages.py.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import nbformat
 
+from benchmarks import course_pages
 from moe_lab.config import ROOT
 from moe_lab.course.machine import read_minutes
 from moe_lab.course.runner import all_notebooks
@@ -184,7 +185,7 @@ def records() -> list[str]:
 def generated_pages() -> dict[Path, str]:
     """What the pages with generated parts should hold now (the README's table of notebooks and minutes apart)."""
     marks = {HEALTH_README: (rules, sicknesses, cost), HEALTH_PAGE: (disputed, detection)}
-    marks |= {README: (bench,), RECORDS_PAGE: (records, parts)}
+    marks |= {README: (bench,), RECORDS_PAGE: (records, parts)} | course_pages.PARTS
     pages = {}
     for path, several in marks.items():
         pages[path] = path.read_text(encoding="utf-8")

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import nbformat
@@ -148,3 +149,17 @@ def solved(number: str, **names) -> dict:
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         exec(block, names)
     return names
+
+
+def resolved(path: str) -> object | None:
+    """The object of a dotted path, a module's or a class's; None if there is none."""
+    parts = path.split(".")
+    for n in range(len(parts) - 1, 0, -1):
+        try:
+            found: object = import_module(".".join(parts[:n]))
+        except ModuleNotFoundError:
+            continue
+        for name in parts[n:]:
+            found = getattr(found, name, None)
+        return found
+    return None

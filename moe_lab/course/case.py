@@ -40,7 +40,7 @@ def claim(id: str) -> SimpleNamespace:
 
 
 def bug(id: str) -> SimpleNamespace:
-    """Bug B01 … B22, which the report missed (or, B01 and B02, found): `sentence`, `symptom`, and whether it was seen
+    """Bug B01 … B26, which the report missed (or, B01 and B02, found): `sentence`, `symptom`, and whether it was seen
     by running the code of that day (`ran`), or read there."""
     return SimpleNamespace(**{"ran": False} | entry("bugs", id))
 

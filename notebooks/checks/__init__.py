@@ -1,5 +1,8 @@
 """What the notebooks' exercises are judged by; solutions are in ../solutions.
 
+checklist.py     the lines that a notebook adds to the checklist
+measure_01.py    collisions of tokens; two runs that look alike
+explore_01.py    what a first and a last loss mean; where a loss starts, with sliders
 exercises_00.py   minutes of a run, the next token's loss of a record
 exercises_01.py   losses at step 0, bits and nats, four runs to diagnose
 exercises_02.py   caches, Mixture-of-Depths, leaks

@@ -1,0 +1,114 @@
+"""The generated parts of the course's two pages: notebooks/THE_CASE.md from the case file and from where notebooks name its
+ids, notebooks/CHECKLIST.md from notebooks/checklist.yaml.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+from moe_lab.config import ROOT
+from moe_lab.course import case
+from moe_lab.course.runner import all_notebooks
+from moe_lab.sections import read_yaml
+
+CASE_PAGE, CHECKLIST_PAGE = (ROOT / "notebooks" / name for name in ("THE_CASE.md", "CHECKLIST.md"))
+STAGES = {
+    "before": "Before the first update",
+    "twenty": "In the first twenty updates",
+    "curve": "When there is a curve",
+    "checkpoint": "When there is only a checkpoint",
+    "repair": "Before you believe a repair",
+}
+
+
+@cache
+def the_list() -> dict[str, Any]:
+    return read_yaml(ROOT / "notebooks" / "checklist.yaml")
+
+
+def checklist_lines() -> list[dict[str, Any]]:
+    """In the order in which they are looked at."""
+    return the_list()["lines"]
+
+
+@cache
+def named_in() -> dict[str, list[Path]]:
+    """Notebooks by the claims and bugs that their text or code names."""
+    found: dict[str, list[Path]] = {}
+    for path in all_notebooks():
+        source = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells)
+        for id in sorted(set(re.findall(r"\b[BC]\d\d\b", source))):
+            found.setdefault(id, []).append(path)
+    return found
+
+
+def links(id: str) -> str:
+    return " ".join(f"[{path.stem.split('_')[0]}]({path.name})" for path in named_in().get(id, ())) or "–"
+
+
+def table(head: str, rows: list[list[str]]) -> list[str]:
+    return [head, "| --- " * (head.count("|") - 1) + "|", *("| " + " | ".join(row) + " |" for row in rows)]
+
+
+def runs() -> list[str]:
+    """The two runs that the report observed."""
+    rows = []
+    for name in ("first", "second"):
+        run = case.observed_run(name)
+        norms = "exactly 1.0, all of them" if run.norm_deviation == 0 else f"at most {run.norm_deviation:g} from 1.0"
+        lrs = [f"{run.muon_lr:g}", f"{run.adamw_lr:g}"]
+        rows.append([name, run.parameters, *lrs, f"{run.steps} ({run.updates} updates)", norms])
+    return table("| run | parameters | Muon's LR | AdamW's LR | stopped at step | norm weights |", rows)
+
+
+def claims() -> list[str]:
+    rows = [[id, sentence, links(id)] for id, sentence in case.case()["claims"].items()]
+    return table("| id | the report claims that | named in |", rows)
+
+
+def bugs() -> list[str]:
+    rows = []
+    for id in case.case()["bugs"]:
+        bug = case.bug(id)
+        lines = [line["id"] for line in checklist_lines() if id in line["bugs"]]
+        seen = "run" if bug.ran else "read"
+        rows.append([id, bug.sentence, bug.symptom, seen, ", ".join(lines) or "–", links(id)])
+    return table("| id | what was wrong | how it shows | seen | looked for in | named in |", rows)
+
+
+def looks() -> list[str]:
+    """What can be measured, the cheapest first."""
+    found = sorted(the_list()["measurements"].items(), key=lambda item: item[1][0])
+    return table("| look | price | what you do |", [[name, str(price), what] for name, (price, what) in found])
+
+
+def checklist() -> list[str]:
+    """The page to print, stage by stage."""
+    page = []
+    for stage, title in STAGES.items():
+        rows = []
+        for line in (line for line in checklist_lines() if line["stage"] == stage):
+            ids = " ".join(line["bugs"])
+            cause = f"**{line['cause']}**" + (f" ({ids})" if ids else "")
+            what = [line["measurement"], line["symptom"], line["sign"], cause, line["cure"]]
+            rows.append([line["id"], *what])
+        page += [f"### {title}", "", *table("| | look | symptom | you see | cause | cure |", rows), ""]
+    return page
+
+
+def backing() -> list[str]:
+    """What does each line's looking."""
+    rows = [[line["id"], f"`{line['check']}`", line["notebook"]] for line in checklist_lines()]
+    return table("| line | the check | learned in |", rows)
+
+
+def without_a_line() -> list[str]:
+    return [f"- {id}: {why}" for id, why in the_list()["without_a_line"].items()]
+
+
+PARTS = {CASE_PAGE: (runs, claims, bugs), CHECKLIST_PAGE: (looks, checklist, backing, without_a_line)}

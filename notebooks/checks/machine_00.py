@@ -1,0 +1,64 @@
+"""What notebook 00 asks of the machine: what is there, how fast it multiplies, and what each notebook costs here."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from typing import Any
+
+import psutil
+import torch
+from IPython.display import Markdown, display
+
+from moe_lab.course.machine import estimated_minutes, read_minutes
+from moe_lab.course.notebook import Lab
+from moe_lab.course.runner import all_notebooks
+from moe_lab.show.live import is_interactive
+from moe_lab.train.device import pick_compute, seconds_per_product
+
+
+def facts(lab: Lab) -> dict[str, str]:
+    memory, disk = psutil.virtual_memory(), shutil.disk_usage(lab.root)
+    return {
+        "Python": f"{platform.python_version()}, torch {torch.__version__}, device {lab.device.type}",
+        "cores": f"{os.cpu_count()}, of which torch uses {torch.get_num_threads()}",
+        "memory": f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free",
+        "disk": f"{disk.free / 1e9:.0f} GB free",
+        "git": "found" if shutil.which("git") else "not found: runs will not know their commit",
+        "someone watches": "yes: live controls" if is_interactive() else "no: one figure at the end of a run",
+    }
+
+
+def product_speeds(lab: Lab) -> dict[str, float]:
+    """Operations a second of a matrix product as wide as the profile's model has them, by number format."""
+    model, training = lab.config.model, lab.config.training
+    rows = min(training.batch_size * model.max_seq_len, 4096)
+    a, b = torch.ones(rows, model.d_model, device=lab.device), torch.ones(model.d_model, model.d_ff, device=lab.device)
+    formats = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    n = 2 * rows * model.d_model * model.d_ff
+    return {name: n / seconds_per_product(a.to(dtype), b.to(dtype)) for name, dtype in formats.items()}
+
+
+def compute_format(lab: Lab) -> str:
+    return pick_compute(lab.config, lab.device)
+
+
+def show_estimate(profile: str, speed: float) -> None:
+    """A table of all notebooks with their questions and their minutes here; `speed` in tokens per second."""
+    measured = read_minutes()
+    here = estimated_minutes(measured, profile, speed)
+    table = ["| notebook | question | minutes here |", "| --- | --- | --- |"]
+    for path in all_notebooks():
+        first = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"]).splitlines()[0]
+        minutes = here.get(path.stem)
+        shown = "not measured yet" if minutes is None else f"{minutes:.1f}"
+        table.append(f"| [{path.stem}]({path.name}) | {first.split('·', 1)[-1].strip()} | {shown} |")
+    print("reference machine:", measured["reference"]["machine"] or "not measured yet")
+    display(Markdown("\n".join(table)))
+
+
+def short(value: Any) -> Any:
+    """A reading of a record with four digits of each number, to be printed."""
+    return json.loads(json.dumps(value), parse_float=lambda text: float(f"{float(text):.4g}"))

@@ -1,0 +1,112 @@
+"""What notebook 01 measures beside its own cells: whether tokens are text, and runs that look alike."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from moe_lab import Trainer
+from moe_lab.config import Config, DataConfig
+from moe_lab.data import Batches
+from moe_lab.failures.results import Results
+from moe_lab.show.live import is_interactive
+from moe_lab.show.style import show, to_html
+
+REDRAW_S = 1.0
+# A small dense model, the same in every profile; only the vocabulary is the profile's own. Its start values are as large as
+# it takes to spread the logits as at the case's width: v/2 = 1536 · 0.02² / 2.
+WIDTH, WINDOW, BATCH, WARMUP = 64, 64, 8, 5
+HALF_VARIANCE = 1536 * 0.02**2 / 2
+
+
+def at_most(data: DataConfig, n_bytes: int) -> DataConfig:
+    """The same data, of web text no more than `n_bytes`."""
+    return replace(data, max_bytes=min(data.max_bytes, n_bytes)) if data.source.startswith("hf:") else data
+
+
+def collisions(tokens: np.ndarray, vocab_size: int) -> float:
+    """Share of equal pairs among `tokens` (whole numbers of any shape), times `vocab_size`: 1 on average where each token
+    is drawn evenly and by itself, more wherever some tokens are frequent. The pairs are drawn without replacement."""
+    counts = np.bincount(np.asarray(tokens).ravel(), minlength=vocab_size).astype(float)
+    n = counts.sum()
+    return float(vocab_size * (counts * (counts - 1)).sum() / (n * (n - 1)))
+
+
+def crossings(results: Results, level: float) -> dict[str, int | None]:
+    """Each arm's first reading of the training loss, mean over seeds, that is below `level`: its update; None: none is."""
+    found = {}
+    for arm in results.arms():
+        rows = [row["training"] for row in results.rows if row["arm"] == arm]
+        steps = sorted(map(int, rows[0]))
+        means = {step: np.mean([row[str(step)] for row in rows]) for step in steps}
+        found[arm] = next((step for step in steps if means[step] < level), None)
+    return found
+
+
+class Sick(NamedTuple):
+    """A run of the small model: how its learning rates are called, both of them, and the tokens that it reads."""
+
+    lrs: tuple[float, float]  # Muon's and AdamW's
+    tokens: np.ndarray
+
+
+def small_config(config: Config, lrs: tuple[float, float], n_updates: int) -> Config:
+    muon, adamw = lrs
+    model = {"d_model": WIDTH, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 2 * WIDTH, "max_seq_len": WINDOW}
+    model |= {"moe_layers": (), "mod_enabled": False, "mamba_enabled": False, "mamba_layers": (), "dropout": 0.0}
+    model |= {"n_pred_tokens": 1, "aux_loss_weights": (1.0,), "init_std": math.sqrt(2 * HALF_VARIANCE / WIDTH)}
+    training = {"steps": n_updates, "batch_size": BATCH, "gradient_accumulation_steps": 1, "max_lr": muon}
+    training |= {"warmup_steps": WARMUP, "min_lr_ratio": 1.0, "log_interval": 50}
+    optimizer = {"type": "muon", "adjust_lr": "original", "adamw_lr_ratio": adamw / muon, "embedding_lr_ratio": None}
+    return config.with_(model=model, training=training, optimizer=optimizer, precision={"compute": "float32"})
+
+
+def train_side_by_side(
+    config: Config, runs: Mapping[str, Sick], n_updates: int, draw: Callable
+) -> dict[str, list[float]]:
+    """Train every run an update at a time, in turn, from the same start values, and show `draw(losses)` as it goes (headless:
+    once, at the end). Returns the training losses, nats per token; an interrupt ends all runs and keeps what there is."""
+    losses: dict[str, list[float]] = {name: [] for name in runs}
+    live = is_interactive()
+    if live:
+        from IPython.display import display
+
+        handle = display(to_html(*draw(losses)), raw=True, display_id=True)
+    with tempfile.TemporaryDirectory() as folder:
+        steps = {}
+        for name, run in runs.items():
+            trainer = Trainer(small_config(config, run.lrs, n_updates), f"{folder}/{name}")
+            trainer.batches = Batches(run.tokens, WINDOW, BATCH, config.training.seed)
+            steps[name] = trainer.steps()
+        drawn = time.monotonic()
+        try:
+            for _ in range(n_updates):
+                for name, updates in steps.items():
+                    losses[name].append(float(sum(next(updates).losses.values())))
+                if live and time.monotonic() - drawn > REDRAW_S:
+                    drawn = time.monotonic()
+                    handle.update(to_html(*draw(losses)), raw=True)
+        except KeyboardInterrupt:
+            print(f"interrupted after {min(map(len, losses.values()))} updates")
+        finally:
+            for updates in steps.values():
+                updates.close()
+    handle.update(to_html(*draw(losses)), raw=True) if live else show(*draw(losses))
+    return losses
+
+
+def first_batch(tokens: np.ndarray, seed: int) -> torch.Tensor:
+    """What a run's first update reads, (B, T + 1)."""
+    return Batches(tokens, WINDOW, BATCH, seed).next_batch()
+
+
+def fall(losses: list[float], n: int = 10) -> float:
+    """Mean of the first `n` losses minus that of the last."""
+    return float(np.mean(losses[:n]) - np.mean(losses[-n:]))
