@@ -54,6 +54,7 @@ class ModelConfig:
     norm_eps: Positive = 1e-5  # epsilon of every RMSNorm
     dropout: ShareBelow1 = 0.0  # share of a sublayer's output dropped in training
     init_std: Positive = 0.02  # standard deviation of the matrices' start values
+    zero_init_output: bool = False  # start each sublayer's last matrix at 0: it begins by adding nothing
     moe_layers: Layers = ()  # layers with experts; one that is also Mamba is a Routing Mamba
     n_experts: TwoOrMore = 8  # experts of an MoE layer
     moe_top_k: Count = 2  # experts that a token is sent to
@@ -136,6 +137,7 @@ class TrainingConfig:
     save_interval: Count = 200  # steps between checkpoints; one more at the end
     keep_checkpoints: Count = 2  # newest checkpoints kept
     activation_checkpointing: bool = False  # recompute blocks backward: less memory
+    compile: bool = False  # losses through torch.compile, which needs a C++ compiler
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA, else MPS, else CPU
     seed: Annotated[int, ">= 0", "< 2147483648"] = 0  # of start values, data order, dropout
 

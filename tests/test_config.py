@@ -18,14 +18,15 @@ PACKAGE = Path(__file__).parents[1] / "moe_lab"
 # Every field once, never with its default: what a round trip loses, or a reader mixes up, shows.
 EVERY_FIELD = """
 model: {vocab_size: 300, d_model: 24, n_layers: 5, n_heads: 4, n_kv_heads: 4, head_dim: 10, d_ff: 40, max_seq_len: 9,
-  rope_theta: 500.0, norm_eps: 0.01, dropout: 0.3, init_std: 0.5, moe_layers: [4, 1], n_experts: 3, moe_top_k: 1,
+  rope_theta: 500.0, norm_eps: 0.01, dropout: 0.3, init_std: 0.5, zero_init_output: true, moe_layers: [4, 1],
+  n_experts: 3, moe_top_k: 1,
   d_ff_expert: 16, moe_router_hidden: 0, moe_capacity_factor: 1.5, moe_balance_weight: 0.2, moe_z_weight: 0.3,
   mod_enabled: true, mod_capacity_factor: 0.4, mod_router_hidden: 6, mod_predictor_weight: 0.6, mamba_enabled: true,
   mamba_layers: [0], ssm_state_dim: 3, mamba_expand: 4, mamba_d_conv: 5, mamba_dt_rank: 6, mamba_kernel: mamba_ssm,
   n_pred_tokens: 3, aux_loss_weights: [1, 0.25, 0]}
 training: {steps: 7, total_tokens: 70, batch_size: 3, gradient_accumulation_steps: 2, max_lr: 0.5, min_lr_ratio: 0.2,
   warmup_steps: 4, max_grad_norm: 2.0, log_interval: 3, eval_interval: 5, save_interval: 6, keep_checkpoints: 9,
-  activation_checkpointing: true, device: cpu, seed: 11}
+  activation_checkpointing: true, compile: true, device: cpu, seed: 11}
 optimizer: {type: adamw, momentum: 0.8, nesterov: false, ns_steps: 4, adjust_lr: match_rms_adamw, adamw_lr_ratio: 0.7,
   embedding_lr_ratio: 0.6,
   betas: [0.8, 0.99], eps: 1.0e-6, weight_decay: 0.2}

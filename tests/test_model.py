@@ -53,6 +53,17 @@ def test_start_values_of_the_matrices() -> None:
 
 
 @torch.no_grad()
+def test_blocks_that_start_at_zero_add_nothing() -> None:
+    model, drawn = (build_model(everything(zero_init_output=zero), seed=1).eval() for zero in (True, False))
+    ids = torch.arange(24).view(2, 12)
+    expected = model.lm_heads[0](model.final_norm(model.embedding(ids)))
+    assert torch.equal(model(ids).logits, expected)
+    assert not torch.equal(drawn(ids).logits, expected)
+    still = dict(drawn.named_parameters())
+    zeroed = {n for n, p in model.named_parameters() if not torch.equal(p, still[n])}
+    assert zeroed == {n for n in still if n.split(".weight")[0].split(".")[-1] in ("o_proj", "out_proj", "down_proj")}
+
+
 @pytest.mark.parametrize("init_std", [0.02, 0.3])
 def test_the_loss_at_step_0(init_std: float) -> None:
     """ln V + var(logits) / 2, and var(logits) is d_model · init_std², since the hidden state is normalised."""

@@ -143,6 +143,22 @@ def test_steps_make_the_updates_of_fit(run: Trainer, tmp_path: Path) -> None:
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
+def test_compiled_losses_are_the_same_run(run: Trainer, tmp_path: Path, monkeypatch) -> None:
+    """Through torch.compile, with a backend that compiles nothing: building the real one takes minutes."""
+    compile, compiled = torch.compile, []
+
+    def with_eager(function):
+        compiled.append(function.__name__)
+        return compile(function, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", with_eager)
+    train(run.config.with_(training={"compile": True}), tmp_path / "run")
+    assert compiled == ["report"]
+    rows, of_fit = (without_times(steps_of(folder)) for folder in (tmp_path / "run", run.run_dir))
+    for row, expected in zip(rows, of_fit, strict=True):
+        assert row["losses"] == pytest.approx(expected["losses"], rel=1e-4)
+
+
 def test_the_record_reaches_as_far_as_the_steps(run: Trainer, tmp_path: Path) -> None:
     """Written each `log_interval` updates, at `until`, when the loop is left early, and when something is raised in it."""
     trainer = Trainer(run.config.with_(training={"log_interval": 3}), tmp_path / "run")

@@ -17,6 +17,9 @@ from moe_lab.optim.rounding import PARTLY, REMEDIES
 FAILURE = (3e-4, 9e-5)  # the second run of the case
 CURE = (1e-3, 3e-4)  # the report's fix
 CENTRE = (4e-3, 1e-2)  # of the surface
+# in place of the recipe of configs/lab.yaml, whose training is to be fast
+CASE_MODEL = {"zero_init_output": False, "mod_router_hidden": 128}
+CASE_OPTIMIZER = {"momentum": 0.95, "betas": (0.9, 0.95), "adamw_lr_ratio": 0.16, "embedding_lr_ratio": None}
 POINTS = {"failure": FAILURE, "cure": CURE, "centre": CENTRE}
 
 SWEEP_LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -33,22 +36,26 @@ def study_config(d_model: int, compute: str = "bfloat16") -> Config:
     model |= {"max_seq_len": 128, "moe_layers": (), "mod_enabled": False, "mamba_enabled": False, "mamba_layers": ()}
     training = {"steps": 200, "batch_size": 8, "warmup_steps": 20, "min_lr_ratio": 1.0, "device": "cpu"}
     config = load_config(ROOT / "configs" / "lab.yaml")
-    return config.with_(model=model, training=training, precision={"compute": compute})
+    precision = {"compute": compute}
+    return config.with_(model=CASE_MODEL | model, training=training, optimizer=CASE_OPTIMIZER, precision=precision)
 
 
 def with_lrs(
     config: Config, muon: float, adamw: float, convention: str = "original", parameters: str = "float32"
 ) -> Config:
-    """`config` with Muon's and AdamW's LR set apart from each other; AdamW's holds for embeddings and heads too."""
+    """`config` as the case would have it: its start values and optimizers in place of the recipe of configs/lab.yaml,
+    Muon's and AdamW's LR set apart from each other; AdamW's holds for embeddings and heads too."""
+    muon_type = {"type": "muon", "adjust_lr": convention, "adamw_lr_ratio": adamw / muon}
     return config.with_(
+        model=CASE_MODEL,
         training={"max_lr": muon},
-        optimizer={"type": "muon", "adjust_lr": convention, "adamw_lr_ratio": adamw / muon, "embedding_lr_ratio": None},
+        optimizer=CASE_OPTIMIZER | muon_type,
         precision={"parameters": parameters},
     )
 
 
 def adamw_alone(config: Config, lr: float) -> Config:
-    return config.with_(training={"max_lr": lr}, optimizer={"type": "adamw", "embedding_lr_ratio": None})
+    return config.with_(model=CASE_MODEL, training={"max_lr": lr}, optimizer=CASE_OPTIMIZER | {"type": "adamw"})
 
 
 def sweep(d_model: int, compute: str = "bfloat16") -> Experiment:

@@ -42,6 +42,8 @@ from moe_lab.train.record import write_atomically
 
 SEEDS = (0, 1, 2)
 FORMAT = 1  # raise it whenever the same cell would give other numbers
+# fields that came later, at the value that changes nothing: runs of before keep their keys
+LATER = {("model", "zero_init_output"): False, ("training", "compile"): False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,11 @@ class Cell:
     @property
     def key(self) -> str:
         """A hash of what the row is computed from."""
-        what = {"config": to_dict(self.config), "remedy": self.remedy, **self.options}
+        config = to_dict(self.config)
+        for (section, name), before in LATER.items():
+            if config[section][name] == before:
+                del config[section][name]
+        what = {"config": config, "remedy": self.remedy, **self.options}
         return hashlib.sha256(json.dumps([FORMAT, what], sort_keys=True).encode()).hexdigest()[:24]
 
 

@@ -112,11 +112,8 @@ class MoE(nn.Module):
             experts, torch.arange(self.n_experts, device=slots.device), right=True, out_int32=True
         )
 
-        def product(rows: Tensor, stack: Tensor) -> Tensor:
-            return F.grouped_mm(rows, stack.to(rows.dtype).transpose(1, 2), offs=ends)
-
         rows = tokens[slots // expert_ids.shape[1]]
-        y = product(F.silu(product(rows, self.gate_proj)) * product(rows, self.up_proj), self.down_proj)
+        y = self.swiglu(rows, ends)
         return torch.empty_like(y).index_copy_(0, slots, y)
 
     def drop_overflow(self, expert_ids: Tensor) -> Tensor:
@@ -133,12 +130,16 @@ class MoE(nn.Module):
         rows, copied, ends = self.arrange(expert_ids)
         weights = weights.masked_fill(expert_ids == self.n_experts, 0)
         grouped = Spread.apply(tokens, dtype, rows, copied)  # (n_rows, D)
+        return Collect.apply(self.swiglu(grouped, ends), weights, rows, copied).type_as(tokens)
 
-        def product(rows_in: Tensor, stack: Tensor) -> Tensor:
-            return F.grouped_mm(rows_in, stack.to(dtype).transpose(1, 2), offs=ends)
+    @torch.compiler.disable  # torch 2.13 knows grouped_mm's shapes for bfloat16 alone when it compiles
+    def swiglu(self, rows: Tensor, ends: Tensor) -> Tensor:
+        """Each expert's SwiGLU of its rows (n, D), which end before `ends` (E,) int32 → (n, D)."""
 
-        hidden = F.silu(product(grouped, self.gate_proj)) * product(grouped, self.up_proj)  # (n_rows, F)
-        return Collect.apply(product(hidden, self.down_proj), weights, rows, copied).type_as(tokens)
+        def product(x: Tensor, stack: Tensor) -> Tensor:
+            return F.grouped_mm(x, stack.to(rows.dtype).transpose(1, 2), offs=ends)
+
+        return product(F.silu(product(rows, self.gate_proj)) * product(rows, self.up_proj), self.down_proj)
 
     def arrange(self, expert_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of expert_ids (N, K), E for nowhere: where slots stand in a buffer of n_rows rows, grouped by expert.

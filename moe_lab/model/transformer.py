@@ -104,7 +104,11 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw every start value: matrices normal(0, init_std), norms one, Mamba's own parts by its paper."""
+        """Draw every start value: matrices normal(0, init_std), norms one, Mamba's own parts by its paper.
+
+        With `zero_init_output` each sublayer's last matrix is zero instead, so that a block begins as the identity (as in
+        Zhang et al. 2019, "Fixup", sec. 3, https://arxiv.org/abs/1901.09321, without its scalars).
+        """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=self.config.init_std)
@@ -116,6 +120,10 @@ class LanguageModel(nn.Module):
         for module in self.modules():
             if isinstance(module, Mamba):
                 module.reset_state_space()  # after the loop above: it has its own rule for dt_proj
+        if self.config.zero_init_output:
+            for name, parameter in self.named_parameters():
+                if name.removesuffix(".weight").endswith(("o_proj", "out_proj", "down_proj")):
+                    parameter.zero_()
 
     def trunk(self, ids: Tensor, generator: torch.Generator | None = None) -> Trunk:
         """ids (B, T) int64 → the normalised hidden states, the MoE routings, the MoD reports. Dropout draws from `generator`."""
