@@ -65,7 +65,7 @@ class Trainer:
             model = build_model(model_config, training.seed, self.device)
         self.model = device.place(model, optimizers, precision, self.device)
         self.model.recompute_blocks = training.activation_checkpointing
-        self.losses = torch.compile(self.model.report) if training.compile else self.model.report
+        self.compiled = torch.compile(self.model.report) if training.compile else None
         self.products = device.bfloat16_products(self.model, precision.compute, self.device)
         self.optimizers = optimizers or build_optimizers(self.model, config.optimizer, training.max_lr)
         for index, group in enumerate(groups_of(self.optimizers)):  # a caller's own optimizers lack these
@@ -161,7 +161,7 @@ class Trainer:
                 ids = ids.pin_memory()
             ids = ids.to(self.device, non_blocking=True)
             with self.autocast():
-                terms, routings, _ = self.losses(ids, generator=self.dropout_noise)
+                terms, routings, _ = (self.compiled or self.model.report)(ids, generator=self.dropout_noise)
             with self.products:
                 (sum(terms.values()) / n_micro).backward()
             for name, term in terms.items():
