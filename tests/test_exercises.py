@@ -13,10 +13,9 @@ from helpers import solved
 
 from moe_lab.failures.surface import case_lrs, shapley
 from moe_lab.health.conventions import lr_original_from_match
-from moe_lab.health.measures import is_lost, ulp
+from moe_lab.health.measures import is_lost
 
 DIAGNOSES = {"A": "frequencies only", "B": "another number", "C": "random tokens", "D": "beats the tables"}
-CAUSES = {"A": "rounded away", "B": "no gradient", "C": "not in the optimizer", "D": "healthy"}
 
 
 def n_attention(config) -> int:
@@ -104,6 +103,10 @@ def after_the_first(change: Callable) -> Callable:
     return lambda deviation, peak, warmup: 1 if deviation < peak else change(right(deviation, peak, warmup))
 
 
+def frozen(peak: float, n: int, reach: float = 1.165) -> int:
+    return next(t for t in range(1, n + 1) if reach * peak * (1 + math.cos(math.pi * t / n)) / 2 <= 2**-9)
+
+
 # of each check: wrong answers, and what the reader is told
 WRONG = {
     "00.run_minutes": [
@@ -174,26 +177,18 @@ WRONG = {
         # what the gradient test sees where logits do not hang on a differentiable path: nothing
         (lambda fn, ids, cut, v: torch.zeros(()), "you did not find it"),
     ],
-    "03.gap": [
-        (lambda w: 2.0 ** (math.floor(math.log2(w)) - 8), "smaller"),
-        (lambda w: w * 2**-7, "does not grow"),
-        (lambda w: 2.0**-7, "below 1"),
-        (lambda w: 2.0 ** (min(math.floor(math.log2(w)), 1) - 7), "from 4 to 8"),
-        (lambda w: torch.finfo(torch.float16).eps, "128 steps"),
-    ],
     "03.lr_to_move": [
         (lambda w: 2.0 ** (math.floor(math.log2(w)) - 7), "no whole gap"),
         (lambda w: 2.0 ** (math.floor(math.log2(w)) - 8), "at a power of two"),
         (lambda w: w / 512, "at 1.5 the gap"),
         (lambda w: 2.0**-8 if w > 1 else 2.0**-9, "right near 1"),
     ],
-    "03.causes": [
-        (CAUSES | {"A": "no gradient", "B": "rounded away"}, "B: an optimizer"),
-        (CAUSES | {"C": "rounded away"}, "C: it has a gradient"),
-        (CAUSES | {"A": "not in the optimizer"}, "A: somebody intended"),
-        (CAUSES | {"D": "no gradient"}, "D: compare"),
-        (CAUSES | {"A": "frozen"}, "use these words"),
-        ({"A": "healthy"}, "name all four"),
+    "03a.frozen_from": [
+        (lambda peak, n: 1 if peak < 2e-3 else frozen(peak, n, 1.0), "1.165"),
+        (lambda peak, n: 101 if peak < 2e-3 else frozen(peak, n), "frozen from the first"),
+        (lambda peak, n: 1 if peak < 1.6e-3 else n // 2, "half of the cosine"),
+        (lambda peak, n: 1 if peak < 1.6e-3 else frozen(peak, n) + 1, "a little later"),
+        (lambda peak, n: 1 if peak < 1.6e-3 else 147, "right for one cosine"),
     ],
     "04.to_original": [
         (lambda lr, rows, columns: lr, "two different steps"),
@@ -257,10 +252,9 @@ def test_what_a_reader_is_likely_to_get_wrong_is_refused(check: str, wrong: obje
 
 
 @pytest.mark.parametrize("weight", [0.02001953125, 0.1, 0.25, 1.0, 1.0078125, 1.5, 3.0, 6.0])
-def test_gaps_are_those_of_the_package(weight: float) -> None:
-    kept, answers = torch.tensor(weight).bfloat16(), solved("03")
-    assert answers["gap"](kept.item()) == ulp(kept, torch.bfloat16).item()
-    limit = answers["lr_to_move"](kept.item())
+def test_the_limit_of_a_weight_is_that_of_the_package(weight: float) -> None:
+    kept = torch.tensor(weight).bfloat16()
+    limit = solved("03")["lr_to_move"](kept.item())
     just_below, just_above = torch.tensor(-limit * (1 - 2**-10)), torch.tensor(-limit * (1 + 2**-10))
     assert is_lost(kept, just_below, torch.bfloat16) and not is_lost(kept, just_above, torch.bfloat16)
 

@@ -1,7 +1,5 @@
 """The number line says what torch's own bf16 addition does, and its text says what it shows."""
 
-import math
-
 import IPython.display
 import pytest
 import torch
@@ -9,9 +7,7 @@ from matplotlib.figure import Figure
 
 from moe_lab.show import explorables
 from moe_lab.show.explorables import Choice, Slider, explore
-from moe_lab.show.plots import arrived_bars
 from moe_lab.show.style import new_figure
-from moe_lab.show.sweeps import cost_dots
 
 
 @pytest.mark.parametrize("weight", [0.001, 0.02, 0.25, 1.0, 1.0078125, 3.0, 7.9])
@@ -101,11 +97,3 @@ def test_headless_a_still_figure_stands_in_and_nothing_else_is_drawn(monkeypatch
     page = Page(monkeypatch, live="0")
     explore(None, still=lambda: draw_sum(1, "still"), first=Slider("first", 2.0, 0, 8, 0.5))
     assert [picture["text/plain"] for picture in page.shown] == ["1 and still\nA caption."]
-
-
-def test_bars_and_dots_are_told_with_their_numbers() -> None:
-    figure, text = arrived_bars({"norms": 0.0, "matrices": 0.84, "heads": 0.99})
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["norms", "matrices", "heads"]
-    assert "Under 50 %: norms. From there to 95 %: matrices." in text
-    figure, text = cost_dots({"failure": {"bf16": (0.21, 0.01), "masters": (0.0, math.nan)}}, "float32", linear_to=0.1)
-    assert figure.axes[0].get_xscale() == "symlog" and "bf16 +0.210 ± 0.010" in text

@@ -3,6 +3,9 @@
 That the same cells are green with the real bug is what `make test` shows by nbval, in the same profile.
 """
 
+import ast
+import asyncio
+import inspect
 import re
 from pathlib import Path
 
@@ -34,11 +37,13 @@ def test_a_no_op_in_the_bugs_place_turns_a_claim_red(name: str, bug: str, claim:
     calls = []
     monkeypatch.setattr(bugs, bug, lambda given: calls.append(1) or given)
     cells = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4).cells
-    code = [compile(cell.source, cell.id, "exec") for cell in cells if cell.cell_type == "code"]
+    flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+    code = [compile(cell.source, cell.id, "exec", flags) for cell in cells if cell.cell_type == "code"]
     namespace: dict = {"__name__": "__main__"}
     with pytest.raises(AssertionError, match=f"^{re.escape(claim)}$"):
         for cell in code:
-            exec(cell, namespace)
+            if inspect.iscoroutine(waiting := eval(cell, namespace)):
+                asyncio.run(waiting)
     assert calls, f"{name} does not call bugs.{bug}"
 
 

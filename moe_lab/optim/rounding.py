@@ -204,9 +204,5 @@ REMEDIES: dict[str, Callable[[nn.Module, OptimizerConfig, float], list[Optimizer
 KEPT = {
     "norms": ("norm.weight",),
     "Mamba's vectors": ("A_log", ".D", "dt_proj.bias", "conv1d"),
-    "matrices": (
-        *("q_proj", "k_proj", "v_proj", "o_proj", "ffn.gate_proj", "up_proj", "down_proj"),
-        *("in_proj", "x_proj", "dt_proj.weight", "out_proj"),
-    ),
 }
 PARTLY = {f"{kind} in float32": partial(partly_cast, parts) for kind, parts in KEPT.items()}

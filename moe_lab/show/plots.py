@@ -14,7 +14,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moe_lab.config import Config
-from moe_lab.health.during.rules_updates import LOST_ERROR, LOST_WARNING
 from moe_lab.show.style import BLUE, GREY, INK, VERMILION, draw_floors, label_right, new_axes, new_figure, row_axes
 
 Rows = Sequence[Mapping[str, Any]]
@@ -196,22 +195,3 @@ def loss_bars(floors: Mapping[str, float], models: Mapping[str, float]) -> tuple
 
 def beside(loss: float, floor: float) -> str:
     return f"{abs(loss - floor):.3f} {'below' if loss < floor else 'above'}"
-
-
-def arrived_bars(shares: Mapping[str, float]) -> tuple[Figure, str]:
-    """Realised over intended displacement by kind of tensor: 1 is all of it. The least is at the top. Signs and lines stand
-    at the limits of a `health.Watch`."""
-    entries = sorted((share, name) for name, share in shares.items())
-    lost = [name for share, name in entries if share < LOST_ERROR]
-    some = [name for share, name in entries if LOST_ERROR <= share < LOST_WARNING]
-    signs = dict.fromkeys(lost, (VERMILION, "X")) | dict.fromkeys(some, (INK, "^"))
-    few, most = f"{100 * LOST_ERROR:g} %", f"{100 * LOST_WARNING:g} %"
-    title = f"Share of the intended displacement that arrived (✕ under {few}, ▲ under {most}, ● the rest)"
-    rows = [(share, name, *signs.get(name, (BLUE, "o"))) for share, name in entries]
-    axes = dot_chart(rows, title, "realised / intended, no unit")
-    for limit in (LOST_ERROR, LOST_WARNING):
-        axes.axvline(limit, color=GREY, linewidth=0.5, linestyle="--", zorder=0)
-    listed = ", ".join(f"{name} {share:.2f}" for share, name in entries)
-    first = f"Share of the intended displacement that arrived: {listed}."
-    under, between = (", ".join(names) or "none" for names in (lost, some))
-    return axes.figure, f"{first}\nUnder {few}: {under}. From there to {most}: {between}."

@@ -1,4 +1,4 @@
-"""Figures of tables of runs: losses over a sweep with their spread, a surface over two learning rates, and differences.
+"""Figures of tables of runs: losses over a sweep with their spread, and a surface over two learning rates.
 
 Each function returns the figure and a text description made from the same numbers, for whoever cannot see the figure.
 """
@@ -23,7 +23,6 @@ from moe_lab.show.style import (
     label_right,
     new_axes,
     new_figure,
-    row_axes,
 )
 
 Sweep = Mapping[float, Sequence[float]]  # learning rate → losses, one a seed; infinite where a run diverged
@@ -110,31 +109,3 @@ def draw_surface(axes: Axes, surface: Surface) -> None:
     x, y, *_ = zip(*points, strict=True)
     axes.set_xlim(min(x) / 1.6, max(x) * 4)  # room for the numbers right of the points
     axes.set_ylim(min(y) / 1.6, max(y) * 1.8)
-
-
-def cost_dots(
-    costs: Mapping[str, Mapping[str, tuple[float, float]]], against: str, linear_to: float | None = None
-) -> tuple[Figure, str]:
-    """Differences in loss, (mean, SD over seeds) in nats, from a common reference: row → series → difference.
-
-    With `linear_to` the axis is linear up to that many nats and logarithmic beyond, for rows of very different size.
-    """
-    series = list(dict.fromkeys(name for row in costs.values() for name in row))
-    unit = "nats per token" + (f" (logarithmic beyond {linear_to:g})" if linear_to else "")
-    axes = row_axes(list(costs), f"Validation loss above {against}, mean and ± 1 SD over seeds", unit)
-    if linear_to:
-        axes.set_xscale("symlog", linthresh=linear_to)
-        axes.xaxis.set_major_formatter("{x:g}")
-    axes.axvline(0, color=GREY, linewidth=1, linestyle="--")
-    for i, (name, (colour, _, marker)) in enumerate(zip(series, SERIES[: len(series)], strict=True)):
-        values = [row.get(name, (math.nan, math.nan)) for row in costs.values()]
-        means, sds = np.array(values).T
-        places = np.arange(len(costs)) + 0.22 * (i - (len(series) - 1) / 2)
-        style = {"color": colour, "marker": marker, "markersize": 7, "capsize": 3, "linestyle": "none"}
-        axes.errorbar(means, places, xerr=sds, label=name, **style)
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=9)
-    lines = [
-        f"{row}: " + ", ".join(f"{name} {mean:+.3f} ± {sd:.3f}" for name, (mean, sd) in values.items())
-        for row, values in costs.items()
-    ]
-    return axes.figure, f"Nats above {against}. " + "; ".join(lines) + "."

@@ -6,7 +6,8 @@ explore_01.py    what a first and a last loss mean; where a loss starts, with sl
 exercises_00.py   minutes of a run, the next token's loss of a record
 exercises_01.py   losses at step 0, bits and nats, four runs to diagnose
 exercises_02.py   caches, Mixture-of-Depths, leaks
-exercises_03.py   gaps of bf16, four tensors to diagnose
+exercises_03.py   the limit of a weight, four trainings to diagnose, a sick config
+exercises_03a.py  when a cosine freezes, three checkpoints, a schedule
 exercises_04.py   conventions of Muon, sums of learning rates, shares of two fixes
 exercises_05.py   floors passed, tokens counted, a verdict
 """

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import random
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from math import isclose
+from pathlib import Path
+from typing import Any
 
+from checks.runs_bf16 import Run
+from moe_lab import Trainer
+from moe_lab.config import Config, load_config, to_yaml
 from moe_lab.course.lessons import exercise
+from moe_lab.failures import bugs
 
 CAUSES = ("healthy", "no gradient", "not in the optimizer", "rounded away")
-
-
-@exercise
-def check_gap(gap: Callable) -> None:
-    """`gap(weight)`: distance from a positive number to the next larger one of bf16, at normal numbers."""
-    assert not isclose(gap(1.0), 2**-8), (
-        "2^-8 is the distance from 1 to the next *smaller* number; upwards the numbers lie twice as far apart"
-    )
-    assert isclose(gap(1.0), 2**-7), "between 1 and 2, 7 stored bits make 128 steps of one size: 2^-7"
-    assert isclose(gap(1.5), 2**-7), (
-        "between two powers of two the distance does not grow with the weight: at 1.5 it is what it is at 1"
-    )
-    assert all(isclose(gap(w), g) for w, g in ((0.02, 2**-13), (0.5, 2**-8), (0.1, 2**-11))), (
-        "below 1 the exponent is negative: take the power of two at or below the weight, by floor and not by rounding"
-    )
-    assert isclose(gap(6.0), 2**-5), "from 4 to 8 the power of two is 4"
+HINTS = {
+    "no gradient": "count the looks that found a gradient: an optimizer can only move what has one",
+    "not in the optimizer": "it has a gradient, and nobody intends anything with it",
+    "rounded away": "somebody intended a displacement, and none arrived",
+    "healthy": "compare intended with real movement; where the weights are float32 nothing is replayed, and they move",
+}
 
 
 @exercise
@@ -41,28 +39,58 @@ def check_lr_to_move(limit: Callable) -> None:
     )
 
 
-def mystery_tensors() -> dict[str, dict[str, float | None]]:
-    """Four made-up tensors after 25 updates: norm of the gradient, and root mean square of intended and real movement.
+def shuffled_causes(config: Config) -> dict[str, str]:
+    """The cause of each patient, by letter: another order for another seed."""
+    order = random.Random(f"patients {config.training.seed}").sample(CAUSES, len(CAUSES))
+    return dict(zip("ABCD", order, strict=True))
 
-    None: there is none.
-    """
-    return {
-        "A": {"gradient": 0.31, "intended": 0.0051, "moved": 0.0},
-        "B": {"gradient": None, "intended": 0.0, "moved": 0.0},
-        "C": {"gradient": 0.28, "intended": None, "moved": 0.0},
-        "D": {"gradient": 0.0004, "intended": 0.0048, "moved": 0.0047},
-    }
+
+def patients(config: Config) -> dict[str, Trainer]:
+    """Four trainings at their start, by letter: one is healthy, the norms of the others will stand still."""
+    made = {}
+    for letter, cause in shuffled_causes(config).items():
+        trainer = Trainer(config, tempfile.mkdtemp())
+        if cause == "rounded away":
+            bugs.cast_parameters(trainer.model)
+        elif cause == "not in the optimizer":
+            trainer.optimizers = bugs.forget_group(trainer.optimizers, "adamw")
+        elif cause == "no gradient":
+            for name in [name for name, _ in trainer.model.named_modules() if name.endswith("norm")]:
+                bugs.detach_output(trainer.model, name)
+        made[letter] = trainer
+    return made
 
 
 @exercise
-def check_causes(named: Mapping[str, str]) -> None:
-    """`named`: the letter of each of `mystery_tensors` → one of CAUSES."""
+def check_causes(named: Mapping[str, str], config: Config) -> None:
+    """`named`: the letter of each of `patients` → one of CAUSES."""
     assert set(named) == set("ABCD") and set(named.values()) <= set(CAUSES), (
-        f"name all four tensors, A to D, and use these words: {', '.join(CAUSES)}"
+        f"name all four trainings, A to D, and use these words: {', '.join(CAUSES)}"
     )
-    assert named["B"] == "no gradient", "B: an optimizer can only move what has a gradient"
-    assert named["C"] == "not in the optimizer", "C: it has a gradient, and nobody intends anything with it"
-    assert named["A"] == "rounded away", "A: somebody intended a displacement, and none arrived"
-    assert named["D"] == "healthy", (
-        "D: compare intended with real movement; AdamW's step does not depend on the gradient's size"
+    right = shuffled_causes(config)
+    wrong = [letter for letter in "ABCD" if named[letter] != right[letter]]
+    assert not wrong, f"{wrong[0]}: {HINTS[right[wrong[0]]]}"
+
+
+@exercise
+def check_overrides(overrides: Sequence[str], config: Config) -> None:
+    """`overrides` mend the sick config; they are trained with for 25 updates."""
+    sick = config.with_(precision={"parameters": "bfloat16"})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "sick.yaml"
+        path.write_text(to_yaml(sick), encoding="utf-8")
+        mended = load_config(path, overrides)
+    assert rates(mended) == rates(config), (
+        "keep the case's learning rates: a larger step hides lost updates for a while, and is another experiment"
     )
+    run = Run(mended).train(25)
+    now = run.weights()
+    frozen = [name for name, value in run.start.items() if name.endswith("norm.weight") and value.equal(now[name])]
+    assert not frozen, f"{len(frozen)} norm tensors still stand where they began: what are the parameters kept in?"
+    lost = [finding for finding in run.watch.findings if finding.rule == "lost_updates"]
+    assert not lost, f"the watch still says {lost and lost[0].message}"
+
+
+def rates(config: Config) -> tuple[Any, ...]:
+    optimizer = config.optimizer
+    return config.training.max_lr, optimizer.type, optimizer.adamw_lr_ratio, optimizer.adjust_lr
