@@ -19,9 +19,9 @@ import torch
 
 from benchmarks import growth, peers, shares
 from benchmarks.docs_table import bench_cells, write_pages
-from benchmarks.measure import computes, cpu_kind, paired, peak_bytes
+from benchmarks.measure import computes, paired, peak_bytes
 from moe_lab.config import ROOT
-from moe_lab.failures.results import provenance, write_json
+from moe_lab.failures.results import cpu_kind, provenance, write_json
 from moe_lab.train.device import keep_freed_memory
 
 

@@ -9,12 +9,11 @@ was learned from them is written by hand, beside the marks. The course's pages: 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import nbformat
 
-from benchmarks import course_pages
+from benchmarks import course_pages, outputs
 from moe_lab.config import ROOT
 from moe_lab.course.machine import read_minutes
 from moe_lab.course.runner import all_notebooks
@@ -22,7 +21,6 @@ from moe_lab.failures.results import load_results, spread
 from moe_lab.health import RULES, SICKNESSES
 from moe_lab.train.record import write_atomically
 
-CARD = re.compile(r"(<!-- minutes -->).*?(<!-- /minutes -->)")
 README = ROOT / "README.md"
 HEALTH_README = ROOT / "moe_lab" / "health" / "README.md"
 HEALTH_PAGE = ROOT / "docs" / "health.md"
@@ -210,9 +208,11 @@ def main() -> None:
         minutes = minutes_of["notebooks"].get(path.stem, {})
         smoke, lab = (minutes.get(name, "?") for name in ("smoke", "lab"))
         rows.append(f"| [{path.stem}](notebooks/{path.name}) | {question} | {smoke} | {lab} |")
-        text = f"smoke {smoke} · lab {lab} ({minutes_of['reference']['machine']})"
-        notebook.cells[0].source = CARD.sub(lambda m, text=text: m[1] + text + m[2], first)
+        text = f"smoke {smoke} · lab {lab} ({minutes_of['reference']['machine']}); gpu: never measured"
+        marks = {"minutes": text}
+        notebook.cells[0].source = outputs.filled(first, marks.get)
         nbformat.write(notebook, path)
+    rows += ["", f"Minutes on {minutes_of['reference']['machine']}; profile `gpu` was never measured."]
     write_atomically(README, filled(README.read_text(encoding="utf-8"), "notebooks", rows))
 
 

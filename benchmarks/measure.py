@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import resource
 import statistics
 import time
@@ -17,12 +16,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from moe_lab.optim.products import has_fast_bfloat16
-
-
-def cpu_kind() -> str:
-    """What decides about speed, such as `x86_64, AVX512, with bf16 units`."""
-    units = "with" if has_fast_bfloat16(torch.device("cpu")) else "without"
-    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {units} bf16 units"
 
 
 def interval(values: Sequence[float]) -> dict[str, float]:

@@ -129,9 +129,8 @@ def main() -> None:
     import torch
 
     from benchmarks.docs_table import write_pages
-    from benchmarks.measure import cpu_kind
     from moe_lab.config import ROOT
-    from moe_lab.failures.results import provenance, write_json
+    from moe_lab.failures.results import cpu_kind, provenance, write_json
 
     against = os.environ.get("AGAINST") or FIRST
     result = compare(ROOT, against, sys.argv[1:])

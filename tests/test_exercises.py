@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from checks import exercises_01
+from checks.exercises_07 import FAULTS, RIGHT
 from helpers import solved
 
 from moe_lab.failures.surface import case_lrs, shapley
@@ -223,6 +224,27 @@ WRONG = {
         (lambda loss, floors: "trigram", "4.4 is below the bigram"),
         (lambda loss, floors: next((n for n in floors if loss < floors[n]), "nothing"), "the best table reached"),
         (lambda loss, floors: min((n for n in floors if loss < floors[n]), key=floors.get), "ValueError"),
+    ],
+    "07.verdicts": [
+        (RIGHT | {"W": "does not hold"}, "smaller than the spread"),
+        (RIGHT | {"W": "holds"}, "smaller than the spread"),
+        (RIGHT | {"X": "open"}, "each of them is far above"),
+        (RIGHT | {"Y": "holds only if"}, "is it slower anywhere"),
+        (RIGHT | {"Z": "holds"}, "at which is the opposite true"),
+        (RIGHT | {"Z": "false"}, "'false' is no outcome"),
+        ({"W": "open"}, "a verdict for each of W, X, Y, Z"),
+    ],
+    "07.faults": [
+        (FAULTS | {"P": FAULTS["R"]}, "judge it again from its own numbers"),
+        (FAULTS | {"Q": FAULTS["S"]}, "says about the config"),
+        (FAULTS | {"R": FAULTS["P"]}, "makes you suspicious"),
+        (FAULTS | {"S": FAULTS["R"]}, "a plus sign behind a commit"),
+        (FAULTS | {"S": "dirty"}, "'dirty' is none of"),
+    ],
+    "07.settings": [
+        (["training.max_lr=0.1"], "the parameters must stay bf16"),
+        (["precision.parameters=bfloat16"], "every norm weight is exactly 1"),
+        (["precision.parameter=bfloat16"], "did you mean parameters?"),
     ],
 }
 

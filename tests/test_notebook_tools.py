@@ -22,6 +22,7 @@ from benchmarks import outputs
 from moe_lab.__main__ import main
 from moe_lab.config import ConfigError
 from moe_lab.course import notebook, runner
+from moe_lab.failures.results import spread
 
 TESTS = Path(__file__).parent
 PARAMETERS = """profile: str = "smoke"  # smoke, lab or gpu
@@ -106,7 +107,10 @@ def test_begin_resolves_the_run_from_any_directory(tmp_path, monkeypatch, capsys
     assert not lab.run_dir.exists()
     lab.provenance()
     last = capsys.readouterr().out.splitlines()[-1]
-    assert re.fullmatch(r"commit \S+ · Python 3\.\S+ · torch \S+ · \w+ · profile smoke · seed 5", last)
+    assert re.fullmatch(
+        r"commit \S+ · Python 3\.\S+ · torch \S+ · cpu: \d+ cores, .+ with(out)? bf16 units · profile smoke · seed 5",
+        last,
+    )
 
 
 @pytest.mark.parametrize(
@@ -146,10 +150,12 @@ def test_claims_print_one_stable_line_or_fail(capsys) -> None:
 def test_a_claims_numbers_are_kept_where_the_environment_says(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("MOE_LAB_CLAIMS", str(tmp_path / "claims.jsonl"))
     monkeypatch.setenv("MOE_LAB_PROFILE", "smoke")
-    notebook.claim("05.1", True, "it falls", loss=np.float32(1 / 3), by_seed={1: torch.tensor([0.5, 2])}, n=3)
+    notebook.claim(
+        "05.1", True, "it falls", loss=np.float32(1 / 3), by_seed={1: torch.tensor([0.5, 2])}, n=3, cost=spread([1, 2])
+    )
     notebook.claim("05.2", True, "it stays")
     lines = [json.loads(line) for line in (tmp_path / "claims.jsonl").read_text().splitlines()]
-    numbers = {"loss": 0.333333, "by_seed": {"1": [0.5, 2]}, "n": 3}
+    numbers = {"loss": 0.333333, "by_seed": {"1": [0.5, 2]}, "n": 3, "cost": {"mean": 1.5, "sd": 0.707107, "n": 2}}
     assert lines[0] == {"id": "05.1", "statement": "it falls", "numbers": numbers, "profile": "smoke"}
     assert lines[1]["numbers"] == {}
     with refused(ConfigError, match=r"05\.3: loss=nan must be finite"):
@@ -222,7 +228,7 @@ def test_headless_leaves_one_picture_and_no_widget(failed) -> None:
     assert {output.name for output in wait.outputs} <= {"stderr"}
     assert after.outputs[0].text == "False 0.001\n"
     assert "widgets" not in done.metadata
-    assert "<figcaption>Step 20 of 20" in (failed[2] / "n.html").read_text()
+    assert '<img alt="Step 20 of 20' in (failed[2] / "n.html").read_text()
 
 
 def test_a_failing_worker_fails_the_cell_with_its_own_words(failed) -> None:

@@ -13,6 +13,7 @@ from helpers import refused
 
 from moe_lab.config import ConfigError
 from moe_lab.course import case, notebook, verdicts
+from moe_lab.failures.results import cpu_kind
 
 NOTEBOOK = "01_data_and_loss_floors"
 ONE = """
@@ -36,6 +37,7 @@ def path(tmp_path, monkeypatch):
         (tmp_path / "checks" / f"verdicts_{number}.py").write_text(source)
         if name:
             (tmp_path / f"{name}.ipynb").touch()
+    monkeypatch.setenv("MOE_LAB_KEEP_VERDICTS", "1")
     monkeypatch.setattr(case, "NOTEBOOKS", tmp_path)
     monkeypatch.setattr(case, "VERDICTS", tmp_path / "results" / "verdicts.json")
     return case.VERDICTS
@@ -65,7 +67,7 @@ def test_a_verdict_is_one_line_and_one_entry(path, lab, capsys) -> None:
         "seed": 3,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "machine": platform.machine(),
+        "machine": cpu_kind(),
         "corpus": "abc",
         "settings": ["training.seed: 0 → 3"],
     }
@@ -91,6 +93,13 @@ def test_other_profiles_print_and_write_nothing(path, lab, profile, capsys) -> N
     assert path.read_bytes() == before
 
 
+def test_a_readers_run_leaves_the_record_alone(path, lab, monkeypatch, capsys) -> None:
+    monkeypatch.delenv("MOE_LAB_KEEP_VERDICTS")
+    case.judge("C02", lab, n=1)
+    assert capsys.readouterr().out == "C02 holds: a sentence\n"
+    assert not path.exists()
+
+
 @pytest.mark.parametrize(
     ("id", "changes", "message"),
     [
@@ -99,7 +108,7 @@ def test_other_profiles_print_and_write_nothing(path, lab, profile, capsys) -> N
         ("C03", {"outcome": "hold"}, "C03: 'hold' is no outcome: holds, holds only if, does not hold, open; did you"),
         ("C02", {"n": math.nan}, "C02: n=nan must be finite"),
         ("C05", {"share": torch.tensor([1.0, math.inf])}, "C05: share=tensor([1., inf]) must be finite"),
-        ("C05", {"share": 1, "x": {"a": -math.inf}}, "C05: x={'a': -inf} must be finite"),
+        ("C05", {"share": 1, "x": {"a": -math.inf}}, "C05: x=-inf must be finite"),
         ("C07", {}, "C07: judged by notebooks 01 and 02; it must be one"),
         ("C08", {}, "C08: judged by no notebook"),
         ("C09", {}, "C09: checks/verdicts_99.py belongs to no notebook"),

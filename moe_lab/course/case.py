@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -73,8 +74,8 @@ def entry(section: str, id: str) -> Any:
 
 
 def judge(id: str, lab: Lab, *, corpus: str | None = None, **numbers: Any) -> None:
-    """Print what the numbers make of a claim, `C05 holds only if: sentence`; in profile lab, also put it in VERDICTS in
-    place of the claim's older entry.
+    """Print what the numbers make of a claim, `C05 holds only if: sentence`; in profile lab, `make outputs` also puts it in
+    VERDICTS in place of the claim's older entry (by MOE_LAB_KEEP_VERDICTS: a reader's run leaves the record alone).
 
     Outcome and sentence are what the function of that name in notebooks/checks/verdicts_NN.py returns of the numbers; NN
     is the notebook. `numbers` are finite numbers, truth values, or lists and mappings of them, of which six digits are
@@ -88,7 +89,7 @@ def judge(id: str, lab: Lab, *, corpus: str | None = None, **numbers: Any) -> No
     if outcome not in OUTCOMES:
         raise ConfigError(f"{id}: {outcome!r} is no outcome: {', '.join(OUTCOMES)}{suggestion(outcome, OUTCOMES)}")
     print(f"{id} {outcome}: {sentence}")
-    if lab.profile == "lab":
+    if lab.profile == "lab" and os.environ.get("MOE_LAB_KEEP_VERDICTS"):
         entry = {"claim": about, "outcome": outcome, "sentence": sentence, "numbers": kept}
         store(id, entry | {"provenance": origin_of(lab, notebook, corpus)})
 

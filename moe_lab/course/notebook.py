@@ -56,7 +56,8 @@ class Lab:
         """Print one line that says what made the outputs of this notebook."""
         made = provenance()
         versions = f"commit {made['commit'] or 'unknown'} · Python {made['python']} · torch {made['torch']}"
-        print(f"{versions} · {self.device.type} · profile {self.profile} · seed {self.config.training.seed}")
+        machine = f"{self.device.type}: {os.cpu_count()} cores, {made['machine']}"
+        print(f"{versions} · {machine} · profile {self.profile} · seed {self.config.training.seed}")
 
 
 def begin(**parameters: Any) -> Lab:

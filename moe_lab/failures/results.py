@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moe_lab.config import ROOT, ConfigError
+from moe_lab.optim.products import has_fast_bfloat16
 from moe_lab.train.record import commit, write_atomically
 
 RESULTS = ROOT / "notebooks" / "results"
@@ -22,8 +23,18 @@ RESULTS = ROOT / "notebooks" / "results"
 
 def provenance() -> dict[str, str | None]:
     """What computes here; it stands beside every number that is kept."""
-    python, machine = platform.python_version(), platform.machine()
-    return {"commit": commit(), "python": python, "torch": torch.__version__, "machine": machine}
+    return {
+        "commit": commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": cpu_kind(),
+    }
+
+
+def cpu_kind() -> str:
+    """What decides about speed, such as `x86_64, AVX512, with bf16 units`."""
+    units = "with" if has_fast_bfloat16(torch.device("cpu")) else "without"
+    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {units} bf16 units"
 
 
 def origins(rows: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
@@ -93,7 +104,11 @@ def write_json(path: Path, value: Any) -> None:
 
 def plain(name: str, value: Any) -> Any:
     """`value` as JSON holds it (numpy's and torch's too), with six digits of a fraction. Raises ConfigError for what is
-    not finite."""
+    not finite. A Spread becomes a mapping."""
+    if isinstance(value, Spread):
+        value = {key: part for key, part in value._asdict().items() if key != "sd" or value.n > 1}
+    elif isinstance(value, dict):
+        return {str(key): plain(name, part) for key, part in value.items()}
     try:
         text = json.dumps(value, default=lambda array: array.tolist(), allow_nan=False)
     except ValueError:

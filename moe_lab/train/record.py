@@ -86,14 +86,17 @@ def write_summary(trainer: Trainer, status: str) -> dict[str, Any]:
     return summary
 
 
+NO_CODE = ("notebooks", "*.md", "benchmarks/*.json")  # what `make outputs` and measurements rewrite
+
+
 def commit() -> str | None:
-    """The repository's short commit hash, with a plus sign where files outside notebooks/ differ from it (`make outputs`
-    rewrites those); None without git, and for an installed package, which may lie in somebody else's repository."""
+    """The repository's short commit hash, with a plus sign where code or settings differ from it; None without git, and for
+    an installed package, which may lie in somebody else's repository."""
     options = {"cwd": Path(__file__).parent, "stderr": subprocess.DEVNULL, "text": True, "timeout": 10}
     try:
         subprocess.check_output(["git", "ls-files", "--error-unmatch", __file__], **options)
         made = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], **options).strip()
-        changes = ["git", "diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)notebooks"]
+        changes = ["git", "diff", "--quiet", "HEAD", "--", ":/", *(f":(top,exclude){path}" for path in NO_CODE)]
         return made + "+" * subprocess.run(changes, **options).returncode
     except (OSError, subprocess.SubprocessError):
         return None

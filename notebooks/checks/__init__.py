@@ -10,4 +10,9 @@ exercises_03.py   the limit of a weight, four trainings to diagnose, a sick conf
 exercises_03a.py  when a cosine freezes, three checkpoints, a schedule
 exercises_04.py   conventions of Muon, sums of learning rates, shares of two fixes
 exercises_05.py   floors passed, tokens counted, a verdict
+exercises_07.py   verdicts from numbers handed in, a damaged record, norms that move in bf16
+
+questions_NN.py   what a notebook asks, and which answer the measured values give
+verdicts_NN.py    what a notebook's numbers make of the report's claims
+ledger.py         the rows of notebook 07, from what the others recorded
 """
