@@ -21,6 +21,7 @@ from moe_lab.health.findings import SEVERITIES, Finding
 from moe_lab.model.count import count_parameters
 from moe_lab.train import RunError, Trainer
 from moe_lab.train.command import exit_code
+from moe_lab.train.device import choose_threads
 from moe_lab.train.record import FINDINGS
 
 HEALTH_SCHEMA = {"sections": tuple(SECTIONS), "dead_keys": case.case()["dead_keys"]}
@@ -31,6 +32,8 @@ def run(args: argparse.Namespace) -> int:
     if args.resume and not args.run_dir:
         raise ConfigError("--resume needs --run-dir: the directory of the run to go on with")
     config = load_config(args.config, args.overrides)
+    if busy := choose_threads(config):
+        print(busy, file=sys.stderr)
     trainer = Trainer(config, args.run_dir or new_run_dir(Path(args.config).stem), resume=args.resume)
     before = preflight_of(args.config)
     for finding in before:

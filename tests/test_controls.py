@@ -124,3 +124,30 @@ def test_a_scale_survives_a_kill(run: Trainer, tmp_path: Path, asked_at: int) ->
 def test_a_scale_that_is_none(scale: float) -> None:
     with pytest.raises(ValueError, match=r"^lr_scale=.* must be more than 0$"):
         Controls().set_lr_scale(scale)
+
+
+def test_who_looks_changes_neither_record_nor_weights(run: Trainer, tmp_path: Path) -> None:
+    """Readings are fetched for him sooner, and that is all."""
+    fetched = []
+    trainer = Trainer(run.config.with_(training={"log_interval": 3}), tmp_path / "run")
+    flush = trainer.flush
+    trainer.flush = lambda: (fetched.append((trainer.step, len(trainer.readings.waiting))), flush())
+    trainer.listeners.append(lambda row: setattr(trainer.controls, "looks", True))
+    trainer.fit()
+    assert {step for step, waiting in fetched if waiting} == {*range(1, 7)}  # not 3 and 6 alone
+    assert without_times(steps_of(tmp_path / "run")) == without_times(steps_of(run.run_dir))
+    assert all(p.equal(parameters(trainer)[name]) for name, p in parameters(run).items())
+
+
+def test_another_act_is_done_between_two_updates_written_and_repeated(run: Trainer, tmp_path: Path) -> None:
+    done = []
+    for folder, step in (("first", 2), ("again", None)):
+        trainer = Trainer(run.config, tmp_path / folder)
+        trainer.controls.acts["cut"] = lambda trainer=trainer: done.append(trainer.step)
+        if step is None:
+            trainer.controls.replay(tmp_path / "first" / "controls.jsonl")
+        else:
+            trainer.controls.scheduled.append({"step": step, "action": "cut"})
+        trainer.fit()
+        assert controls_of(tmp_path / folder) == [{"step": 2, "action": "cut"}]
+    assert done == [2, 2]

@@ -1,10 +1,17 @@
 """What notebook 00 says about a machine."""
 
+import subprocess
+import sys
 import time
+import timeit
 from importlib import metadata
 
+import pytest
+import torch
+
+from moe_lab.config import Config
 from moe_lab.course import machine
-from moe_lab.train import Trainer
+from moe_lab.train import Trainer, device
 
 MEASURED = {
     "reference": {"machine": "two cores", "tokens_per_s": {"smoke": 20_000, "lab": None}},
@@ -45,3 +52,34 @@ def test_unmet_requirements_are_named(monkeypatch) -> None:
     missing, version = "no-such-package-at-all>=2 is missing", metadata.version("pytest")
     assert machine.unmet_requirements() == [missing, f"pytest>=999, found {version}"]
     assert machine.unmet_requirements("none") == [missing]
+
+
+@pytest.mark.parametrize(("faster", "taken", "said"), [(1, 1.3, "1 thread"), (4, 0.9, "4 threads"), (1, 0.1, None)])
+def test_threads_are_those_that_pay_and_a_busy_machine_is_told_in_one_line(faster, taken, said, monkeypatch) -> None:
+    threads = [4]
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(timeit, "repeat", lambda *_, **options: [1.0 if threads[-1] == faster else 2.0])
+    monkeypatch.setattr(device, "cores_taken", lambda: taken)
+    line = device.choose_threads(Config())
+    assert threads[-1] == faster
+    assert (line is None) == (said is None)
+    if said:
+        assert line.startswith(f"this machine is busy: others take {taken} of its ") and line.endswith(f"with {said}")
+
+
+def test_threads_that_were_asked_for_stay(monkeypatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: pytest.fail("changed"))
+    assert device.choose_threads(Config()) is None
+
+
+def test_cores_taken_sees_another_process() -> None:
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+        try:
+            time.sleep(0.3)
+            assert device.cores_taken() > 0.5
+        finally:
+            busy.kill()

@@ -56,7 +56,7 @@ NOT_YET = {
     "02": OLD,
     "03": OLD,
     "04": OLD,
-    "05": OLD,
+    "05": {"reference"},
     "07": {"reference"},  # 10_the_ward
 }
 

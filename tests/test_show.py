@@ -9,15 +9,20 @@ import threading
 import numpy as np
 import pytest
 from browser.fake_trainer import FakeTrainer, eval_row, step_row
+from checks.figures_05 import time_figure
 from IPython.core.interactiveshell import InteractiveShell
 from PIL import Image
+from tiny_run import tiny, without_times
 
+from moe_lab import Trainer
 from moe_lab.config import Config
-from moe_lab.show import live
-from moe_lab.show.live import LiveRun, is_interactive
-from moe_lab.show.plots import loss_bars, smooth, time_figure, training_figure
+from moe_lab.health.findings import Finding
+from moe_lab.show import dashboard, live
+from moe_lab.show.front import is_interactive
+from moe_lab.show.live import LivePair, LiveRun, observing
+from moe_lab.show.plots import loss_bars, smooth, training_figure
 from moe_lab.show.style import GREY, INK, LARGEST_SVG, LETTERS, SERIES, new_figure, png, to_html
-from moe_lab.train.record import RECORD, append_jsonl
+from moe_lab.train.record import RECORD, append_jsonl, read_record
 
 FLOORS = {"uniform": 8.32, "unigram": 6.61, "bigram": 4.49, "trigram": 4.08}
 MANY = [eval_row(0), *(step_row(step) for step in range(1, 1501)), eval_row(1500)]
@@ -38,15 +43,15 @@ def headless(shell, monkeypatch) -> None:
 @pytest.fixture
 def watched(shell, monkeypatch) -> None:
     monkeypatch.setenv("MOE_LAB_INTERACTIVE", "1")
-    monkeypatch.setattr(live, "REDRAW_S", 0.03)
+    monkeypatch.setattr(dashboard, "REDRAW_S", 0.03)
 
 
 @pytest.fixture
 def in_a_script(monkeypatch) -> None:
     """No shell, and so no handles; a front end is guessed none the less, as in an editor's terminal."""
     monkeypatch.setenv("MOE_LAB_INTERACTIVE", "1")
-    monkeypatch.setattr(live, "get_ipython", lambda: None)
-    monkeypatch.setattr(live, "display", lambda *shown, **options: print(*shown))
+    monkeypatch.setattr(dashboard, "get_ipython", lambda: None)
+    monkeypatch.setattr(dashboard, "display", lambda *shown, **options: print(*shown))
 
 
 def of_steps(n: int) -> Config:
@@ -82,9 +87,10 @@ def test_the_description_says_the_numbers_of_the_rows() -> None:
     last = step_row(7) | {"expert_load": [[0.25] * 4, [0.1, 0.6, 0.2, 0.1]], "grad_norm": 0.5, "norm_deviation": 0.004}
     last["losses"]["next_token"] = 3.5
     evaluation = eval_row(7) | {"validation_loss": 4.0}
-    _, description = training_figure([step_row(6), last, evaluation], FLOORS, of_steps(10))
+    first = step_row(6) | {"losses": {"next_token": 3.0}}
+    _, description = training_figure([first, last, evaluation], FLOORS, of_steps(10))
     assert description == (
-        "Step 7 of 10: training loss 3.500 nats per token, validation loss 4.000 at step 7, "
+        "Step 7 of 10: training loss 3.250 nats per token, a mean of the last updates, validation loss 4.000 at step 7, "
         "0.080 below the trigram table (4.080).\n"
         "Norm weights moved by up to 0.004; gradient norm 0.5; "
         "busiest expert: MoE layer 1, expert 1, 2.40 times the even share."
@@ -213,7 +219,7 @@ def test_starting_again_stops_the_run_before(headless) -> None:
     second = finished(FakeTrainer())
     assert first.training.result()["status"] == "interrupted"
     assert second.training.result()["status"] == "finished"
-    assert live._active is second
+    assert dashboard._active is second
 
 
 @pytest.mark.parametrize("mode", ["headless", "in_a_script"])
@@ -260,7 +266,7 @@ def test_the_loss_over_time_says_when_each_table_was_passed() -> None:
 
 def test_an_evaluation_is_not_silent(headless, monkeypatch, capsys) -> None:
     """A line comes every SILENT_S while one goes on, and says how far it is."""
-    monkeypatch.setattr(live, "SILENT_S", 0.02)
+    monkeypatch.setattr(dashboard, "SILENT_S", 0.02)
     trainer = FakeTrainer(n_steps=3)
     run_steps = trainer.fit
 
@@ -277,3 +283,139 @@ def test_an_evaluation_is_not_silent(headless, monkeypatch, capsys) -> None:
     assert [line for line in lines if "evaluating, 25%" in line]
     assert [line for line in lines if "evaluating, 75%" in line]
     assert "evaluating" not in lines[-1]
+
+
+class FakeWatch:
+    """Finds something in the step that it is told of, as a watch does: on the training's thread."""
+
+    def __init__(self, at: int = 5):
+        self.at, self.findings, self.readings, self.told = at, [], [], 0
+
+    def observe(self, *, loss: float) -> None:
+        self.told += 1
+        if self.told == self.at:
+            message, advice = "84 % < all of it", "keep them in float32"
+            self.findings.append(Finding("lost_updates", "error", "a.weight", message, advice, step=self.at))
+
+
+def test_findings_are_told_as_they_come_and_stand_in_red_under_the_figure(headless, capsys) -> None:
+    run = LiveRun(FakeTrainer(n_steps=40, step_s=0.01), watch=FakeWatch()).start()
+    asyncio.run(run.finished())
+    lines = capsys.readouterr().err.splitlines()
+    said = [n for n, line in enumerate(lines) if line.startswith("error: lost_updates: 84 % < all of it (step 5)")]
+    assert len(said) == 1 and said[0] < len(lines) - 2  # and the run went on
+    bundle = run._bundle()
+    assert re.search(
+        f"color:{dashboard.RED}[^>]*>error: lost_updates: 84 % &lt; all of it .step 5.", bundle["text/html"]
+    )
+    assert "error: lost_updates at step 5" in bundle["text/plain"]  # marked in the figure
+    assert "(step 5)" in bundle["text/plain"].splitlines()[-1]
+
+
+def test_a_watch_is_told_the_losses_at_the_same_steps_however_often_somebody_looks() -> None:
+    watch = FakeWatch()
+    listen, told = observing(watch, every=10, last=25), []
+    for step in range(1, 26):
+        listen(step_row(step))
+        told.append(watch.told)
+    assert told == [0] * 9 + [10] * 10 + [20] * 5 + [25]
+
+
+def test_the_status_says_what_is_going_on(headless) -> None:
+    run = LiveRun(FakeTrainer())
+    trainer, controls = run.trainer, run.trainer.controls
+    assert run.status() == "running · step 0/20"
+    controls.evaluated = 0.25
+    assert run.status() == "evaluating, 25% · step 0/20"
+    controls.evaluated, trainer.step = 1.0, 7
+    run.rows.append(step_row(5) | {"lr": {"muon": 0.01, "adamw": 0.0016}})
+    controls.lr_scale, controls.saved = 0.5, "step_000006.pt"
+    assert run.status().startswith("running · step 7/20 · loss 7.")
+    assert run.status().endswith(" · LR of muon 0.01 · LR × 0.5 · saved step_000006.pt")
+    controls.pause()
+    assert run.status().startswith("paused · step 7/20")
+    controls.stop()
+    assert run.status().startswith("stopping · step 7/20")
+
+
+def test_changes_and_checkpoints_are_marked(headless, tmp_path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step_000012.pt").touch()
+    actions = [{"step": 4, "action": "pause"}, {"step": 6, "action": "lr_scale", "value": 0.5}]
+    append_jsonl(tmp_path / "controls.jsonl", actions)
+    run = finished(FakeTrainer(run_dir=tmp_path))
+    figure, description = run.figure()
+    named = [text.get_text() for text in figure.axes[0].texts if text.get_rotation() == 90]
+    assert named == ["LR × 0.5", "saved"]
+    assert description.endswith("; LR × 0.5 at step 6; saved at step 12.")
+    assert [line.get_xdata()[0] for line in figure.axes[2].get_lines() if line.get_linestyle() == ":"] == [6, 12]
+
+
+def test_the_scale_is_the_losses_and_of_the_floors_those_that_are_near() -> None:
+    sick = [step_row(step) for step in range(1, 101)]
+    for row in sick:
+        row["losses"] = {"next_token": 8.3 - 0.015 * row["step"]}
+    low, high = training_figure(sick, FLOORS, of_steps(100))[0].axes[0].get_ylim()
+    assert low > FLOORS["bigram"] and low < FLOORS["unigram"] < FLOORS["uniform"] < high
+    healthy = training_figure(MANY, FLOORS, of_steps(1500))[0].axes[0].get_ylim()
+    assert healthy[0] < FLOORS["trigram"]
+
+
+def test_what_arrives_stands_beside_the_norms() -> None:
+    figure, description = training_figure(MANY, FLOORS, of_steps(1500), arrived={"the norms'": 0.0, "all": 0.84})
+    said = "updates that arrive: 0% of the norms', 84% of all"
+    assert said in [text.get_text() for text in figure.axes[1].texts] and said in description
+
+
+def test_a_run_is_shown_again_with_its_controls_and_afterwards_as_a_picture(watched, monkeypatch) -> None:
+    shown = []
+    run = LiveRun(FakeTrainer(n_steps=10**6)).start()
+    monkeypatch.setattr(dashboard, "display", lambda what, **options: shown.append(what))
+    run.show()
+    assert shown == [run._box]
+    run.stop()
+    asyncio.run(run.finished())
+    run.show()
+    assert "moe-still" not in shown[1]["text/html"] and "<img" in shown[1]["text/html"]
+    assert run._box.children == (run._status, run._image)  # what a page shows that was loaded again meanwhile
+    assert "interrupted" in run._status.value and "<img" in run._image.value
+
+
+def test_buttons_answer(watched) -> None:
+    run = LiveRun(FakeTrainer(n_steps=10**6), acts={"cut": lambda run: None}).start()
+    pause, stop, checkpoint, _ = run._box.children[0].children
+    checkpoint.click()
+    assert run._status.value.endswith("saved …")
+    run._box.children[1].children[1].click()
+    stop.click()
+    assert run._status.value.startswith("stopping")
+    assert pause.disabled and stop.disabled and checkpoint.disabled
+    asyncio.run(run.finished())
+    assert [row["action"] for row in run.trainer.controls.take(1)] == ["save", "cut", "stop"]
+
+
+@pytest.mark.parametrize("mode", ["headless", "watched"])
+def test_a_pair_is_trained_in_turn_and_each_as_if_alone(mode, request, tmp_path) -> None:
+    request.getfixturevalue(mode)
+    config, runs = tiny(tmp_path), {}
+    for name, lr in (("high", 0.02), ("low", 0.0006)):
+        runs[name] = config.with_(training={"max_lr": lr, "eval_interval": 3})
+        Trainer(runs[name], tmp_path / f"{name} alone").fit()
+    pair = LivePair({name: Trainer(runs[name], tmp_path / name) for name in runs}).start()
+    rows = asyncio.run(pair.finished())
+    for name in runs:
+        alone = without_times(read_record(tmp_path / f"{name} alone"))
+        assert without_times(rows[name]) == alone == without_times(read_record(tmp_path / name))
+    assert rows["high"] != rows["low"]
+    assert pair.state() == "finished"
+    figure, description = pair.figure()
+    assert re.match(r"high: step 6, training loss \d\.\d+, norm weights .*\nlow: step 6, training loss", description)
+    assert {line.get_color() for line in figure.axes[0].get_lines()} >= {SERIES[0][0], SERIES[1][0]}
+
+
+def test_a_pair_can_be_stopped(headless, tmp_path) -> None:
+    config = tiny(tmp_path)
+    pair = LivePair({name: Trainer(config, tmp_path / name) for name in "ab"}, until=4)
+    pair.trainers[0].listeners.append(lambda row: row["step"] == 2 and pair.stop())
+    asyncio.run(pair.start().finished())
+    assert pair.state() == "interrupted" and max(trainer.step for trainer in pair.trainers) == 2

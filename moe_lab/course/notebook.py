@@ -26,7 +26,7 @@ import torch
 from moe_lab.config import ROOT, Config, load_config
 from moe_lab.failures.results import plain, provenance
 from moe_lab.sections import ConfigError, check_value, parse_word, suggestion
-from moe_lab.train.device import pick_device
+from moe_lab.train.device import choose_threads, pick_device
 
 PROFILES = ("smoke", "lab", "gpu")
 # the parameters that every notebook may have; a value of None or '' means: not given
@@ -76,6 +76,8 @@ def begin(**parameters: Any) -> Lab:
     if "run_dir" in parameters:
         shown = lab.run_dir.relative_to(ROOT) if lab.run_dir.is_relative_to(ROOT) else lab.run_dir
         print(f"run directory: {shown}{' (resume)' if lab.resume else ''}")
+    if busy := choose_threads(config):
+        print(busy)
     return lab
 
 

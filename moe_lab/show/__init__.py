@@ -1,8 +1,10 @@
 """Pictures for readers, from the rows of a record or from plain numbers; a text description comes with each.
 
 style.py        one style for every figure, and the way from a figure to a cell's output
-plots.py        the figure of a run; losses on one scale
-live.py         LiveRun: a training in a thread, its figure and its controls
+plots.py        the figure of a run; two runs beside each other; losses on one scale
+live.py         LiveRun and LivePair: a training, or two side by side, with a figure, controls and findings
+dashboard.py    what both have: the worker thread, the controls, the output
+front.py        what a front end needs to be told while a cell waits
 sweeps.py       figures of tables of runs: learning rates, surfaces over two of them
 explorables.py  figures with controls, and how to make one; the number line of bf16
 """

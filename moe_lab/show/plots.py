@@ -14,10 +14,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moe_lab.config import Config
-from moe_lab.show.style import BLUE, GREY, INK, VERMILION, draw_floors, label_right, new_axes, new_figure, row_axes
+from moe_lab.show.style import (
+    BLUE,
+    GREY,
+    INK,
+    SERIES,
+    VERMILION,
+    draw_floors,
+    label_right,
+    new_axes,
+    new_figure,
+    row_axes,
+)
 
 Rows = Sequence[Mapping[str, Any]]
 Curve = tuple[np.ndarray, np.ndarray]  # steps, values
+Mark = tuple[int, str, str]  # what happened at a step: the step, a few words, a colour
 
 
 def column(rows: Rows, name: str, along: str = "step") -> Curve:
@@ -58,10 +70,17 @@ def loss_curves(rows: Rows, config: Config, along: str = "step") -> tuple[Curve,
     return (steps, losses / next_token_weight(config)), column(rows, "validation_loss", along)
 
 
-def training_figure(rows: Rows, floors: Mapping[str, float], config: Config) -> tuple[Figure, str]:
+def training_figure(
+    rows: Rows,
+    floors: Mapping[str, float],
+    config: Config,
+    marks: Sequence[Mark] = (),
+    arrived: Mapping[str, float] | None = None,
+) -> tuple[Figure, str]:
     """Loss, norm weights, gradient norm and expert load of a run so far; any number of rows will do.
 
-    `floors` are losses in nats per token by name (uniform, unigram, bigram, trigram).
+    `floors` are losses in nats per token by name (uniform, unigram, bigram, trigram); `arrived` are shares of the intended
+    updates that 16-bit weights have taken, by kind of tensor.
     """
     figure, scale = new_figure(), "no unit, log scale"
     loss = new_axes(figure, (0.065, 0.57, 0.335, 0.37), "Loss", "step", "nats per token")
@@ -73,28 +92,76 @@ def training_figure(rows: Rows, floors: Mapping[str, float], config: Config) -> 
     for axes in (loss, norm, grad):
         axes.set_xlim(0, steps.max(initial=10))
         axes.locator_params(axis="x", nbins=5, integer=True)
+        draw_marks(axes, marks, named=axes is loss)
     first = draw_loss(loss, training, validation, floors)
     norms, grads = column(rows, "norm_deviation"), column(rows, "grad_norm")
     draw_positive(norm, norms, "exactly 0: no norm weight has moved")
     draw_positive(grad, grads, "exactly 0: nothing learns", config.training.max_grad_norm)
     parts = [f"norm weights moved by up to {value:.2g}" for value in norms[1][-1:]]
     parts += [f"gradient norm {value:.2g}" for value in grads[1][-1:]]
+    if arrived:
+        shares = ", ".join(f"{share:.0%} of {name}" for name, share in arrived.items())
+        style = {"ha": "right", "color": VERMILION, "fontsize": 8.5, "transform": norm.transAxes}
+        norm.text(0.98, 0.05, f"updates that arrive: {shares}", **style)
+        parts.append(f"updates that arrive: {shares}")
     second = "; ".join(parts + draw_load(load, relative_load(rows)))
+    second += "".join(f"; {text} at step {step}" for step, text, _ in marks)
     if not len(steps):
         return figure, f"No update yet; {config.n_steps} steps are planned.\nThe figure fills as the run goes on."
     return figure, f"Step {steps[-1]:.0f} of {config.n_steps}: {first}.\n{second[:1].upper()}{second[1:]}."
 
 
-def time_figure(rows: Rows, floors: Mapping[str, float], config: Config) -> tuple[Figure, str]:
-    """The loss over the run's own clock, which evaluations lengthen, and pauses and saves do not."""
-    figure = new_figure(10, 3.4)
-    axes = new_axes(figure, (0.065, 0.15, 0.75, 0.74), "Loss over time", "minutes", "nats per token")
-    training, (seconds, losses) = loss_curves(rows, config, "seconds")
-    draw_loss(axes, (training[0] / 60, training[1]), (seconds / 60, losses), floors)
-    passed = {name: seconds[losses < loss] / 60 for name, loss in floors.items()}
-    words = [f"the {name} table after {at[0]:.1f} minutes" for name, at in passed.items() if len(at)]
-    whole = max((row["seconds"] for row in rows), default=0.0) / 60
-    return figure, f"{whole:.1f} minutes in all. The validation loss was seen below {', '.join(words) or 'no table'}."
+def pair_figure(
+    rows: Mapping[str, Rows], floors: Mapping[str, float], config: Config, marks: Mapping[str, Sequence[Mark]]
+) -> tuple[Figure, str]:
+    """Loss and norm weights of runs beside each other, by name, with what happened in each."""
+    figure = new_figure(10, 3.8)
+    loss = new_axes(figure, (0.065, 0.14, 0.34, 0.75), "Training loss (dots: validation)", "step", "nats per token")
+    norm = new_axes(figure, (0.63, 0.14, 0.2, 0.75), "Norm weights: largest |w − 1|", "step", "no unit, 0 at the foot")
+    norm.set_yscale("symlog", linthresh=1e-4)
+    texts, labels, norms, everything = [], [], [], []
+    for (name, some), (colour, line, marker) in zip(rows.items(), SERIES, strict=False):
+        (steps, losses), (evaluated_at, evaluated) = loss_curves(some, config)
+        loss.plot(steps, losses, color=colour, linewidth=0.7, alpha=0.3)
+        loss.plot(steps, smooth(losses), color=colour, linewidth=1.8, linestyle=line)
+        loss.plot(evaluated_at, evaluated, color=colour, linestyle="", marker=marker, markersize=4)
+        moved = column(some, "norm_deviation")
+        norm.plot(*moved, color=colour, linewidth=1.8, linestyle=line)
+        draw_marks(loss, [(step, f"{name}: {text}", colour) for step, text, _ in marks.get(name, ())], named=True)
+        everything += [losses, evaluated]
+        labels += [(value, f"{name} {value:.2f}", colour) for value in smooth(losses)[-1:] if math.isfinite(value)]
+        norms += [(math.log10(max(value, 1e-5)), f"{name} {value:.2g}", colour) for value in moved[1][-1:]]
+        if len(steps):
+            words = [f"training loss {losses[-1]:.3f}", f"norm weights moved by up to {moved[1][-1]:.2g}"]
+            words += [f"{text} at step {step}" for step, text, _ in marks.get(name, ())]
+            texts.append(f"{name}: step {steps[-1]:.0f}, {', '.join(words)}.")
+    set_loss_limits(loss, np.concatenate(everything), floors)
+    label_right(loss, labels + draw_floors(loss, floors))
+    norm.set_ylim(-2e-5, None)
+    for row, (_, text, colour) in enumerate(sorted(norms, reverse=True)):
+        norm.text(1.04, 0.9 - 0.1 * row, text, color=colour, fontsize=8.5, transform=norm.transAxes)
+    return figure, "\n".join(texts) or "No update yet."
+
+
+def draw_marks(axes: Axes, marks: Sequence[Mark], named: bool) -> None:
+    """A line at the step of each."""
+    for step, text, colour in marks:
+        axes.axvline(step, color=colour, linestyle=":", linewidth=1)
+        if named:
+            style = {"rotation": 90, "ha": "right", "va": "top", "fontsize": 7.5, "color": colour}
+            axes.text(step, 0.99, text, transform=axes.get_xaxis_transform(), **style)
+
+
+def set_loss_limits(axes: Axes, losses: np.ndarray, floors: Mapping[str, float]) -> None:
+    """Room for the losses, which take at least a third of the height, and for the floors that lie near enough."""
+    losses = losses[np.isfinite(losses)]
+    if not len(losses):
+        return
+    low, high = losses.min(), losses.max()
+    span = max(high - low, 1.0)
+    shown = [low, high, *(floor for floor in floors.values() if low - span <= floor <= high + span)]
+    margin = 0.05 * np.ptp(shown) or 0.5
+    axes.set_ylim(min(shown) - margin, max(shown) + margin)
 
 
 def draw_loss(axes: Axes, training: Curve, validation: Curve, floors: Mapping[str, float]) -> str:
@@ -104,16 +171,12 @@ def draw_loss(axes: Axes, training: Curve, validation: Curve, floors: Mapping[st
     axes.plot(steps, losses, color=BLUE, linewidth=0.7, alpha=0.4, marker="o" if len(steps) == 1 else None)
     axes.plot(steps, means, color=BLUE, linewidth=1.8)
     axes.plot(evaluated_at, evaluated, color=VERMILION, linestyle="--", linewidth=1, marker="o", markersize=4)
-    shown = np.concatenate([losses, evaluated, list(floors.values())])
-    shown = shown[np.isfinite(shown)]
-    if len(shown):
-        margin = 0.05 * np.ptp(shown) or 0.5
-        axes.set_ylim(shown.min() - margin, shown.max() + margin)
+    set_loss_limits(axes, np.concatenate([losses, evaluated]), floors)
     labels = draw_floors(axes, floors)
     for values, name, colour in ((means, "training", BLUE), (evaluated, "validation", VERMILION)):
         labels += [(value, f"{name} {value:.2f}", colour) for value in values[-1:] if math.isfinite(value)]
     label_right(axes, labels)
-    text = f"training loss {losses[-1]:.3f} nats per token" if len(steps) else ""
+    text = f"training loss {means[-1]:.3f} nats per token, a mean of the last updates" if len(steps) else ""
     if len(evaluated):
         text += f", validation loss {evaluated[-1]:.3f} at step {evaluated_at[-1]:.0f}"
         if "trigram" in floors:

@@ -6,7 +6,7 @@ import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partialmethod
 from pathlib import Path
 
@@ -25,6 +25,11 @@ class Controls:
         self.paused = self.stopped = False
         self.lr_scale = 1.0
         self.evaluated = 1.0  # share of the validation targets scored by an evaluation; 1: none is going on
+        self.saved = ""  # the file of the last checkpoint
+        self.acts: dict[
+            str, Callable[[], None]
+        ] = {}  # what else may be asked for, by its name: done between two updates
+        self.looks = False  # whether somebody looks, and so does not want to wait for the next `log_interval`
 
     def ask(self, action: str, **value: float) -> None:
         with self.lock:
@@ -43,9 +48,15 @@ class Controls:
             raise ValueError(f"lr_scale={scale} must be more than 0")
         self.ask("lr_scale", value=float(scale))
 
+    def looked(self) -> bool:
+        """Whether somebody looked since the last call."""
+        looks, self.looks = self.looks, False
+        return looks
+
     def replay(self, path: str | Path) -> None:
         """Repeat a run that was steered by hand: the actions of its controls.jsonl, at their steps."""
-        self.scheduled = [row for row in read_jsonl(Path(path)) if row["action"] in ("stop", "save", "lr_scale")]
+        known = {"stop", "save", "lr_scale", *self.acts}
+        self.scheduled = [row for row in read_jsonl(Path(path)) if row["action"] in known]
 
     def take(self, step: int) -> list[dict]:
         """Rows for what was asked since the last call, `step` updates done; applies LR changes."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import platform
+import time
 import timeit
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -14,6 +17,7 @@ from torch.optim import Optimizer
 from moe_lab.config import Config, ConfigError, PrecisionConfig
 from moe_lab.optim import products
 
+BUSY = 0.5  # cores that other processes take, from which on a machine is called busy
 WORTH_IT = 1.3  # bfloat16 is taken where it is at least this many times faster: rounding is a cost too
 
 
@@ -61,6 +65,48 @@ def seconds_per_product(a: torch.Tensor, b: torch.Tensor) -> float:
         product[0, 0].item()  # waits for the device
 
     return min(timeit.repeat(bunch, number=1, repeat=7)) / 5
+
+
+def choose_threads(config: Config) -> str | None:
+    """Compute with one thread where that is faster, by a short measurement on this run's sizes; what to tell the reader if
+    the machine is busy.
+
+    OpenMP's threads wait for each other, and GNU's do so by spinning: beside another busy process several are slower than
+    one, and for a small model always. Waiting asleep in place of spinning costs on a quiet machine and gains less than one
+    thread on a busy one, so the policy stays. It takes half a second; OMP_NUM_THREADS, if set, stands.
+    """
+    most = torch.get_num_threads()
+    if most == 1 or "OMP_NUM_THREADS" in os.environ:
+        return None
+    taken = cores_taken()
+    rows = min(config.training.batch_size * config.model.max_seq_len, 2048)
+    a, b = torch.ones(rows, config.model.d_model), torch.ones(config.model.d_model, config.model.d_ff)
+    seconds = {}
+    for n in (most, 1):
+        torch.set_num_threads(n)
+        seconds[n] = min(timeit.repeat(lambda: torch.softmax(a @ b, -1) @ b.T, number=4, repeat=4))
+    best = min(seconds, key=seconds.get)
+    torch.set_num_threads(best)
+    if taken < BUSY:
+        return None
+    of = os.cpu_count() or most
+    return f"this machine is busy: others take {taken:.1f} of its {of} cores; computing with {best} thread{'s'[: best - 1]}"
+
+
+def cores_taken(seconds: float = 0.2) -> float:
+    """How many cores all processes took while this one slept; where Linux does not say it, the load of the last minute."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+    def times() -> list[int]:
+        return [int(word) for word in stat.read_text().split("\n", 1)[0].split()[1:9]]
+
+    before = times()
+    time.sleep(seconds)
+    spent = [after - earlier for after, earlier in zip(times(), before, strict=True)]
+    idle = spent[3] + spent[4]  # idle, and waiting for a disk
+    return (1 - idle / max(1, sum(spent))) * (os.cpu_count() or 1)
 
 
 def bfloat16_products(model: nn.Module, compute: str, device: torch.device) -> contextlib.AbstractContextManager:

@@ -73,6 +73,7 @@ class Trainer:
             group.setdefault("name", f"group_{index}")
         self.batches = Batches(self.dataset.train, model_config.max_seq_len, training.batch_size, training.seed)
         self.listeners, self.controls, self.readings = list(listeners), Controls(), Readings(self.model)
+        self.controls.acts["save"] = lambda: self.save(ckpt.step_path(self.run_dir, self.step))
         self.initial_sample: dict | None = None  # of the parameters before the first update
         self.rng_state: dict | None = None  # to go on with; None: seeded
         self.dropout_noise: torch.Generator | None = None  # made when the run begins; no other draw disturbs it
@@ -120,7 +121,7 @@ class Trainer:
         Begins the run if need be, makes updates, and yields each one's Report, until `until` of them are done (counted
         from the run's first; default and limit: `n_steps`) or a stop is asked for; obeys `controls` before each update.
         A later call goes on where this one ended. The record is written every `log_interval` steps and when the generator
-        ends, is closed, or fails: an exception between two updates leaves a whole run. It neither evaluates, saves, locks
+        ends, is closed, or fails, sooner while somebody looks: an exception between two updates leaves a whole run. It neither evaluates, saves, locks
         the directory nor writes a summary: `fit` does, and makes the same updates.
         Raises ValueError for `until` beyond `n_steps`, RunError as `fit` does.
         """
@@ -132,7 +133,7 @@ class Trainer:
         try:
             while self.step < last and not self.obey_controls():
                 report = self.update()
-                if self.step % self.config.training.log_interval == 0:
+                if self.step % self.config.training.log_interval == 0 or self.controls.looked():
                     self.flush()
                 yield report
         finally:
@@ -221,8 +222,9 @@ class Trainer:
             actions = self.controls.take(self.step)
             if actions:
                 append_jsonl(self.run_dir / CONTROLS, actions)
-            if any(row["action"] == "save" for row in actions):
-                self.save(ckpt.step_path(self.run_dir, self.step))
+            for act in (self.controls.acts.get(row["action"]) for row in actions):
+                if act is not None:
+                    act()
             stop = self.controls.decision()
             if stop is not None:
                 return stop
@@ -236,6 +238,7 @@ class Trainer:
             ckpt.check_disk(self)
             ckpt.save_atomically(ckpt.snapshot(self), path)
             ckpt.prune(self.run_dir, self.config.training.keep_checkpoints)
+        self.controls.saved = path.name
 
     def tokens(self) -> int:
         return self.step * self.config.tokens_per_step

@@ -17,11 +17,11 @@ from playwright.sync_api import Page
 NOTEBOOK_03 = Path(__file__).parents[2] / "notebooks" / "03_bf16_underflow.ipynb"
 LINE = "explore_number_line()"  # a cell of notebook 03
 CELLS = """from moe_lab import Trainer
-from moe_lab.show import live
+from moe_lab.show import dashboard, live
 from moe_lab.show.explorables import explore_number_line
 from moe_lab.course import notebook
 from moe_lab.train.record import read_jsonl
-live.REDRAW_S = 0.2
+dashboard.REDRAW_S = 0.2
 lab = notebook.begin(profile="smoke", overrides="training.steps=20000 training.log_interval=2", run_dir={run_dir!r})
 ---
 trainer = Trainer(lab.config, run_dir=lab.run_dir)
