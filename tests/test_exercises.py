@@ -9,15 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from checks import exercises_01
 from checks.exercises_07 import FAULTS, RIGHT
 from helpers import solved
 
 from moe_lab.failures.surface import case_lrs, shapley
 from moe_lab.health.conventions import lr_original_from_match
 from moe_lab.health.measures import is_lost
-
-DIAGNOSES = {"A": "frequencies only", "B": "another number", "C": "random tokens", "D": "beats the tables"}
 
 
 def n_attention(config) -> int:
@@ -111,36 +108,6 @@ def frozen(peak: float, n: int, reach: float = 1.165) -> int:
 
 # of each check: wrong answers, and what the reader is told
 WRONG = {
-    "00.run_minutes": [
-        (lambda steps, tokens, speed: steps * tokens / speed, "give minutes"),
-        (lambda steps, tokens, speed: steps / speed / 60, "take 1 minute"),
-        (lambda steps, tokens, speed: speed / (steps * tokens) * 60, "half the time"),
-    ],
-    "00.next_token_loss": [
-        (lambda row, weights: row["losses"]["next_token"] / weights[0], "undo the weight"),
-        (lambda row, weights: sum(row["losses"].values()), "leave the routers' terms out"),
-        (lambda row, weights: row["losses"]["next_token"] * sum(weights), "the same shares"),
-        (lambda row, weights: row["losses"]["next_token"] * len(weights), "divide by that"),
-    ],
-    "01.step_0_loss": [
-        (lambda v, d, s: math.log(v), "whatever init_std is"),
-        (lambda v, d, s: math.log2(v) + d * s**2 / 2, "natural log"),
-        (lambda v, d, s: math.log(v) + d * s**2, "the whole variance"),
-        (lambda v, d, s: math.log(v) + d * s / 2, "init_std**2"),
-    ],
-    "01.nats_to_match": [
-        (lambda bits, size: bits * size / math.log(2), "ln 2 nats"),
-        (lambda bits, size: bits / size * math.log(2), "costs three bits"),
-        (lambda bits, size: size * math.log(2), "twice the bits"),
-    ],
-    "01.diagnosis": [
-        (DIAGNOSES | {"C": "frequencies only", "A": "random tokens"}, "C: which loss"),
-        (DIAGNOSES | {"A": "beats the tables"}, "A: beside which table"),
-        (DIAGNOSES | {"B": "beats the tables"}, "B: look at its start"),
-        (DIAGNOSES | {"D": "another number"}, "D: its start is right"),
-        (DIAGNOSES | {"B": "Beats the tables!"}, "use these words"),
-        ({"A": "frequencies only"}, "name all four"),
-    ],
     "02.kv_numbers": [
         (lambda c, n: n_attention(c) * c.n_kv_heads * c.width_of_head * n, "keys and values"),
         (lambda c, n: 2 * c.n_kv_heads * c.width_of_head * n, "one layer's cache"),
@@ -310,23 +277,3 @@ def test_learning_rates_and_shares_are_those_of_the_package() -> None:
     losses = {frozenset(): 6.8, frozenset("m"): 6.7, frozenset("a"): 6.2, frozenset("ma"): 6.0}
     shares = shapley({fixed: -loss for fixed, loss in losses.items()}, "ma")
     assert answers["shares_of_two"](6.8, 6.7, 6.2, 6.0) == pytest.approx((shares["m"], shares["a"]))
-
-
-@pytest.mark.parametrize(  # of profiles smoke and lab, rounded
-    "floors",
-    [
-        {"uniform": 6.24, "unigram": 5.34, "bigram": 3.59, "trigram": 2.85},
-        {"uniform": 8.32, "unigram": 6.65, "bigram": 4.74, "trigram": 4.44},
-    ],
-)
-def test_each_mystery_run_shows_what_its_diagnosis_says(floors: dict) -> None:
-    step_0 = floors["uniform"] + 0.04
-    runs = exercises_01.mystery_runs(floors, step_0)
-    told = {"random tokens": "uniform", "frequencies only": "unigram"}
-    for letter, diagnosis in DIAGNOSES.items():
-        start, end = runs[letter]
-        assert (start == step_0) == (diagnosis != "another number")
-        if diagnosis in told:  # beside its table, and not beside another
-            assert min(floors, key=lambda name: abs(floors[name] - end)) == told[diagnosis]
-        else:  # both look good at the end; the start tells them apart
-            assert end < min(floors.values())

@@ -1,10 +1,12 @@
 """What the notebooks' exercises are judged by; solutions are in ../solutions.
 
 checklist.py     the lines that a notebook adds to the checklist
+questions_00.py, questions_01.py, figures_00.py, figures_01.py   what these notebooks ask and draw
+machine_00.py    what the machine has, and the minutes of each notebook on it
 measure_01.py    collisions of tokens; two runs that look alike
 explore_01.py    what a first and a last loss mean; where a loss starts, with sliders
-exercises_00.py   minutes of a run, the next token's loss of a record
-exercises_01.py   losses at step 0, bits and nats, four runs to diagnose
+exercises_00.py   a config to be looked at, a head to be taken away, the next token's loss of a record
+exercises_01.py   losses at step 0, four batches and four runs to diagnose
 exercises_02.py   caches, Mixture-of-Depths, leaks
 exercises_03.py   the limit of a weight, four trainings to diagnose, a sick config
 exercises_03a.py  when a cosine freezes, three checkpoints, a schedule

@@ -2,21 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from math import isclose
 
+from moe_lab import Trainer, load_config
+from moe_lab.config import ROOT
 from moe_lab.course.lessons import exercise
+
+AS_REPORTED = ROOT / "configs" / "training_1.5b_as_reported.yaml"
+SMALL = ROOT / "configs" / "smoke.yaml"
+
+
+def line_of(start: str) -> int:
+    """Number of the line of the case's config that begins with `start`, blanks aside."""
+    lines = AS_REPORTED.read_text(encoding="utf-8").splitlines()
+    (number,) = [n for n, line in enumerate(lines, 1) if line.strip().startswith(start)]
+    return number
 
 
 @exercise
-def check_run_minutes(minutes: Callable) -> None:
-    """`minutes(steps, tokens_per_step, tokens_per_s)` of a run."""
-    found = minutes(600, 1000, 10_000)
-    assert not isclose(found, 60), "600 steps of 1,000 tokens at 10,000 tokens/s take 60 seconds: give minutes"
-    assert isclose(found, 1), (
-        "600 steps of 1,000 tokens at 10,000 tokens/s take 1 minute: tokens over tokens per second are seconds"
+def check_named(named: Mapping[str, int]) -> None:
+    """`named`: rule → line of the case's config, of what preflight calls an error or a warning."""
+    of_format, of_rate = line_of("parameters:"), line_of("max_lr:")
+    assert len(set(named.values())) > 1, "the report has two causes, and they stand in two lines"
+    assert "bf16_parameters" in named, "one finding is about the number format of the parameters"
+    assert named["bf16_parameters"] == of_format, "the number after the colon of `where` is the line"
+    rates = {rule: line for rule, line in named.items() if rule in ("lr_too_low", "muon_convention")}
+    assert rates, "the other finding is about a learning rate: leave none out that is at least a warning"
+    assert set(rates.values()) == {of_rate}, f"the learning rate stands in line {of_rate}"
+    assert len(named) == 1 + len(rates), "leave out what is neither an error nor a warning, or not in that file"
+
+
+@exercise
+def check_overrides(overrides: Sequence[str]) -> None:
+    """`overrides` with which the small run has one prediction head."""
+    assert not isinstance(overrides, str), "a list of texts, one for each setting"
+    config, given = load_config(SMALL, [*overrides, "training.device=cpu"]), load_config(SMALL)
+    assert config.training.steps == given.training.steps, "leave the number of steps as it was"
+    with tempfile.TemporaryDirectory() as folder:
+        (report,) = Trainer(config, folder).steps(until=1)
+    terms = {name: float(value) for name, value in report.losses.items()}
+    assert not any(name.startswith("future") for name in terms), (
+        f"step 1 still has the terms {', '.join(terms)}: a head for a later token is there"
     )
-    assert isclose(minutes(600, 1000, 20_000), 0.5), "twice the speed takes half the time"
+    start = math.log(given.model.vocab_size) + given.model.d_model * given.model.init_std**2 / 2
+    assert abs(terms["next_token"] - start) < 0.1, (
+        f"next_token is {terms['next_token']:.2f}, and this model, untrained, shows {start:.2f}: change the heads alone"
+    )
 
 
 @exercise

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import math
+import random
+import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from math import isclose
+from pathlib import Path
 
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+
+from moe_lab import build_model
+from moe_lab.config import Config, ConfigError, load_config, to_yaml
 from moe_lab.course.lessons import exercise
+from moe_lab.data.prepare import Dataset
 
 DIAGNOSES = ("random tokens", "frequencies only", "beats the tables", "another number")
+SUSPECTS = ("text", "random tokens", "shuffled text", "padding")
+WINDOWS, LENGTH = 16, 64  # of each suspect
 
 
 @exercise
@@ -27,16 +40,69 @@ def check_step_0_loss(loss: Callable) -> None:
 
 
 @exercise
-def check_nats_to_match(nats: Callable) -> None:
-    """`nats(bits_per_byte, bytes_per_token)`: the loss of the same quality, nats per token."""
-    bits = math.log(2)
-    assert isclose(nats(1.0, 1.0), bits, rel_tol=1e-6), (
-        "at one byte a token, 1 bit per byte is one bit a token, and that is ln 2 nats"
+def check_override(override: str, config: Config, dataset: Dataset) -> None:
+    """`override`: one setting with which the model of `config` starts about 1 nat above ln V; it is built and measured."""
+    assert isinstance(override, str), 'one text, such as "section.key=value"'
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_text(to_yaml(config), encoding="utf-8")
+        try:
+            changed = load_config(path, [override])
+        except ConfigError as error:
+            raise AssertionError(str(error)) from None
+    assert changed.model != config.model, f"{override} does not change the model that is built"
+    before, after = (replace(each.model, vocab_size=dataset.vocab_size) for each in (config, changed))
+    shapes = [[p.shape for p in build_model(model, seed=0).parameters()] for model in (before, after)]
+    assert shapes[0] == shapes[1], f"{override} changes the shapes of tensors: leave the architecture as it is"
+    above = start_of(build_model(after, seed=0), dataset) - math.log(dataset.vocab_size)
+    assert above > 0.8, f"it starts {above:.2f} nats above ln V, which is too near"
+    assert above < 1.2, f"it starts {above:.2f} nats above ln V, which is too far"
+
+
+@torch.no_grad()
+def start_of(model: torch.nn.Module, dataset: Dataset) -> float:
+    """Loss of the untrained model on 4,096 targets of the validation split, nats per token."""
+    length = model.config.max_seq_len
+    tokens = torch.from_numpy(dataset.validation[: length * (4096 // length)].astype(np.int64)).view(-1, length)
+    logits = model.eval()(tokens[:, :-1]).logits
+    return cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten()).item()
+
+
+def suspects(dataset: Dataset, seed: int) -> dict[str, np.ndarray]:
+    """Four batches in an order that the seed decides: letter → tokens, (WINDOWS, LENGTH)."""
+    return {letter: tokens for letter, (_, tokens) in dealt(dataset, seed).items()}
+
+
+def dealt(dataset: Dataset, seed: int) -> dict[str, tuple[str, np.ndarray]]:
+    """Letter → what the batch is, and its tokens."""
+    rng = np.random.default_rng(seed + 1)
+    n = WINDOWS * LENGTH
+    places = rng.integers(len(dataset.train) - n, size=3)
+    text, other, padded = (dataset.train[place : place + n].copy() for place in places)
+    rng.shuffle(other)
+    padded = padded.reshape(WINDOWS, LENGTH)
+    padded[:, LENGTH // 2 :] = padded[0, 0]
+    noise = rng.integers(dataset.vocab_size, size=n, dtype=text.dtype)
+    batches = [text, noise, other, padded]
+    made = [(kind, tokens.reshape(WINDOWS, LENGTH)) for kind, tokens in zip(SUSPECTS, batches, strict=True)]
+    return dict(zip("ABCD", random.Random(seed).sample(made, len(made)), strict=True))
+
+
+@exercise
+def check_suspects(named: Mapping[str, str], dataset: Dataset, seed: int) -> None:
+    """`named`: letter → one of SUSPECTS, of the batches of `suspects`."""
+    assert set(named) == set("ABCD") and set(named.values()) <= set(SUSPECTS), (
+        f"name all four, A to D, and use these words: {', '.join(SUSPECTS)}"
     )
-    assert isclose(nats(1.0, 3.0), 3 * bits, rel_tol=1e-6), (
-        "a token of three bytes, at 1 bit per byte, costs three bits"
-    )
-    assert isclose(nats(2.0, 3.0), 6 * bits, rel_tol=1e-6), "twice the bits are twice the nats"
+    letters = {kind: letter for letter, (kind, _) in dealt(dataset, seed).items()}
+    hints = {
+        "random tokens": "one batch has collisions × V near 1",
+        "padding": "one batch has far more collisions than text: half of it is one token",
+        "text": "two batches have the collisions of text; in one of them neighbours do not belong together",
+        "shuffled text": "two batches have the collisions of text; in one of them neighbours do not belong together",
+    }
+    for kind, hint in hints.items():
+        assert named[letters[kind]] == kind, hint
 
 
 def mystery_runs(floors: Mapping[str, float], step_0: float) -> dict[str, tuple[float, float]]:

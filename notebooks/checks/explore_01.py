@@ -13,8 +13,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moe_lab.show.live import is_interactive
-from moe_lab.show.style import BLUE, GREEN, GREY, INK, PALE, VERMILION, new_axes, new_figure, show, to_html
+from moe_lab.show.explorables import Slider, explore
+from moe_lab.show.style import BLUE, GREEN, GREY, INK, PALE, VERMILION, new_axes, new_figure
 
 START_OFF = 0.2  # nats between a first loss and where it should be: the limit of the watch's rule `initial_loss`
 AT_LN_V = 0.05  # nats: a loss as near to ln V as this has found nothing
@@ -108,40 +108,27 @@ def start_figure(vocab_size: float, d_model: float, init_std: float) -> Figures:
     return figure, alt, "A wider model, or larger start values, begins further above ln V, and has learned no less."
 
 
+def one_line(first: float, last: float, log_v: float, half_variance: float) -> Figures:
+    return loss_lines([(first, last, math.exp(log_v), half_variance)])
+
+
 def explore_losses() -> None:
     """First loss, last loss, vocabulary and half the logits' variance → what they mean."""
-    sliders = (("first loss", 7.0, 0, 15, 0.05), ("last loss", 5.0, 0, 15, 0.05), ("ln V", 10.8, 3, 12.5, 0.05),
-               ("half variance", 0.3, 0, 2, 0.02))  # fmt: skip
-    explore(sliders, lambda first, last, log_v, half: loss_lines([(first, last, math.exp(log_v), half)]), loss_lines)
-
-
-def explore_start(vocab_size: int, d_model: int, init_std: float) -> None:
-    """Vocabulary, width and start values → the loss at step 0. The sliders begin at this notebook's own model."""
-    sliders = (("log2 V", math.log2(vocab_size), 6, 18, 0.25), ("log2 width", math.log2(d_model), 5, 13, 0.25),
-               ("init_std", init_std, 0.002, 0.1, 0.002))  # fmt: skip
     explore(
-        sliders, lambda v, d, std: start_figure(2**v, 2**d, std), lambda: start_figure(vocab_size, d_model, init_std)
+        one_line,
+        loss_lines,
+        first=Slider("first loss", 7.0, 0, 15, 0.05),
+        last=Slider("last loss", 5.0, 0, 15, 0.05),
+        log_v=Slider("ln V", 10.8, 3, 12.5, 0.05),
+        half_variance=Slider("half variance", 0.3, 0, 2, 0.02),
     )
 
 
-def explore(sliders: Sequence[tuple], draw, still) -> None:
-    """A slider for each (name, value, least, most, step) over the figure `draw(*values)`; headless the figure `still()`."""
-    if not is_interactive():
-        show(*still())
-        return
-    import ipywidgets
-    from IPython.display import display
-
-    layout, style = {"width": "34em"}, {"description_width": "8em"}
-    widgets = [
-        ipywidgets.FloatSlider(value, min=low, max=high, step=step, description=name, layout=layout, style=style)
-        for name, value, low, high, step in sliders
-    ]
-
-    def picture() -> dict[str, str]:
-        return to_html(*draw(*(widget.value for widget in widgets)))
-
-    display(ipywidgets.VBox(widgets))
-    handle = display(picture(), raw=True, display_id=True)
-    for widget in widgets:
-        widget.observe(lambda _: handle.update(picture(), raw=True), names="value")
+def explore_start(vocab_size: int, d_model: int, init_std: float) -> None:
+    """Vocabulary, width and start values → the loss at step 0. The sliders begin at a model's own numbers."""
+    explore(
+        start_figure,
+        vocab_size=Slider("vocabulary V", vocab_size, 6, 18, 0.25, base=2),
+        d_model=Slider("width", d_model, 5, 13, 0.25, base=2),
+        init_std=Slider("init_std", init_std, 0.002, 0.1, 0.002),
+    )

@@ -10,20 +10,23 @@ from matplotlib.figure import Figure
 
 from moe_lab.config import ROOT
 from moe_lab.failures.results import Results
-from moe_lab.show.style import SERIES, draw_floors, label_right, new_axes, new_figure
+from moe_lab.show.style import INK, SERIES, draw_floors, label_right, new_axes, new_figure
 
 NAMES = {
-    "failure, bf16": "the failing rates, in bf16",
-    "failure": "the failing rates",
+    "failure, bf16": "failing learning rates, bf16",
+    "failure": "failing learning rates",
     "cure": "the report's cure",
-    "centre": "other rates",
+    "centre": "other learning rates",
 }
+
+
+def read_floors() -> dict[str, dict]:
+    return json.loads((ROOT / "notebooks" / "results" / "floors.json").read_text(encoding="utf-8"))
 
 
 def floors_of(profile: str = "lab") -> dict[str, float]:
     """Committed losses of the tables of counts for a profile's text, nats per token."""
-    stored = json.loads((ROOT / "notebooks" / "results" / "floors.json").read_text(encoding="utf-8"))
-    return stored[profile]["floors"]
+    return read_floors()[profile]["floors"]
 
 
 def curve(results: Results, arm: str) -> tuple[np.ndarray, np.ndarray]:
@@ -41,14 +44,14 @@ def case_curves(
     axes = new_axes(
         figure, (0.065, 0.12, 0.66, 0.79), "Four trainings of one model on one text", "update", "nats per token"
     )
-    labels, seen = [], []
+    labels, seen, marks = [], [], {"o": "●", "s": "■", "^": "▲", "D": "◆"}
     for arm, (colour, line, marker) in zip(arms, SERIES, strict=True):
         steps, losses = curve(results, arm)
         end, n_steps = results.losses(arm), results.rows[0]["steps"]
         axes.fill_between(steps, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.15, linewidth=0)
         axes.plot(steps, losses.mean(axis=0), color=colour, linestyle=line, linewidth=1.8)
         axes.plot(n_steps, end.mean, color=colour, marker=marker, markersize=7, clip_on=False, zorder=4)
-        labels.append((end.mean, f"{NAMES[arm]} {end.mean:.2f}", colour))
+        labels.append((end.mean, f"{marks[marker]} {NAMES[arm]} {end.mean:.2f}", INK))
         seen.append(f"{NAMES[arm]}: from {losses[:, 0].mean():.2f} to {end.mean:.2f}")
     axes.set(xlim=(0, n_steps), ylim=(floors["trigram"] - 0.25, floors["uniform"] + 0.25))
     label_right(axes, [*labels, *draw_floors(axes, floors)])

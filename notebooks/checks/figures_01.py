@@ -8,10 +8,12 @@ from itertools import pairwise
 import numpy as np
 from matplotlib.figure import Figure
 
+from checks.figures_00 import floors_of
 from moe_lab.show.plots import smooth
 from moe_lab.show.style import BLUE, GREY, INK, SERIES, VERMILION, label_right, new_axes, new_figure, row_axes
 
 Figures = tuple[Figure, str, str]  # a figure, what is seen, what it means
+committed_floors = floors_of
 
 
 def floor_steps(floors: Mapping[str, float], models: Mapping[str, float]) -> Figures:
@@ -22,7 +24,7 @@ def floor_steps(floors: Mapping[str, float], models: Mapping[str, float]) -> Fig
     title = "Loss on the validation split, nats per token (■ table of counts, ● model)"
     axes = row_axes([name for name, *_ in rows], title, "nats per token, lower is better")
     values = [loss for _, loss, _, _ in rows]
-    axes.set_xlim(min(values) - 0.35, max(values) + 0.55)
+    axes.set_xlim(min(values) - 0.6, max(values) + 0.45)
     drops = []
     for place, (before, after) in enumerate(pairwise(floors.values()), start=1):
         axes.plot([before, before], [place - 1, place], color=GREY, linewidth=0.8, linestyle=":")
@@ -33,7 +35,8 @@ def floor_steps(floors: Mapping[str, float], models: Mapping[str, float]) -> Fig
         drops.append(before - after)
     for place, (_, loss, colour, marker) in enumerate(rows):
         axes.plot(loss, place, marker=marker, color=colour, markersize=8)
-        axes.annotate(f"{loss:.2f}", (loss, place), (9, -3), textcoords="offset points", fontsize=9, color=INK)
+        side = {"xytext": (9, -3)} if colour == BLUE or not place else {"xytext": (-9, -3), "ha": "right"}
+        axes.annotate(f"{loss:.2f}", (loss, place), textcoords="offset points", fontsize=9, color=INK, **side)
     listed = ", ".join(f"{name} {loss:.2f}" for name, loss, _, _ in rows)
     alt = f"A staircase of four tables, each further left than the one above, and a model. {listed}."
     caption = (

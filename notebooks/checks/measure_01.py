@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+import random
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
+from checks.figures_01 import Figures, two_curves
 from moe_lab import Trainer
 from moe_lab.config import Config, DataConfig
 from moe_lab.data import Batches
@@ -102,9 +103,20 @@ def train_side_by_side(
     return losses
 
 
-def first_batch(tokens: np.ndarray, seed: int) -> torch.Tensor:
-    """What a run's first update reads, (B, T + 1)."""
-    return Batches(tokens, WINDOW, BATCH, seed).next_batch()
+def shuffled(letters: Sequence[str], one: Sick, other: Sick, seed: int) -> dict[str, Sick]:
+    """Both under letters that the seed deals."""
+    return dict(zip(letters, random.Random(f"alike {seed}").sample([one, other], 2), strict=True))
+
+
+def drawing(title: str, levels: Mapping[str, float], n_updates: int) -> Callable[[Mapping[str, list[float]]], Figures]:
+    """What `train_side_by_side` draws with."""
+    return lambda losses: two_curves(losses, levels, title, n_updates)
+
+
+def first_batches(tokens: np.ndarray, seed: int, n: int = 4) -> np.ndarray:
+    """What a run's first `n` updates read, (n · B, T + 1)."""
+    batches = Batches(tokens, WINDOW, BATCH, seed)
+    return np.concatenate([batches.next_batch().numpy() for _ in range(n)])
 
 
 def fall(losses: list[float], n: int = 10) -> float:

@@ -34,7 +34,7 @@ alike = Question(
         "neither: both read text and are starved": lambda m: m["random"] == [],
     },
     tempts="A curve that falls seems to prove that there is something to learn. A model that starts with a random opinion can "
-    "also fall by giving it up, and from the curve alone nobody can tell one fall from the other.",
+    "also fall by giving it up. There is one hint: batches of text differ more than batches of noise, so its thin line is restless.",
 )
 
 bits = Question(
