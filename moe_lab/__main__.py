@@ -1,4 +1,4 @@
-"""Command line: `python -m moe_lab run CONFIG [key=value …]`, `… preflight FILE`, `… inspect FILE`.
+"""Command line: `python -m moe_lab run CONFIG [key=value …]`, `… preflight FILE`, `… inspect FILE`, `… notebook PATH`.
 
 Errors are one line on stderr, exit code 2. Each of the three ends with 1 if an error is among what was found.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 from tqdm import tqdm
@@ -15,14 +16,15 @@ from moe_lab.config import SECTIONS, ConfigError, load_config
 from moe_lab.course import case
 from moe_lab.course.notebook import new_run_dir
 from moe_lab.health.after.inspection import inspect_checkpoint
-from moe_lab.health.before.preflight import preflight
+from moe_lab.health.before.plan import Plan
+from moe_lab.health.before.preflight import preflight, read_entries
 from moe_lab.health.during.watch import Watch
-from moe_lab.health.findings import SEVERITIES, Finding
+from moe_lab.health.findings import SEVERITIES, Finding, counts
 from moe_lab.model.count import count_parameters
 from moe_lab.train import RunError, Trainer
 from moe_lab.train.command import exit_code
 from moe_lab.train.device import choose_threads
-from moe_lab.train.record import FINDINGS
+from moe_lab.train.record import FINDINGS, commit
 
 HEALTH_SCHEMA = {"sections": tuple(SECTIONS), "dead_keys": case.case()["dead_keys"]}
 
@@ -41,7 +43,9 @@ def run(args: argparse.Namespace) -> int:
     with trainer.opened():  # from here on no other process writes there
         status, findings = fit_watched(trainer)
     print(f"{status}: {trainer.step} steps in {trainer.run_dir}; see record.jsonl and summary.json")
-    print(counts(findings) + (f": see {trainer.run_dir / FINDINGS}" if findings else ""))
+    print(
+        counts(finding.severity for finding in findings) + (f": see {trainer.run_dir / FINDINGS}" if findings else "")
+    )
     return int(any(finding.severity == "error" for finding in before + findings))
 
 
@@ -76,6 +80,8 @@ def preflight_of(path: str) -> list[Finding]:
         n_parameters = count_parameters(load_config(path).model).total
     except ConfigError:
         n_parameters = None  # another project's file, or one that the lab refuses: estimated from its sizes
+        if not Plan(read_entries(Path(path))).is_training():
+            raise ConfigError(f"{path}: not a training config: it has none of the keys that such a file has") from None
     return preflight(path, n_parameters, HEALTH_SCHEMA)
 
 
@@ -85,20 +91,16 @@ def check_file(args: argparse.Namespace) -> int:
         findings = sorted(args.check(args.file), key=lambda finding: SEVERITIES.index(finding.severity))
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if unreadable := next((finding for finding in findings if finding.rule == "unreadable"), None):
+        raise ConfigError(f"{unreadable.where}: {unreadable.message}; {unreadable.advice}")
     for finding in findings:
         print(line_of(finding))
-    print(counts(findings))
+    print(counts(finding.severity for finding in findings))
     return int(any(finding.severity == "error" for finding in findings))
 
 
 def line_of(f: Finding) -> str:
     return " ".join(f"{f.severity}: {f.rule}: {f.where}: {f.message}. {f.advice}".split())
-
-
-def counts(findings: list[Finding]) -> str:
-    """`0 errors, 2 warnings, 1 info`."""
-    numbers = {name: sum(finding.severity == name for finding in findings) for name in SEVERITIES}
-    return ", ".join(f"{n} {name}" if n == 1 or name == "info" else f"{n} {name}s" for name, n in numbers.items())
 
 
 def notebook(args: argparse.Namespace) -> None:
@@ -108,7 +110,7 @@ def notebook(args: argparse.Namespace) -> None:
         raise ConfigError(f"notebooks need {error.name}; `make setup` in a clone installs it") from error
     for word in args.overrides:
         if "=" not in word:
-            raise ConfigError(f"{word!r} is not understood; write: notebook PATH [NAME=VALUE ...]")
+            raise ConfigError(f"{word!r} is not understood; write: notebook PATH [NAME=VALUE …]")
     parameters = dict(word.split("=", 1) for word in args.overrides)
     if args.path == "all":
         runner.run_all(parameters)
@@ -120,12 +122,22 @@ class OneLineParser(argparse.ArgumentParser):
     """argparse prints its whole usage before an error; one line is enough."""
 
     def error(self, message: str):
+        message = message.replace(", section.key=value", "").replace(", NAME=VALUE", "")  # they are not required
         raise ConfigError(f"{message}; see {self.prog} --help")
 
 
-def command(argv: list[str] | None) -> int | None:
-    parser = OneLineParser(prog="python -m moe_lab", description="Train and look into training runs.")
-    commands = parser.add_subparsers(dest="command", required=True)
+def parser() -> argparse.ArgumentParser:
+    examples = """examples:
+  python -m moe_lab notebook 05 profile=smoke               execute a notebook; `all` for the whole course
+  python -m moe_lab run configs/lab.yaml training.steps=50  train one config
+  python -m moe_lab preflight configs/lab.yaml              look for mistakes before a second of compute
+  python -m moe_lab inspect runs/…/step_000200.pt           look into a checkpoint; nothing in it is executed
+
+Each command has a --help of its own. `make lab` opens the notebooks in JupyterLab."""
+    form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": examples}
+    top = OneLineParser(prog="python -m moe_lab", description="Train and look into training runs.", **form)
+    top.add_argument("--version", action="store_true", help="print the version and the commit")
+    commands = top.add_subparsers(dest="command", required=True)
     codes = "Exit code 0: no error was found; 1: one was, before the run or during it; 2: it cannot run."
     one = commands.add_parser("run", help="train one config", description=codes)
     one.add_argument("config", help="a YAML file, such as configs/lab.yaml")
@@ -142,13 +154,27 @@ def command(argv: list[str] | None) -> int | None:
         one = commands.add_parser(name, help=purpose, description=codes)
         one.add_argument("file", help=file)
         one.set_defaults(call=check_file, check=check)
-    one = commands.add_parser("notebook", help="execute a notebook headlessly")
-    one.add_argument("path", help="a notebook's path or name, or all")
-    one.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="its parameters")
+    codes = (
+        "Exit code 0: every cell passed; 2: one did not, or it cannot run; 130: Ctrl-C, and what was trained is saved."
+    )
+    one = commands.add_parser("notebook", help="execute a notebook headlessly", description=codes)
+    one.add_argument("path", help="a notebook's number, name or path (05, 05_fixed_training, notebooks/05…), or all")
+    one.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="its parameters, such as profile=smoke")
     one.set_defaults(call=notebook)
-    args, rest = parser.parse_known_args(argv)  # argparse leaves over what follows an option
+    return top
+
+
+def command(argv: list[str] | None) -> int | None:
+    known, argv = parser(), sys.argv[1:] if argv is None else argv
+    if "--version" in argv[:1]:
+        print(f"moe_lab {version('moe-lab')}, commit {commit() or 'unknown'}")
+        return 0
+    if not argv:
+        known.print_help()
+        return 2
+    args, rest = known.parse_known_args(argv)  # argparse leaves over what follows an option
     if rest and "overrides" not in args:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        known.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides += rest
     return args.call(args)

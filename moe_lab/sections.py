@@ -24,6 +24,10 @@ BOUNDS |= {"<": ("less than", operator.lt), "<=": ("at most", operator.le)}
 class ConfigError(ValueError):
     """The user's input is wrong. One line: the field or file, the value, what to do."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows: IPython asks the exception, and a reader's typo is no bug to look for in the package."""
+        return [f"error: {self}"]
+
 
 @dataclass
 class SectionHelp:

@@ -21,6 +21,7 @@ from moe_lab.__main__ import main
 from moe_lab.config import ROOT, to_yaml
 
 SMOKE = str(CONFIGS / "smoke.yaml")
+NOTEBOOK, README = str(ROOT / "notebooks" / "00_start_here.ipynb"), str(ROOT / "README.md")
 
 
 def command_of(folder: Path, **changes: dict) -> list[str]:
@@ -47,15 +48,23 @@ def call(*argv: str) -> tuple[int, str, str]:
         (["run", SMOKE, "data.source=no/text"], "data.source=no/text: no such file or folder; write stdlib, a path"),
         (["run", SMOKE, "--run-dir", "run", "--resume"], "run: nothing to resume from, checkpoints/ holds no whole"),
         (["run", SMOKE, "--resume"], "--resume needs --run-dir: the directory of the run to go on with"),
-        (["run"], "the following arguments are required: config"),
+        (["run"], "the following arguments are required: config; see python -m moe_lab run --help"),
         (["run", "a.yaml", "--run-dir"], "argument --run-dir: expected one argument; see python -m moe_lab run --help"),
         (["run", SMOKE, "--run-dri", "x"], "override '--run-dri' must read section.key=value"),
-        ([], "the following arguments are required: command; see python -m moe_lab --help"),
+        (["--resume"], "the following arguments are required: command; see python -m moe_lab --help"),
         (["rnu"], "argument command: invalid choice: 'rnu'"),
         (["preflight"], "the following arguments are required: file; see python -m moe_lab preflight --help"),
         (["preflight", "a.yaml", "b.yaml"], "unrecognized arguments: b.yaml; see python -m moe_lab --help"),
         (["preflight", "nothing.yaml"], "nothing.yaml: no such file"),
+        (["preflight", NOTEBOOK], f"{NOTEBOOK}: not a training config: it has none of the keys"),
+        (["notebook"], "the following arguments are required: path; see python -m moe_lab notebook --help"),
+        (["notebook", "05", "smoke"], "'smoke' is not understood; write: notebook PATH [NAME=VALUE …]"),
+        (["notebook", "55"], "55: no such notebook; there are 00_start_here, "),
         (["inspect", "--x", "a"], "unrecognized arguments: --x"),
+        (
+            ["inspect", README],
+            f"{README}: not a checkpoint that can be inspected: it is cut short, damaged, or no file",
+        ),
         (["inspect", "none.pt"], "none.pt: no such file; give the path of a checkpoint"),
     ],
     ids=" ".join,
@@ -100,7 +109,7 @@ def test_a_run_says_where_it_is(tmp_path: Path) -> None:
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["steps"] == 2 and summary["findings"] == []  # watched, and nothing found
     code, _, err = call(*command)
-    assert code == 2 and "resume" in err
+    assert code == 2 and "resume=True (--resume on the shell), or take another directory" in err
     code, out, err = call(*command[:2], "training.steps=3", *command[2:], "--resume")
     assert code == 0 and out.startswith("finished: 3 steps") and "training.steps: stored 2, given 3" in err
 
@@ -176,6 +185,49 @@ def test_inspect(tmp_path: Path) -> None:
     assert out.startswith("warning: never_moved: norm.weight: 1 of 1 norm weights: exactly 1 in every element")
     code, out, err = call("inspect", str(tmp_path / "b.pt"))
     assert (code, out.splitlines()[-1], err) == (1, "1 error, 0 warnings, 1 info", "")
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    torch.save({"model": {"x": torch.ones(4)}}, tmp_path / "whole.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:600])
+    torch.save({"step": 3}, tmp_path / "no_tensors.pt")
+    for name, reason in (("cut", "it is cut short, damaged, or"), ("no_tensors", "it holds no tensors by name")):
+        code, out, err = call("inspect", str(tmp_path / f"{name}.pt"))
+        assert (code, out, err.count("\n")) == (2, "", 1) and reason in err and "use another checkpoint" in err
+
+
+@pytest.mark.parametrize("text", ["data: {source: stdlib}", "train: {learning_rate: 1e-3}", "optimizer: adamw"])
+def test_a_config_of_few_keys_is_one(tmp_path: Path, text: str) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    assert call("preflight", str(tmp_path / "c.yaml")) == (0, "0 errors, 0 warnings, 0 info\n", "")
+
+
+# ---- help ------------------------------------------------------------------------------------------------------------
+
+
+def helped(capsys, *argv: str) -> str:
+    with pytest.raises(SystemExit) as end:
+        main([*argv, "--help"])
+    assert end.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_the_main_help_shows_every_command_and_so_does_no_command(capsys) -> None:
+    shown = helped(capsys)
+    for name in ("run", "preflight", "inspect", "notebook"):
+        assert f"python -m moe_lab {name}" in shown
+    code, out, err = call()
+    assert (code, " ".join(out.split()), err) == (2, shown, "")
+
+
+def test_the_help_of_notebook_names_what_it_takes(capsys) -> None:
+    shown = helped(capsys, "notebook")
+    assert "number, name or path (05, 05_fixed_training, notebooks/05…), or all" in shown and "NAME=VALUE" in shown
+
+
+def test_version() -> None:
+    code, out, err = call("--version")
+    assert (code, err) == (0, "") and re.fullmatch(r"moe_lab \d+\.\d+\.\d+, commit \S+\n", out)
 
 
 @pytest.mark.parametrize("command", ["preflight", "inspect"])

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
+import papermill
 import pytest
 import torch
 from helpers import refused, write_notebook
@@ -220,6 +221,67 @@ def failed(tmp_path_factory) -> tuple[int, str, Path]:
     return code, err.getvalue().splitlines()[-1], folder / "out"
 
 
+@pytest.mark.parametrize("word", ["05", "05_fixed_training", "notebooks/05_fixed_training.ipynb"])
+def test_a_notebook_is_found_by_number_name_or_path(word) -> None:
+    assert runner.find_notebook(word) == runner.NOTEBOOKS / "05_fixed_training.ipynb"
+
+
+@pytest.mark.parametrize("word", ["", "0", "5", "_fixed"])
+def test_a_notebook_is_not_found_by_less(word) -> None:
+    with refused(ConfigError, match="no such notebook; there are 00_start_here"):
+        runner.find_notebook(word)
+
+
+BEGIN = f"""import sys
+sys.path.insert(0, {str(runner.ROOT)!r})
+from moe_lab.course import notebook
+lab = notebook.begin(profile=profile)"""
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"profil": "smoke"}, "error: unknown parameter 'profil'; did you mean profile?"),
+        ({"profile": "smok"}, "error: profile='smok' is not one of smoke, lab, gpu; did you mean smoke?"),
+    ],
+    ids=str,
+)
+def test_plain_papermill_with_a_wrong_parameter_ends_in_one_line(tmp_path, given, message) -> None:
+    """By its own Python call; what stands under the cell is what JupyterLab shows."""
+    path = write(tmp_path / "n.ipynb", BEGIN, "print('trained')")
+    with pytest.raises(papermill.PapermillExecutionError, match=re.escape(message.removeprefix("error: "))):
+        papermill.execute_notebook(path, tmp_path / "out.ipynb", given, kernel_name="python3", progress_bar=False)
+    *_, begin, never = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
+    (output,) = begin.outputs
+    assert (output.output_type, output.traceback) == ("error", [message])
+    assert not never.outputs
+
+
+def test_plain_papermill_with_right_parameters_goes_on(tmp_path) -> None:
+    path, right = write(tmp_path / "n.ipynb", BEGIN), {"profile": "smoke", "lr": 0.1}
+    papermill.execute_notebook(path, tmp_path / "out.ipynb", right, kernel_name="python3", progress_bar=False)
+    assert "profile smoke: " in (tmp_path / "out.ipynb").read_text()
+
+
+def test_the_last_lines_name_what_was_found_and_how_to_go_on(tmp_path, capsys) -> None:
+    found = [{"severity": "error", "rule": "lost_updates", "step": 20, "where": "final_norm.weight"}]
+    found += [{"severity": "warning", "rule": "lr_too_low", "step": 20, "where": "adamw"}]
+    (tmp_path / "summary.json").write_text(json.dumps({"status": "interrupted", "findings": found}))
+    runner.print_end(tmp_path / "n.ipynb", {"profile": "smoke", "overrides": ["training.steps=60", "model.d_ff=64"]})
+    assert [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()] == [
+        f"summary {tmp_path / 'summary.json'}",
+        "status interrupted",
+        "findings 1 error, 1 warning, 0 info",
+        "error lost_updates at step 20: final_norm.weight",
+        "warning lr_too_low at step 20: adamw",
+        f"to go on python -m moe_lab notebook n profile=smoke 'overrides=training.steps=60 model.d_ff=64' "
+        f"run_dir={tmp_path} resume=true",
+    ]
+    (tmp_path / "summary.json").write_text(json.dumps({"status": "finished", "findings": None}))  # nothing watched
+    runner.print_end(tmp_path / "n.ipynb", {})
+    assert "findings" not in (out := capsys.readouterr().out) and "to go on" not in out
+
+
 def test_headless_leaves_one_picture_and_no_widget(failed) -> None:
     done = nbformat.read(failed[2] / "n.ipynb", as_version=4)
     start, wait, after = [cell for cell in done.cells if cell.cell_type == "code"][-6:-3]
@@ -228,7 +290,10 @@ def test_headless_leaves_one_picture_and_no_widget(failed) -> None:
     assert {output.name for output in wait.outputs} <= {"stderr"}
     assert after.outputs[0].text == "False 0.001\n"
     assert "widgets" not in done.metadata
-    assert '<img alt="Step 20 of 20' in (failed[2] / "n.html").read_text()
+    page = (failed[2] / "n.html").read_text()
+    assert '<img alt="Step 20 of 20' in page and "<title>n</title>" in page
+    assert "100 %" in wait.outputs[0].text and "100 %" not in page  # progress is no part of the report
+    assert 'data-mime-type="application/vnd.jupyter.stderr"' in page, "the error itself stays"
 
 
 def test_a_failing_worker_fails_the_cell_with_its_own_words(failed) -> None:

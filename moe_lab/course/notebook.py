@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
@@ -67,6 +68,7 @@ def begin(**parameters: Any) -> Lab:
     profile's; from the repository's root), `overrides` (a list, or one text: "training.steps=20 model.d_model=64"),
     `run_dir` (default: a new dated directory under runs/, made by whoever writes there), `seed`, `device`, `resume`.
     """
+    refuse_injected()
     lab = resolve(**parameters)
     config, model = lab.config, lab.config.model
     mixture = f", {len(model.moe_layers)} with {model.n_experts} experts" if model.moe_layers else ""
@@ -124,6 +126,17 @@ def refuse_unknown(names: Iterable[str], known: Iterable[str], where: str = "") 
         if name not in known:
             near = suggestion(name, known) or f"; known are {', '.join(known) or 'none'}"
             raise ConfigError(f"{where}unknown parameter {name!r}{near}")
+
+
+def refuse_injected() -> None:
+    """Raise ConfigError for a parameter that plain papermill put into a cell below a notebook's own, and that no cell
+    before it has."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    cells = shell.user_ns.get("In", []) if shell else []
+    place = next((n for n, source in enumerate(cells) if source.startswith("# Parameters\n")), 0)
+    names = re.compile(r"^(\w+)\b[^=\n]*=", re.MULTILINE)
+    if place:
+        refuse_unknown(names.findall(cells[place]), names.findall("\n".join(cells[:place])))
 
 
 def cast(name: str, value: Any, kind: type) -> Any:

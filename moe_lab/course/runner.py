@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import nbformat
 import papermill
 import psutil
 import zmq
@@ -30,6 +32,7 @@ from traitlets.config import Config
 
 from moe_lab.config import ROOT
 from moe_lab.course.notebook import KINDS, Lab, cast, new_run_dir, refuse_unknown, resolve
+from moe_lab.health.findings import counts
 from moe_lab.sections import ConfigError
 from moe_lab.train import RunError
 from moe_lab.train.record import RECORD
@@ -125,14 +128,23 @@ def run_notebook(
         execute(path, output, parameters)
     finally:
         if output.exists():
-            html, _ = HTMLExporter().from_filename(str(output))
-            output.with_suffix(".html").write_text(html, encoding="utf-8")
-        print_files(output)
+            write_html(output)
+        print_end(output, parameters)
     return directory
 
 
-def print_files(output: Path) -> None:
-    """Where things are and how the run ended, in a few aligned lines."""
+def write_html(path: Path) -> None:
+    """The page of an executed notebook, without the progress lines that it wrote to stderr: they stand there in red."""
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+    html, _ = HTMLExporter().from_notebook_node(notebook, {"metadata": {"name": path.stem}})
+    path.with_suffix(".html").write_text(html, encoding="utf-8")
+
+
+def print_end(output: Path, parameters: Mapping[str, Any]) -> None:
+    """Where things are, how the run ended, what its watch found, and how to go on: a few aligned lines."""
     summary = output.with_name("summary.json")
     checkpoints = sorted((output.parent / "checkpoints").glob("*.pt"))
     files = [("notebook", output), ("HTML", output.with_suffix(".html"))]
@@ -145,12 +157,27 @@ def print_files(output: Path) -> None:
         if key in values:
             value = values[key]
             print(f"{key.replace('_', ' '):16}{f'{value:.4f}' if isinstance(value, float) else value}")
+    findings = values.get("findings")
+    if findings is not None:
+        print(f"{'findings':16}{counts(finding['severity'] for finding in findings)}")
+    for finding in findings or ():
+        print(f"{finding['severity']:16}{finding['rule']} at step {finding['step']}: {finding['where']}")
+    if values.get("status") == "interrupted":
+        given = {**parameters, "run_dir": output.parent, "resume": "true"}
+        words = [shlex.quote(f"{name}={text_of(value)}") for name, value in given.items()]
+        print(f"{'to go on':16}python -m moe_lab notebook {output.stem} {' '.join(words)}")
+
+
+def text_of(value: Any) -> str:
+    """A parameter as it is typed on the shell."""
+    return " ".join(value) if isinstance(value, list) else "" if value is None else str(value)
 
 
 def find_notebook(path: str | Path) -> Path:
-    """A notebook by its path (from here or from the repository's root) or its name."""
+    """A notebook by its path (from here or from the repository's root), its name, or its number."""
     known = ", ".join(notebook.stem for notebook in all_notebooks())
-    for candidate in (Path(path), ROOT / path, NOTEBOOKS / path, NOTEBOOKS / f"{path}.ipynb"):
+    numbered = NOTEBOOKS.glob(f"{path}_*.ipynb") if str(path).isalnum() else ()
+    for candidate in (Path(path), ROOT / path, NOTEBOOKS / path, NOTEBOOKS / f"{path}.ipynb", *numbered):
         if candidate.is_file():
             return candidate.resolve()
     raise ConfigError(f"{path}: no such notebook; there are {known}")

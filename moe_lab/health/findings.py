@@ -22,6 +22,13 @@ def grouped(things: Iterable, key: Callable) -> dict[Any, list]:
     return groups
 
 
+def counts(severities: Iterable[str]) -> str:
+    """`0 errors, 2 warnings, 1 info`, of the severities of findings."""
+    given = list(severities)
+    numbers = {name: given.count(name) for name in SEVERITIES}
+    return ", ".join(f"{n} {name}" if n == 1 or name == "info" else f"{n} {name}s" for name, n in numbers.items())
+
+
 @dataclass(frozen=True)
 class Finding:
     """One thing that a rule found. `error`: the run is sick, stop; `warning`: likely wrong, look; `info`: good to know."""

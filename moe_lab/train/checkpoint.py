@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from moe_lab.config import to_dict
+from moe_lab.config import ConfigError, to_dict
 from moe_lab.health.sampling import WHOLE
 from moe_lab.train.device import is_out_of_memory
 from moe_lab.train.record import replacing
@@ -28,6 +28,8 @@ PER_TENSOR = 1 << 10  # bytes, at most, for names and alignment of what is kept 
 
 class RunError(RuntimeError):
     """A run cannot start or go on. One line: what, where, what to do."""
+
+    _render_traceback_ = ConfigError._render_traceback_
 
 
 class DamagedError(RunError):

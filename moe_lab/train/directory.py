@@ -47,7 +47,7 @@ def refuse_used(trainer: Trainer) -> None:
     """Raise RunError if the directory holds a run: not to be resumed, or gone on since this trainer read it."""
     if last_written(trainer.run_dir) != trainer.record_time:
         raise RunError(
-            f"{trainer.run_dir}: holds a run already; continue it with resume=True, or take another directory"
+            f"{trainer.run_dir}: holds a run already; continue it with resume=True (--resume on the shell), or take another directory"
         )
 
 

@@ -74,6 +74,12 @@ class Plan:
         names = (key, *self.aliases.get(key, ()))
         return next((self.by_key[name] for name in names if name in self.by_key), None)
 
+    def is_training(self) -> bool:
+        """Whether any key is one of a training config."""
+        keys = set(self.by_key)
+        known = any(self.find(key) for key in self.aliases) or any(map(PEAK_LR.fullmatch, map(str.lower, keys)))
+        return known or self.optimizer() is not None or bool(keys & {"params_dtype", "param_dtype", "torch_dtype"})
+
     def number(self, key: str) -> float | None:
         """A number of at least 0."""
         entry = self.find(key)
