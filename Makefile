@@ -1,6 +1,7 @@
 # make run   train the cured model by executing notebook 05 (PARAMS="profile=smoke seed=1" sets its parameters)
 # make test  every test, the notebooks included
-# make lab   open JupyterLab        make notebooks  the whole sequence, headless
+# make lab   open JupyterLab on your own copies of the notebooks, in work/ (FRESH=1: new ones)
+# make notebooks  the whole sequence, headless
 .DEFAULT_GOAL := help
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
@@ -50,8 +51,11 @@ browser: test-setup
 	|| $(BIN)/python -m playwright install chromium \
 	|| { echo "error: the browser test needs Chromium; install it with your system's packages" >&2; exit 2; }
 
+# Working copies in work/, made once; FRESH=1 moves them aside and makes new ones. As root, in a container, too.
 lab: setup
-	$(BIN)/python -m jupyter lab notebooks
+	@$(BIN)/python -m moe_lab.course.copies $(if $(FRESH),fresh)
+	JUPYTER_CONFIG_PATH="$(CURDIR)/work/.jupyter$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH}" $(BIN)/python -m jupyter lab \
+	  $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir="$(CURDIR)" $(LAB) work/00_start_here.ipynb
 
 notebooks: setup
 	$(BIN)/python -m moe_lab notebook all $(PARAMS)

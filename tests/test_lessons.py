@@ -2,11 +2,13 @@
 
 import asyncio
 import math
+from types import SimpleNamespace
 
 import IPython.display
 import ipywidgets
 import pytest
 
+from moe_lab.course import lessons
 from moe_lab.course.lessons import NO_GUESS, Question, answers, ask, exercise, guesses, reveal, score
 
 OPTIONS = {
@@ -18,24 +20,54 @@ LOSS = Question("What does a < b do?", OPTIONS, tempts="Because curves fall.")
 NORM = Question("And the norm?", OPTIONS, tempts="")
 
 
-def asked(question: Question) -> None:
-    asyncio.run(ask(question))
+def asked(question: Question, click: str | None = None) -> None:
+    """Run the cell; a reader who is there clicks as soon as there are buttons."""
+
+    async def cell() -> None:
+        waiting = asyncio.create_task(ask(question))
+        await asyncio.sleep(0.01)
+        if click:
+            assert not waiting.done(), "the cell did not wait"
+            press(click)
+        await waiting
+
+    asyncio.run(asyncio.wait_for(cell(), 5))
 
 
 @pytest.fixture(autouse=True)
-def forget():
+def forget(monkeypatch, tmp_path):
+    monkeypatch.setattr(lessons, "KEPT", tmp_path / "answers.json")
     yield
     guesses.clear()
     answers.clear()
+    lessons.open_boxes.clear()
+
+
+BOXES: list = []  # what was shown, and what was put in its place
+TEXTS: list[str] = []
 
 
 @pytest.fixture
 def shown(monkeypatch) -> list:
     """What a reader with a front end gets to see."""
-    things: list = []
+    BOXES.clear(), TEXTS.clear()
+    handle = SimpleNamespace(update=lambda bundle, raw: TEXTS.append(bundle["text/plain"]))
+
+    def display(box, display_id):
+        BOXES.append(box)
+        return handle
+
     monkeypatch.setenv("MOE_LAB_INTERACTIVE", "1")
-    monkeypatch.setattr(IPython.display, "display", things.append)
-    return things
+    monkeypatch.setattr(IPython.display, "display", display)
+    return BOXES
+
+
+def buttons() -> list[ipywidgets.Button]:
+    return [child for child in BOXES[-1].children if isinstance(child, ipywidgets.Button)]
+
+
+def press(option: str) -> None:
+    next(button for button in buttons() if button.description == option).click()
 
 
 def test_headless_there_is_no_guess_and_no_score(monkeypatch, capsys) -> None:
@@ -59,38 +91,79 @@ def test_options_are_shuffled_by_text_and_seed_alone() -> None:
     assert Question("question 0", OPTIONS, "").shuffled() == ["it stays", "it falls", "it rises"]  # on every machine
 
 
-def test_a_reader_has_no_guess_before_a_click(shown, capsys) -> None:
-    asked(LOSS)
+def test_the_cell_waits_for_a_click(shown, capsys) -> None:
+    asked(LOSS, "it falls")
+    title, *_, note = shown[0].children
+    assert "<b>What does a &lt; b do?</b>" in title.value and 'alt="What does a &lt; b do?"' in title.value
+    assert [button.description for button in buttons()] == [*LOSS.shuffled(), NO_GUESS]
+    assert "waits here for your choice. Interrupt (■) goes on without one" in note.value
+    assert TEXTS == ["What does a < b do?\nyour answer: it falls"], "the buttons stay in the saved notebook"
+    assert capsys.readouterr().out == ""
+
+
+def test_interrupt_goes_on_without_a_guess(shown, capsys) -> None:
+    async def cell() -> None:
+        waiting = asyncio.create_task(ask(LOSS))
+        await asyncio.sleep(0.01)
+        waiting.cancel()
+        await waiting
+
+    asyncio.run(cell())
+    assert capsys.readouterr().out == "going on without a guess\n"
+    assert [f"What does a < b do?\nyour answer: {NO_GUESS}"] == TEXTS
     reveal(LOSS, first=2, last=1)
+    assert "you did not guess" in capsys.readouterr().out
     score()
-    assert capsys.readouterr().out.splitlines() == [
-        "measured: it falls",
-        "you did not guess",
-        "Because curves fall.",
-        "0 of 0 predictions were right",
-    ]
-    text, choice = shown[0].children
-    assert text.value == "<b>What does a &lt; b do?</b>"
-    assert isinstance(choice, ipywidgets.RadioButtons) and choice.index is None
-    assert choice.options == (*LOSS.shuffled(), NO_GUESS)
+    assert capsys.readouterr().out == "0 of 0 predictions were right\n"
 
 
 def test_guesses_are_kept_and_scored_over_what_was_answered(shown, capsys) -> None:
     unanswered, unrevealed = (Question(f"{n}?", OPTIONS, "") for n in range(2))
     for question, guess in ((LOSS, "it falls"), (NORM, "it rises"), (unanswered, NO_GUESS), (unrevealed, "it falls")):
-        asked(question)
-        shown[-1].children[1].value = guess
+        asked(question, guess)
     reveal(LOSS, first=2, last=1)
-    assert "✓ as you predicted" in capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines() == ["measured: it falls", "✓ as you predicted", "Because curves fall."]
     reveal(NORM, first=2, last=1)
     assert "✗ you predicted: it rises" in capsys.readouterr().out
     reveal(unanswered, first=2, last=1)
     assert "you did not guess" in capsys.readouterr().out
     score()
     assert capsys.readouterr().out == "1 of 2 predictions were right\n"
-    asked(LOSS)  # again: not scored before it is revealed again
+
+
+def test_a_question_asked_again_keeps_its_answer_and_does_not_wait(shown, capsys) -> None:
+    asked(LOSS, "it rises")
+    reveal(LOSS, first=2, last=1)
+    asked(LOSS)
     score()
-    assert capsys.readouterr().out == "0 of 1 predictions were right\n"
+    assert capsys.readouterr().out.endswith("0 of 0 predictions were right\n")  # not before it is revealed again
+    assert [b.description for b in buttons() if b.button_style] == ["it rises"]
+    assert "Your last answer: it rises." in shown[-1].children[-1].value
+    reveal(LOSS, first=2, last=1)
+    assert "✗ you predicted: it rises" in capsys.readouterr().out
+    assert TEXTS[-1].endswith("your answer: it rises"), "its buttons stay in the saved notebook"
+    asked(LOSS)
+    press("it falls")
+    reveal(LOSS, first=2, last=1)
+    assert "✓ as you predicted" in capsys.readouterr().out
+
+
+def test_answers_and_the_options_order_are_kept_across_notebooks(shown, capsys) -> None:
+    """The file that `make lab` lays beside the copies; without it nothing is written."""
+    asked(NORM, "it stays")
+    assert not lessons.KEPT.exists()
+    lessons.KEPT.write_text(
+        '{"seed": 1, "guesses": {"of another notebook": "x"}, "answers": {"of another notebook": "x"}}'
+    )
+    asked(LOSS, "it rises")
+    assert [button.description for button in buttons()] == [*LOSS.shuffled(1), NO_GUESS] != [*LOSS.shuffled(), NO_GUESS]
+    reveal(LOSS, first=2, last=1)
+    guesses.clear(), answers.clear()  # another kernel
+    asked(LOSS)
+    reveal(LOSS, first=2, last=1)
+    assert "✗ you predicted: it rises" in capsys.readouterr().out
+    score()
+    assert capsys.readouterr().out.splitlines() == ["0 of 1 predictions were right", "in all notebooks so far: 1 of 2"]
 
 
 @pytest.mark.parametrize(

@@ -6,4 +6,5 @@ case.py       the case: claims, bugs, observed runs and figures, from case.yaml;
 verdicts.py   verdicts as older notebooks call them
 machine.py    what is installed here, how fast it trains, and what each notebook costs
 runner.py     notebooks executed without a person: one, or the whole sequence
+copies.py     working copies for a reader, in work/, and their solutions
 """

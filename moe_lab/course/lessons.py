@@ -9,16 +9,26 @@ Questions stand in notebooks/checks/questions_NN.py, so that no notebook shows i
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import html
+import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moe_lab.config import ROOT
 from moe_lab.show.live import is_interactive
+from moe_lab.train.record import write_atomically
 
 NO_GUESS = "I'd rather not guess"
+WAITING = "The notebook waits here for your choice. Interrupt (■) goes on without one."
+# options may be longer than a line; and ipywidgets gives a group of buttons no name for screen readers
+GROUP = """<style>.moe-lab-options .jupyter-button {{white-space: normal; height: auto; text-align: left;
+line-height: 1.5; padding: 4px 10px}}</style><b>{question}</b><img hidden src="data:," alt="{question}" onerror="
+setTimeout(() => {{const box = this.closest('.moe-lab-options'); box.setAttribute('role', 'group');
+box.setAttribute('aria-label', this.alt)}}, 300)">"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,9 +40,9 @@ class Question:
     tempts: str  # why the popular wrong answer tempts, and why it is wrong: shown with the answer
     seed: int = 0  # another one shuffles the options anew
 
-    def shuffled(self) -> list[str]:
-        """The options in an order that text and seed decide: the same on every machine."""
-        return random.Random(f"{self.seed} {self.text}").sample(list(self.options), len(self.options))
+    def shuffled(self, copies: int = 0) -> list[str]:
+        """The options in an order that text and seeds decide: the same on every machine. `copies`: a reader's own seed."""
+        return random.Random(f"{self.seed + copies} {self.text}").sample(list(self.options), len(self.options))
 
     def answer(self, measured: Mapping[str, Any]) -> str:
         """The option that is true of what was measured. Raises AssertionError unless it is exactly one."""
@@ -42,27 +52,82 @@ class Question:
         return true[0]
 
 
-# what the reader of this kernel chose, and what was measured: a notebook has a kernel of its own
-guesses: dict[Question, str | None] = {}
+# What the reader chose and what was measured: of this kernel by question, and of all notebooks, by the question's text, in
+# the file that `make lab` lays beside the working copies. Without them nothing is written.
+guesses: dict[Question, str] = {}
 answers: dict[Question, str] = {}
+KEPT = ROOT / "work" / "answers.json"
+open_boxes: dict[Question, Callable[[], None]] = {}  # what closes the buttons of a question
+
+
+def kept() -> dict[str, Any]:
+    nothing = {"seed": 0, "guesses": {}, "answers": {}}
+    return nothing | json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.exists() else nothing
+
+
+def keep(what: str, question: Question, option: str) -> None:
+    if KEPT.exists():
+        entries = kept()
+        entries[what][question.text] = option
+        write_atomically(KEPT, json.dumps(entries, indent=1, ensure_ascii=False))
 
 
 async def ask(question: Question) -> None:
-    """Show the options to choose from. Where nobody can click, print them: then there is no guess."""
-    guesses[question] = None
+    """Show the options and wait until one is chosen; where nobody can click, print them: then there is no guess.
+
+    Interrupt goes on without a guess. A question that was answered before, in this kernel or another day, keeps its answer
+    until another option is chosen, and nothing waits.
+    """
     answers.pop(question, None)  # asked again: not scored before it is revealed again
-    options = question.shuffled()
     if not is_interactive():
-        lines = [f"  ({letter}) {option}" for letter, option in zip("abcdef", options, strict=False)]
+        lines = [f"  ({letter}) {option}" for letter, option in zip("abcdef", question.shuffled(), strict=False)]
         print(question.text, *lines, sep="\n")
         return
+    if before := guesses.get(question) or kept()["guesses"].get(question.text):
+        guesses[question] = before
+    close_box(question)
+    open_boxes[question] = show_options(question, before)
+    if before:
+        return
+    try:
+        while question not in guesses:
+            await asyncio.sleep(0.05)
+    except (asyncio.CancelledError, KeyboardInterrupt):
+        guesses[question] = NO_GUESS  # until the cell is run again in another kernel: it is not kept
+        print("going on without a guess")
+        close_box(question)
+
+
+def show_options(question: Question, before: str | None) -> Callable[[], None]:
+    """Buttons for the options, in an order of these copies' own; returns what puts a line of text in their place."""
     import ipywidgets
     from IPython.display import display
 
-    layout = ipywidgets.Layout(width="auto")
-    choice = ipywidgets.RadioButtons(options=[*options, NO_GUESS], index=None, layout=layout)
-    choice.observe(lambda change: guesses.__setitem__(question, change["new"]), "value")
-    display(ipywidgets.VBox([ipywidgets.HTML(f"<b>{html.escape(question.text)}</b>"), choice]))
+    def choose(option: str) -> None:
+        guesses[question] = option
+        keep("guesses", question, option)
+        close_box(question)
+
+    buttons = []
+    for option in [*question.shuffled(kept()["seed"]), NO_GUESS]:
+        buttons.append(ipywidgets.Button(description=option, tooltip=option, layout={"width": "auto"}))
+        buttons[-1].on_click(lambda _, option=option: choose(option))
+        buttons[-1].button_style = "info" if option == before else ""
+    note = f"Your last answer: {before}. It stays unless you choose another one." if before else WAITING
+    title = ipywidgets.HTML(GROUP.format(question=html.escape(question.text, quote=True)))
+    box = ipywidgets.VBox([title, *buttons, ipywidgets.HTML(f"<i>{html.escape(note)}</i>")])
+    box.add_class("moe-lab-options")
+    handle = display(box, display_id=True)
+
+    def close() -> None:  # a saved notebook would show the buttons as an error
+        handle.update({"text/plain": f"{question.text}\nyour answer: {guesses.get(question, NO_GUESS)}"}, raw=True)
+        box.close()
+
+    return close
+
+
+def close_box(question: Question) -> None:
+    open_boxes.pop(question, lambda: None)()
 
 
 def reveal(question: Question, **measured: Any) -> None:
@@ -71,18 +136,30 @@ def reveal(question: Question, **measured: Any) -> None:
     print(f"measured: {right}")
     if not is_interactive():
         return
-    guess = guesses.get(question)
-    guessed = guess not in (None, NO_GUESS)
-    print(("✓ as you predicted" if guess == right else f"✗ you predicted: {guess}") if guessed else "you did not guess")
+    close_box(question)
+    keep("answers", question, right)
+    guess = guesses.get(question, NO_GUESS)
+    if guess == NO_GUESS:
+        print("you did not guess")
+    else:
+        print("✓ as you predicted" if guess == right else f"✗ you predicted: {guess}")
     print(question.tempts)
 
 
 def score() -> None:
     """Print how many of the reader's guesses were right; what was not answered does not count. Headless, nothing."""
-    if is_interactive():
-        made = [question for question in answers if guesses.get(question) not in (None, NO_GUESS)]
-        right = sum(guesses[question] == answers[question] for question in made)
-        print(f"{right} of {len(made)} predictions were right")
+    if not is_interactive():
+        return
+    right, made = right_of({q.text: guess for q, guess in guesses.items()}, {q.text: a for q, a in answers.items()})
+    print(f"{right} of {made} predictions were right")
+    in_all = right_of(kept()["guesses"], kept()["answers"])
+    if in_all[1] > made:
+        print(f"in all notebooks so far: {in_all[0]} of {in_all[1]}")
+
+
+def right_of(guessed: Mapping[str, str], measured: Mapping[str, str]) -> tuple[int, int]:
+    made = [text for text in measured if guessed.get(text, NO_GUESS) != NO_GUESS]
+    return sum(guessed[text] == measured[text] for text in made), len(made)
 
 
 class Predictions:

@@ -1,0 +1,261 @@
+"""Working copies: made once, complete, and with nothing in view that answers what is asked; their solutions solve."""
+
+import importlib
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import nbformat
+import pytest
+from helpers import refused
+
+from moe_lab.config import ROOT, ConfigError
+from moe_lab.course import copies, runner
+
+NAMES = [path.stem for path in runner.all_notebooks()]
+SEARCHABLE = 12  # an option of fewer characters ("slower", "1 to 5") occurs in prose by chance
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """Copies of the whole course."""
+    folder = tmp_path_factory.mktemp("lab") / "work"
+    copies.make(work=folder)
+    return folder
+
+
+# ---- a reader's work is left alone -----------------------------------------------------------------------------------
+
+
+def markdown(text: str, *tags: str):
+    return nbformat.v4.new_markdown_cell(text, metadata={"tags": [*tags]})
+
+
+def code(text: str, *tags: str, output: str = ""):
+    outputs = [nbformat.v4.new_output("stream", text=output)] if output else []
+    return nbformat.v4.new_code_cell(text, metadata={"tags": [*tags]}, outputs=outputs, execution_count=1)
+
+
+def write(path: Path, *cells) -> None:
+    nbformat.write(nbformat.v4.new_notebook(cells=[*cells]), path)
+
+
+@pytest.fixture
+def course(tmp_path: Path, monkeypatch) -> Path:
+    """A course of one notebook with one exercise; its copies go to work/ beside it."""
+    folder = tmp_path / "notebooks"
+    (folder / "checks").mkdir(parents=True)
+    (folder / "solutions").mkdir()
+    (folder / "checks" / "exercises_00.py").write_text("def check_half(half): print(half(4))\n")
+    (folder / "GLOSSARY.md").write_text("[results](results/a.json)")
+    text = "## Exercise 1\n```python\nimport math\n\n\ndef half(n):\n    return n / 2\n```\nTold in words.\n"
+    (folder / "solutions" / "00.md").write_text(text)
+    for module in (copies, runner):
+        monkeypatch.setattr(module, "NOTEBOOKS", folder)
+    exercise = "start = 4\nhalf = None  # your function\n_ = exercises_00.check_half(half)"
+    answer = markdown("## What it was\n\nIt fell.", "answer")
+    cells = [code("print(1)", output="1"), answer, code("claim(1)", "claims"), code(exercise)]
+    write(folder / "00_one.ipynb", *cells, markdown("[done](solutions/00.md), [runs](results/a.json)"))
+    return folder
+
+
+def test_a_copy_is_cleared_folded_and_linked(course: Path) -> None:
+    copies.make(work=course.parent / "work")
+    copy = nbformat.read(course.parent / "work" / "00_one.ipynb", as_version=4)
+    first, answer, claim, exercise, links = copy.cells
+    assert all((cell.outputs, cell.execution_count) == ([], None) for cell in (first, claim, exercise))
+    assert answer.source.startswith(
+        f"## What it was\n\n<details><summary>{copies.SUMMARY}</summary>\n\nIt fell.\n\n</det"
+    )
+    assert claim.metadata.jupyter.source_hidden and "jupyter" not in first.metadata
+    assert links.source == "[done](solutions/00_one.ipynb), [runs](../notebooks/results/a.json)"
+    assert (course.parent / "work" / "GLOSSARY.md").read_text() == "[results](../notebooks/results/a.json)"
+    assert nbformat.read(course / "00_one.ipynb", as_version=4).cells[0].outputs, "the notebook itself has changed"
+
+
+def test_a_copy_is_made_once(course: Path) -> None:
+    work = course.parent / "work"
+    assert copies.make(work=work) == ["work/ holds your copies of the notebooks; they are never overwritten"]
+    answers, copy = (work / copies.ANSWERS).read_text(), work / "00_one.ipynb"
+    edited = nbformat.read(copy, as_version=4)
+    edited.cells[0].source = "mine"
+    nbformat.write(edited, copy)
+    mine = copy.read_text()
+    shutil.copy(course / "00_one.ipynb", course / "01_two.ipynb")  # a notebook that came later
+    said = copies.make(work=work)
+    assert copy.read_text() == mine and (work / copies.ANSWERS).read_text() == answers
+    assert (work / "01_two.ipynb").exists() and not any("older" in line for line in said)
+    write(course / "00_one.ipynb", code("print(2)"), *nbformat.read(course / "00_one.ipynb", as_version=4).cells[1:])
+    told = (
+        "older than the notebooks of today: 00_one.ipynb, solutions/00_one.ipynb; `make lab FRESH=1` moves yours aside"
+    )
+    assert told in copies.make(work=work) and copy.read_text() == mine
+
+
+def test_fresh_copies_move_the_old_ones_aside(course: Path) -> None:
+    work = course.parent / "work"
+    copies.make(work=work)
+    (work / "mine.txt").write_text("mine")
+    for n in (1, 2):  # twice in a minute
+        first, *_ = copies.make(fresh=True, work=work)
+        aside = re.fullmatch(r"what was in work/ is now in (work-\S+)/", first)[1]
+        assert (work.parent / aside / "mine.txt").read_text() == "mine" and not (work / "mine.txt").exists(), n
+        (work / "mine.txt").write_text("mine")
+
+
+def test_git_and_ruff_do_not_see_the_copies() -> None:
+    for name in ("work/00_start_here.ipynb", "work/answers.json", "work-2026-11-28_1405/00_start_here.ipynb"):
+        assert subprocess.run(["git", "check-ignore", "-q", name], cwd=ROOT).returncode == 0, name
+    assert '"work*"' in next(
+        line for line in (ROOT / "pyproject.toml").read_text().splitlines() if "extend-exclude" in line
+    )
+
+
+# ---- the copies of this course ---------------------------------------------------------------------------------------
+
+
+def read(work: Path, name: str, folder: str = "."):
+    return nbformat.read(work / folder / f"{name}.ipynb", as_version=4)
+
+
+@pytest.mark.parametrize("folder", [".", "solutions"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_copy_has_what_it_needs_beside_it(name: str, folder: str, work: Path) -> None:
+    """The modules of checks/ that it imports, and the files that its links name."""
+    copy, here = read(work, name, folder), work / folder
+    nbformat.validate(copy)
+    for cell in copy.cells:
+        modules = re.findall(r"^(?:from checks import (.+)|import checks\.(\w+))$", cell.source, re.MULTILINE)
+        for module in {word for line in modules for word in re.findall(r"\w+", line[0] or line[1])}:
+            assert (here / "checks" / f"{module}.py").exists(), module
+        links = re.findall(r"\]\(([^)#\s]+)", cell.source) if cell.cell_type == "markdown" else []
+        for link in (link for link in links if not re.match(r"\w+:", link)):
+            in_the_checkout = ROOT / "work" / folder / link
+            assert (here / link).exists() or in_the_checkout.exists(), link
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_exercise_has_its_solution(name: str, work: Path) -> None:
+    asked = [cell for cell in read(work, name).cells if cell.cell_type == "code" and ".check_" in cell.source]
+    answered = {cell.id: cell for cell in read(work, name, "solutions").cells}
+    told = copies.solutions(name.split("_")[0])
+    assert len(asked) == len(told) == sum(id.startswith("solution-") for id in answered)
+    for cell in asked:
+        assert answered[cell.id].source != cell.source
+        compile(answered[cell.id].source, name, "exec")
+
+
+def test_a_solution_stands_in_its_exercise(course: Path) -> None:
+    copies.make(work=course.parent / "work")
+    *_, exercise, told, links = read(course.parent / "work", "00_one", "solutions").cells
+    lines = ["start = 4", "import math", "", "", "def half(n):", "    return n / 2", "", ""]
+    assert exercise.source.splitlines() == [*lines, "_ = exercises_00.check_half(half)"]
+    assert told.source == "**A solution of exercise 1.** Told in words."
+    assert links.source == "[done](../solutions/00_one.ipynb), [runs](../../notebooks/results/a.json)"
+
+
+def test_a_solution_without_its_exercise_is_refused(course: Path) -> None:
+    page = course / "solutions" / "00.md"
+    page.write_text(page.read_text().replace("half", "hafl"))
+    with refused(ConfigError, match="00_one.ipynb: no exercise asks for hafl, which a solution defines"):
+        copies.make(work=course.parent / "work")
+
+
+def test_a_solved_notebook_runs_and_is_right(work: Path, tmp_path: Path) -> None:
+    """The first one, whole, as a reader runs it: from its own folder."""
+    output = tmp_path / "out.ipynb"
+    runner.execute(
+        work / "solutions" / "00_start_here.ipynb", output, {}, MOE_LAB_PROFILE="smoke", PYTHONPATH=str(ROOT)
+    )
+    exercises = [cell for cell in nbformat.read(output, as_version=4).cells if ".check_" in cell.source]
+    assert exercises and all(cell.outputs[-1].text == "right\n" for cell in exercises)
+
+
+# ---- nothing is spoiled ----------------------------------------------------------------------------------------------
+
+
+def plain(text: str) -> str:
+    return " ".join(re.sub(r"[*_`$\\]", "", text).lower().split())
+
+
+def visible(copy) -> list[str]:
+    """What a copy shows before anything is clicked or run."""
+    shown = []
+    for cell in copy.cells:
+        if cell.cell_type == "markdown":
+            text, n = cell.source, 1
+            while n:  # from the innermost outwards
+                text, n = re.subn(r"<details>(?:(?!<details>).)*?</details>", "", text, flags=re.DOTALL)
+            shown.append(text)
+        else:
+            hidden = cell.metadata.get("jupyter", {}).get("source_hidden")
+            shown += [] if hidden else [cell.source]
+            shown += [str(output) for output in cell.outputs]
+    return shown
+
+
+def leaks(copy, measured: list[str], solved: list[str]) -> list[str]:
+    """Options that were measured and stand in view; lines of solutions that stand anywhere, folded or not."""
+    shown = [plain(text) for text in visible(copy)]
+    options = [option for option in measured if len(option) >= SEARCHABLE]
+    found = [option for option in options if any(re.search(rf"\b{re.escape(plain(option))}\b", text) for text in shown)]
+    everywhere = [plain(cell.source) for cell in copy.cells]
+    lines = {line.split("  #")[0].strip() for text in solved for line in text.splitlines()}
+    telling = (line for line in lines if len(line) > 30 and not line.startswith(("import ", "from ", "def ")))
+    return found + [line for line in telling if any(plain(line) in text for text in everywhere)]
+
+
+def measured_options(name: str) -> dict[str, str]:
+    """Question → option that the committed output measured."""
+    found = {}
+    for cell in nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4).cells:
+        asked = re.findall(r"reveal\(\s*(questions_\w+)\.(\w+)", cell.source) if cell.cell_type == "code" else []
+        lines = "".join(output.get("text", "") for output in cell.get("outputs", ())).splitlines()
+        answers = [line.removeprefix("measured: ") for line in lines if line.startswith("measured: ")]
+        found |= dict(zip([".".join(pair) for pair in asked], answers, strict=True)) if asked else {}
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_spoiled(name: str, work: Path) -> None:
+    measured = measured_options(name)
+    for question, option in measured.items():  # the outputs are of these questions
+        module, _, attribute = question.partition(".")
+        assert option in getattr(importlib.import_module(f"checks.{module}"), attribute).options
+    copy = read(work, name)
+    solved = [solution.code for solution in copies.solutions(name.split("_")[0])]
+    assert leaks(copy, list(measured.values()), solved) == []
+    assert not any(cell.get("outputs") for cell in copy.cells)
+    texts = visible(copy)
+    if not any("Predictions()" in text for text in texts):  # older notebooks keep their answers in code
+        keys = [text for text in texts if re.search(r"lambda m\b|options\[\d if|checks/questions_", text)]
+        assert keys == [], "an answer key is in view"
+
+
+OPTION, SOLUTION = "updates are rounded away", "return 2.0 ** (math.floor(math.log2(weight)) - 7)"
+
+
+@pytest.mark.parametrize(
+    ("cell", "leak"),
+    [
+        (markdown("So the *updates* are\nrounded away (03.5)."), OPTION),
+        (markdown("## Updates are rounded away\n\nAs measured.", "answer"), OPTION),
+        (code("# the updates are rounded away\nx = 1"), OPTION),
+        (markdown(f"<details><summary>Hint</summary>\n\n`{SOLUTION}`\n\n</details>"), SOLUTION),
+        (code(f"def gap(weight):\n    {SOLUTION}"), SOLUTION),
+        (markdown("As measured, updates are rounded away.", "answer"), None),
+        (code("claim('03.5', x, 'updates are rounded away')", "claims"), None),
+        (code("x = 1", output="measured: updates are rounded away"), None),
+        (markdown("Updates are lost."), None),
+    ],
+)
+def test_a_leak_is_seen(cell, leak: str | None, tmp_path: Path) -> None:
+    notebook = nbformat.v4.new_notebook(cells=[cell])
+    copy = copies.copied(notebook, tmp_path / "03_x.ipynb")
+    assert leaks(copy, [OPTION], [f"import math\n\n\ndef gap(weight):\n    {SOLUTION}"]) == ([leak] if leak else [])
+
+
+def test_an_output_that_stays_is_a_leak() -> None:
+    notebook = nbformat.v4.new_notebook(cells=[code("x = 1", output="measured: updates are rounded away")])
+    assert leaks(notebook, [OPTION], []) == [OPTION]
