@@ -1,6 +1,9 @@
-"""Before a second of compute: what a config and its comments say.
+"""Before the first update: what a config and its comments, batches, and a model say.
 
 preflight.py   preflight(source): reads a YAML file or a mapping, and the rules
 plan.py        what the keys mean, by the names of many projects: sizes, optimizers, LRs, schedule
 comments.py    comments that contradict the learning rate they stand beside
+data.py        check_data(batches): random, repeated, masked or misplaced tokens
+flow.py        check_causality, check_train_eval: by perturbation, and by who computes in which mode
+examine.py     examine(model, batch, …): all of it in one call, and what could not be looked at
 """

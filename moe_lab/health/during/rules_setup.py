@@ -38,16 +38,6 @@ def frozen(state: State, on_purpose: bool) -> Ill:
 
 
 @rule(
-    "warning",
-    "{n} tensors are in expect_frozen, and yet they require gradients and are in an optimizer: {names}",
-    "set requires_grad=False, or take them out of expect_frozen",
-)
-def not_frozen(state: State) -> Ill:
-    trained = [t for t in state.tracked if t.owner and t.param.requires_grad]
-    return by_kind(t for t in trained if t.name in state.frozen_on_purpose)
-
-
-@rule(
     "info",
     "vectors (norm weights, biases) decay towards 0: {names}",
     "give them a group with weight_decay=0",
@@ -64,6 +54,5 @@ RULES = (
     updated_twice,
     Rule("frozen_module", "warning", partial(frozen, on_purpose=False), FROZEN, UNFREEZE),
     Rule("frozen_module", "info", partial(frozen, on_purpose=True), FROZEN + ", as under adapters", UNFREEZE),
-    not_frozen,
     weight_decay_on_norms,
 )

@@ -1,0 +1,111 @@
+"""check_data against batches whose fault was put there, beside the same text without it."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_lab.health import check_data
+
+WORDS = ["the", "model", "reads", "a", "line", "of", "text", "and", "then", "it", "learns", "nothing", "much"]
+PAD = 255
+
+
+def text(rows: int = 16, length: int = 64, seed: int = 0) -> Tensor:
+    """Bytes of made-up sentences, (rows, length)."""
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randint(len(WORDS), (rows * length,), generator=generator)
+    data = bytearray(" ".join(WORDS[i] for i in picks).encode()[: rows * length])
+    return torch.frombuffer(data, dtype=torch.uint8).long().view(rows, length)
+
+
+def said(batches: list, **options) -> list[str]:
+    return [finding.rule for finding in check_data(batches, **options)]
+
+
+def batches(n: int = 8) -> list[Tensor]:
+    return [text(seed=seed) for seed in range(n)]
+
+
+def test_text_is_fine_in_every_form() -> None:
+    ids = batches()
+    assert said(ids) == said(ids, vocab_size=256) == []
+    assert said([(x[:, :-1], x[:, 1:]) for x in ids]) == []
+    assert said([{"input_ids": x, "labels": x} for x in ids]) == []
+
+
+@pytest.mark.parametrize("vocab_size", [64, 1024, 50257])
+def test_uniform_tokens_look_random_and_shuffled_text_does_not_pass_for_them(vocab_size: int) -> None:
+    uniform = [torch.randint(vocab_size, (16, 64)) for _ in range(8)]
+    assert said(uniform, vocab_size=vocab_size) == ["random_tokens"]
+    (finding,) = check_data(uniform, vocab_size)
+    assert finding.value == pytest.approx(1, abs=0.3)  # two uniform tokens are equal once in vocab_size
+    words = [x.flatten()[torch.randperm(x.numel())].view_as(x) for x in batches()]
+    assert said(words, vocab_size=256) == []  # the unigram frequencies are those of text
+
+
+def test_one_token_alone() -> None:
+    assert said([torch.full((2, 64), 7)]) == ["constant_tokens"]
+
+
+def test_rows_that_come_again() -> None:
+    workers = [text(seed=seed) for seed in range(4) for _ in range(4)]  # four workers, one generator
+    assert said(workers) == ["repeated_data"]
+    assert check_data(workers)[0].value == 0.75
+    assert said([*batches(8), text(seed=0)]) == []  # an epoch that begins again
+
+
+def test_labels_shifted_twice_or_backwards() -> None:
+    for shift, pairs in {2: (slice(0, -2), slice(2, None)), -1: (slice(1, None), slice(0, -1))}.items():
+        (finding,) = check_data([(x[:, pairs[0]], x[:, pairs[1]]) for x in batches()])
+        assert (finding.rule, finding.severity, finding.value) == ("label_shift", "error", shift)
+
+
+def masked_lm(x: Tensor) -> tuple[Tensor, Tensor]:
+    chosen = torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) < 0.15
+    return torch.where(chosen, 0, x), torch.where(chosen, x, -100)
+
+
+def test_a_masked_language_model_is_no_shift() -> None:
+    assert said([masked_lm(x) for x in batches()]) == []
+
+
+def padded(mask_end: bool, mask_padding: bool = True) -> list[dict]:
+    """Rows of 20 to 63 tokens, an end token, and padding of the same id."""
+    result = []
+    for seed, ids in enumerate(batches()):
+        ids, generator = ids.clone(), torch.Generator().manual_seed(seed)
+        ends = torch.randint(20, 50, (len(ids), 1), generator=generator)
+        at = torch.arange(ids.shape[1])
+        ids = torch.where(at >= ends, PAD, ids)
+        hidden = (at > ends) | (mask_end & (at == ends))
+        result.append({"input_ids": ids, "labels": torch.where(hidden & mask_padding, -100, ids)})
+    return result
+
+
+def test_an_end_token_that_is_never_a_target() -> None:
+    assert said(padded(mask_end=False)) == []
+    (finding,) = check_data(padded(mask_end=True))
+    assert finding.rule == "never_a_target" and f"token {PAD} " in finding.message
+
+
+def test_padding_that_is_a_target() -> None:
+    assert said(padded(mask_end=False, mask_padding=False)) == ["padding_in_loss"]
+
+
+def test_batches_with_very_different_numbers_of_targets() -> None:
+    one, other = text(seed=0), text(seed=1)
+    few = torch.where(torch.arange(64) < 54, -100, other)
+    (finding,) = check_data([{"input_ids": one, "labels": one}, {"input_ids": other, "labels": few}])
+    assert (finding.rule, finding.severity, finding.value) == ("uneven_targets", "info", 6.4)
+
+
+def test_validation_text_that_stands_in_training() -> None:
+    assert said(batches(), validation=[text(seed=100)]) == []
+    assert said(batches(), validation=[text(seed=3)]) == ["split_overlap"]
+
+
+@pytest.mark.parametrize("bad", [[], [torch.rand(2, 3)], ["text"], [torch.arange(3)]])
+def test_what_is_no_batch_of_tokens_is_refused_in_one_line(bad: list) -> None:
+    with pytest.raises(ValueError, match="batch") as error:
+        check_data(bad)
+    assert "\n" not in str(error.value)

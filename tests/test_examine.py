@@ -1,0 +1,144 @@
+"""What can be seen before the first update: each fault put into a small model beside the same model without it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import MECHANISMS, model_with
+from torch import Tensor, nn
+
+from moe_lab.health import check_causality, check_train_eval, examine
+
+V, D, T = 64, 16, 24
+
+
+class Tiny(nn.Module):
+    """Embedding, one causal mixing layer, a feed-forward layer with a residual, a head; `fault` names what is wrong."""
+
+    def __init__(self, fault: str = "") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fault = fault
+        self.embedding, self.head = nn.Embedding(V, D), nn.Linear(D, V, bias=False)
+        self.mix = nn.Conv1d(D, D, 3, padding=1 if fault == "padded on both sides" else 2)
+        self.block = Sometimes(D, twice=fault == "residual twice")
+        self.only_trained = nn.Linear(D, D)
+        self.norm = nn.BatchNorm1d(D, track_running_stats=False) if fault == "batch statistic" else nn.LayerNorm(D)
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        mixed = self.mix(x.transpose(1, 2))[:, :, : ids.shape[1]].transpose(1, 2)
+        x = x + self.dropout(mixed.detach() if self.fault == "detached" else mixed)
+        if self.training or self.fault != "one mode":
+            x = x + self.only_trained(x)
+        x = self.block(x)
+        if self.fault == "top-k over time":
+            best = x.norm(dim=-1).topk(ids.shape[1] // 2, dim=1).indices
+            x = torch.where(torch.zeros(x.shape[:2]).scatter(1, best, 1.0).bool().unsqueeze(-1), x.flip(-1), x)
+        x = self.norm(x.transpose(1, 2)).transpose(1, 2) if self.fault == "batch statistic" else self.norm(x)
+        return self.head(x)
+
+
+class Sometimes(nn.Module):
+    """Computes every other token; the others pass."""
+
+    def __init__(self, width: int, twice: bool) -> None:
+        super().__init__()
+        self.linear, self.twice = nn.Linear(width, width), twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        even = (torch.arange(x.shape[1]) % 2 == 0).unsqueeze(-1)
+        computed = torch.where(even, x + self.linear(x), x)
+        return computed + torch.where(even, 0.0, x) if self.twice else computed
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    ids = torch.arange(4 * (T + 1)).view(4, -1) ** 2 % 31 % V  # squares repeat themselves, as text does
+    return ids[:, :-1], ids[:, 1:]
+
+
+def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
+
+
+def said(model: nn.Module, loss_fn=loss_of, **options) -> dict[str, str]:
+    """Rule → severity of what is at least a warning."""
+    examination = examine(model, batch(), loss_fn, **options)
+    return {f.rule: f.severity for f in examination.findings if f.severity != "info"}
+
+
+FAULTS = {
+    "": {},
+    "padded on both sides": {"future_leak": "error"},
+    "top-k over time": {"future_leak": "error"},
+    "batch statistic": {"future_leak": "error"},
+    "detached": {"no_gradient": "error"},
+    "one mode": {"mode_mismatch": "warning"},
+    "residual twice": {"scaled_copies": "error"},
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_is_named_and_nothing_else(fault: str) -> None:
+    assert said(Tiny(fault)) == FAULTS[fault]
+
+
+@pytest.mark.parametrize("factor", [0.25, 4.0])
+def test_a_loss_that_is_scaled(factor: float) -> None:
+    assert said(Tiny(), lambda model, batch: factor * loss_of(model, batch)) == {"initial_loss": "warning"}
+    assert said(Tiny(), lambda model, batch: 0.05 + loss_of(model, batch)) == {}  # an auxiliary term
+
+
+def test_nothing_is_changed() -> None:
+    model = Tiny().train()
+    model.block.eval()
+    loss_of(model, batch()).backward()
+    before = {n: (p.clone(), p.grad.clone()) for n, p in model.named_parameters()}
+    state = torch.get_rng_state()
+    examine(model, batch(), loss_of, torch.optim.SGD(model.parameters(), 0.1))
+    assert model.training and not model.block.training and torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(p, before[n][0]) and torch.equal(p.grad, before[n][1]) for n, p in model.named_parameters())
+
+
+def test_what_was_not_looked_at_is_said() -> None:
+    examination = examine(nn.Linear(3, 3), torch.rand(2, 3), lambda model, x: model(x).square().mean())
+    assert set(examination.not_checked) == {"config", "optimizers", "data", "first loss", "causality"}
+    assert "not checked: optimizers: none was given" in str(examination)
+    assert [f.rule for f in examination.findings] == []
+
+
+def test_set_up_and_config_are_part_of_it() -> None:
+    model = Tiny()
+    optimizer = torch.optim.AdamW(model.head.parameters(), lr=1e-3)
+    found = said(model, optimizer=optimizer, config={"training": {"dtype": "bfloat16", "max_lr": 1e-3}})
+    assert found["not_in_optimizer"] == "error"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_the_labs_model_is_causal_in_evaluation_and_each_leak_is_found_at_its_place(name: str) -> None:
+    model = model_with(name).eval()
+    assert check_causality(lambda ids: model(ids).logits, 257, 13) is None
+
+    def leaking(ids: Tensor) -> Tensor:
+        logits = model(ids).logits
+        logits[:, 4] += 0.01 * (ids[:, 9:10] % 7) if ids.shape[1] > 9 else 0
+        return logits
+
+    finding = check_causality(leaking, 257, 13)
+    assert (finding.rule, finding.where) == ("future_leak", "position 4") and "1 of 12" in finding.message
+
+
+def test_noise_and_other_shapes_are_refused() -> None:
+    for fn, message in ((lambda ids: torch.rand(*ids.shape, 3), "dropout"), (lambda ids: ids.float()[0], "logits")):
+        with pytest.raises(ValueError, match=message):
+            check_causality(fn, 7, 5)
+
+
+def test_dropout_is_no_difference_between_modes() -> None:
+    model, ids = Tiny(), batch()[0]
+    modes = (lambda x: model.train()(x)), (lambda x: model.eval()(x))
+    assert check_train_eval(*modes, ids) is None
+    model.dropout.p = 0.0
+    finding = check_train_eval(modes[0], lambda x: 1.1 * model.eval()(x), ids)
+    assert (finding.rule, finding.severity) == ("mode_mismatch", "info")
