@@ -140,13 +140,14 @@ def solved(source: NotebookNode, path: Path) -> NotebookNode:
 
 
 def solutions(number: str) -> list[Solution]:
-    """What notebooks/solutions/NN.md says under each `## Exercise N`: its Python, and what is told about it."""
+    """What notebooks/solutions/NN.md says under each `## Exercise N`: its Python, and what is told about it. A block marked
+    `python notebook` is for the notebook alone, where the names of the cells before are known."""
     page = NOTEBOOKS / "solutions" / f"{number}.md"
     text = page.read_text(encoding="utf-8") if page.exists() else ""
     found = []
     for section in re.split(r"^## Exercise ", text, flags=re.MULTILINE)[1:]:
         exercise, _, body = section.partition("\n")
-        blocks = re.compile(r"```python\n(.*?)```\n?", re.DOTALL)
+        blocks = re.compile(r"```python(?: notebook)?\n(.*?)```\n?", re.DOTALL)
         found.append(
             Solution(exercise.strip(), "\n\n".join(blocks.findall(body)).strip(), blocks.sub("", body).strip())
         )
