@@ -2,8 +2,8 @@
 
 Which faults a ward has, and which run has which, follows from the seed (notebooks/checks/ward.py). Every run is a real
 training at a small size, watched, saved and then measured by benchmarks/ward_measures.py, which does not know what was
-planted. Seeds 0 and 1 are committed under notebooks/results/ward/, others go to runs/ward/SEED. WORKED=1 makes the labelled run
-of notebook 10 as well. A few minutes on two cores.
+planted. Seeds 0 and 1 are committed under notebooks/results/ward/, others go to runs/ward/SEED; seed 0 brings the labelled
+example of notebook 10. A few minutes on two cores.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from benchmarks.ward_measures import MEASURES, Trained
+from benchmarks.ward_measures import EVERY, MEASURES, Trained
 from moe_lab import Trainer, load_config
 from moe_lab.config import ROOT, Config, to_yaml
 from moe_lab.failures import bugs
+from moe_lab.failures.experiments import start_worker
 from moe_lab.failures.results import provenance
 from moe_lab.health import Watch
 from moe_lab.model.attention import Attention
@@ -45,7 +46,6 @@ from moe_lab.train.record import write_atomically
 sys.path.insert(0, str(ROOT / "notebooks"))
 from checks import ward as desk
 
-EVERY = 4  # of the record's rows are kept, and all evaluations
 TRAINING = {"steps": 240, "gradient_accumulation_steps": 1, "max_lr": 0.02, "warmup_steps": 20, "min_lr_ratio": 1.0}
 TRAINING |= {"log_interval": 20, "eval_interval": 80, "save_interval": 240, "device": "cpu"}
 BASE = load_config(ROOT / "configs" / "smoke.yaml").with_(training=TRAINING, model={"dropout": 0.0, "n_experts": 8})
@@ -103,6 +103,13 @@ class OffInEvaluation(Depth):
             return super().choose(x, causal)
         positions = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
         return Chosen(x, positions, None, torch.ones_like(x[..., :1]), None)
+
+
+class SkippedInEvaluation(Mamba):
+    """An `if self.training` that was meant for something else: in evaluation the mixer gives nothing."""
+
+    def forward(self, x: Tensor, positions: Tensor | None = None, keep: Tensor | None = None) -> tuple[Tensor, None]:
+        return super().forward(x, positions, keep) if self.training else (torch.zeros_like(x), None)
 
 
 class ScoreUnused(Depth):
@@ -202,7 +209,7 @@ PLANTS: dict[tuple[str, str], Plant] = {
     ("sees the future", "attention"): swap(NoMask),
     ("sees the future", "unsorted"): swap(Unsorted),
     ("training and evaluation differ", "depth off"): swap(OffInEvaluation),
-    ("training and evaluation differ", "untrained predictor"): Plant({"model": {"mod_predictor_weight": 0.0}}),
+    ("training and evaluation differ", "mixer off"): swap(SkippedInEvaluation),
     ("updates rounded away", "by the code"): Plant(model=bugs.cast_parameters),
     ("updates rounded away", "by the config"): Plant({"precision": {"parameters": "bfloat16"}}),
     ("learning rate too low", "of AdamW"): Plant(LOW, {"max_lr": "Lower for AdamW (use 0.001 for Muon)"}),
@@ -219,7 +226,6 @@ PLANTS: dict[tuple[str, str], Plant] = {
     ),
     ("loss off by a factor", "halved"): Plant(model=halved),
 }  # fmt: skip
-WORKED = desk.Plan((("in no optimizer", "embeddings and heads"),), 10)
 
 
 # ---- a run -----------------------------------------------------------------------------------------------------------
@@ -268,16 +274,11 @@ def run(plan: desk.Plan) -> dict[str, Any]:
         trained = Trained(trainer, rows, trainer.floors, path, watch.findings, table.getvalue())
         measured = {name: measure(trained) for name, measure in MEASURES.items()}
         steps = [row for row in rows if "loss" in row]
-        record = [
-            {k: row[k] for k in ("step", "tokens", "loss", "grad_norm", "norm_deviation")} for row in steps[::EVERY]
-        ]
-        record += [{k: row[k] for k in ("event", "step", "validation_loss")} for row in rows if "event" in row]
-        origin = {key: value for key, value in provenance().items() if key != "commit"}
+        record = {key: [float(f"{row[key]:.5g}") for row in steps[::EVERY]] for key in ("step", "loss", "grad_norm")}
         return {
             "config": path.read_text(encoding="utf-8"),
-            "floors": {name: round(loss, 4) for name, loss in trainer.floors.items()},
-            "origin": origin | {"corpus": trainer.dataset.corpus_hash[:12]},
-            "record": [{k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()} for row in record],
+            "origin": provenance() | {"corpus": trainer.dataset.corpus_hash[:12]},
+            "record": record,
             "measured": measured,
         }
 
@@ -291,14 +292,14 @@ def write(path: Path, held: dict[str, Any]) -> None:
 
 def main() -> None:
     seed = int(os.environ.get("SEED") or 0)
-    plans, folder = desk.draw(seed), desk.COMMITTED / str(seed)
-    if seed > 1 and not folder.exists():
-        folder = ROOT / "runs" / "ward" / str(seed)
-    paths = {folder / f"{name.replace(' ', '_')}.json": plan for name, plan in plans.items()}
-    if os.environ.get("WORKED"):
-        paths = {desk.COMMITTED / "worked.json": WORKED} | paths
+    plans, folder = desk.draw(seed), desk.folder_of(seed)
+    paths = {folder / desk.file_of(name): plan for name, plan in plans.items()}
+    if seed == 0:
+        paths |= {desk.COMMITTED / desk.file_of(name): plan for name, plan in desk.EXAMPLE.items()}
     workers = int(os.environ.get("WORKERS") or os.cpu_count() or 1)
-    with ProcessPoolExecutor(min(workers, len(paths)), multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    with theirs, ours, ProcessPoolExecutor(min(workers, len(paths)), context, start_worker, (theirs,)) as pool:
         futures = {pool.submit(run, plan): path for path, plan in paths.items()}
         for future, path in tqdm(futures.items(), unit="run", desc=f"ward {seed}"):
             write(path, future.result())

@@ -10,7 +10,7 @@ import copy
 import random
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -23,10 +23,12 @@ from moe_lab import Trainer, health
 from moe_lab.__main__ import HEALTH_SCHEMA
 from moe_lab.data import validation_windows
 from moe_lab.health import Finding
+from moe_lab.model.depth import Chosen, Depth
 
 N_BATCHES = 24  # of the run's own, after its end, for the data check
 CUTS = (16, 32, 48)  # tokens from here on are changed
-IDLE = 0.1  # share of the mean load below which an expert counts as idle
+LAST = 20  # updates that "the last" is a mean of
+EVERY = 4  # updates between those that a curve keeps
 
 
 class Trained(NamedTuple):
@@ -58,21 +60,24 @@ def floors(run: Trained) -> dict[str, Any]:
     steps = [row for row in run.rows if "loss" in row]
     weights = run.trainer.config.model.aux_loss_weights
     scale = sum(weights) / weights[0]
-    first, last = (
-        scale * float(np.mean([r["losses"]["next_token"] for r in some])) for some in (steps[:1], steps[-20:])
-    )
-    validation = next(row["validation_loss"] for row in reversed(run.rows) if "validation_loss" in row)
-    readings = {"first": first, "training": last, "validation": validation}
-    readings |= {f"above_{name}": validation - floor for name, floor in run.floors.items()}
-    readings |= {"first_over_uniform": first / run.floors["uniform"], "gap": validation - last}
+    next_token = [scale * row["losses"]["next_token"] for row in steps]
+    first, last = next_token[0], float(np.mean(next_token[-LAST:]))
+    evaluated = [(row["step"], row["validation_loss"]) for row in run.rows if "validation_loss" in row]
+    validation = evaluated[-1][1]
+    model = run.trainer.config.model
+    start = run.floors["uniform"] + model.d_model * model.init_std**2 / 2
+    readings = {"start_off": abs(first - start), "from_uniform": abs(validation - run.floors["uniform"])}
+    readings |= {f"above_{name}": validation - run.floors[name] for name in ("unigram", "trigram")}
     listed = ", ".join(f"{name} {loss:.2f}" for name, loss in run.floors.items())
     beaten = [name for name, loss in run.floors.items() if validation < loss]
     lines = [
-        f"floors, nats per token: {listed}",
-        f"first training loss {first:.2f}; last: training {last:.2f}, validation {validation:.2f} (next token)",
+        f"tables, nats per token: {listed}",
+        f"first training loss {first:.2f} (a fresh model: {start:.2f}); last {last:.2f}; validation {validation:.2f}",
         f"on validation text the model is below: {', '.join(beaten) or 'none of the tables'}",
     ]
-    return result(lines, readings)
+    curve = [[row["step"], round(loss, 3)] for row, loss in zip(steps, next_token, strict=True)][::EVERY]
+    drawn = {"training": curve, "validation": [[step, round(loss, 4)] for step, loss in evaluated]}
+    return result(lines, readings | {"validation_gap": validation - last}, drawn=drawn)
 
 
 def preflight(run: Trained) -> dict[str, Any]:
@@ -82,18 +87,27 @@ def preflight(run: Trained) -> dict[str, Any]:
     return result(lines, {"findings": len([f for f in found if f.severity != "info"])}, found)
 
 
-def experts(run: Trained) -> dict[str, Any]:
+def record(run: Trained) -> dict[str, Any]:
     steps = [row for row in run.rows if "loss" in row]
     load = np.array([row["expert_load"] for row in steps])  # (updates, layers, experts), shares
-    last = load[-20:].mean(axis=0) * load.shape[-1]
-    readings = {"busiest": last.max(), "idle": int((last < IDLE).sum())}
+    load = load * load.shape[-1]
+    last = load[-LAST:].mean(axis=0)
+    rates = [{name: row["lr"][name] for name in row["lr"]} for row in steps]
+    peak = max(max(row.values()) for row in rates)
+    first, norms = max(rates[0].values()) / peak, [row["grad_norm"] for row in steps]
+    readings = {"least_load": last.min(), "first_lr": first}
     listed = [f"MoE layer {n}: " + " ".join(f"{value:.2f}" for value in layer) for n, layer in enumerate(last)]
-    lines = ["load over the even share, mean of the last 20 updates (1 is even):", *listed]
+    lines = [
+        f"load over the even share, mean of the last {LAST} updates (1 is even):",
+        *listed,
+        f"learning rate of update 1 over the peak: {first:.2f}",
+        f"gradient norm before clipping: median {np.median(norms):.2f}, largest {max(norms):.2f}",
+    ]
     every = np.linspace(0, len(load) - 1, 24).astype(int)
-    return result(lines, readings, drawn=(load[every] * load.shape[-1]).round(2).tolist())
+    return result(lines, readings, drawn=load[every].round(2).tolist())
 
 
-def data(run: Trained) -> dict[str, Any]:
+def tokens(run: Trained) -> dict[str, Any]:
     batches = torch.stack([run.trainer.batches.next_batch() for _ in range(N_BATCHES)])
     vocabulary = run.trainer.dataset.vocab_size
     stream = batches[..., :-1].flatten().numpy()
@@ -104,7 +118,7 @@ def data(run: Trained) -> dict[str, Any]:
     random.Random(0).shuffle(shuffled)
     packed, loose = (len(zlib.compress(ids.astype(np.uint16).tobytes(), 9)) for ids in (stream, shuffled))
     same = (batches[..., 1:] == batches[..., :-1]).float().mean().item()
-    readings = {"collisions": collisions, "compressed": packed / loose, "commonest": counts.max() / n, "repeated": same}
+    readings = {"collisions": collisions, "commonest": counts.max() / n}
     lines = [
         f"collisions × vocabulary {collisions:.2f} (1: every token equally likely)",
         f"compressed size over that of the same tokens shuffled {packed / loose:.3f} (1: their order says nothing)",
@@ -113,7 +127,7 @@ def data(run: Trained) -> dict[str, Any]:
     return result(lines, readings)
 
 
-def inspect(run: Trained) -> dict[str, Any]:
+def inspection(run: Trained) -> dict[str, Any]:
     path = next(iter(sorted((run.trainer.run_dir / "checkpoints").glob("step_*.pt"))[::-1]))
     found = health.inspect_checkpoint(path)
     state = torch.load(path, weights_only=True)
@@ -147,7 +161,7 @@ def watch(run: Trained) -> dict[str, Any]:
     return result(lines, {"errors": sum(f.severity == "error" for f in run.findings)}, run.findings)
 
 
-# ---- modes and causality ---------------------------------------------------------------------------------------------
+# ---- perturbation ----------------------------------------------------------------------------------------------------
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
@@ -157,40 +171,6 @@ def plain_copy(model: nn.Module) -> nn.Module:
         if hasattr(module, "dropout"):
             module.dropout = 0.0
     return twin
-
-
-def sample_of(run: Trained) -> Tensor:
-    """A few windows of what the run was validated on, (8, T + 1)."""
-    trainer = run.trainer
-    return next(validation_windows(trainer.dataset.validation, trainer.config.model.max_seq_len, 8))
-
-
-@torch.no_grad()
-def modes(run: Trained) -> dict[str, Any]:
-    twin, ids, losses, used = plain_copy(run.trainer.model), sample_of(run), {}, {}
-    modules = {name: m for name, m in twin.named_modules() if any(True for _ in m.parameters())}
-    for mode in ("training", "evaluation"):
-        seen: set[str] = set()
-        handles = [
-            m.register_forward_hook(lambda *_, name=name, seen=seen: seen.add(name)) for name, m in modules.items()
-        ]
-        twin.train(mode == "training")
-        logits = twin(ids[:, :-1]).logits
-        losses[mode] = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
-        used[mode] = seen
-        for handle in handles:
-            handle.remove()
-    one_sided = sorted(used["training"] ^ used["evaluation"])
-    evaluations = [row for row in run.rows if "mod_agreement" in row]
-    agreement = min(evaluations[-1]["mod_agreement"]) if evaluations else float("nan")
-    readings = {"gap": losses["evaluation"] - losses["training"], "one_sided": len(one_sided)}
-    agreed = f"{agreement:.0%} at the least" if evaluations else "none was recorded"
-    lines = [
-        f"loss of the same validation tokens: {losses['training']:.3f} in training mode, {losses['evaluation']:.3f} in evaluation",
-        f"modules that run in one mode only: {len(one_sided)}" + (f", such as {one_sided[0]}" if one_sided else ""),
-        f"agreement of MoD's two ways to choose tokens, by router: {agreed}",
-    ]
-    return result(lines, readings, drawn=losses)
 
 
 @contextmanager
@@ -210,37 +190,81 @@ def choices(kept: list[Tensor], replay: bool) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def skipped_tokens(changed: list[int]) -> Iterator[None]:
+    """Counts, for every MoD sublayer within, the tokens that it did not choose and that did not pass as they were."""
+    true = Depth.put_back
+
+    def put_back(self: Depth, x: Tensor, y: Tensor, rows: Chosen) -> Tensor:
+        after = true(self, x, y, rows)
+        passed = torch.ones(x.shape[:2], dtype=torch.bool).scatter_(1, rows.positions, False)
+        changed.append(int((after != x).any(dim=-1)[passed].sum()))
+        return after
+
+    with patch.object(Depth, "put_back", put_back):
+        yield
+
+
+def in_each_mode(twin: nn.Module, ids: Tensor) -> tuple[dict[str, float], list[str]]:
+    """The loss of the same tokens in training and in evaluation, and the modules that computed in one of them only."""
+    modules = {name: m for name, m in twin.named_modules() if any(True for _ in m.parameters())}
+    losses, used = {}, {}
+    for mode in ("training", "evaluation"):
+        seen = used[mode] = set()
+        handles = [
+            m.register_forward_hook(lambda *_, name=name, seen=seen: seen.add(name)) for name, m in modules.items()
+        ]
+        logits = twin.train(mode == "training")(ids[:, :-1]).logits
+        losses[mode] = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
+        for handle in handles:
+            handle.remove()
+    return losses, sorted(used["training"] ^ used["evaluation"])
+
+
+def heard(twin: nn.Module, ids: Tensor, vocab_size: int, training: bool, hold: bool) -> float:
+    """Largest change of a logit before the first changed token, over the logits' deviation. `hold`: every top-k takes the
+    places that it took before the change, which leaves what computation itself lets through."""
+    twin.train(training)
+    kept: list[Tensor] = []
+    with choices(kept, replay=False):
+        before = twin(ids).logits
+    worst = 0.0
+    for cut in CUTS:
+        changed = ids.clone()
+        changed[:, cut:] = (changed[:, cut:] + 1 + torch.arange(ids.shape[1] - cut) % 7) % vocab_size
+        with choices(kept, replay=True) if hold else nullcontext():
+            after = twin(changed).logits
+        worst = max(worst, ((after - before)[:, :cut].abs().max() / before.std()).item())
+    return worst
+
+
 @torch.no_grad()
-def causality(run: Trained) -> dict[str, Any]:
-    """Largest change of a logit before the first changed token, over the logits' deviation: in evaluation; in training;
-    in training with every discrete choice held as it was, which leaves what computation itself lets through."""
-    twin, ids = plain_copy(run.trainer.model), sample_of(run)[:, :-1]
-    vocabulary, largest = run.trainer.dataset.vocab_size, {}
-    for name, training, hold in (("evaluation", False, False), ("training", True, False), ("held", True, True)):
-        twin.train(training)
-        kept: list[Tensor] = []
-        with choices(kept, replay=False):
-            before = twin(ids).logits
-        worst = 0.0
-        for cut in CUTS:
-            changed = ids.clone()
-            changed[:, cut:] = (changed[:, cut:] + 1 + torch.arange(ids.shape[1] - cut) % 7) % vocabulary
-            if hold:
-                with choices(kept, replay=True):
-                    after = twin(changed).logits
-            else:
-                after = twin(changed).logits
-            worst = max(worst, ((after - before)[:, :cut].abs().max() / before.std()).item())
-        largest[name] = worst
+def perturbation(run: Trained) -> dict[str, Any]:
+    trainer, twin = run.trainer, plain_copy(run.trainer.model)
+    ids = next(validation_windows(trainer.dataset.validation, trainer.config.model.max_seq_len, 8))
+    losses, one_sided = in_each_mode(twin, ids)
+    ids, vocab_size, changed = ids[:, :-1], trainer.dataset.vocab_size, []
+    with skipped_tokens(changed):
+        twin.train()(ids)
+    largest = {
+        "in evaluation": heard(twin, ids, vocab_size, training=False, hold=False),
+        "in training": heard(twin, ids, vocab_size, training=True, hold=False),
+        "in training, every choice held": heard(twin, ids, vocab_size, training=True, hold=True),
+    }
+    leak = max(largest["in evaluation"], largest["in training, every choice held"])
+    such = f", such as {one_sided[0]}" if one_sided else ""
     lines = [
-        "largest change of a logit before the first changed token, over the logits' standard deviation:",
-        *(f"{words}: {largest[name]:.2g}" for name, words in (("evaluation", "in evaluation mode"),
-          ("training", "in training mode (a top-k over time looks ahead)"), ("held", "in training mode, every choice held"))),
-    ]  # fmt: skip
-    return result(lines, largest | {"leak": max(largest["evaluation"], largest["held"])}, drawn=largest)
+        "a later token changed: largest change of an earlier logit, over the logits' standard deviation",
+        *(f"  {where}: {value:.2g}" for where, value in largest.items()),
+        f"the same tokens: loss {losses['training']:.3f} in training mode, {losses['evaluation']:.3f} in evaluation",
+        f"modules that compute in one mode only: {len(one_sided)}{such}",
+        f"tokens that MoD skipped and that did not pass as they were: {sum(changed)}",
+    ]
+    readings = {"leak": leak, "one_mode_only": len(one_sided), "skipped_changed": sum(changed)}
+    return result(lines, readings, drawn=largest | {"loss": losses})
 
 
-def probe(run: Trained) -> dict[str, Any]:
+def branch_probe(run: Trained) -> dict[str, Any]:
     trainer = run.trainer
     trainer.model.train()
     batches = [trainer.batches.next_batch() for _ in range(54)]
@@ -250,10 +274,10 @@ def probe(run: Trained) -> dict[str, Any]:
 
     branches = health.branch_probe(trainer.model, trainer.optimizers, loss, batches)
     found = health.branch_findings(branches)
-    best = max(branches, key=lambda branch: branch.gain)
+    sure = max((b.gain - 3 * b.error for b in branches if np.isfinite(b.gain)), default=-99.0)
     lines = [f"{b.name}: {b.gain:+.3f} ± {b.error:.3f} nats lower after 30 updates" for b in branches]
     drawn = [[b.name, finite(b.gain), finite(b.error)] for b in branches]
-    return result([*told(found), *lines], {"gain": max(best.gain, -99.0)}, found, drawn)
+    return result([*told(found), *lines], {"gain": sure}, found, drawn)
 
 
 def finite(value: float) -> float | None:
@@ -261,5 +285,5 @@ def finite(value: float) -> float | None:
 
 
 MEASURES: dict[str, Callable[[Trained], dict[str, Any]]] = {
-    m.__name__: m for m in (floors, preflight, experts, data, inspect, modes, causality, watch, probe)
+    m.__name__: m for m in (preflight, floors, tokens, record, inspection, perturbation, watch, branch_probe)
 }

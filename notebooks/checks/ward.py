@@ -1,8 +1,8 @@
 """The ward: twelve recorded runs without labels, measurements that cost minutes, and what a diagnosis is worth.
 
     ward = open_ward(seed=0)
-    ward.order("run 3", "data")                     # prints what was measured; the minutes are written down
-    ward.diagnose("run 3", ["random tokens"], evidence="data", cure="repair the data path, and let it fail loudly")
+    ward.order("run 3", "tokens")                   # shows what was measured; the minutes are written down
+    ward.diagnose("run 3", "random tokens", evidence="tokens", cure="mend the loader, and let it raise")
     ward.score()
 
 What is wrong with a run is not written down anywhere: it is drawn from the seed, here and by `make ward`, which makes the
@@ -19,69 +19,62 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from checks.checklist import LIST
 from moe_lab.config import ROOT, ConfigError
-from moe_lab.sections import suggestion
+from moe_lab.sections import read_yaml, suggestion
 
-N_RUNS = 12
 COMMITTED = ROOT / "notebooks" / "results" / "ward"
+CHECKLIST = read_yaml(LIST)
+LINES = {line["id"]: line for line in CHECKLIST["lines"]}
+# measurement → [minutes, what is done]; the prices are the checklist's
+PRICES: dict[str, list] = CHECKLIST["measurements"]
+DEAREST = max(PRICES, key=lambda what: PRICES[what][0])
 
-# measurement → minutes that it costs on a real run, and what it does
-PRICES: dict[str, tuple[int, str]] = {
-    "floors": (1, "training and validation loss beside the tables of counts"),
-    "preflight": (1, "the config file, read before a second of compute"),
-    "experts": (1, "the load of every expert, from the record"),
-    "data": (2, "the batches that the run was fed"),
-    "inspect": (3, "its last checkpoint against its own start"),
-    "modes": (4, "the same tokens in training and in evaluation mode"),
-    "causality": (4, "later tokens changed, earlier logits compared"),
-    "watch": (8, "the run once more, under a watch"),
-    "probe": (15, "thirty updates from its last state, each learning rate × 3"),
-}
 
-# cause → (a cure, the measurements that can show it, the cheapest first)
-CAUSES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "healthy": ("leave it as it is", ("watch",)),
-    "random tokens": ("repair the data path, and let it fail loudly", ("data",)),
-    "padding in the loss": ("mask the padding out of the targets", ("data",)),
-    "sees the future": ("let no operation read a later token", ("causality",)),
-    "training and evaluation differ": ("run the same network in both modes", ("modes",)),
-    "updates rounded away": ("float32 parameters, bf16 for compute only", ("inspect", "watch")),
-    "learning rate too low": ("raise the learning rate", ("preflight", "watch", "probe")),
-    "learning rate too high": ("lower the learning rate", ("preflight", "watch")),
-    "cut off from the gradient": ("connect the branch to the loss again", ("watch",)),
-    "in no optimizer": ("give the tensors to an optimizer", ("inspect", "watch")),
-    "experts collapsed": ("balance the experts", ("experts",)),
-    "loss off by a factor": ("divide the loss by the accumulation once", ("floors", "watch")),
-}
+class Cause(NamedTuple):
+    """Something that a run may have."""
+
+    cure: str
+    lines: tuple[str, ...]  # of the checklist, whose sign shows it
+    variants: tuple[str, ...] = ()  # how it is planted; none: it is only offered as an answer
+
+
+CAUSES: dict[str, Cause] = {
+    "healthy": Cause(
+        "leave it as it is", ("K24",), ("as configured", "long warm-up", "AdamW alone", "the other convention")
+    ),
+    "random tokens": Cause("mend the loader, and let it raise", ("K04",), ("uniform",)),
+    "padding in the loss": Cause("mask the padding out of the targets", ("K05",), ("half", "most")),
+    "shown loss off by a factor": Cause("divide by the accumulation once", ("K06",), ("halved",)),
+    "sees the future": Cause("cut the path to later tokens", ("K07",), ("convolution", "attention", "unsorted")),
+    "training and evaluation differ": Cause("one forward pass for both modes", ("K08",), ("depth off", "mixer off")),
+    "residual added twice": Cause("add a sublayer's output to the chosen rows alone", ("K09",)),
+    "updates rounded away": Cause("float32 parameters, bf16 for compute", ("K01", "K10"), ("by the code", "by the config")),
+    "learning rate too low": Cause("raise the learning rate", ("K18",), ("of AdamW", "a tenth")),
+    "learning rate too high": Cause("lower the learning rate", ("K13",)),
+    "cut off from the gradient": Cause(
+        "connect it to the loss again", ("K11",), ("feed-forward", "values", "depth router")
+    ),
+    "in no optimizer": Cause("give the tensors to an optimizer", ("K12",), ("vectors", "matrices")),
+    "experts collapsed": Cause("a balancing that acts", ("K14",), ("wrong sign",)),
+    "warm-up off by one": Cause("print the first three learning rates", ("K15",)),
+    "steps count micro-batches": Cause("count updates", ("K22",)),
+}  # fmt: skip
 # cures that are often proposed and repair none of these
-OTHER_CURES = ("switch MoD and Mamba off", "train longer", "start again with another seed", "clip gradients harder")
+OTHER_CURES = ("switch MoD and Mamba off", "train longer", "another seed", "clip gradients harder")
 
-# what is planted for each cause: its variants, of which a seed draws one
-VARIANTS: dict[str, tuple[str, ...]] = {
-    "healthy": ("as configured", "long warm-up", "AdamW alone", "the other convention"),
-    "random tokens": ("uniform",),
-    "padding in the loss": ("half", "most"),
-    "sees the future": ("convolution", "attention", "unsorted"),
-    "training and evaluation differ": ("depth off", "untrained predictor"),
-    "updates rounded away": ("by the code", "by the config"),
-    "learning rate too low": ("of AdamW", "a tenth"),
-    "learning rate too high": ("20 ×",),
-    "cut off from the gradient": ("feed-forward", "values", "depth router"),
-    "in no optimizer": ("vectors", "matrices"),
-    "experts collapsed": ("wrong sign",),
-    "loss off by a factor": ("halved",),
-}
 ALWAYS = (
     *("healthy", "healthy", "random tokens", "sees the future", "experts collapsed", "updates rounded away"),
     *("learning rate too low", "cut off from the gradient", "training and evaluation differ"),
 )
-ONE_OF = ("padding in the loss", "learning rate too high", "in no optimizer", "loss off by a factor")
+ONE_OF = ("padding in the loss", "in no optimizer")
 PAIRS = (
     ("learning rate too low", "updates rounded away"),
     ("experts collapsed", "cut off from the gradient"),
     ("padding in the loss", "learning rate too low"),
     ("training and evaluation differ", "in no optimizer"),
     ("random tokens", "updates rounded away"),
+    ("shown loss off by a factor", "cut off from the gradient"),
 )
 
 
@@ -98,20 +91,24 @@ class Plan(NamedTuple):
 
 def draw(seed: int) -> dict[str, Plan]:
     """The twelve plans of a ward, by the name of the run."""
-    key = hashlib.blake2b(str(seed).encode(), key=b"ward", digest_size=16).digest()
-    choose = random.Random(key)
+    choose = random.Random(hashlib.blake2b(str(seed).encode(), key=b"ward", digest_size=16).digest())
     causes = [*((cause,) for cause in (*ALWAYS, choose.choice(ONE_OF))), *choose.sample(PAIRS, 2)]
     choose.shuffle(causes)
-    left = {cause: choose.sample(kinds, len(kinds)) for cause, kinds in VARIANTS.items()}
+    left = {name: choose.sample(cause.variants, len(cause.variants)) for name, cause in CAUSES.items()}
     plans = {}
     for number, combined in enumerate(causes, 1):
-        faults = []
-        for cause in combined:
-            kinds = left[cause]
-            faults.append((cause, kinds[0]))
-            left[cause] = [*kinds[1:], kinds[0]]  # the next one of the same cause is another variant
-        plans[f"run {number}"] = Plan(tuple(faults), choose.randrange(2**31))
+        faults = tuple((name, left[name][0]) for name in combined)
+        for name in combined:
+            left[name] = [*left[name][1:], left[name][0]]  # the next one of the same cause is another variant
+        plans[f"run {number}"] = Plan(faults, choose.randrange(2**31))
     return plans
+
+
+# seen before the exam, with their labels: the example and its control, which differ in nothing else
+EXAMPLE = {
+    "the example": Plan((("in no optimizer", "embeddings and heads"),), 10),
+    "its control": Plan((("healthy", "as configured"),), 10),
+}
 
 
 class Result(NamedTuple):
@@ -120,56 +117,83 @@ class Result(NamedTuple):
     lines: Sequence[str]
     readings: Mapping[str, float]
     rules: Sequence[str]  # of findings of at least `warning`
-    drawn: Any = None  # what a figure of it is made from
+    drawn: Any = None  # what its figure is made from
+
+
+def sign_in(result: Result, line: Mapping[str, Any]) -> bool:
+    """Whether a measurement shows what a line of the checklist looks for."""
+    for sign in line["see"]:
+        value = result.readings.get(sign.get("reading"))
+        if sign.get("finding") in result.rules:
+            return True
+        if value is not None and (
+            "above" in sign and value > sign["above"] or "below" in sign and value < sign["below"]
+        ):
+            return True
+    return False
+
+
+def shows(result: Result, cause: str) -> bool:
+    return any(sign_in(result, LINES[id]) for id in CAUSES[cause].lines)
 
 
 class Patient:
-    """One recorded run: the rows of its record and its config file are free to read, the rest is ordered."""
+    """One recorded run. Its training loss and its config file are free to look at; the rest is ordered."""
 
     def __init__(self, name: str, path: Path):
+        if not path.exists():
+            raise ConfigError(f"{path}: no such run; make the ward with `make ward SEED=…`")
         held = json.loads(path.read_text(encoding="utf-8"))
-        self.name, self.config, self.record = name, held["config"], held["record"]
-        self.floors, self.origin, self._measured = held["floors"], held["origin"], held["measured"]
-
-    def measured(self, what: str) -> Result:
-        return Result(**self._measured[what])
+        self.name, self.config, self.record, self.origin = name, held["config"], held["record"], held["origin"]
+        self.results = {what: Result(**found) for what, found in held["measured"].items()}
 
 
-@dataclass
-class Note:
+class Note(NamedTuple):
     """What a learner wrote down about a run."""
 
     causes: frozenset[str]
     evidence: tuple[str, ...]
-    cure: tuple[str, ...]
+    cures: frozenset[str]
+
+
+class Mark(NamedTuple):
+    """What a note is worth."""
+
+    right: bool
+    points: float  # 0 to 10
+    par: int  # minutes of the shortest way
+    why: str
 
 
 @dataclass
 class Ward:
-    """The runs, what was ordered of them and what was written down."""
+    """The runs, what was ordered of them and what was written down. `plans` is what the notes are held against."""
 
-    seed: int
+    plans: Mapping[str, Plan]
     patients: dict[str, Patient]
     ordered: dict[str, list[str]] = field(default_factory=dict)
     notes: dict[str, Note] = field(default_factory=dict)
 
     def look(self, run: str, what: str) -> Result:
-        """Order a measurement without printing it. Asked again, it costs nothing."""
+        """Order a measurement without showing it. Asked again, it costs nothing."""
         patient, what = self.patients[named(run, self.patients, "run")], named(what, PRICES, "measurement")
         orders = self.ordered.setdefault(patient.name, [])
         if what not in orders:
             orders.append(what)
-        return patient.measured(what)
+        return patient.results[what]
 
     def order(self, run: str, what: str) -> None:
         """Order a measurement of a run: what it says, and its figure where it has one."""
-        from checks.figures_10 import show_result  # the figures need matplotlib; a reader by script does not
+        from checks.figures_10 import show_result  # a reader by script needs no figures
 
-        run = named(run, self.patients, "run")
-        result, price = self.look(run, what), PRICES[what][0]
-        print(f"{run}, {what} ({price} min; {self.minutes(run)} min so far on this run)")
+        result = self.look(run, what)
+        print(f"{run}, {what}: {PRICES[what][0]} min, {self.minutes(run)} min on this run so far")
         print(*(f"  {line}" for line in result.lines), sep="\n")
-        show_result(self.patients[run], what, result)
+        show_result(run, what, result)
+
+    def config(self, run: str) -> None:
+        """Print the file that a run was started with, as its author left it. It is free."""
+        print(self.patients[named(run, self.patients, "run")].config)
 
     def minutes(self, run: str | None = None) -> int:
         """Spent on one run, or on all of them."""
@@ -181,94 +205,96 @@ class Ward:
     ) -> None:
         """Write down what a run has: one cause or two, the measurements that show it, and a cure for each cause."""
         run = named(run, self.patients, "run")
-        found, shown, cures = (tuple([x] if isinstance(x, str) else x) for x in (causes, evidence, cure))
+        found, shown, cures = ([x] if isinstance(x, str) else list(x) for x in (causes, evidence, cure))
         found = frozenset(named(cause, CAUSES, "cause") for cause in found)
         shown = tuple(named(what, PRICES, "measurement") for what in shown)
-        known = [*(cures_of for cures_of, _ in CAUSES.values()), *OTHER_CURES]
-        cures = tuple(named(text, known, "cure") for text in cures)
+        cures = frozenset(named(text, all_cures(), "cure") for text in cures)
+        if not found:
+            raise ConfigError(f"{run}: name a cause; healthy is one")
         if missing := [what for what in shown if what not in self.ordered.get(run, ())]:
             raise ConfigError(f"{run}: {missing[0]} was not ordered, so it is no evidence yet")
         self.notes[run] = Note(found, shown, cures)
         print(f"{run}: {', '.join(sorted(found))}; {self.minutes(run)} minutes")
 
+    def marks(self) -> dict[str, Mark]:
+        """Of every run with a note, in the order of the runs."""
+        return {run: mark(self, run) for run in self.patients if run in self.notes}
+
     def score(self) -> None:
-        """Print, for every run that has a diagnosis, what was right and what would have been the shortest way."""
-        if not self.notes:
-            print("no diagnosis has been written down yet: ward.diagnose(run, causes, evidence, cure)")
+        """Print, for every run with a diagnosis, what was right, and what would have been the shortest way."""
+        marks = self.marks()
+        if not marks:
+            print("nothing is written down yet: ward.diagnose(run, causes, evidence, cure)")
             return
-        marks = {run: mark(self, run) for run in self.patients if run in self.notes}
         for run, one in marks.items():
             print(f"{'✓' if one.right else '✗'} {run}: {one.points:.1f} points. {one.why}")
         right, points = sum(one.right for one in marks.values()), sum(one.points for one in marks.values())
-        shortest = sum(one.par for one in marks.values())
+        spent, par = sum(map(self.minutes, marks)), sum(one.par for one in marks.values())
         print(
-            f"{right} of {len(marks)} right, {points:.0f} of {10 * len(marks)} points, {self.minutes()} minutes;",
-            end=" ",
+            f"{right} of {len(marks)} right; {points:.0f} of {10 * len(marks)} points; {spent} minutes, {par} would do"
         )
-        print(f"the shortest ways to these answers take {shortest}")
 
 
-class Mark(NamedTuple):
-    right: bool
-    points: float  # 0 to 10
-    par: int  # minutes of the shortest way
-    why: str
+def all_cures() -> list[str]:
+    return [*(cause.cure for cause in CAUSES.values()), *OTHER_CURES]
 
 
-# To call a run healthy takes one look at everything that costs less than a probe.
-ROUND = tuple(what for what in PRICES if what not in ("probe", "inspect"))
-
-
-def shortest(ward: Ward, run: str, causes: Iterable[str]) -> tuple[str, ...]:
-    """The cheapest measurements that show all causes in this very run, by what the checklist calls a sign."""
+def shortest(patient: Patient, causes: Iterable[str]) -> list[str]:
+    """The cheapest measurements that show all causes in this very run; of a healthy one, all but the dearest."""
     if set(causes) == {"healthy"}:
-        return ROUND
-    from checks.ward_readers import shows
-
-    patient, ways = ward.patients[run], []
+        return [what for what in PRICES if what != DEAREST]
+    ways = {}
     for cause in causes:
-        able = [what for what in CAUSES[cause][1] if shows(patient.measured(what), what, cause)]
-        ways += (able or CAUSES[cause][1])[:1]
-    return tuple(dict.fromkeys(ways))
+        able = [what for what, found in patient.results.items() if shows(found, cause)]
+        ways |= dict.fromkeys(sorted(able, key=lambda what: PRICES[what][0])[:1])
+    return list(ways)
 
 
 def mark(ward: Ward, run: str) -> Mark:
     """Ten points for the right causes, less a quarter of a point for each minute beyond the shortest way, but at least
-    five; one less for evidence or a cure that does not fit. Three for one of two causes and nothing false beside it."""
-    note, truth = ward.notes[run], draw(ward.seed)[run].causes
-    way = shortest(ward, run, sorted(truth))
-    par, spent = sum(PRICES[what][0] for what in way), ward.minutes(run)
-    shown = ", ".join(f"{what} ({PRICES[what][0]} min)" for what in way)
-    answer = " and ".join(sorted(truth))
+    five of them; one less for evidence, and one less for a cure, that does not fit. Three where one of two causes was named and
+    nothing false."""
+    note, truth, patient = ward.notes[run], ward.plans[run].causes, ward.patients[run]
+    way = shortest(patient, sorted(truth))
+    par, spent, answer = sum(PRICES[what][0] for what in way), ward.minutes(run), " and ".join(sorted(truth))
     if note.causes != truth:
         half = bool(note.causes) and note.causes < truth
-        said = f"That is one of two: {answer}." if half else f"It was: {answer}."
-        signs = "; ".join(line for what in way for line in ward.patients[run].measured(what).lines[:2])
-        return Mark(False, 3.0 if half else 0.0, par, f"{said} What shows it: {shown}: {signs}")
+        signs = "; ".join(f"{what} ({PRICES[what][0]} min) says: {patient.results[what].lines[0]}" for what in way)
+        shown = "nothing that was measured is out of order" if truth == {"healthy"} else signs
+        return Mark(False, 3.0 * half, par, f"{'One of two' if half else 'No'}: {answer}. {shown}")
     points, remarks = 10 - min(5, max(0, spent - par) / 4), []
-    if truth != {"healthy"} and not set(note.evidence) & {what for c in truth for what in CAUSES[c][1]}:
-        points, remarks = points - 1, [*remarks, f"the evidence is {shown}"]
-    wanted = {CAUSES[cause][0] for cause in truth}
-    if set(note.cure) != wanted:
-        points, remarks = points - 1, [*remarks, f"the cure is to {' and to '.join(sorted(wanted))}"]
+    seen = [patient.results[what] for what in note.evidence]
+    if truth != {"healthy"} and not all(any(shows(result, cause) for result in seen) for cause in truth):
+        points, remarks = points - 1, [f"The evidence is in: {', '.join(way)}."]
+    if note.cures != (cures := {CAUSES[cause].cure for cause in truth}):
+        points, remarks = points - 1, [*remarks, f"The cure: {'; '.join(sorted(cures))}."]
     if spent > par:
-        remarks.append(f"{spent} minutes; {par} do: {shown}")
-    return Mark(True, points, par, f"{answer}. {'; '.join(remarks)}".rstrip(". ") + ".")
+        remarks.append(f"{spent} minutes, and {par} would do: {', '.join(way)}.")
+    return Mark(True, points, par, " ".join([f"{answer.capitalize()}.", *remarks]))
 
 
 def open_ward(seed: int = 0, folder: Path | None = None) -> Ward:
     """The ward of a seed: a committed one, or one that `make ward SEED=…` has made here. Raises ConfigError."""
-    folder = folder or folder_of(seed)
-    paths = {name: folder / f"{name.replace(' ', '_')}.json" for name in (f"run {n}" for n in range(1, N_RUNS + 1))}
-    if absent := [path for path in paths.values() if not path.exists()]:
-        raise ConfigError(f"{absent[0]}: no such run; make the ward: make ward SEED={seed}")
-    return Ward(seed, {name: Patient(name, path) for name, path in paths.items()})
+    return admit(draw(seed), folder or folder_of(seed))
+
+
+def open_example() -> Ward:
+    """The labelled run of notebook 10 and its control."""
+    return admit(EXAMPLE, COMMITTED)
+
+
+def admit(plans: Mapping[str, Plan], folder: Path) -> Ward:
+    return Ward(plans, {name: Patient(name, folder / file_of(name)) for name in plans})
+
+
+def file_of(run: str) -> str:
+    return f"{run.replace(' ', '_')}.json"
 
 
 def folder_of(seed: int) -> Path:
     """Where a ward lies: the committed ones with the results, others under runs/."""
     committed = COMMITTED / str(seed)
-    return committed if committed.exists() else ROOT / "runs" / "ward" / str(seed)
+    return committed if seed in (0, 1) else ROOT / "runs" / "ward" / str(seed)
 
 
 def named(text: str, known: Iterable[str], what: str) -> str:

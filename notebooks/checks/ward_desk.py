@@ -1,0 +1,72 @@
+"""The desk of the ward: the same calls as buttons, where somebody can press them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from checks.ward import CAUSES, PRICES, Ward, all_cures
+from moe_lab.sections import ConfigError
+from moe_lab.show.live import is_interactive
+
+NONE = "–"
+
+
+def show_desk(ward: Ward) -> None:
+    """Buttons that order and notes that are written down; where nobody can press, the calls that do the same."""
+    print(*(f"{what:13} {minutes:2} min  {does}" for what, (minutes, does) in PRICES.items()), sep="\n")
+    if not is_interactive():
+        print(
+            'ward.order("run 1", "preflight")   ward.config("run 1")   ward.diagnose("run 1", causes, evidence, cure)'
+        )
+        return
+    from IPython.display import display
+
+    display(desk(ward))
+
+
+def desk(ward: Ward):
+    """The widgets: a run, a button for each measurement, what it says, and the note."""
+    import ipywidgets as w
+
+    wide = w.Layout(width="34em")
+    style = {"description_width": "6em"}
+    run = w.Dropdown(options=list(ward.patients), description="run", layout=wide, style=style)
+    says = w.Output()
+    causes = [choice(w, name, [*sorted(CAUSES)], wide, style) for name in ("cause", "second")]
+    cures = [choice(w, name, [*sorted(all_cures())], wide, style) for name in ("cure", "second")]
+    evidence = w.SelectMultiple(
+        options=list(PRICES), description="evidence", rows=len(PRICES), layout=wide, style=style
+    )
+
+    def button(label: str, does: Callable[[], None], hint: str) -> w.Button:
+        made = w.Button(description=label, tooltip=hint, layout=w.Layout(width="auto"))
+        made.on_click(lambda _: tell(says, does))
+        return made
+
+    orders = [
+        button(f"{what} · {minutes} min", lambda what=what: ward.order(run.value, what), does)
+        for what, (minutes, does) in PRICES.items()
+    ]
+    config = button("config · free", lambda: ward.config(run.value), "the file that the run was started with")
+
+    def note() -> None:
+        values = [[one.value for one in both if one.value != NONE] for both in (causes, cures)]
+        ward.diagnose(run.value, values[0], evidence.value, values[1])
+
+    write = button("write it down", note, "cause, evidence and cure of this run")
+    notes = w.VBox([*causes, evidence, *cures, write])
+    return w.VBox([run, w.HBox([config, *orders], layout=w.Layout(flex_flow="row wrap")), says, notes])
+
+
+def choice(w, name: str, options: list[str], layout, style):
+    return w.Dropdown(options=[NONE, *options], description=name, layout=layout, style=style)
+
+
+def tell(says, does: Callable[[], None]) -> None:
+    """Do it, with what it prints and shows below the buttons; an error is one line."""
+    says.clear_output(wait=True)
+    with says:
+        try:
+            does()
+        except ConfigError as error:
+            print(error)

@@ -1,0 +1,290 @@
+"""The ward of notebook 10: what is drawn, what is planted, what a note is worth, and two readers who sit the exam by script."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+from checks import exercises_10, ward, ward_desk, ward_readers
+from helpers import solved
+
+from benchmarks import ward as maker
+from benchmarks.ward_measures import MEASURES, heard, in_each_mode, plain_copy, skipped_tokens
+from moe_lab import build_model
+from moe_lab.config import ConfigError
+
+COMMITTED = (0, 1)  # 1 was there while the measurements were written; 0 judges
+FILES = sorted(ward.COMMITTED.rglob("*.json"))
+
+
+# ---- the exam --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", COMMITTED)
+def test_the_checklist_is_enough_and_the_curve_is_not(seed: int) -> None:
+    right, minutes = ward_readers.judged(ward.open_ward(seed), "checklist")
+    assert right >= 10 and minutes > 0
+    right, minutes = ward_readers.judged(ward.open_ward(seed), "curve")
+    assert right <= 4 and minutes == 0
+
+
+def test_the_reader_uses_what_the_checklist_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a page of lines without signs it calls every run healthy."""
+    blank = {id: line | {"see": []} for id, line in ward.LINES.items()}
+    monkeypatch.setattr(ward_readers, "LINES", blank)
+    assert ward_readers.judged(ward.open_ward(0), "checklist")[0] == 2
+
+
+def test_the_dearest_look_is_ordered_only_where_a_line_sends_there() -> None:
+    opened = ward.open_ward(0)
+    ward_readers.judged(opened, "checklist")
+    probed = [run for run, orders in opened.ordered.items() if ward.DEAREST in orders]
+    warned = [run for run in opened.patients if "lr_too_low" in opened.patients[run].results["preflight"].rules]
+    assert set(warned) <= set(probed) != set(opened.patients)
+
+
+# ---- what is drawn ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_ward_has_what_it_must(seed: int) -> None:
+    plans = ward.draw(seed)
+    assert list(plans) == [f"run {n}" for n in range(1, 13)]
+    single = Counter(next(iter(plan.causes)) for plan in plans.values() if len(plan.causes) == 1)
+    assert sorted(len(plan.causes) for plan in plans.values()) == [1] * 10 + [2] * 2
+    assert single["healthy"] == 2
+    for cause in ("random tokens", "sees the future", "experts collapsed", "training and evaluation differ"):
+        assert single[cause] == 1
+    kinds = [plan.faults for plan in plans.values() if plan.causes == {"healthy"}]
+    assert len(set(kinds)) == 2
+    assert all(fault in maker.PLANTS for plan in plans.values() for fault in plan.faults)
+    assert plans == ward.draw(seed)
+
+
+def test_seeds_are_different_wards() -> None:
+    first = [ward.draw(seed)["run 1"] for seed in range(30)]
+    assert len(set(first)) > 20 and len({plan.causes for plan in first}) > 5
+
+
+def test_every_variant_can_be_planted_and_is_drawn() -> None:
+    variants = {(cause, kind) for cause, known in ward.CAUSES.items() for kind in known.variants}
+    drawn = {fault for seed in range(200) for plan in ward.draw(seed).values() for fault in plan.faults}
+    assert drawn == variants and drawn <= set(maker.PLANTS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_files_hold_measurements_and_no_label(path) -> None:
+    text = path.read_text(encoding="utf-8")
+    held = json.loads(text)
+    assert set(held) == {"config", "origin", "record", "measured"}
+    assert set(held["measured"]) == set(ward.PRICES) == set(MEASURES)
+    classes = [
+        name for name, value in vars(maker).items() if isinstance(value, type) and value.__module__ == maker.__name__
+    ]
+    kinds = [kind for known in ward.CAUSES.values() for kind in known.variants if " " in kind]
+    assert not [word for word in (*classes, *kinds, "planted") if word in text]
+
+
+def test_the_committed_files_are_small_and_whole() -> None:
+    assert len(FILES) == 2 * 12 + len(ward.EXAMPLE)
+    assert sum(path.stat().st_size for path in FILES) < 2_000_000
+
+
+# ---- what is planted -------------------------------------------------------------------------------------------------
+
+
+def planted(*fault: str):
+    """A fresh model with a fault, its weights a way off their start."""
+    torch.manual_seed(0)
+    model = build_model(maker.BASE.model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    if plant := maker.PLANTS[fault].model:
+        plant(model)
+    return plain_copy(model)
+
+
+IDS = torch.randint(512, (4, 65), generator=torch.Generator().manual_seed(1))
+
+
+def leaks(model) -> tuple[bool, bool]:
+    """In evaluation; in training, with every choice held."""
+    with torch.no_grad():
+        found = [heard(model, IDS[:, :64], 512, training=mode, hold=mode) for mode in (False, True)]
+    return found[0] > 1e-4, found[1] > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("kind", "evaluation", "training"),
+    [("convolution", True, True), ("attention", True, True), ("unsorted", False, True)],
+)
+def test_a_leak_leaks_where_it_is_said_to(kind: str, evaluation: bool, training: bool) -> None:
+    assert leaks(planted("sees the future", kind)) == (evaluation, training)
+
+
+def test_a_sound_model_does_not_leak_although_its_choice_looks_ahead() -> None:
+    model = planted("healthy", "as configured")
+    assert leaks(model) == (False, False)
+    with torch.no_grad():
+        assert heard(model, IDS[:, :64], 512, training=True, hold=False) > 1e-4
+        losses, one_sided = in_each_mode(model, IDS)
+        changed: list[int] = []
+        with skipped_tokens(changed):
+            model.train()(IDS[:, :64])
+    assert one_sided == [] and set(losses) == {"training", "evaluation"}
+    assert changed == [0] * 6
+
+
+@pytest.mark.parametrize(("kind", "name"), [("depth off", "router"), ("mixer off", "in_proj")])
+def test_what_runs_in_one_mode_only_is_named(kind: str, name: str) -> None:
+    with torch.no_grad():
+        _, one_sided = in_each_mode(planted("training and evaluation differ", kind), IDS)
+    assert any(name in module for module in one_sided)
+
+
+def test_a_bias_of_the_wrong_sign_collapses_the_experts() -> None:
+    model = planted("experts collapsed", "wrong sign").train()
+    with torch.no_grad():
+        for _ in range(200):
+            routing = model(IDS[:, :64]).routing
+    assert all((layer.load() * 8 < 0.1).sum() >= 4 for layer in routing)
+
+
+def test_an_unused_score_leaves_the_depth_routers_without_gradient() -> None:
+    model = planted("cut off from the gradient", "depth router").train()
+    sum(model.losses(IDS).values()).backward()
+    without = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+    assert without == {name for name, _ in model.named_parameters() if "_depth.router" in name}
+
+
+def test_a_run_is_made_and_measured(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    short = maker.BASE.with_(training={"steps": 25, "eval_interval": 25, "save_interval": 25})
+    monkeypatch.setattr(maker, "BASE", short)
+    plan = ward.Plan((("random tokens", "uniform"), ("updates rounded away", "by the config")), 3)
+    maker.write(tmp_path / "run_1.json", maker.run(plan))
+    patient = ward.Patient("run 1", tmp_path / "run_1.json")
+    assert all(
+        ward.shows(patient.results[what], cause)
+        for what, cause in (("tokens", "random tokens"), ("preflight", "updates rounded away"))
+    )
+    assert abs(patient.results["tokens"].readings["collisions"] - 1) < 0.1
+    assert not ward.shows(patient.results["tokens"], "padding in the loss")
+    opened = ward.Ward({"run 1": plan}, {"run 1": patient})
+    assert ward_readers.by_checklist(opened, "run 1") == plan.causes
+
+
+# ---- what a note is worth --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def opened() -> ward.Ward:
+    return ward.open_ward(1)
+
+
+def of(opened: ward.Ward, n_causes: int) -> str:
+    """A run that is not healthy and has so many causes."""
+    return next(run for run, plan in opened.plans.items() if len(plan.causes - {"healthy"}) == n_causes)
+
+
+def noted(opened: ward.Ward, run: str, causes=None, way=None, evidence=None, cure=None) -> ward.Mark:
+    truth = sorted(opened.plans[run].causes)
+    way = way or ward.shortest(opened.patients[run], truth)
+    for what in way:
+        opened.look(run, what)
+    cure = cure or [ward.CAUSES[cause].cure for cause in truth]
+    opened.diagnose(run, causes or truth, evidence=evidence or way, cure=cure)
+    return opened.marks()[run]
+
+
+@pytest.mark.parametrize("n_causes", [0, 1, 2])
+def test_the_shortest_way_to_the_right_answer_is_worth_ten(opened: ward.Ward, n_causes: int, capsys) -> None:
+    run = of(opened, n_causes)
+    made = noted(opened, run)
+    assert made.right and made.points == 10 and opened.minutes(run) == made.par
+    opened.score()
+    assert f"✓ {run}: 10.0 points." in capsys.readouterr().out
+
+
+def test_minutes_evidence_and_cure_cost_points(opened: ward.Ward) -> None:
+    run = of(opened, 1)
+    everything = list(ward.PRICES)
+    assert noted(opened, run, way=everything).points == 5
+    assert noted(opened, run, way=everything, cure=ward.OTHER_CURES[0]).points == 4
+    cause = next(iter(opened.plans[run].causes))
+    blind = next(what for what, found in opened.patients[run].results.items() if not ward.shows(found, cause))
+    assert noted(opened, run, way=everything, evidence=[blind]).points == 4
+
+
+def test_half_an_answer_and_a_false_one(opened: ward.Ward) -> None:
+    run = of(opened, 2)
+    one = sorted(opened.plans[run].causes)[0]
+    half = noted(opened, run, causes=[one])
+    assert (half.right, half.points) == (False, 3.0) and half.why.startswith("One of two: ")
+    false = noted(opened, run, causes=[one, "warm-up off by one"])
+    assert (false.right, false.points) == (False, 0.0) and false.why.startswith("No: ")
+    assert not noted(opened, of(opened, 0), causes=["learning rate too low"]).right
+
+
+def test_an_order_is_paid_for_once_and_mistakes_are_told(opened: ward.Ward) -> None:
+    for _ in range(2):
+        opened.look("run 1", "tokens")
+    assert opened.minutes() == ward.PRICES["tokens"][0]
+    with pytest.raises(ConfigError, match="did you mean run 1"):
+        opened.look("run1", "tokens")
+    with pytest.raises(ConfigError, match="did you mean tokens"):
+        opened.look("run 1", "token")
+    with pytest.raises(ConfigError, match="watch was not ordered"):
+        opened.diagnose("run 1", "healthy", evidence="watch", cure="leave it as it is")
+    with pytest.raises(ConfigError, match="name a cause"):
+        opened.diagnose("run 1", [], evidence=[], cure=[])
+    with pytest.raises(ConfigError, match="make ward SEED="):
+        ward.open_ward(987654)
+
+
+def test_every_planted_cause_is_shown_by_what_was_measured() -> None:
+    """Of the committed runs: the shortest way exists for each cause. A run for which it does not is no fair question."""
+    for seed in COMMITTED:
+        opened = ward.open_ward(seed)
+        for run, plan in opened.plans.items():
+            for cause in plan.causes - {"healthy"}:
+                assert ward.shortest(opened.patients[run], [cause]), (seed, run, cause)
+
+
+# ---- the desk and the exercises --------------------------------------------------------------------------------------
+
+
+def test_buttons_do_what_calls_do(opened: ward.Ward) -> None:
+    run, orders, _, notes = ward_desk.desk(opened).children
+    run.value = "run 2"
+    press = {button.description.split(" · ")[0]: button for button in orders.children}
+    press["tokens"].click()
+    assert opened.ordered == {"run 2": ["tokens"]}
+    cause, _, evidence, cure, _, write = notes.children
+    cause.value, evidence.value, cure.value = "random tokens", ("tokens",), "mend the loader, and let it raise"
+    write.click()
+    assert opened.notes["run 2"].causes == {"random tokens"}
+
+
+def test_without_a_person_the_desk_prints_the_calls(opened: ward.Ward, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("MOE_LAB_INTERACTIVE", "0")
+    ward_desk.show_desk(opened)
+    opened.score()
+    printed = capsys.readouterr().out
+    assert "ward.order(" in printed and "branch_probe" in printed and "nothing is written down yet" in printed
+
+
+def test_a_patient_is_named_by_a_watch_and_not_otherwise(capsys) -> None:
+    rule = solved("10")["rule"]
+    assert exercises_10.check_patient(rule, 3)
+    for wrong in ("lr_too_low", "weight_decay_on_norms", "no such rule", 7):
+        assert not exercises_10.check_patient(wrong, 3)
+    assert {exercises_10.drawn(seed) for seed in range(12)} == set(exercises_10.PLANTED)
+
+
+def test_a_config_is_mended_by_its_rates_alone() -> None:
+    starved, mended = exercises_10.starved_config(), solved("10")["mended"]
+    assert exercises_10.check_mended(mended)
+    assert not exercises_10.check_mended(starved)
+    assert not exercises_10.check_mended(mended.with_(model={"mod_enabled": False}))
+    assert not exercises_10.check_mended(starved.with_(training={"max_lr": 0.001}))
