@@ -275,7 +275,7 @@ def branch_probe(run: Trained) -> dict[str, Any]:
     branches = health.branch_probe(trainer.model, trainer.optimizers, loss, batches)
     found = health.branch_findings(branches)
     sure = max((b.gain - 3 * b.error for b in branches if np.isfinite(b.gain)), default=-99.0)
-    lines = [f"{b.name}: {b.gain:+.3f} ± {b.error:.3f} nats lower after 30 updates" for b in branches]
+    lines = [f"{b.name}: gains {b.gain:+.3f} ± {b.error:.3f} nats in 30 updates" for b in branches]
     drawn = [[b.name, finite(b.gain), finite(b.error)] for b in branches]
     return result([*told(found), *lines], {"gain": sure}, found, drawn)
 
