@@ -10,10 +10,10 @@ PARAMS ?=
 # Two tests at a time, each with one thread: more threads make small tensors slower.
 TWO := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: help setup test-setup run test lab notebooks outputs claims docs-table bench record seeds detection watch-cost studies mutants health-wheel browser format
+.PHONY: help setup test-setup run test lab notebooks outputs claims docs-table bench record seeds detection watch-cost studies ward mutants health-wheel browser format
 
 help:
-	@echo "make setup | run | test | lab | notebooks | outputs | claims | docs-table | bench | record | seeds | detection | watch-cost | studies | mutants | health-wheel | format; see README.md"
+	@echo "make setup | run | test | lab | notebooks | outputs | claims | docs-table | bench | record | seeds | detection | watch-cost | studies | ward | mutants | health-wheel | format; see README.md"
 
 # Once: the stamp is newer than what it was made from, so a second call installs nothing.
 setup: .venv/installed
@@ -96,6 +96,10 @@ watch-cost: setup
 # The runs behind notebooks 03 and 04, hours of one core; finished ones are kept in .cache
 studies: setup
 	$(BIN)/python -m benchmarks.studies
+
+# The twelve unlabelled runs of notebook 10, minutes of two cores; SEED=2 makes a ward that nobody has seen
+ward: setup
+	SEED="$(SEED)" $(BIN)/python -m benchmarks.ward
 
 mutants: test-setup
 	$(BIN)/python tests/mutants.py

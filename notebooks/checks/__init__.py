@@ -13,6 +13,11 @@ exercises_03a.py  when a cosine freezes, three checkpoints, a schedule
 exercises_04.py   conventions of Muon, sums of learning rates, shares of two fixes
 exercises_05.py   floors passed, tokens counted, a verdict
 exercises_07.py   verdicts from numbers handed in, a damaged record, norms that move in bf16
+exercises_10.py   a patient of your own, a config to mend
+figures_10.py     training curves, and pictures of measurements
+ward.py           the runs of notebook 10: what is drawn, ordered, written down and what it is worth
+ward_desk.py      the same as buttons
+ward_readers.py   two readers by script: the checklist's, and the curve's
 
 questions_NN.py   what a notebook asks, and which answer the measured values give
 verdicts_NN.py    what a notebook's numbers make of the report's claims
