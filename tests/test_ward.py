@@ -260,9 +260,9 @@ def test_buttons_do_what_calls_do(opened: ward.Ward) -> None:
     press = {button.description.split(" · ")[0]: button for button in orders.children}
     press["tokens"].click()
     assert opened.ordered == {"run 2": ["tokens"]}
-    cause, _, evidence, cure, _, write = notes.children
+    cause, _, evidence, cure, _, last = notes.children
     cause.value, evidence.value, cure.value = "random tokens", ("tokens",), "mend the loader, and let it raise"
-    write.click()
+    last.children[0].click()
     assert opened.notes["run 2"].causes == {"random tokens"}
 
 

@@ -54,7 +54,8 @@ def desk(ward: Ward):
         ward.diagnose(run.value, values[0], evidence.value, values[1])
 
     write = button("write it down", note, "cause, evidence and cure of this run")
-    notes = w.VBox([*causes, evidence, *cures, write])
+    score = button("score", ward.score, "what is written down so far; it tells the answers of those runs")
+    notes = w.VBox([*causes, evidence, *cures, w.HBox([write, score])])
     return w.VBox([run, w.HBox([config, *orders], layout=w.Layout(flex_flow="row wrap")), says, notes])
 
 

@@ -1,0 +1,45 @@
+"""The desk of the ward in a real JupyterLab: a look is ordered, a mistake is told, a note is written down and scored."""
+
+from pathlib import Path
+
+import pytest
+from helpers import write_notebook
+from lab import browser_page, jupyter_lab, run_all
+from playwright.sync_api import Page
+
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+CELL = f"""import sys
+
+sys.path.insert(0, {str(NOTEBOOKS)!r})
+from checks.ward import open_ward
+from checks.ward_desk import show_desk
+
+show_desk(open_ward(1))"""
+
+
+def press(page: Page, label: str, then: str) -> None:
+    """Press a button, and wait for what it says below."""
+    page.click(f"button.jupyter-button:has-text('{label}')")
+    page.wait_for_selector(f".jp-OutputArea-output:has-text('{then}')", timeout=20000)
+
+
+@pytest.mark.timeout(240)
+def test_a_look_a_note_and_a_score(tmp_path: Path) -> None:
+    write_notebook(tmp_path / "ward.ipynb", CELL)
+    with jupyter_lab(tmp_path) as address, browser_page() as (page, crashes):
+        page.goto(f"{address}/doc/tree/ward.ipynb?reset")
+        page.wait_for_selector(".jp-NotebookPanel .jp-Notebook")
+        run_all(page)
+        page.wait_for_selector("button.jupyter-button:has-text('write it down')", timeout=60000)
+        run, cause, _, cure, _ = page.locator(".widget-dropdown select").all()
+        press(page, "write it down", "name a cause")
+        run.select_option("run 2")
+        press(page, "tokens · 1 min", "collisions × vocabulary")
+        press(page, "floors · 1 min", "2 min on this run so far")
+        page.wait_for_selector("figure img[alt^='run 2: training ends']")
+        cause.select_option("experts collapsed")
+        page.locator(".widget-select-multiple select, .widget-select select").first.select_option(["tokens"])
+        cure.select_option("a balancing that acts")
+        press(page, "write it down", "run 2: experts collapsed; 2 minutes")
+        press(page, "score", "0 of 1 right")
+        assert crashes == []
