@@ -224,7 +224,7 @@ PLANTS: dict[tuple[str, str], Plant] = {
     ("experts collapsed", "wrong sign"): swap(
         WrongSign, config={"model": {"moe_balance_weight": 0.0}}, comments={"moe_balance_weight": "balanced by a bias instead"}
     ),
-    ("loss off by a factor", "halved"): Plant(model=halved),
+    ("shown loss off by a factor", "halved"): Plant(model=halved),
 }  # fmt: skip
 
 
