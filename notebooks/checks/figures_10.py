@@ -48,7 +48,7 @@ def twelve(patients: Mapping[str, Patient]) -> None:
     for number, (name, patient) in enumerate(patients.items()):
         row, column = divmod(number, 4)
         box = (0.06 + 0.24 * column, 0.73 - 0.32 * row, 0.19, 0.2)
-        axes = new_axes(figure, box, name, "update" if row == 2 else "", "nats" if column == 0 else "")
+        axes = new_axes(figure, box, name, "update" if row == 2 else "", "nats per token" if column == 0 else "")
         axes.plot(patient.record["step"], patient.record["loss"], color=BLUE, linewidth=1.2)
         axes.set_ylim(0, min(top, 8) * 1.05)
         said.append(f"{name} {patient.record['loss'][0]:.1f} to {np.mean(patient.record['loss'][-5:]):.1f}")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -188,7 +189,8 @@ class Ward:
 
         result = self.look(run, what)
         print(f"{run}, {what}: {PRICES[what][0]} min, {self.minutes(run)} min on this run so far")
-        print(*(f"  {line}" for line in result.lines), sep="\n")
+        for line in result.lines:
+            print(textwrap.fill(line, 98, initial_indent="  ", subsequent_indent="    "))
         show_result(run, what, result)
 
     def config(self, run: str) -> None:
