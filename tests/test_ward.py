@@ -28,6 +28,12 @@ def test_the_checklist_is_enough_and_the_curve_is_not(seed: int) -> None:
     assert right <= 4 and minutes == 0
 
 
+def test_even_labelled_curves_of_another_ward_do_not_replace_a_measurement() -> None:
+    opened = [ward.open_ward(seed) for seed in COMMITTED]
+    assert all(ward_readers.studied(one, other) <= 6 for one, other in (opened, opened[::-1]))
+    assert ward_readers.studied(opened[0], opened[0]) == 12
+
+
 def test_the_reader_uses_what_the_checklist_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a page of lines without signs it calls every run healthy."""
     blank = {id: line | {"see": []} for id, line in ward.LINES.items()}

@@ -59,3 +59,16 @@ def judged(ward: Ward, reader: str) -> tuple[int, int]:
     else:
         said = {run: by_curve(patient) for run, patient in ward.patients.items()}
     return sum(said[run] == ward.plans[run].causes for run in said), ward.minutes()
+
+
+def studied(ward: Ward, labelled: Ward) -> int:
+    """How many runs are named right by who was shown the curves of another ward with their labels, and takes the nearest's."""
+
+    def apart(one: Patient, other: Patient) -> float:
+        return sum(abs(a - b) for a, b in zip(one.record["loss"], other.record["loss"], strict=True))
+
+    said = {}
+    for run, patient in ward.patients.items():
+        near = min(labelled.patients, key=lambda other: apart(patient, labelled.patients[other]))
+        said[run] = labelled.plans[near].causes
+    return sum(said[run] == ward.plans[run].causes for run in said)
