@@ -12,15 +12,15 @@ from torch import Tensor
 
 from moe_lab.optim.rounding import stochastic_round
 from moe_lab.show.explorables import Choice, Slider, bf16_between, explore
-from moe_lab.show.style import GREY, PALE, SERIES, VERMILION, draw_floors, label_right, new_axes, new_figure
+from moe_lab.show.style import GREY, PALE, SERIES, draw_floors, label_right, new_axes, new_figure
 
 N_UPDATES = 100  # of the explorable's weight
 LOWEST = -16  # powers of two that the histogram shows; what is smaller counts as this
 Drawn = tuple[Figure, str, str]
 
 
-def pair_figure(runs: Mapping[str, Any], findings: bool = False) -> Drawn:
-    """Loss and furthest norm weight of runs side by side, so far; with `findings`, a mark where a watch speaks."""
+def pair_figure(runs: Mapping[str, Any]) -> Drawn:
+    """Loss and furthest norm weight of runs side by side, so far, and nothing of what a watch has found."""
     figure, labels, seen = new_figure(10, 3.3), ([], []), []
     loss = new_axes(figure, (0.065, 0.16, 0.3, 0.73), "Training loss", "update", "nats per token")
     norm = new_axes(figure, (0.52, 0.16, 0.25, 0.73), "Furthest norm weight, |w − 1|", "update", "no unit")
@@ -36,16 +36,9 @@ def pair_figure(runs: Mapping[str, Any], findings: bool = False) -> Drawn:
     loss.set_ylim(min(text[0] for text in labels[0]) - 0.15, floors["uniform"] + 0.25)
     labels[0].extend(draw_floors(loss, floors))
     norm.set_ylim(bottom=-1e-4)
-    said = [f"{name}: {finding}" for name, run in runs.items() for finding in run.watch.findings] if findings else []
-    marks = {(f.step, f.severity, f.rule) for run in runs.values() for f in run.watch.findings} if findings else ()
-    for step, severity, rule in sorted(marks):
-        norm.axvline(step, color=VERMILION, linewidth=1, linestyle=":")
-        labels[1].append((norm.get_ylim()[1] * 0.9, f"{severity}: {rule}, step {step}", VERMILION))
     label_right(loss, labels[0])
     label_right(norm, labels[1])
     caption = "Both runs share start values, data and order; they differ in one line of code."
-    if findings:
-        caption = "\n".join(said or ["No watch has found anything yet."])
     return figure, f"After {last['step']} updates, " + "; ".join(seen) + ".", caption
 
 

@@ -118,23 +118,23 @@ class Run:
         return self
 
 
-def train_side_by_side(runs: Mapping[str, Run], until: int, findings: bool = False) -> None:
+def train_side_by_side(runs: Mapping[str, Run], until: int) -> None:
     """Train runs in turn, an update each, with one figure of both: drawn as they go where somebody watches, else once.
 
-    With `findings` what each run's watch finds stands below the figure, from the update on at which it is found.
+    A `LivePair` has buttons as well, and shows what watches find; here that would answer what the notebook asks next.
     """
     watched, handle, drawn = is_interactive(), None, -1e9
     for _ in range(until):
         for run in runs.values():
             run.step()
         if watched and time.monotonic() - drawn > 1:
-            picture, drawn = to_html(*pair_figure(runs, findings)), time.monotonic()
+            picture, drawn = to_html(*pair_figure(runs)), time.monotonic()
             handle = (
                 handle.update(picture, raw=True) or handle if handle else display(picture, raw=True, display_id=True)
             )
     for run in runs.values():
         run.finish()
     if handle:
-        handle.update(to_html(*pair_figure(runs, findings)), raw=True)
+        handle.update(to_html(*pair_figure(runs)), raw=True)
     else:
-        show(*pair_figure(runs, findings))
+        show(*pair_figure(runs))
