@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checks import exercises_02
 from checks.exercises_07 import FAULTS, RIGHT
 from helpers import solved
 
@@ -16,9 +17,7 @@ from moe_lab.failures.surface import case_lrs, shapley
 from moe_lab.health.conventions import lr_original_from_match
 from moe_lab.health.measures import is_lost
 
-
-def n_attention(config) -> int:
-    return sum(not config.is_mamba(layer) for layer in range(config.n_layers))
+LEAKS = {"A": "mask", "B": "causal", "C": "choice", "D": "chunk"}
 
 
 def depth_layer(x, scores, capacity, sublayer, bug):
@@ -45,49 +44,6 @@ def depth_layer(x, scores, capacity, sublayer, bug):
     return x.index_add(0, places, y)
 
 
-def other(ids: torch.Tensor, places: slice, vocab_size: int) -> torch.Tensor:
-    changed = ids.clone()
-    changed[:, places] = (changed[:, places] + 1) % vocab_size
-    return changed
-
-
-def leak(change: Callable, look: Callable) -> Callable:
-    """A search for a leak that changes ids by `change(ids, cut, vocab_size)` and looks at the differences before `cut`."""
-    return lambda fn, ids, cut, vocab_size: look(fn(change(ids, cut, vocab_size)) - fn(ids), cut)
-
-
-def largest(difference: torch.Tensor, cut: int) -> torch.Tensor:
-    return difference[:, :cut].abs().max()
-
-
-def all_from_cut(ids, cut, vocab_size):
-    return other(ids, slice(cut, None), vocab_size)
-
-
-def next_and_last(ids, cut, vocab_size):
-    return other(other(ids, slice(-1, None), vocab_size), slice(cut, min(cut + 1, ids.shape[1] - 1)), vocab_size)
-
-
-def redrawn(ids, cut, vocab_size):
-    """Random tokens: now and then the last one stays as it was, and a leak from there is missed."""
-    changed = ids.clone()
-    generator = torch.Generator().manual_seed(int(ids.sum()) + cut)
-    changed[:, cut:] = torch.randint(vocab_size, changed[:, cut:].shape, generator=generator)
-    return changed
-
-
-def outside(ids, cut, vocab_size):
-    changed = ids.clone()
-    changed[:, cut:] += 1
-    return changed
-
-
-def leak_in_place(fn, ids, cut, vocab_size):
-    before = fn(ids)
-    ids[:, cut:] = (ids[:, cut:] + 1) % vocab_size
-    return largest(fn(ids) - before, cut)
-
-
 def without_b18(deviation, peak, warmup):
     total, n = 0.0, 0
     while total < deviation:
@@ -108,14 +64,15 @@ def frozen(peak: float, n: int, reach: float = 1.165) -> int:
 
 # of each check: wrong answers, and what the reader is told
 WRONG = {
-    "02.kv_numbers": [
-        (lambda c, n: n_attention(c) * c.n_kv_heads * c.width_of_head * n, "keys and values"),
-        (lambda c, n: 2 * c.n_kv_heads * c.width_of_head * n, "one layer's cache"),
-        (lambda c, n: n_attention(c) * 2 * c.n_heads * c.width_of_head * n, "query heads share"),
-        (lambda c, n: c.n_layers * 2 * c.n_kv_heads * c.width_of_head * n, "Mamba layers keep no"),
-        (lambda c, n: n_attention(c) * 2 * c.n_kv_heads * (c.d_model // c.n_heads) * n, "attention layers × 2"),
-        (lambda c, n: n_attention(c) * 2 * c.n_kv_heads * c.width_of_head * 100, "twice the tokens"),
-        (lambda c, n: (c.n_layers - len(c.mamba_layers)) * 2 * c.n_kv_heads * c.width_of_head * n, "is_mamba"),
+    "02.edits": [
+        ({"n_layer": 12}, "no key of the model"),
+        ({"n_layers": 12}, "moe_layers: layer"),
+        ({"d_ff_expert": 1024}, "the whole model now has"),
+        ({"n_experts": 4}, "the whole model now has"),
+        ({"moe_top_k": 9}, "moe_top_k=9"),
+        ({"moe_top_k": 3}, "K of E times"),
+        ({"mod_capacity_factor": 0.1}, "K of E times"),
+        ({}, "edits is a dict"),
     ],
     "02.depth_layer": [
         (partial(depth_layer, bug=bug), hint)
@@ -133,18 +90,14 @@ WRONG = {
             "in place": "writes into x",
         }.items()
     ],
-    "02.leak": [
-        (leak(all_from_cut, lambda difference, cut: largest(difference, cut + 1)), "not cut itself"),
-        (leak(lambda ids, cut, v: other(ids, slice(cut, cut + 1), v), largest), "only the last token leaks"),
-        (leak(lambda ids, cut, v: other(ids, slice(-1, None), v), largest), "place cut - 1 sees token cut"),
-        (leak(redrawn, largest), "only the last token leaks"),
-        (leak(all_from_cut, lambda difference, cut: difference[:, :cut].max()), "whatever its sign"),
-        (leak(all_from_cut, lambda difference, cut: difference[:, cut - 1].abs().max()), "comparing scores over time"),
-        (leak(next_and_last, largest), "comparing scores over time"),
-        (leak(outside, largest), "vocab_size"),
-        (leak_in_place, "writes into ids"),
-        # what the gradient test sees where logits do not hang on a differentiable path: nothing
-        (lambda fn, ids, cut, v: torch.zeros(()), "you did not find it"),
+    "02.verdicts": [
+        (LEAKS | {"A": "causal"}, "A: change each token"),
+        (LEAKS | {"B": "chunk"}, "B: no logit"),
+        (LEAKS | {"C": "mask"}, "C: earlier logits move"),
+        (LEAKS | {"D": "choice"}, "D: a choice leaves no gradient"),
+        (LEAKS | {"D": "mask"}, "D: how far back"),
+        (LEAKS | {"A": "leak"}, "use these words"),
+        ({"A": "mask"}, "name all four"),
     ],
     "03.lr_to_move": [
         (lambda w: 2.0 ** (math.floor(math.log2(w)) - 7), "no whole gap"),
@@ -277,3 +230,24 @@ def test_learning_rates_and_shares_are_those_of_the_package() -> None:
     losses = {frozenset(): 6.8, frozenset("m"): 6.7, frozenset("a"): 6.2, frozenset("ma"): 6.0}
     shares = shapley({fixed: -loss for fixed, loss in losses.items()}, "ma")
     assert answers["shares_of_two"](6.8, 6.7, 6.2, 6.0) == pytest.approx((shares["m"], shares["a"]))
+
+
+def test_each_suspect_leaks_as_its_verdict_says() -> None:
+    """Told apart by the two tests of the notebook, not by how they are made."""
+    ids, found = torch.arange(24), {}
+    for letter, network in exercises_02.suspects().items():
+        rows = ids.expand(24, 24)
+        changed = rows + torch.eye(24, dtype=torch.int64)
+        with torch.no_grad():
+            back = (network(changed).logits - network(rows).logits).abs().amax(dim=-1).tril(-1) > 1e-6
+        captured = []
+        network.embedding.register_forward_hook(lambda module, args, output, into=captured: into.append(output))
+        (grad,) = torch.autograd.grad(network(ids[None]).logits[0, :12].square().sum(), captured)
+        reach = [int(row.nonzero()[0]) for row in back if row.any()]
+        if not reach:
+            found[letter] = "causal"
+        elif not grad[0, 12:].any():
+            found[letter] = "choice"
+        else:
+            found[letter] = "mask" if max(reach) == 0 else "chunk"
+    assert found == LEAKS

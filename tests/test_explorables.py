@@ -1,10 +1,16 @@
 """The number line says what torch's own bf16 addition does, and its text says what it shows."""
 
+import math
+import re
+
 import IPython.display
 import pytest
 import torch
+from checks import figures_02
+from helpers import tiny
 from matplotlib.figure import Figure
 
+from moe_lab import build_model
 from moe_lab.show import explorables
 from moe_lab.show.explorables import Choice, Slider, explore
 from moe_lab.show.style import new_figure
@@ -97,3 +103,39 @@ def test_headless_a_still_figure_stands_in_and_nothing_else_is_drawn(monkeypatch
     page = Page(monkeypatch, live="0")
     explore(None, still=lambda: draw_sum(1, "still"), first=Slider("first", 2.0, 0, 8, 0.5))
     assert [picture["text/plain"] for picture in page.shown] == ["1 and still\nA caption."]
+
+
+# ---- notebook 02's ---------------------------------------------------------------------------------------------------
+
+
+def test_the_router_shows_the_loads_of_its_logits_and_the_balance_loss() -> None:
+    """The three cases of the notebook: even, sure of the same two, and the same two by a hair."""
+    _, text, _ = figures_02.draw_router(1.0, a=0.0, b=0.0, c=0.0, d=0.0)
+    loads = [float(number) for number in re.findall(r"0\.\d\d", text.split(";")[0].split("Load")[1])]
+    assert text.startswith("Balance loss 1.0") and all(0.2 < load < 0.3 for load in loads)
+    _, text, _ = figures_02.draw_router(0.0, a=9.0, b=9.0, c=-9.0, d=-9.0)
+    assert text == "Balance loss 2.00. Load 0.50, 0.50, 0.00, 0.00; mean probability 0.50, 0.50, 0.00, 0.00."
+    _, text, _ = figures_02.draw_router(0.0, a=0.001, b=0.001, c=0.0, d=0.0)
+    assert text == "Balance loss 1.00. Load 0.50, 0.50, 0.00, 0.00; mean probability 0.25, 0.25, 0.25, 0.25."
+
+
+def test_a_changed_token_is_heard_where_its_row_says(monkeypatch) -> None:
+    change = torch.zeros(5, 5)
+    change[2] = torch.tensor([0.0, 0.3, 1.0, 0.0, 0.01])
+    _, text, _ = figures_02.draw_hearers(list("abcde"), {("MoD", "training"): change}, "MoD", "training", 2)
+    assert text == "MoD, training: token 2 changes; 1 of 2 later places hear of it; earlier places that do: 1."
+    page = Page(monkeypatch, live="0")
+    figures_02.show_causality({("MoD", "training"): change, ("MoD", "evaluation"): change.triu()})
+    assert "MoD in training (1 cells)." in page.shown[0]["text/plain"]
+
+
+@pytest.mark.parametrize("capacity", [0.1, 0.25, 0.75, 1.0])
+def test_capacity_is_the_share_of_tokens_that_a_sublayer_computes(capacity) -> None:
+    model = build_model(tiny(mod_enabled=True)).train()
+    ids = torch.arange(20)[None]
+    chosen = figures_02.choices(model, ids, capacity)
+    assert chosen.shape == (4, 20) and (chosen.sum(axis=1) == math.ceil(capacity * 20)).all()
+    _, text, caption = figures_02.draw_depth(chosen, ["s"] * 4, ["t"] * 20, capacity)
+    n = math.ceil(capacity * 20)
+    assert f"computes {n} of 20 tokens" in text and f"{n * (n + 1) // 2} of 210 pairs" in caption
+    assert f"{chosen.all(axis=0).sum()} tokens are computed by all, {(~chosen).all(axis=0).sum()} by none" in text

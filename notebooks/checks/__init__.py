@@ -7,7 +7,7 @@ measure_01.py    collisions of tokens; two runs that look alike
 explore_01.py    what a first and a last loss mean; where a loss starts, with sliders
 exercises_00.py   a config to be looked at, a head to be taken away, the next token's loss of a record
 exercises_01.py   losses at step 0, four batches and four runs to diagnose
-exercises_02.py   caches, Mixture-of-Depths, leaks
+exercises_02.py   a config to edit, Mixture-of-Depths, four suspected leaks
 exercises_03.py   the limit of a weight, four trainings to diagnose, a sick config
 exercises_03a.py  when a cosine freezes, three checkpoints, a schedule
 exercises_04.py   conventions of Muon, sums of learning rates, shares of two fixes

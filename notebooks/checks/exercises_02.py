@@ -1,43 +1,41 @@
-"""Checks of notebook 02's exercises. Solutions: notebooks/solutions/02.md."""
+"""Checks of notebook 02's exercises, and the four networks to diagnose. Solutions: notebooks/solutions/02.md."""
 
-# Shapes: T time, D d_model, C chosen tokens, V vocabulary.
+# Shapes: B batch, T time, D d_model, C chosen tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import torch
-from torch import Tensor
-from torch.nn.functional import one_hot
+from torch import Tensor, nn
 
-from moe_lab.config import ModelConfig
+from moe_lab import load_config
+from moe_lab.config import ROOT, ModelConfig
 from moe_lab.course.lessons import exercise
+from moe_lab.model import count_parameters
 
-# head_dim is not d_model / n_heads, so that an answer that computes it is found out
-WIDTHS = {"d_model": 48, "n_layers": 5, "n_heads": 6, "n_kv_heads": 2, "head_dim": 10}
-SIZES = ModelConfig(**WIDTHS, mamba_enabled=True, mamba_layers=(1, 3), n_pred_tokens=1, aux_loss_weights=(1.0,))
 X = torch.arange(16.0).view(8, 2) + 1  # (T, D)
 SCORES = torch.tensor([0.3, 2.0, -1.0, 0.9, 1.5, -0.2, 0.1, 1.1])
 CAPACITY = 0.45  # of 8 tokens: 3.6, so 4
 PLACES = [1, 3, 4, 7]  # of the 4 highest scores, in order of time
-IDS, VOCAB = torch.tensor([[3, 0, 4, 1, 0, 2, 1, 0]]), 5
+CHUNK = 8  # tokens that share a summary in one of the suspects
+KINDS = {"A": "mask", "B": "causal", "C": "choice", "D": "chunk"}
 
 
 @exercise
-def check_kv_numbers(numbers: Callable) -> None:
-    """`numbers(config, n_tokens)` in the key/value caches of a whole model."""
-    found, one_layer = numbers(SIZES, 100), 2 * SIZES.n_kv_heads * SIZES.width_of_head * 100
-    assert found * 2 != 3 * one_layer, "keys and values are both kept: twice as many"
-    assert found != one_layer, "this is one layer's cache; every attention layer has its own"
-    shared = found * SIZES.n_kv_heads != 3 * one_layer * SIZES.n_heads
-    assert shared, "query heads share: only n_kv_heads are kept"
-    assert found != 5 * one_layer, "Mamba layers keep no keys and values"
-    assert found == 3 * one_layer, "attention layers × 2 × n_kv_heads × width_of_head × n_tokens"
-    assert numbers(SIZES, 200) == 6 * one_layer, "twice the tokens take twice the numbers"
-    assert numbers(replace(SIZES, mamba_enabled=False), 100) == 5 * one_layer, (
-        "with mamba_enabled false the list mamba_layers means nothing; config.is_mamba(layer) knows"
-    )
+def check_edits(edits: Mapping) -> None:
+    """Changes of the case's model: fewer than 0.85 billion active parameters of 1.45 to 1.55 billion."""
+    case = load_config(ROOT / "configs/training_1.5b.yaml").model
+    assert isinstance(edits, Mapping) and edits, "edits is a dict: name of a model key → value"
+    unknown = set(edits) - {field.name for field in fields(ModelConfig)}
+    assert not unknown, f"no key of the model is called {', '.join(sorted(unknown))}"
+    count = count_parameters(replace(case, **edits))  # an impossible model says why
+    total, active = count.total / 1e9, count.active / 1e9
+    assert 1.45 <= total <= 1.55, f"the whole model now has {total:.2f} billion; keep it between 1.45 and 1.55"
+    assert active < 0.85, f"a token is still computed by {active:.2f} billion; which part is used K of E times?"
 
 
 @exercise
@@ -74,51 +72,54 @@ def check_depth_layer(layer: Callable) -> None:
     assert torch.equal(x, X), "your code writes into x; work on a copy"
 
 
-def counted(ids: Tensor) -> Tensor:
-    """A causal fn: how often each token occurred so far, (1, T, V)."""
-    assert ids.min() >= 0 and ids.max() < VOCAB, "tokens must stay between 0 and vocab_size - 1"
-    return one_hot(ids, VOCAB).float().cumsum(dim=1)
+class Suspect(nn.Module):
+    """One layer of attention over 32 tokens, and perhaps a view of the future: `network(ids).logits`, ids (B, T)."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind = kind
+        self.embedding = nn.Embedding(32, 16)
+        self.query, self.key, self.value, self.head = (nn.Linear(16, n, bias=False) for n in (16, 16, 16, 32))
+        self.router = nn.Linear(16, 1, bias=False)
+
+    def forward(self, ids: Tensor) -> SimpleNamespace:
+        x = self.embedding(ids)  # (B, T, D)
+        length = x.shape[1]
+        if self.kind == "chunk":  # the mean of a whole chunk of tokens is added to each of them
+            chunks = torch.arange(length, device=ids.device) // CHUNK
+            same = (chunks[:, None] == chunks).float()
+            x = x + same @ x / same.sum(dim=1, keepdim=True)
+        scores = self.query(x) @ self.key(x).transpose(1, 2) / math.sqrt(16)
+        future = torch.ones(length, length, dtype=torch.bool, device=ids.device).triu(1)
+        scores = scores.masked_fill(future, -1.0 if self.kind == "mask" else -torch.inf)
+        if self.kind == "choice":  # the best half of the sequence are computed, each from itself and earlier ones
+            chosen = torch.zeros_like(ids, dtype=torch.bool)
+            chosen.scatter_(1, self.router(x).squeeze(-1).topk(length // 2, dim=1).indices, True)
+            y = (scores.softmax(dim=-1) @ self.value(x)) * chosen[..., None]
+        else:
+            y = scores.softmax(dim=-1) @ self.value(x)
+        return SimpleNamespace(logits=self.head(x + y))
 
 
-def sees_next(ids: Tensor) -> Tensor:
-    return counted(ids) + counted(ids.roll(-1, dims=1))
-
-
-def sees_last(ids: Tensor) -> Tensor:
-    """Only the last token leaks."""
-    return counted(ids) + 0.01 * one_hot(ids[:, -1:], VOCAB)
-
-
-def chooses(ids: Tensor) -> Tensor:
-    """A top-1 over time: only the place with the highest score gets logits. That is place 6 as long as it holds its
-    original token, else place 2."""
-    scores = torch.full(ids.shape, -1.0)
-    scores[:, 2] = 0.5
-    scores[:, 6] = (ids[:, 6] == IDS[:, 6]).float()
-    return counted(ids) * one_hot(scores.argmax(dim=1), ids.shape[1]).unsqueeze(-1)
-
-
-def falls_by_five(ids: Tensor) -> Tensor:
-    """One logit of the first place falls by 5 as soon as the last token is another one."""
-    logits = counted(ids)
-    logits[:, 0, 0] -= 5.0 * (ids[:, -1] != IDS[:, -1])
-    return logits
+def suspects(device: torch.device | str = "cpu") -> dict[str, Suspect]:
+    """Four networks by letter, the same ones each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        return {letter: Suspect(kind).to(device) for letter, kind in KINDS.items()}
 
 
 @exercise
-def check_leak(leak: Callable) -> None:
-    """`leak(fn, ids, cut, vocab_size)`: largest change of fn's logits before `cut` when later tokens change."""
-
-    def found(fn: Callable, cut: int = 4) -> float:
-        return float(leak(fn, IDS.clone(), cut, VOCAB))
-
-    assert found(counted) == 0, "a causal fn has no leak; only places before cut count, not cut itself"
-    assert found(sees_next) > 0, "place cut - 1 sees token cut here, and you did not find it"
-    assert all(found(sees_last, cut) > 0 for cut in [*range(1, 8)] * 5), (
-        "only the last token leaks here: change every token from cut on, each to another one"
-    )
-    assert found(chooses) > 0, "this fn chooses places by comparing scores over time, and you did not find it"
-    assert abs(found(falls_by_five) - 5) < 1e-5, "one logit falls by 5 here: the largest change is 5, whatever its sign"
-    given = IDS.clone()
-    leak(counted, given, 4, VOCAB)
-    assert torch.equal(given, IDS), "your code writes into ids; work on a copy"
+def check_verdicts(verdicts: Mapping[str, str]) -> None:
+    """{"A": …, "B": …, "C": …, "D": …} with one word for each suspect."""
+    assert set(verdicts) == set(KINDS), "name all four: A, B, C and D"
+    wrong = [word for word in verdicts.values() if word not in KINDS.values()]
+    assert not wrong, f"use these words: {', '.join(sorted(KINDS.values()))}; not {wrong[0]!r}"
+    for letter, word in verdicts.items():
+        right = KINDS[letter]
+        if word == right:
+            continue
+        assert right == "causal" or word != "causal", f"{letter}: change each token in turn; an earlier logit moves"
+        assert right != "causal", f"{letter}: no logit before a changed token moves, whichever token you change"
+        assert right != "choice", f"{letter}: earlier logits move, but is their gradient by later embeddings zero?"
+        assert word != "choice", f"{letter}: a choice leaves no gradient; this one has some"
+        raise AssertionError(f"{letter}: how far back does the change reach: to a border of chunks, or to the start?")
