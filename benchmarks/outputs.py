@@ -25,6 +25,7 @@ import nbformat
 import torch
 
 from moe_lab.config import ROOT, ConfigError, load_config
+from moe_lab.course import case
 from moe_lab.course.machine import MINUTES, read_minutes, tokens_per_second
 from moe_lab.course.runner import all_notebooks, execute, find_notebook
 from moe_lab.failures.results import cpu_kind, provenance
@@ -50,6 +51,8 @@ def refresh(names: Sequence[str]) -> None:
         measured["reference"]["tokens_per_s"][profile] = round(tokens_per_second(config))
     measured["reference"]["machine"] = machine
     found: dict[str, list[Claim]] = {}
+    if not names:
+        case.VERDICTS.unlink(missing_ok=True)  # what no notebook judges any longer must not stay
     for path in sorted(paths, key=lambda path: path.stem.startswith("00")):
         minutes = measured["notebooks"][path.stem] = {}
         for profile in ("smoke", "lab"):

@@ -132,7 +132,7 @@ def pair_figure(
         labels += [(value, f"{name} {value:.2f}", colour) for value in smooth(losses)[-1:] if math.isfinite(value)]
         norms += [(math.log10(max(value, 1e-5)), f"{name} {value:.2g}", colour) for value in moved[1][-1:]]
         if len(steps):
-            words = [f"training loss {losses[-1]:.3f}", f"norm weights moved by up to {moved[1][-1]:.2g}"]
+            words = [f"training loss {smooth(losses)[-1]:.3f}", f"norm weights moved by up to {moved[1][-1]:.2g}"]
             words += [f"{text} at step {step}" for step, text, _ in marks.get(name, ())]
             texts.append(f"{name}: step {steps[-1]:.0f}, {', '.join(words)}.")
     set_loss_limits(loss, np.concatenate(everything), floors)
