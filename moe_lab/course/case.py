@@ -73,7 +73,7 @@ def entry(section: str, id: str) -> Any:
     raise ConfigError(f"{id!r} is no {what} of the case{near or '; known are ' + ', '.join(known)}")
 
 
-def judge(id: str, lab: Lab, *, corpus: str | None = None, **numbers: Any) -> None:
+def judge(id: str, lab: Lab, /, *, corpus: str | None = None, **numbers: Any) -> None:
     """Print what the numbers make of a claim, `C05 holds only if: sentence`; in profile lab, `make outputs` also puts it in
     VERDICTS in place of the claim's older entry (by MOE_LAB_KEEP_VERDICTS: a reader's run leaves the record alone).
 

@@ -153,7 +153,7 @@ def cast(name: str, value: Any, kind: type) -> Any:
     return kind(value)
 
 
-def claim(id: str, holds: Any, statement: str, **numbers: Any) -> None:
+def claim(id: str, holds: Any, statement: str, /, **numbers: Any) -> None:
     """Assert a claim and print its verdict: one line without raw numbers, so that it is the same in every run.
 
     `numbers` are what it rests on, finite numbers, truth values, or lists and mappings of them. Where the environment

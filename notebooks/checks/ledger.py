@@ -124,7 +124,9 @@ def shown(value: Any) -> str:
         return ", ".join(f"{key}: {shown(part)}" for key, part in value.items())
     if isinstance(value, list):
         return ", ".join(map(shown, value))
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else f"{value:.3g}"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value) if isinstance(value, str | int) else f"{value:.3g}"
 
 
 def numbers_of(row: Row, most: int = 4) -> str:
