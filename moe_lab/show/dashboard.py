@@ -28,7 +28,8 @@ RED, AMBER = "#C62828", "#B26A00"
 # The picture is there twice: as a widget, which comes back when the page is loaded again, and as plain HTML, which is saved
 # and outlives the kernel. The second is seen where the first is not, and the place of widgets that are gone stays empty.
 STYLE = """<style>body:has(.moe-live-{n}) .moe-still-{n} {{display: none}}
-.jp-OutputArea:has(.moe-still-{n}) .jupyter-widgets.jp-OutputArea-output:not(:has(*)) {{display: none}}</style>"""
+.jp-OutputArea:has(.moe-still-{n}) .jp-OutputArea-output:is(.jupyter-widgets, [data-mime-type*=widget]):not(:has(*))
+{{display: none}}</style>"""
 _numbers = itertools.count()
 _active: Live | None = None  # a kernel trains one thing at a time; see Live.start
 

@@ -23,7 +23,7 @@ twin = Question(
         "exactly 0": lambda m: m["bf16"] == 0,
     },
     tempts="Each step is large enough to be seen in float32, so a part of it seems bound to survive. Rounding keeps no parts: "
-    "from 1.0 a step of at most half a gap is gone, every time.",
+    "from 1.0 a step of at most half a gap is gone, and only one that is larger than the rate can get through, as a whole gap.",
 )
 gap = Question(
     "Validation stands above training in the figure. Where does most of that gap come from?",

@@ -72,7 +72,7 @@ def browser_page() -> Iterator[tuple[Page, list[str]]]:
     """An empty page, and the errors of what it shows so far."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_chromium(playwright), args=ARGS, headless=True)
-        page = browser.new_page(viewport={"width": 1200, "height": 1000})
+        page = browser.new_page(viewport={"width": 1200, "height": 1600})
         crashes: list[str] = []
         page.on("pageerror", lambda error: crashes.append(str(error)))
         yield page, crashes

@@ -52,6 +52,12 @@ def sabotage(page: Page) -> None:
     assert re.search(r"parameters to bf16 at step \d+", page.locator(PICTURE).first.get_attribute("alt"))
 
 
+def save(page: Page, path: Path) -> None:
+    written = path.stat().st_mtime_ns
+    command(page, "docmanager:save")
+    wait_for(lambda: path.stat().st_mtime_ns > written and "moe-still" in path.read_text(), "it is not saved")
+
+
 def open_page(page: Page, address: str) -> None:
     page.goto("about:blank")
     page.goto(f"{address}/doc/tree/live.ipynb?reset")
@@ -69,7 +75,7 @@ def test_a_run_outlives_reload_rerun_and_kernel(tmp_path: Path) -> None:
         sabotage(page)
         page.screenshot(path=tmp_path / "sabotaged.png")
 
-        command(page, "docmanager:save")
+        save(page, tmp_path / "live.ipynb")
         open_page(page, address)
         page.wait_for_selector("button.jupyter-button:has-text('Stop')", timeout=60000)
         before = drawn(page)
@@ -83,8 +89,7 @@ def test_a_run_outlives_reload_rerun_and_kernel(tmp_path: Path) -> None:
         page.wait_for_selector("button.jupyter-button:has-text('Stop')", timeout=40000)
         wait_for(lambda: drawn(page) > 5, "the second run is not seen")
 
-        command(page, "docmanager:save")
-        wait_for(lambda: "moe-still" in (tmp_path / "live.ipynb").read_text(), "the picture is not saved")
+        save(page, tmp_path / "live.ipynb")
         command(page, "kernelmenu:shutdown")
         open_page(page, address)
         page.wait_for_selector(PICTURE, timeout=60000)
