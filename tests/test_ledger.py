@@ -35,7 +35,8 @@ def test_a_fresh_measurement_is_a_row_with_its_place(folder) -> None:
     assert [row.id for row in others] == list(case.case()["claims"])[1:]
     assert {row.outcome for row in others} == {"open"}
     table = ledger.as_markdown([first, *others]).splitlines()
-    assert len(table) == 2 + 21 and {line.count(" | ") for line in table[2:]} == {4}
+    assert {line.count(" | ") for line in table[2 : 2 + 21]} == {4}
+    assert table[2 + 21 :] == ["", f"C01: {first.run}."]
     assert "cost 0.057 ± 0.004 (3 seeds) | [03_bf16](03_bf16.ipynb), code cell 3 |" in table[2]
 
 

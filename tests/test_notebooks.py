@@ -52,8 +52,6 @@ def problems(path: Path) -> list[str]:
 OLD = set(notebook_rules.RULES)
 NOT_YET = {
     "04": OLD,
-    "05": {"reference"},
-    "07": {"reference"},  # 10_the_ward
 }
 
 

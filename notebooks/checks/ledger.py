@@ -32,10 +32,10 @@ WOULD_CHANGE = {
     "C15": "A healthy run with medians outside the range; that would not make the range a test.",
     "C16": "A healthy run with a tensor that stands still for 100 updates.",
     "C17": "A resume that loads the optimizer's state and keeps the new learning rate.",
-    "C18": "Trainer with a model whose parameters are bf16 already: does it convert or refuse them?.",
-    "C19": "Trainer with this model and its two optimizers, beside our own loop..",
-    "C20": "The failing run with MoD off, Mamba off, both off, at three seeds..",
-    "C21": "The bugs that the report missed, planted one by one into the cured run..",
+    "C18": "Trainer with a model whose parameters are bf16 already: does it convert or refuse them?",
+    "C19": "Trainer with this model and its two optimizers, beside our own loop.",
+    "C20": "The failing run with MoD off, Mamba off, both off, at three seeds.",
+    "C21": "The bugs that the report missed, planted one by one into the cured run.",
 }
 
 
@@ -141,11 +141,14 @@ def numbers_of(row: Row, most: int = 4) -> str:
 
 
 def as_markdown(several: list[Row]) -> str:
-    """The ledger as a table, a line for each claim."""
+    """The ledger as a table, a line for each claim, and below it the runs that they come from."""
     lines = ["| claim of the report | verdict | numbers | measured in | what would change it |", "| --- " * 5 + "|"]
     for row in several:
         where = f"[{row.notebook}]({row.notebook}.ipynb), code cell {row.cell}" if row.notebook else "nowhere yet"
         verdict = f"**{row.outcome}**: {row.sentence}"
         cells = [f"**{row.id}** {row.claim}", verdict, numbers_of(row), where, WOULD_CHANGE[row.id]]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines)
+    by_run: dict[str, list[str]] = {}
+    for row in (row for row in several if row.run):
+        by_run.setdefault(row.run, []).append(row.id)
+    return "\n".join([*lines, "", *(f"{', '.join(ids)}: {run}.\n" for run, ids in by_run.items())])
