@@ -123,5 +123,6 @@ def weight_under_updates(lr: float, way: float) -> Drawn:
 def explore_weight() -> None:
     """Move the learning rate, and choose which way the updates go."""
     ways = {"all down": 0.0, "all up": 1.0, "two of three down": 1 / 3}
-    slider = Slider("learning rate", 3e-4, math.log10(2e-5), math.log10(2e-2), 0.05, base=10)
+    start = math.log10(3e-4)  # one of the steps of the slider
+    slider = Slider("learning rate", 3e-4, start - 1.2, start + 1.8, 0.05, base=10)
     explore(weight_under_updates, lr=slider, way=Choice("updates", ways))
