@@ -35,6 +35,8 @@ WORK = ROOT / "work"
 ANSWERS = "answers.json"  # in WORK: the seed of the options' order, and what the reader answered
 SUMMARY = "The answer: open it when you have one of your own"
 # what JupyterLab would write into a notebook at its first save: with it, a copy that was only opened is unchanged
+# a notebook's own answers at its end: the recap's lines, and the sentence of its last cell
+ENDS = re.compile(r"(?<=## Recap\n\n).+?(?=\n\n|\Z)|\*\*Answer:\*\*.*\Z", re.DOTALL)
 KERNEL = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
 QUIET = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}}
 
@@ -85,6 +87,8 @@ def copied(source: NotebookNode, path: Path) -> NotebookNode:
             cell.metadata["jupyter"] = {"source_hidden": True}
         elif cell.cell_type == "markdown" and "answer" in tags:
             cell.source = folded(cell.source)
+        elif cell.cell_type == "markdown":
+            cell.source = ENDS.sub(lambda found: folded(found[0]), cell.source)
     return copy
 
 
