@@ -1,6 +1,7 @@
 """Working copies: made once, complete, and with nothing in view that answers what is asked; their solutions solve."""
 
 import importlib
+import os
 import re
 import shutil
 import subprocess
@@ -138,7 +139,7 @@ def test_a_copy_has_what_it_needs_beside_it(name: str, folder: str, work: Path) 
             assert (here / "checks" / f"{module}.py").exists(), module
         links = re.findall(r"\]\(([^)#\s]+)", cell.source) if cell.cell_type == "markdown" else []
         for link in (link for link in links if not re.match(r"\w+:", link)):
-            in_the_checkout = ROOT / "work" / folder / link
+            in_the_checkout = Path(os.path.normpath(ROOT / "work" / folder / link))  # whether or not there is a work/
             assert (here / link).exists() or in_the_checkout.exists(), link
 
 
