@@ -55,6 +55,13 @@ EXPLORABLES = {
         Move("capacity", "End", r"^Capacity 1: .* computes 40 of 40 tokens"),
         Move("capacity", 0.5, r"^Capacity 0\.5\d*: .* computes 2\d of 40 tokens"),
     ),
+    "weight under updates": (
+        "from checks.figures_03 import explore_weight\nexplore_weight()",
+        Move("all up", "click", r"^After 100 updates of 0\.0003: float32 1\.0\d+, bf16 1\.0000"),
+        Move("all down", "Space", r"^After 100 updates of 0\.0003: float32 0\.9\d+, bf16 1\.0000, Kahan 0\.9"),
+        Move("learning rate", "End", r"^After 100 updates of 0\.0189: .* bf16 (?!1\.0000)"),
+        Move("learning rate", 0.5, r"^After 100 updates of 0\.000\d+: .* bf16 1\.0000"),
+    ),
     "causality": (
         MAPS,
         Move("3 d", "click", "^attention, evaluation: token 3 changes; 2 of 2 later places .* do: none"),
