@@ -23,6 +23,12 @@ from moe_lab.health import Watch
 STRETCH, PAIRS = 10, 16  # updates of a stretch, pairs of stretches
 
 
+def n_sampled(watch: Watch) -> int:
+    """Bytes of what a watch keeps of each tensor."""
+    kept = [value for bank in watch.state.banks for value in (*vars(bank).values(), *(t.index for t in bank.tensors))]
+    return sum(value.nbytes for value in kept if isinstance(value, torch.Tensor))
+
+
 def stretch(trainer: Trainer, watch: Watch | None) -> float:
     """Seconds for ten updates."""
     start = time.perf_counter()
@@ -57,8 +63,8 @@ def measure(folder: str) -> dict:
         "updates_per_stretch": STRETCH,
         "seconds_with_and_without": pairs,
         "cost": interval([on / off - 1 for on, off in pairs]),
-        "bytes": {"watch": watch.n_bytes(), "model_and_optimizers": n_bytes(trainer)},
-        "bytes_share": watch.n_bytes() / n_bytes(trainer),
+        "bytes": {"watch": n_sampled(watch), "model_and_optimizers": n_bytes(trainer)},
+        "bytes_share": n_sampled(watch) / n_bytes(trainer),
         "findings": [f.rule for f in watch.findings if f.severity != "info"],
     }
 

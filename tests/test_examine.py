@@ -24,6 +24,7 @@ class Tiny(nn.Module):
         self.only_trained = nn.Linear(D, D)
         self.norm = nn.BatchNorm1d(D, track_running_stats=False) if fault == "batch statistic" else nn.LayerNorm(D)
         self.dropout = nn.Dropout(0.1)
+        self.scorer = nn.Linear(D, 1) if fault == "choice in training" else None
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embedding(ids)
@@ -32,8 +33,9 @@ class Tiny(nn.Module):
         if self.training or self.fault != "one mode":
             x = x + self.only_trained(x)
         x = self.block(x)
-        if self.fault == "top-k over time":
-            best = x.norm(dim=-1).topk(ids.shape[1] // 2, dim=1).indices
+        if self.fault == "top-k over time" or (self.scorer and self.training):
+            scores = self.scorer(x).squeeze(-1) if self.scorer else x.norm(dim=-1)
+            best = scores.topk(ids.shape[1] // 2, dim=1).indices
             x = torch.where(torch.zeros(x.shape[:2]).scatter(1, best, 1.0).bool().unsqueeze(-1), x.flip(-1), x)
         x = self.norm(x.transpose(1, 2)).transpose(1, 2) if self.fault == "batch statistic" else self.norm(x)
         return self.head(x)
@@ -73,6 +75,7 @@ FAULTS = {
     "top-k over time": {"future_leak": "error"},
     "batch statistic": {"future_leak": "error"},
     "detached": {"no_gradient": "error"},
+    "choice in training": {"no_gradient": "error", "mode_mismatch": "warning"},
     "one mode": {"mode_mismatch": "warning"},
     "residual twice": {"scaled_copies": "error"},
 }

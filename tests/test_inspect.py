@@ -14,7 +14,6 @@ from tiny_run import tiny, train
 from moe_lab import build_model, health
 from moe_lab.health.after.inspection import inspect_checkpoint, kind_of
 from moe_lab.health.findings import Finding, grouped
-from moe_lab.health.sampling import sample_positions
 from moe_lab.optim.rounding import REMEDIES
 from moe_lab.train.checkpoint import step_path
 
@@ -228,22 +227,6 @@ def test_odd_contents_do_not_stop_it(tmp_path: Path) -> None:
     assert [f.message for f in inspected({"model": fp8, **odd}, tmp_path) if f.severity != "info"] == [
         "1 of 1 a: exactly 1 in every element, as at a start"
     ]
-
-
-def test_an_older_sample_says_how_few_columns_it_saw(tmp_path: Path) -> None:
-    """Evenly spaced flat positions of a (512, 192) table: all in column 0, or in 64 columns of (100, 192)."""
-    weights = {"table": torch.zeros(512, 192), "other": torch.ones(100, 192), "norm.weight": torch.ones(1000)}
-
-    def found(positions) -> list[Finding]:
-        index = {name: positions(t.shape) for name, t in weights.items()}
-        sample = {name: {"index": index[name], "value": t.flatten()[index[name]]} for name, t in weights.items()}
-        findings = inspected({"model": weights, "step": 3, "initial_sample": sample}, tmp_path)
-        return [f for f in findings if "evenly spaced" in f.message]
-
-    (old,) = found(lambda shape: torch.arange(256) * (torch.Size(shape).numel() // 256))
-    assert old.message.startswith("the start values of 2 matrices") and old.message.endswith(": table 1 of 192")
-    assert old.severity == "info"
-    assert found(sample_positions) == []
 
 
 def test_tokens_are_counted_by_whatever_names_a_config_has(tmp_path: Path) -> None:

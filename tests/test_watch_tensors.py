@@ -130,13 +130,12 @@ def test_a_loop_that_keeps_float32_masters_is_healthy() -> None:
 
 @pytest.mark.parametrize("kind", [SGD, torch.optim.SparseAdam])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sparse_gradients_are_named_and_disturb_nothing(kind, dtype) -> None:
+def test_sparse_gradients_disturb_nothing(kind, dtype) -> None:
     model = toy(dtype=dtype)
     model.embedding.sparse = True
     others = [p for p in model.parameters() if p is not model.embedding.weight]
     optimizers = [kind([model.embedding.weight], lr=0.01), AdamW(others, lr=0.01)]
     watch = watched(model, optimizers, 60)
-    assert "sparse_gradient" in said(watch, "info")
     assert not {"not_measured", "frozen_tensor", "no_gradient"} & set(said(watch))
     assert {r.name: r.gradient for r in watch.readings}["embedding.weight"] == "yes"
 

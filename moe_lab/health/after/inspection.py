@@ -21,7 +21,6 @@ from ..sampling import tensor_kind
 
 WEIGHTS = ("model_state_dict", "state_dict", "model")  # where trainers keep the tensors; or the file is the mapping
 NO_MEMORY = re.compile(r"can(?:'t|not) allocate|not enough memory", re.IGNORECASE)
-FEW_COLUMNS = 0.8  # of those that a sample could see; health.start_sample sees more
 TOKENS = ("tokens_seen", "n_tokens", "consumed_tokens")
 STUCK = "see whether their updates are rounded away (16-bit parameters) or never made"
 MICRO_BATCHES = "see whether steps count micro-batches, or whether the batch was changed on the way"
@@ -180,7 +179,6 @@ def held_against_start(weights: Mapping[str, Tensor], state: Mapping) -> Iterato
     elif isinstance(sample, Mapping):
         starts = {name: start for name, start in starts.items() if start and len(start[0])}
         yield from never_moved(weights, starts, updates, any(stored_rates(state).values()))
-        yield from few_columns(weights, starts)
     else:
         yield from constants(weights)
 
@@ -215,22 +213,6 @@ def never_moved(
         if frozen:
             message = f"{len(frozen)} of {len(names)} {kind}: no sampled element has moved {after}"
             yield Finding("never_moved", severity, several(frozen), message, STUCK, len(frozen) / len(names), 0)
-
-
-def few_columns(weights: Mapping[str, Tensor], starts: Mapping[str, Start]) -> Iterator[Finding]:
-    """Samples that see few columns of a matrix, as those that are evenly spaced: others may have moved."""
-    seen = {}
-    for name, (index, _) in starts.items():
-        n_columns = weights[name].shape[-1] if weights[name].ndim > 1 else 1
-        columns = len((index % n_columns).unique())
-        if columns < FEW_COLUMNS * min(len(index), n_columns):
-            seen[name] = columns
-    if seen:
-        worst = min(seen, key=seen.get)
-        message = f"the start values of {len(seen)} matrices see few of their columns, as evenly spaced ones do: "
-        message += f"{worst} {seen[worst]} of {weights[worst].shape[-1]}"
-        advice = "take the next run's with health.start_sample(model)"
-        yield Finding("never_moved", "info", several(sorted(seen)), message, advice, seen[worst])
 
 
 def constants(weights: Mapping[str, Tensor]) -> Iterator[Finding]:

@@ -30,8 +30,6 @@ WINDOW = 32  # tokens of such a window
 
 
 class Tokens(NamedTuple):
-    """One batch on the CPU."""
-
     ids: Tensor  # (B, T) int64
     labels: Tensor | None  # (B, T) int64, IGNORED where there is no target; None: not given
 
@@ -40,10 +38,8 @@ def tokens_of(batch: Any) -> Tokens:
     """Of ids (B, T), of a pair (ids, labels), or of a mapping with `input_ids` and perhaps `labels`. Raises ValueError."""
     if isinstance(batch, Mapping):
         ids, labels = batch.get("input_ids"), batch.get("labels")
-    elif isinstance(batch, (tuple, list)):
-        ids, labels = batch[0], batch[1] if len(batch) > 1 else None
     else:
-        ids, labels = batch, None
+        ids, labels = (*batch, None)[:2] if isinstance(batch, (tuple, list)) else (batch, None)
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
         raise ValueError("a batch must be ids (B, T), a pair (ids, labels), or a mapping with input_ids")
     if not isinstance(labels, Tensor) or labels.shape != ids.shape:
@@ -58,8 +54,6 @@ def check_data(
 
     A batch is ids (B, T), a pair (ids, labels), or a mapping with `input_ids` and `labels`; labels of -100 are no target.
     `vocab_size` defaults to the largest id seen, and one. `validation`: batches that must not stand in training too.
-    Says: random or constant tokens, rows that come again, labels at another place than the next, tokens that are never a
-    target, padding that is one, batches with very different numbers of targets, validation text seen in training.
     Raises ValueError, one line, for something that is no batch of tokens, or none.
     """
     seen = [tokens_of(batch) for batch in islice(batches, LOOKED_AT)]
@@ -77,34 +71,22 @@ def check_data(
 
 
 def looks_random(ids: Tensor, vocab_size: int) -> Finding | None:
-    """Both measures must say so: text in a small vocabulary collides little, short text compresses little."""
     counts = torch.bincount(ids, minlength=vocab_size).double()
     n = len(ids)
     if counts.max() > CONSTANT * n:
-        return Finding(
-            "constant_tokens",
-            "error",
-            "data",
-            f"token {int(counts.argmax())} is {counts.max() / n:.0%} of the text: nothing to learn",
-            "look at one batch, decoded; an index that never advances, or padding alone, does this",
-            float(counts.max() / n),
-            CONSTANT,
-        )
+        message = f"token {int(counts.argmax())} is {counts.max() / n:.0%} of the text: nothing to learn"
+        advice = "look at one batch, decoded; an index that never advances, or padding alone, does this"
+        return Finding("constant_tokens", "error", "data", message, advice, float(counts.max() / n), CONSTANT)
     collisions = float((counts * (counts - 1)).sum() / (n * (n - 1)) * vocab_size)
     shuffled = ids[torch.randperm(n, generator=torch.Generator().manual_seed(0))]
     compressed, of_shuffled = (len(zlib.compress(x.to(torch.int32).numpy().tobytes())) for x in (ids, shuffled))
     if n < 1000 or collisions >= COLLISIONS or compressed < INCOMPRESSIBLE * of_shuffled:
         return None
-    return Finding(
-        "random_tokens",
-        "warning",
-        "data",
-        f"two tokens are equal {collisions:.2f} times as often as uniform ones (text: 5 and more), and their order "
-        f"does not compress: the tokens look random",
-        "a loader that falls back to random ids, or a wrong dtype of the file, does this; the loss then ends at ln V",
-        round(collisions, 3),
-        COLLISIONS,
+    message = (
+        f"the tokens look random: two are equal {collisions:.2f} times as often as uniform ones (text: 5 and more)"
     )
+    advice = "a loader that falls back to random ids or a wrong dtype of the file does this; the loss then ends at ln V"
+    return Finding("random_tokens", "warning", "data", message, advice, round(collisions, 3), COLLISIONS)
 
 
 def rows_repeat(seen: list[Tokens]) -> Finding | None:
@@ -113,15 +95,9 @@ def rows_repeat(seen: list[Tokens]) -> Finding | None:
     if len(rows) < 8 or again <= REPEATED:
         return None
     most = Counter(rows).most_common(1)[0][1]
-    return Finding(
-        "repeated_data",
-        "warning",
-        "data",
-        f"{again:.0%} of {len(rows)} rows stood in an earlier place already; one came {most} times",
-        "workers that share one random generator, a loader made anew each step, or a few samples alone do this",
-        round(again, 3),
-        REPEATED,
-    )
+    message = f"{again:.0%} of {len(rows)} rows stood in an earlier place already; one came {most} times"
+    advice = "workers that share one random generator, a loader made anew each step, or a few samples alone do this"
+    return Finding("repeated_data", "warning", "data", message, advice, round(again, 3), REPEATED)
 
 
 def labels_elsewhere(labelled: list[Tokens]) -> Finding | None:
@@ -130,15 +106,9 @@ def labels_elsewhere(labelled: list[Tokens]) -> Finding | None:
     shift = max(best, key=best.__getitem__)
     if shift in (0, 1) or best[shift] < SHIFTED or max(best[0], best[1]) > SHIFTED:
         return None
-    return Finding(
-        "label_shift",
-        "error",
-        "labels",
-        f"{best[shift]:.0%} of the labels are the token {shift:+d} places on, {best[1]:.0%} the next one",
-        "labels are shifted twice, or the wrong way: shift them once, in the collator or in the model",
-        shift,
-        1,
-    )
+    message = f"{best[shift]:.0%} of the labels are the token {shift:+d} places on, {best[1]:.0%} the next one"
+    advice = "labels are shifted twice, or the wrong way: shift them once, in the collator or in the model"
+    return Finding("label_shift", "error", "labels", message, advice, shift, 1)
 
 
 def agreement(labelled: list[Tokens], shift: int) -> float:
@@ -166,16 +136,11 @@ def never_a_target(labelled: list[Tokens]) -> Finding | None:
     if not never:
         return None
     names = several([str(token) for token in sorted(never, key=never.__getitem__, reverse=True)])
-    return Finding(
-        "never_a_target",
-        "warning",
-        "labels",
-        f"token {names} follows others {sum(never.values())} times and is never a target: it cannot be learned",
-        "padding that shares its id with the end token masks the end as well: give padding an id of its own, or keep "
-        "the first end token in the labels",
-        sum(never.values()),
-        0,
+    message = f"token {names} follows others {sum(never.values())} times and is never a target: it cannot be learned"
+    advice = (
+        "padding with the end token's id masks the end as well: give it its own, or keep each row's first end token"
     )
+    return Finding("never_a_target", "warning", "labels", message, advice, sum(never.values()), 0)
 
 
 def padding_is_target(labelled: list[Tokens]) -> Finding | None:
@@ -190,15 +155,9 @@ def padding_is_target(labelled: list[Tokens]) -> Finding | None:
     targets = sum(int((labels != IGNORED).sum()) for _, labels in labelled)
     if padded < ROWS_PADDED * rows or asked <= 0.02 * targets:
         return None
-    return Finding(
-        "padding_in_loss",
-        "warning",
-        "labels",
-        f"{padded} of {rows} rows end in a run of one token, and {asked / targets:.0%} of the targets are such tokens",
-        "set the labels of padding to -100, but for the first end token",
-        round(asked / targets, 3),
-        0.02,
-    )
+    message = f"{padded} of {rows} rows end in a run of one token, which is {asked / targets:.0%} of all targets"
+    advice = "set the labels of padding to -100, but for the first end token"
+    return Finding("padding_in_loss", "warning", "labels", message, advice, round(asked / targets, 3), 0.02)
 
 
 def uneven(labelled: list[Tokens]) -> Finding | None:
@@ -206,33 +165,22 @@ def uneven(labelled: list[Tokens]) -> Finding | None:
     low, high = min(counts), max(counts)
     if len(counts) < 2 or high <= 2 * max(low, 1):
         return None
+    message = f"batches have {low} to {high} targets: under accumulation the mean of their means is not the mean of their targets"
+    advice = "divide the summed loss of all micro-batches by the number of all their targets"
     return Finding(
-        "uneven_targets",
-        "info",
-        "labels",
-        f"batches have {low} to {high} targets: under accumulation the mean of their means is not the mean of their targets",
-        "divide the summed loss of all micro-batches by the number of all their targets",
-        round(high / max(low, 1), 2) if low else math.inf,
-        2,
+        "uneven_targets", "info", "labels", message, advice, round(high / max(low, 1), 2) if low else math.inf, 2
     )
 
 
 def stands_in_both(seen: list[Tokens], validation: list[Tokens]) -> Finding | None:
     def windows(batches: list[Tokens], stride: int) -> list[bytes]:
-        rows = [row for tokens in batches for row in tokens.ids]
-        starts = ((row, at) for row in rows for at in range(0, len(row) - WINDOW + 1, stride))
-        return [row[at : at + WINDOW].numpy().tobytes() for row, at in starts]
+        spans = (row.unfold(0, WINDOW, stride) for tokens in batches for row in tokens.ids if len(row) >= WINDOW)
+        return [span.numpy().tobytes() for row in spans for span in row]
 
     known, asked = set(windows(seen, 1)), windows(validation, WINDOW)
     share = sum(window in known for window in asked) / max(len(asked), 1)
     if share <= OVERLAP:
         return None
-    return Finding(
-        "split_overlap",
-        "warning",
-        "data",
-        f"{share:.0%} of the validation windows of {WINDOW} tokens also stand in the training batches",
-        "split by document, drop near-copies, and split before windows are cut",
-        round(share, 3),
-        OVERLAP,
-    )
+    message = f"{share:.0%} of the validation windows of {WINDOW} tokens also stand in the training batches"
+    advice = "split by document, drop near-copies, and split before windows are cut"
+    return Finding("split_overlap", "warning", "data", message, advice, round(share, 3), OVERLAP)

@@ -120,8 +120,8 @@ def logits(model: nn.Module, batch: Any) -> Tensor:
 
 
 def silent_parts(model: nn.Module, batch: Any, loss_fn: Callable) -> list[Finding]:
-    """Trainable tensors without a gradient, and whether the training loss depends on them: negated and turned by a place,
-    since adding a number to a score changes no order. In training mode, with one random state."""
+    """Trainable tensors without a gradient, and whether the training loss changes when they are negated and turned by a place
+    (a number added to a score changes no order)."""
     model.train()
     state = RandomState(model.parameters())
 
@@ -156,16 +156,9 @@ def first_loss(model: nn.Module, batch: Any, loss_fn: Callable) -> Finding | Non
     told, own = told_and_own(model, batch, loss_fn)
     if math.isclose(told, own, abs_tol=max(FIRST_LOSS, NEXT_TOKEN * own)):
         return None
-    return Finding(
-        "initial_loss",
-        "warning",
-        "loss",
-        f"the loss is {told:.4g}, the next-token cross-entropy of the same logits {own:.4g}: {told / own:.3g} times it",
-        "a loss that is summed, divided by the accumulation, or scored on shifted or padded labels looks like this; "
-        "auxiliary terms add to it",
-        round(told, 4),
-        round(own, 4),
-    )
+    message = f"the loss is {told:.4g}, {told / own:.3g} times the cross-entropy of the same logits ({own:.4g})"
+    advice = "it may be summed, divided by the accumulation, or of shifted or padded labels; auxiliary terms add to it"
+    return Finding("initial_loss", "warning", "loss", message, advice, round(told, 4), round(own, 4))
 
 
 @torch.no_grad()

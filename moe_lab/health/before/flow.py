@@ -76,10 +76,8 @@ def logits_of(fn: Callable[[Tensor], Any], ids: Tensor) -> Tensor:
 def check_train_eval(fn_train: Callable[[Any], Any], fn_eval: Callable[[Any], Any], batch: Any) -> Finding | None:
     """Is a mechanism missing in one mode? Both functions map a batch to the same kind of output, say logits.
 
-    Modules with parameters that compute in one mode and never in the other are named: an error of the loop or of a forward
-    pass that branches on `training`. Else the outputs are compared: further apart than 5 times what two calls of `fn_train`
-    differ by (dropout), they are an `info`: batch statistics and Mixture-of-Depths differ so by design. Random state is put
-    back.
+    Modules with parameters that compute in one mode only are named. Else outputs that are further apart than 5 times what two
+    calls of `fn_train` differ by (dropout) are an `info`. Random state is put back.
     """
     state = RandomState([])
     try:
@@ -91,15 +89,9 @@ def check_train_eval(fn_train: Callable[[Any], Any], fn_eval: Callable[[Any], An
         state.put_back()
     for ran, missing, word in ((in_training, in_evaluation, "training"), (in_evaluation, in_training, "evaluation")):
         if only := [name for key, name in ran.items() if key not in missing]:
-            return Finding(
-                "mode_mismatch",
-                "warning",
-                only[0],
-                f"{len(only)} modules with parameters compute in {word} only: {several(only)}",
-                "let both modes take the same way; a head that is meant for training alone may be ignored here",
-                len(only),
-                0,
-            )
+            message = f"{len(only)} modules with parameters compute in {word} only: {several(only)}"
+            advice = "let both modes take the same way; a head that is meant for training alone may be ignored here"
+            return Finding("mode_mismatch", "warning", only[0], message, advice, len(only), 0)
     outputs = [getattr(o, "logits", o) for o in (first, second, evaluated)]
     if not all(isinstance(o, Tensor) and o.shape == outputs[0].shape for o in outputs):
         return None
@@ -107,15 +99,9 @@ def check_train_eval(fn_train: Callable[[Any], Any], fn_eval: Callable[[Any], An
     limit = max(SIGMAS * noise, SAME * float(outputs[2].float().std(correction=0)))
     if apart <= limit:
         return None
-    return Finding(
-        "mode_mismatch",
-        "info",
-        "outputs",
-        f"outputs of the two modes are {apart:.3g} apart (RMS), those of two trainings {noise:.3g}",
-        "batch statistics and top-k choices differ so by design; else look for what one mode leaves out",
-        round(apart, 6),
-        round(limit, 6),
-    )
+    message = f"outputs of the two modes are {apart:.3g} apart (RMS), those of two trainings {noise:.3g}"
+    advice = "batch statistics and top-k choices differ so by design; else look for what one mode leaves out"
+    return Finding("mode_mismatch", "info", "outputs", message, advice, round(apart, 6), round(limit, 6))
 
 
 @contextmanager
@@ -139,8 +125,7 @@ def modules_called() -> Iterator[dict[int, str]]:
 def scaled_copies(model: nn.Module, run: Callable[[], Any]) -> Finding | None:
     """Modules (B, T, D) → (B, T, D) that give some tokens back multiplied: a residual that is added twice.
 
-    Per token the share c = ⟨in, out⟩ / ⟨in, in⟩ and what is left over; a finding where 2–98 % of the tokens have nothing left
-    over and one c that is not 1.
+    Per token c = ⟨in, out⟩ / ⟨in, in⟩ and the rest; a finding where 2–98 % of the tokens have no rest and one c that is not 1.
     """
     found: dict[str, float] = {}
 
@@ -170,12 +155,6 @@ def scaled_copies(model: nn.Module, run: Callable[[], Any]) -> Finding | None:
     if not found:
         return None
     name, factor = next(iter(found.items()))
-    return Finding(
-        "scaled_copies",
-        "error",
-        name,
-        f"tokens that {several(list(found))} leaves alone come out {factor:.3g} times as large",
-        "add the residual once: where a token is skipped, put its input back, not the input and its copy",
-        round(factor, 4),
-        1,
-    )
+    message = f"tokens that {several(list(found))} leaves alone come out {factor:.3g} times as large"
+    advice = "add the residual once: where a token is skipped, put its input back, not the input and its copy"
+    return Finding("scaled_copies", "error", name, message, advice, round(factor, 4), 1)

@@ -3,7 +3,7 @@
 watch.py         the Watch: hooks, checks, report
 rules.py         the rules in the order in which they are asked
 rules_setup.py   who is updated at all: optimizers, frozen parts, decay of norms
-rules_updates.py what becomes of updates: broken gradients, lost to rounding, without gradient, one direction only
+rules_updates.py what becomes of updates: order of events, broken gradients, lost to rounding, without gradient, one direction only
 rules_loss.py    learning rates, measured steps against the usual ones; reach; the loss that comes of them
 rule.py          what a rule is: something to look for, and the words for it
 state.py         what is known of a training, which the rules see
@@ -11,6 +11,7 @@ tracking.py      which tensors are followed, under which names and in which grou
 bank.py          their sampled elements: where they were, are, and were meant to go; who gets a gradient, and how large
 intended.py      what a step is meant to do: the optimizer's own, replayed in float32
 steps.py         what kind of step an optimizer takes, measured
+events.py        backward passes and steps: gradients that pile up, or go before the step
 forward.py       what forward passes tell: vocabulary, the logits' variance, which tensors matter
 published.py     what was said, the log, and what need not be said again
 report.py        the readings as a table of text

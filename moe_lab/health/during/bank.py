@@ -61,10 +61,6 @@ class Bank:
         self.intended[self.places[id(t)]] += moved
         t.intended_known = True
 
-    def n_bytes(self) -> int:
-        kept = [*vars(self).values(), *(t.index for t in self.tensors)]
-        return sum(value.nbytes for value in kept if isinstance(value, Tensor))
-
     def restart_window(self) -> None:
         if self.watches_intent:
             self.origin = self.gather()
@@ -129,7 +125,6 @@ class Gradients:
             if t.param.grad is None:
                 t.no_gradient += t.param.requires_grad
             elif t.param.grad.is_sparse:
-                t.sparse = True
                 t.with_gradient += 1
             else:
                 dense.append(t)

@@ -11,4 +11,4 @@ from . import rules_loss, rules_setup, rules_updates
 # In order of certainty: a broken set-up explains what comes after it.
 AT_START = rules_setup.RULES
 ALL = (*AT_START, *rules_updates.RULES, *rules_loss.RULES)
-ALL += (rules_updates.direction_bias, rules_loss.reach, rules_updates.sparse_gradient)
+ALL += (rules_updates.direction_bias, rules_loss.reach)

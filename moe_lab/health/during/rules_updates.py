@@ -25,6 +25,9 @@ BIAS = 0.3  # share of moved elements that fell, above the share that was meant 
 BIAS_ELEMENTS = 30  # moved elements before the bias is judged
 WAIT = 15  # updates before a missing gradient is judged: zero-initialised and adapter matrices start with exact zeros
 WAIT_READINGS = 3  # readings of the gradients until then, 5 updates apart
+N_LOSSES = 50  # without an update: more than micro-batches are accumulated, if each were observed
+LEFT_OVER = 1e-3  # of what a backward pass brings: cleared gradients leave exactly nothing
+LOOKS, MOST = 8, 0.8  # updates, and the share of them, from which on an order of events is a habit
 UNREPLAYED = 50  # updates before 16-bit weights under an unknown optimizer are judged
 
 
@@ -76,7 +79,7 @@ def no_gradient(state: State, matters: bool) -> Ill:
 
     That repeats a forward pass, once a kind for the whole training: no other rule computes anything.
     """
-    if state.n_seen <= WAIT:
+    if state.n_seen <= WAIT or cleared_gradients.when(state):
         return {}
     never = [t for t in state.tracked if t.owner and t.param.requires_grad and not t.with_gradient]
     never = [t for t in never if t.no_gradient + t.zero_gradient >= WAIT_READINGS]
@@ -151,12 +154,36 @@ def direction_bias(state: State) -> Ill:
 
 
 @rule(
-    "info",
-    "sparse gradients: {names}; its lost updates are not measured",
-    "nothing to do; set sparse=False for a while to have it measured",
+    "error",
+    "{value} losses and not one update since",
+    "a GradScaler that meets an infinite gradient skips every step; else the optimizer that steps is another one",
 )
-def sparse_gradient(state: State) -> Ill:
-    return by_kind(t for t in state.tracked if t.sparse)
+def no_updates(state: State) -> Ill:
+    n = state.events.n_losses
+    return {"updates": {"value": n, "limit": N_LOSSES}} if n >= N_LOSSES else {}
+
+
+@rule(
+    "error",
+    "in {value:.0%} of the updates the gradients of earlier ones were still there when the backward pass began",
+    "call zero_grad() once an update, before its first backward pass, on the optimizer that steps",
+)
+def stale_gradients(state: State) -> Ill:
+    return in_most([left > LEFT_OVER for left in state.events.left[1:]])
+
+
+@rule(
+    "error",
+    "in {value:.0%} of the updates a gradient arrives and is gone when the optimizer steps",
+    "zero_grad() stands between the backward pass and step(): move it before the backward pass",
+)
+def cleared_gradients(state: State) -> Ill:
+    return in_most([gone > 0 for gone in state.events.gone])
+
+
+def in_most(looks: list[bool]) -> Ill:
+    share = sum(looks) / max(len(looks), 1)
+    return {"order": {"value": share, "limit": MOST}} if len(looks) >= LOOKS and share > MOST else {}
 
 
 LOST = (
@@ -173,6 +200,9 @@ IDLE = "{n} trainable tensors got no gradient in {updates} updates, and no effec
 USE = "take them out of the model or the optimizer, or find out why nothing uses them"
 
 RULES = (
+    no_updates,
+    stale_gradients,
+    cleared_gradients,
     nonfinite_gradient,
     Rule("lost_updates", "error", badly_lost, LOST, KEEP_BITS),
     Rule("lost_updates", "warning", partly_lost, LOST, KEEP_BITS),

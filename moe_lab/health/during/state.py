@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from ..findings import Finding
 from ..measures import expected_start
 from .bank import Bank, Gradients, banks_of
+from .events import Events
 from .forward import ForwardProbe
 from .intended import Replays
 from .steps import Steps
@@ -37,7 +38,7 @@ class State:
         self.model, self.optimizers, self.budget = model, optimizers, budget
         self.frozen_on_purpose, self.start_step = frozen_on_purpose, start_step
         self.findings = findings  # made so far, by the watch
-        self.observed = Scalars()
+        self.observed, self.events = Scalars(), Events()
         self.losses: list[float] = []  # the first HISTORY and at least as many of the last
         self.counts = Counter({id(o): start_step for o in optimizers})  # of the run's updates
         self.window_start = self.last_read = start_step
@@ -56,6 +57,7 @@ class State:
         if not self.n_seen:  # weights may have been loaded since the watch was made: what moves counts from here
             self.banks = banks_of(self.tracked)
         self.counts[id(optimizer)] += 1
+        self.events.before_update(optimizer)
         for group in self.groups:
             if group.optimizer is optimizer:
                 group.note_lr()
@@ -82,6 +84,7 @@ class State:
         for group in self.groups:
             group.fetch()
         self.gradients.fetch()
+        self.events.fetch()
         self.steps.fetch()
         if self.replays.fetch():
             self.restart_window()

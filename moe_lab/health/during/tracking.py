@@ -85,7 +85,7 @@ class Tracked(Sums):
         # gradients that were read
         self.grad_norm = 0.0  # the largest, whole tensor
         self.with_gradient = self.zero_gradient = self.no_gradient = 0
-        self.finite, self.sparse = True, False
+        self.finite = True
         self.intended_known = False
         self.steps: list = []  # what its measured steps were like: `Step`s
         self.age = int(self.state.get("step", 0))  # updates with gradient

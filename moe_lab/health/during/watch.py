@@ -23,11 +23,12 @@ from .published import LAST_WORDS, Published
 from .report import table
 from .rule import Rule
 from .rules import ALL, AT_START
+from .rules_updates import N_LOSSES
 from .state import WINDOW, State
 from .tracking import Tracked, innermost, refuse_bad_input
 
 CHECK_EVERY = 10  # updates between checks of the rules: the only transfers from the device
-LISTENED = 20  # updates during which forward passes are listened to
+LISTENED = 20  # updates during which forward and backward passes are listened to
 UNHEARD = "forward passes are no longer listened to: the first loss and missing gradients are judged by less"
 
 
@@ -79,6 +80,9 @@ class Watch:
         """The loss of a step, as it is reported (nats per token for a language model). Fetched only when rules are checked."""
         try:
             self.state.observed.add(loss)
+            self.state.events.n_losses += 1
+            if self.state.events.n_losses == N_LOSSES:  # no step, no check
+                self.check()
         except Exception as error:
             self.fail(error, "loss", "a loss that was observed cannot be read")
 
@@ -103,7 +107,7 @@ class Watch:
         for finding in self.findings:
             print(finding)
         if not self.findings:
-            print("no findings")
+            print("no findings" if self.state.n_seen else "no update was seen: nothing was judged")
 
     def attach(self) -> None:
         """Put the hooks on the optimizers, as the constructor does; again, after `close`."""
@@ -114,9 +118,11 @@ class Watch:
         before, after = Hook(self.before_step, self.stop), Hook(self.after_step, self.stop)
         self.handles = [o.register_step_pre_hook(before) for o in self.state.optimizers]
         self.handles += [o.register_step_post_hook(after) for o in self.state.optimizers]
-        forward = self.state.forward
+        forward, events = self.state.forward, self.state.events
         if self.state.n_seen < LISTENED:
             forward.listen(partial(self.fail, where="the forward pass", what=UNHEARD, stop=forward.close))
+            what = "the order of backward passes and updates is not looked at"
+            events.listen(self.state.tracked, partial(self.fail, where="gradients", what=what, stop=events.close))
 
     def close(self) -> None:
         """Detach from model and optimizers. Findings stay."""
@@ -124,6 +130,7 @@ class Watch:
             handle.remove()
         self.handles = []
         self.state.forward.close()
+        self.state.events.close()
 
     def __enter__(self) -> Watch:
         return self
@@ -142,10 +149,6 @@ class Watch:
     def readings(self) -> list[Tracked]:
         """What is known of each tensor, as of the last check."""
         return self.state.readings
-
-    def n_bytes(self) -> int:
-        """Memory that the samples take, on their devices."""
-        return sum(bank.n_bytes() for bank in self.state.banks)
 
     # ---- hooks: each is called by a Hook, which lets no error through ------------------------------------------------
 
@@ -167,6 +170,7 @@ class Watch:
             self.check()
             if self.state.n_seen >= LISTENED:
                 self.state.forward.close()
+                self.state.events.close()
 
     # ---- rules, and what fails ---------------------------------------------------------------------------------------
 

@@ -1,0 +1,68 @@
+"""What happens between two updates, and to which gradients: do they arrive, pile up, or go before the step?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..sampling import plain
+from .forward import Hook
+from .tracking import Scalars, Tracked
+
+
+class Events:
+    """Listens to the backward passes at one small tensor; nothing is fetched from its device before a check."""
+
+    def __init__(self) -> None:
+        self.n_losses = 0  # observed since the last update
+        self.probe: Tracked | None = None
+        self.handles: list = []
+        self.incoming: Tensor | None = None  # what the present backward pass brings
+        self.least: Tensor | None = (
+            None  # since the last update, the least that lay there before a pass, over what it brought
+        )
+        self.waiting = Scalars(), Scalars()
+        self.left: list[float] = []  # of each update, that least
+        self.gone: list[float] = []  # of each update, 1 where a gradient had arrived and there is none at the step
+
+    def listen(self, tensors: Sequence[Tracked], failed: Callable[[Exception], None]) -> None:
+        trained = [t for t in tensors if t.owner and t.param.requires_grad and not t.is_master]
+        trained = [
+            t for t in trained if t.param.is_leaf and not hasattr(t.param, "to_local")
+        ]  # sharded: another gets it
+        self.probe = min(trained, key=lambda t: t.param.numel(), default=None)
+        if self.probe is not None:
+            p, hook = self.probe.param, partial(Hook, failed=failed)
+            self.handles = [p.register_hook(hook(self.arrives))]
+            self.handles.append(p.register_post_accumulate_grad_hook(hook(self.accumulated)))
+
+    def arrives(self, gradient: Tensor) -> None:
+        self.incoming = plain(gradient).clone()
+
+    def accumulated(self, p: Tensor) -> None:
+        before, brought = (plain(p.grad) - self.incoming).float().norm(), self.incoming.float().norm()
+        left = torch.where(brought > 0, before / brought, 0.0)  # a pass that brings nothing tells nothing
+        self.least = left if self.least is None else torch.minimum(left, self.least)
+
+    def before_update(self, optimizer: Optimizer) -> None:
+        self.n_losses = 0
+        if self.least is not None and optimizer is self.probe.optimizer:
+            gradient = self.probe.param.grad
+            nothing = torch.ones_like(self.least).bool() if gradient is None else (plain(gradient) == 0).all()
+            for scalars, value in zip(self.waiting, (self.least, nothing & (self.incoming != 0).any()), strict=True):
+                scalars.add(value.float())
+            self.least = None
+
+    def fetch(self) -> None:
+        left, gone = (scalars.fetch() for scalars in self.waiting)
+        self.left += left
+        self.gone += gone
+
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles, self.incoming = [], None
