@@ -1,9 +1,10 @@
-"""The generated parts of the course's two pages: notebooks/THE_CASE.md from the case file and from where notebooks name its
-ids, notebooks/CHECKLIST.md from notebooks/checklist.yaml.
+"""The generated parts of the course's pages: notebooks/THE_CASE.md from the case file and from where notebooks name its
+ids, notebooks/CHECKLIST.md from notebooks/checklist.yaml; and that list as one sheet of paper, notebooks/checklist.html.
 """
 
 from __future__ import annotations
 
+import html
 import re
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,9 @@ from moe_lab.course import case
 from moe_lab.course.runner import all_notebooks
 from moe_lab.sections import read_yaml
 
-CASE_PAGE, CHECKLIST_PAGE = (ROOT / "notebooks" / name for name in ("THE_CASE.md", "CHECKLIST.md"))
+CASE_PAGE, CHECKLIST_PAGE, SHEET = (
+    ROOT / "notebooks" / name for name in ("THE_CASE.md", "CHECKLIST.md", "checklist.html")
+)
 STAGES = {
     "before": "Before the first update",
     "twenty": "In the first twenty updates",
@@ -112,3 +115,32 @@ def without_a_line() -> list[str]:
 
 
 PARTS = {CASE_PAGE: (runs, claims, bugs), CHECKLIST_PAGE: (looks, checklist, backing, without_a_line)}
+
+
+SHEET_STYLE = """@page { size: A4 landscape; margin: 6mm }
+body { font: 6.3pt/1.15 "DejaVu Sans", Verdana, sans-serif; margin: 0 } h1 { font-size: 11pt; margin: 0 } p { margin: 1pt 0 3pt }
+table { border-collapse: collapse; width: 100%; table-layout: fixed } code { font-size: 6pt }
+td { border-top: .4pt solid #aaa; padding: 1pt 3pt; vertical-align: top } .stage { font-weight: bold; background: #eee }"""
+WIDTHS = (2.8, 8.2, 21, 25, 22, 21)  # of the sheet's columns, %
+
+
+def rich(text: str) -> str:
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
+
+
+def sheet() -> str:
+    """All lines on one side of A4, as a page of its own for a browser to print."""
+    prices, rows = the_list()["measurements"], []
+    for stage, title in STAGES.items():
+        rows.append(f'<tr><td class="stage" colspan="{len(WIDTHS)}">{title}</td></tr>')
+        for line in (line for line in checklist_lines() if line["stage"] == stage):
+            look = f"{line['measurement'].replace('_', ' ')}, {prices[line['measurement']][0]}"
+            cause = f"<b>{rich(line['cause'])}</b> {' '.join(line['bugs'])}"
+            cells = [line["id"], look, rich(line["symptom"]), rich(line["sign"]), cause, rich(line["cure"])]
+            rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    columns = "".join(f'<col style="width:{width}%">' for width in WIDTHS)
+    names = ["", "look, minutes", "symptom", "you see", "cause", "cure"]
+    head = "".join(f'<td class="stage">{name}</td>' for name in names)
+    intro = "Go down the lines. Where you see the sign, mend that cause and begin again: a run may have two faults."
+    body = f"<h1>The checklist</h1><p>{intro}</p><table>{columns}<tr>{head}</tr>\n" + "\n".join(rows) + "</table>"
+    return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>The checklist</title><style>{SHEET_STYLE}</style>{body}</html>\n'

@@ -189,7 +189,7 @@ def generated_pages() -> dict[Path, str]:
         pages[path] = path.read_text(encoding="utf-8")
         for part in several:
             pages[path] = filled(pages[path], part.__name__, part())
-    return pages
+    return pages | {course_pages.SHEET: course_pages.sheet()}
 
 
 def write_pages() -> None:

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from checks import exercises_00, exercises_01, explore_01, figures_00, figures_01, measure_01
 from helpers import solved
+from test_explorables import Page
 
 from moe_lab.config import ROOT, load_config
 from moe_lab.data import loss_floors, prepare
+from moe_lab.data.ngrams import witten_bell
 from moe_lab.failures.results import Results, load_results
 
 SMOKE = load_config(ROOT / "configs" / "smoke.yaml")
@@ -90,11 +92,17 @@ def accepts(number: str, name: str, answer: object, dataset) -> bool:
     return check(answer, *given)
 
 
+def answers_of(number: str, dataset, seed: int = 0) -> dict:
+    """What the printed solutions define, with the notebook's names at hand."""
+    suspects = exercises_01.suspects(dataset, seed)
+    names = {"lab": SimpleNamespace(config=SMOKE), "dataset": dataset, "V": V, "suspects": suspects}
+    names |= {"witten_bell": witten_bell, "collisions": lambda tokens: measure_01.collisions(tokens, V)}
+    return solved(number, **names)
+
+
 @pytest.mark.parametrize(("number", "name"), [("00", name) for name in WRONG_00] + [("01", name) for name in WRONG_01])
 def test_the_solutions_pass(number, name, dataset) -> None:
-    answers = solved(number)
-    answer = answers["override_for"](SMOKE.model.d_model) if name == "override" else answers[name]
-    assert accepts(number, name, answer, dataset)
+    assert accepts(number, name, answers_of(number, dataset)[name], dataset)
 
 
 WRONG = [("00", name, *row) for name, rows in WRONG_00.items() for row in rows]
@@ -109,7 +117,7 @@ def test_what_a_reader_is_likely_to_get_wrong_is_refused(number, name, wrong, hi
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_four_batches_are_told_apart_and_mistakes_are_not(seed, dataset, capsys) -> None:
-    right = solved("01")["names_of"](dataset, seed)
+    right = answers_of("01", dataset, seed)["named"]
     assert exercises_01.check_suspects(right, dataset, seed)
     of = {kind: letter for letter, kind in right.items()}
     for one, other, hint in (
@@ -243,3 +251,32 @@ def test_two_runs_are_trained_in_turn_and_drawn_as_they_go(watched, monkeypatch)
     assert all(abs(several[0] - start) < 0.25 for several in losses.values())
     assert losses["A"] != losses["B"]
     assert ("no update yet" in shown[0]) == watched and len(redrawn) == (4 if watched else 0)
+
+
+def test_the_boxes_of_notebook_01_follow_their_sliders(monkeypatch) -> None:
+    page = Page(monkeypatch, live="1")
+    explore_01.explore_losses()
+    first, last, log_v, half = page.shown[0].children
+    assert "should be 11.10" in page.shown[-1]["text/plain"]
+    first.value = 11.0
+    assert "5.80 below ln V" in page.pictures[-1]
+    last.value = 10.8
+    assert "Look at the tokens" in page.pictures[-1]
+    page = Page(monkeypatch, live="1")
+    explore_01.explore_start(2048, 192, 0.02)
+    vocabulary, width, _std = page.shown[0].children
+    assert "starts at 7.66 nats" in page.shown[-1]["text/plain"]
+    width.value = 1536
+    assert "starts at 7.93 nats" in page.pictures[-1]
+    vocabulary.value = 2**16
+    assert f"starts at {math.log(2**16) + 0.3072:.2f} nats" in page.pictures[-1]
+
+
+def test_headless_the_boxes_stand_still_and_answer_nothing_that_is_asked_later(monkeypatch) -> None:
+    page = Page(monkeypatch, live="0")
+    explore_01.explore_losses()
+    explore_01.explore_start(2048, 192, 0.02)
+    assert len(page.shown) == 2
+    assert not any(
+        word in picture["text/plain"] for picture in page.shown for word in ("random", "collision", "bigram")
+    )

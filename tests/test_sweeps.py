@@ -64,7 +64,7 @@ def test_a_surface_shows_points_marks_and_intervals(tmp_path) -> None:
 
 def test_the_generated_pages_are_those_of_the_rules_and_the_committed_runs() -> None:
     pages = generated_pages()
-    assert len(pages) == 6
+    assert len(pages) == 7
     for path, text in pages.items():
         assert path.read_text(encoding="utf-8") == text, "run: make docs-table"
 
