@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from helpers import MECHANISMS, model_with
 from torch import Tensor, nn
 
@@ -90,6 +91,24 @@ def test_each_fault_is_named_and_nothing_else(fault: str) -> None:
 def test_a_loss_that_is_scaled(factor: float) -> None:
     assert said(Tiny(), lambda model, batch: factor * loss_of(model, batch)) == {"initial_loss": "warning"}
     assert said(Tiny(), lambda model, batch: 0.05 + loss_of(model, batch)) == {}  # an auxiliary term
+
+
+@pytest.mark.parametrize("family", ["Bert", "Bart", "Llama"])
+def test_a_model_that_may_look_ahead_is_not_judged(family: str) -> None:
+    sizes = {"vocab_size": V, "hidden_size": 16, "d_model": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32}
+    sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
+    config = getattr(transformers, f"{family}Config")(**sizes)
+    kind = {"Bert": "ForMaskedLM", "Bart": "ForConditionalGeneration", "Llama": "ForCausalLM"}[family]
+    torch.manual_seed(0)
+    ids = batch()[0]
+    labels = ids
+    if family == "Bert":
+        masked = torch.rand(ids.shape) < 0.2
+        ids, labels = torch.where(masked, V - 1, ids), torch.where(masked, ids, -100)
+    examination = examine(getattr(transformers, family + kind)(config), {"input_ids": ids, "labels": labels})
+    assert [f.rule for f in examination.findings if f.severity != "info"] == []
+    assert ("causality" in examination.not_checked) == (family != "Llama")
 
 
 def test_nothing_is_changed() -> None:
