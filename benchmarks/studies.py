@@ -1,18 +1,21 @@
 """Compute committed results anew: `make studies`, hours of one core; finished cells are kept in .cache.
 
-python -m benchmarks.studies [NAME …]      # of `moe_lab.failures.designs`, and `disputed`
+python -m benchmarks.studies [NAME …]      # of `moe_lab.failures.designs` and of this file
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from moe_lab.failures.designs import all_designs, study_config, with_lrs
+from moe_lab.failures.designs import FAILURE, all_designs, study_config, with_lrs
 from moe_lab.failures.experiments import SEEDS, Arm, Experiment, collect
 from moe_lab.failures.results import RESULTS
 from moe_lab.sections import ConfigError, suggestion
 from moe_lab.train.command import exit_code
+
+# (Muon's LR, AdamW's): where the surfaces of seed 0 were lowest, and half-way steps beside it
+SEARCHED = {96: ((0.016, 0.04), (0.008, 0.02), (0.008, 0.04)), 192: ((0.004, 0.04), (0.008, 0.02), (0.004, 0.02))}
 
 
 def disputed() -> Experiment:
@@ -32,9 +35,38 @@ def disputed() -> Experiment:
     return Experiment(name="disputed", arms=arms, seeds=SEEDS[:2], evaluate_at=(100,))
 
 
+def starved(d_model: int, evaluate_at: Sequence[int]) -> Experiment:
+    """The failing LRs run on: does the loss settle at the unigram table, or does it cross it, and when?"""
+    arms = {"failure": Arm(with_lrs(study_config(d_model), *FAILURE))}
+    return Experiment(name=f"starved_{d_model}", arms=arms, evaluate_at=evaluate_at)
+
+
+def tuned(d_model: int, candidates: Sequence[tuple[float, float]]) -> Experiment:
+    """A search's last round: the surface's best points and their neighbours over three seeds; its centre's are `attribution`'s."""
+    config = study_config(d_model)
+    arms = {f"{muon:g} {adamw:g}": Arm(with_lrs(config, muon, adamw)) for muon, adamw in candidates}
+    return Experiment(name=f"tuned_{d_model}", arms=arms)
+
+
+def decayed(steps: int, lrs: Mapping[str, Sequence[float]]) -> Experiment:
+    """AdamW's LR around its best for so many updates of 256 tokens, three seeds a point, Muon's at the optimum found for it, with
+    the LR held constant and with a cosine down to a tenth: does its best still fall where a schedule decays? `lrs`: AdamW's,
+    by schedule."""
+    config = study_config(96, compute="float32").with_(training={"batch_size": 2})
+    arms = {}
+    for schedule, ratio in (("constant", 1.0), ("cosine", 0.1)):
+        ending = config.with_(training={"min_lr_ratio": ratio})
+        arms |= {f"{schedule} {adamw:g}": Arm(with_lrs(ending, 1.6e-3, adamw)) for adamw in lrs[schedule]}
+    return Experiment(name=f"decayed_{steps}", arms=arms, evaluate_at=(steps,))
+
+
 def compute(names: Sequence[str]) -> None:
     """Compute these designs, or all, and write their results for committing."""
-    designs = {design.name: design for design in (*all_designs(), disputed())}
+    ours = [disputed(), starved(96, (200, 400, 600, 800)), starved(192, (200, 400))]
+    ours += [tuned(width, candidates) for width, candidates in SEARCHED.items()]
+    ours += [decayed(200, dict.fromkeys(("constant", "cosine"), (1.2e-2, 2.4e-2, 4.8e-2)))]
+    ours += [decayed(800, {"constant": (3e-3, 6e-3, 1.2e-2, 2.4e-2), "cosine": (6e-3, 1.2e-2, 2.4e-2)})]
+    designs = {design.name: design for design in (*all_designs(), *ours)}
     for name in names or designs:
         if name not in designs:
             known = suggestion(name, designs) or "; there are " + ", ".join(designs)

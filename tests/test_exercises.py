@@ -2,8 +2,7 @@
 
 import math
 import tempfile
-from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 
@@ -11,12 +10,19 @@ import pytest
 import torch
 from checks import exercises_02
 from checks.exercises_07 import FAULTS, RIGHT
+from checks.surface import shapley
 from helpers import solved
 
-from moe_lab.failures.surface import case_lrs, shapley
 from moe_lab.health.conventions import lr_original_from_match
 from moe_lab.health.measures import is_lost
 
+CONVENTIONS = {"A": "match_rms_adamw", "B": "plain", "C": "original"}
+PATIENTS = {"A": "rounded away", "B": "a rate too low", "C": "random tokens", "D": "healthy"}
+CONFIG = """
+model: {d_model: 1536, n_layers: 20, n_heads: 12, n_kv_heads: 3, d_ff: 4096, vocab_size: 50257}
+training: {max_lr: 0.0003, warmup_steps: 100, steps: 1000}
+optimizer: {type: muon, adjust_lr: original, adamw_lr_ratio: 0.3}
+"""
 LEAKS = {"A": "mask", "B": "causal", "C": "choice", "D": "chunk"}
 
 
@@ -44,18 +50,10 @@ def depth_layer(x, scores, capacity, sublayer, bug):
     return x.index_add(0, places, y)
 
 
-def without_b18(deviation, peak, warmup):
-    total, n = 0.0, 0
-    while total < deviation:
-        n += 1
-        total += peak * min(n / warmup, 1.0)
-    return n
-
-
-def after_the_first(change: Callable) -> Callable:
-    """Right where one update suffices; else `change` of the right number."""
-    right = solved("04")["updates_until"]
-    return lambda deviation, peak, warmup: 1 if deviation < peak else change(right(deviation, peak, warmup))
+@cache
+def solved_04a() -> dict:
+    """Once: it trains."""
+    return solved("04a")
 
 
 def frozen(peak: float, n: int, reach: float = 1.165) -> int:
@@ -119,15 +117,36 @@ WRONG = {
         (lambda lr, rows, columns: 0.2 * math.sqrt(max(rows, columns)) * lr, "a tall matrix"),
         (lambda lr, rows, columns: 0.2 * math.sqrt(min(rows, columns)) * lr, "a fan-in of 4096"),
     ],
-    "04.updates_until": [
-        (lambda deviation, peak, warmup: math.ceil(deviation / peak), "you divide by the peak"),
-        (lambda deviation, peak, warmup: int(deviation / peak), "B18"),
-        (without_b18, "B18"),
-        (after_the_first(lambda n: 4 * n), "not micro-batches"),
-        (after_the_first(lambda n: n + 1), "the 94th update"),
-        (after_the_first(lambda n: 94), "adds one peak"),
+    "04.conventions": [
+        (CONVENTIONS | {"B": "original", "C": "plain"}, "tall matrices alone"),
+        (CONVENTIONS | {"A": "original"}, "A: measure the RMS"),
+        (CONVENTIONS | {"A": "muon"}, "the words are"),
+        ({"A": "plain"}, "answer with a dict"),
     ],
-    "04.shares": [
+    "04.config": [
+        (CONFIG, "still short"),
+        (CONFIG.replace("original", "match_rms_adamw"), "preflight still says lr_too_low"),
+        (CONFIG.replace("0.0003", "0.02"), "more than twice"),
+        (CONFIG.replace("0.0003", "0.00235").replace("0.3", "1.0"), "its rate hangs on the same line"),
+        (CONFIG.replace("1536", "192"), "not the model"),
+        (CONFIG.replace("muon", "adamw"), "stays Muon"),
+    ],
+    "04a.diagnoses": [
+        (PATIENTS | {"B": "random tokens", "C": "a rate too low"}, "count how often"),
+        (PATIENTS | {"A": "healthy"}, "look at the dtype"),
+        (PATIENTS | {"D": "a rate too low"}, "before you call it sick"),
+        (PATIENTS | {"C": "healthy"}, "which measurement"),
+        (PATIENTS | {"A": "frozen"}, "the words are"),
+        ({"A": "healthy"}, "answer with a dict"),
+    ],
+    "04a.cure": [
+        (lambda config: config, "nothing has changed"),
+        (lambda config: config.with_(training={"max_lr": 1.0}), "leave it"),
+        (lambda config: config.with_(optimizer={"adamw_lr_ratio": 2.0}), "which group gains most"),
+        (lambda config: config.with_(model={"d_model": 128}), "the optimizer alone"),
+        (lambda config: {"embedding_lr_ratio": 1.0}, "return a config"),
+    ],
+    "04a.shares": [
         (lambda none, muon, adamw, both: (muon - none, adamw - none), "positive"),
         (lambda none, muon, adamw, both: (none - muon, none - adamw), "leave 0.1 to nobody"),
         (lambda none, muon, adamw, both: (none - muon, muon - both), "one order of fixing"),
@@ -199,8 +218,8 @@ def checkpoint_of_norms() -> Path:
 @pytest.mark.parametrize("check", WRONG)
 def test_the_solutions_pass(check: str) -> None:
     number, _, name = check.partition(".")
-    answers = solved(number)
-    assert accepts(check, answers["shares_of_two" if name == "shares" else name])
+    answers = solved_04a() if number == "04a" else solved(number)
+    assert accepts(check, answers[{"shares": "shares_of_two", "config": "repaired"}.get(name, name)])
 
 
 @pytest.mark.parametrize(("check", "wrong", "hint"), [(check, *row) for check, rows in WRONG.items() for row in rows])
@@ -224,12 +243,9 @@ def test_learning_rates_and_shares_are_those_of_the_package() -> None:
     answers = solved("04")
     for shape in ((96, 96), (4096, 1536), (512, 1536), (1536, 4096)):
         assert math.isclose(answers["to_original"](3e-4, *shape), lr_original_from_match(3e-4, shape))
-    for deviation, peak in ((0.004, 9e-5), (0.05, 3e-4), (0.00008, 9e-5)):
-        n = answers["updates_until"](deviation, peak, 100)
-        assert case_lrs(n - 1, peak).sum() < deviation <= case_lrs(n, peak).sum()
     losses = {frozenset(): 6.8, frozenset("m"): 6.7, frozenset("a"): 6.2, frozenset("ma"): 6.0}
     shares = shapley({fixed: -loss for fixed, loss in losses.items()}, "ma")
-    assert answers["shares_of_two"](6.8, 6.7, 6.2, 6.0) == pytest.approx((shares["m"], shares["a"]))
+    assert solved_04a()["shares_of_two"](6.8, 6.7, 6.2, 6.0) == pytest.approx((shares["m"], shares["a"]))
 
 
 def test_each_suspect_leaks_as_its_verdict_says() -> None:

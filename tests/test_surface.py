@@ -7,10 +7,10 @@ import random
 import numpy as np
 import pytest
 import torch
+from checks.surface import best_on_grid, bootstrap_optimum, case_lrs, fit_quadratic, least_in_box, shapley
 
 from moe_lab.config import ConfigError
 from moe_lab.course import case
-from moe_lab.failures.surface import best_on_grid, bootstrap_optimum, case_lrs, fit_quadratic, least_in_box, shapley
 from moe_lab.health.measures import adam_ratio_bound, adam_reach
 
 # 3 × 3 settings of log10 LR and four axial ones

@@ -4,22 +4,22 @@ import math
 
 import numpy as np
 import pytest
+from checks import figures_04, figures_04a
 from PIL import Image
 
 from benchmarks.docs_table import filled, generated_pages
 from moe_lab.failures.experiments import load_results
 from moe_lab.show.style import save
-from moe_lab.show.sweeps import Surface, lr_surface, lr_sweep
 
 SWEEP = {1e-3: [5.5, 5.6, 5.4], 1e-2: [4.71, 4.70, 4.72], 1e-1: [5.0, 5.1, 5.2]}
-FLOORS = {"bigram": 4.4, "unigram": 5.2}
+FLOORS = {"trigram": 3.9, "bigram": 4.4, "unigram": 5.2}
 
 
 @pytest.mark.parametrize("n_panels", [1, 2])
 def test_a_sweep_shows_every_run_its_band_and_its_best(n_panels, tmp_path) -> None:
     panels = {f"width {96 * (i + 1)}": {"one": SWEEP, "other": SWEEP} for i in range(n_panels)}
-    figure, description = lr_sweep(panels, FLOORS)
-    assert Image.open(save(figure, tmp_path / "sweep.png")).size == (1600, 624)
+    figure, description, _ = figures_04.lr_sweep(panels, FLOORS)
+    assert Image.open(save(figure, tmp_path / "sweep.png")).size == (1600, 672)
     assert len(figure.axes) == n_panels
     dots = [y for line in figure.axes[0].get_lines() for y in line.get_ydata() if line.get_linestyle() == "None"]
     assert sorted(dots) == sorted(2 * [loss for losses in SWEEP.values() for loss in losses])
@@ -28,12 +28,12 @@ def test_a_sweep_shows_every_run_its_band_and_its_best(n_panels, tmp_path) -> No
     assert band[:, 1].max() == 5.6
     assert description.count("best 4.710 at 0.01") == 2 * n_panels
     words = [text.get_text() for text in figure.axes[0].texts]
-    assert "unigram 5.20" in words
-    assert not any("bigram" in word for word in words)  # far below every run
+    assert "unigram 5.20" in words and "bigram 4.40" in words
+    assert not any("trigram" in word for word in words)  # far below every run
 
 
 def test_a_diverged_seed_takes_its_setting_out_of_the_line() -> None:
-    figure, description = lr_sweep({"width 96": {"one": {**SWEEP, 1.0: [4.0, math.inf, 4.1]}}})
+    figure, description, _ = figures_04.lr_sweep({"width 96": {"one": {**SWEEP, 1.0: [4.0, math.inf, 4.1]}}})
     means = next(line for line in figure.axes[0].get_lines() if line.get_linestyle() != "None")
     assert np.isnan(means.get_ydata()[-1])
     assert "best 4.710 at 0.01" in description
@@ -46,8 +46,8 @@ def bowl(x):
 def test_a_surface_shows_points_marks_and_intervals(tmp_path) -> None:
     points = {(10.0**a, 10.0**b): bowl(np.array([[a, b]]))[0] for a in (-3, -2, -1) for b in (-3, -2, -1)}
     marks = {"failure": (3e-4, 9e-5, 6.76)}
-    surface = Surface(points, bowl, (1e-2, 1e-2), ((5e-3, 2e-2), (4e-3, 3e-2)), marks)
-    figure, description = lr_surface({"width 96": surface, "width 192": surface})
+    surface = figures_04a.Surface(points, bowl, (1e-2, 1e-2), ((5e-3, 2e-2), (4e-3, 3e-2)), marks)
+    figure, description, _ = figures_04a.lr_surface({"width 96": surface, "width 192": surface})
     assert Image.open(save(figure, tmp_path / "surface.png")).size == (1600, 784)
     for axes in figure.axes:
         words = [text.get_text() for text in axes.texts]

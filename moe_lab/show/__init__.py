@@ -5,6 +5,5 @@ plots.py        the figure of a run; two runs beside each other; losses on one s
 live.py         LiveRun and LivePair: a training, or two side by side, with a figure, controls and findings
 dashboard.py    what both have: the worker thread, the controls, the output
 front.py        what a front end needs to be told while a cell waits
-sweeps.py       figures of tables of runs: learning rates, surfaces over two of them
 explorables.py  figures with controls, and how to make one; the number line of bf16
 """

@@ -10,7 +10,8 @@ exercises_01.py   losses at step 0, four batches and four runs to diagnose
 exercises_02.py   a config to edit, Mixture-of-Depths, four suspected leaks
 exercises_03.py   the limit of a weight, four trainings to diagnose, a sick config
 exercises_03a.py  when a cosine freezes, three checkpoints, a schedule
-exercises_04.py   conventions of Muon, sums of learning rates, shares of two fixes
+exercises_04.py   conventions of Muon: a formula, three mysteries, a config
+exercises_04a.py  four patients to diagnose, a sick config, shares of two fixes
 exercises_05.py   floors passed, tokens counted, a verdict
 exercises_07.py   verdicts from numbers handed in, a damaged record, norms that move in bf16
 exercises_10.py   a patient of your own, a config to mend
@@ -18,6 +19,9 @@ figures_10.py     training curves, and pictures of measurements
 ward.py           the runs of notebook 10: what is drawn, ordered, written down and what it is worth
 ward_desk.py      the same as buttons
 ward_readers.py   two readers by script: the checklist's, and the curve's
+
+study_04.py, evidence_04a.py, surface.py   what 04 and 04a read out of committed runs; their statistics
+figures_04.py, figures_04a.py   what these notebooks draw; two explorables
 
 questions_NN.py   what a notebook asks, and which answer the measured values give
 verdicts_NN.py    what a notebook's numbers make of the report's claims

@@ -3,13 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch.optim import Optimizer
 
 from moe_lab.course.lessons import exercise
+from moe_lab.health import preflight
+from moe_lab.health.conventions import adamw_equivalent
+from moe_lab.optim import Muon
+from moe_lab.sections import read_yaml
+
+# what each optimizer that calls itself Muon does to the plain orthogonal step of a matrix of A rows and B columns
+MYSTERIES = {"A": "match_rms_adamw", "B": "plain", "C": "original"}
 
 
 def close(a: float, b: float) -> bool:
     return math.isclose(a, b, rel_tol=1e-6)
+
+
+def mystery(name: str) -> Callable[[Iterable[torch.Tensor], float], Optimizer]:
+    """A function `make(parameters, lr)`, for one matrix."""
+    kind = MYSTERIES[name]
+
+    def make(parameters: Iterable[torch.Tensor], lr: float) -> Optimizer:
+        (p,) = parameters
+        if kind == "plain":  # the factor that `original` multiplies with is taken off the rate
+            return Muon([p], lr=lr / math.sqrt(max(1.0, p.shape[0] / p.shape[1])))
+        return Muon([p], lr=lr, adjust_lr=kind)
+
+    return make
 
 
 @exercise
@@ -31,30 +56,37 @@ def check_to_original(to_original: Callable) -> None:
 
 
 @exercise
-def check_updates_until(n_updates: Callable) -> None:
-    """`n_updates(deviation, peak, warmup)`: the fewest of the case's schedule whose LRs sum to at least `deviation`."""
-    assert n_updates(0.00008, 9e-5, 100) == 1, (
-        "the case's first update runs at the full learning rate (B18): one update at 9e-5 is enough for 0.00008"
+def check_conventions(answer: Mapping[str, str]) -> None:
+    """`answer`: the convention of each mystery."""
+    kinds = sorted(set(MYSTERIES.values()))
+    assert set(answer) == set(MYSTERIES), f"answer with a dict of {', '.join(MYSTERIES)}"
+    assert set(answer.values()) <= set(kinds), f"the words are {', '.join(map(repr, kinds))}"
+    wrong = [name for name, kind in MYSTERIES.items() if answer[name] != kind]
+    swapped = {answer[name] for name in wrong} == {"plain", "original"}
+    assert not swapped, "two of them differ in tall matrices alone, with more rows than columns: measure one"
+    assert not wrong, (
+        f"{', '.join(wrong)}: measure the RMS of one step from zero, over the learning rate, in a tall matrix"
     )
-    by_peaks = n_updates(0.0046, 9e-5, 100) == 52
-    assert not by_peaks, "you divide by the peak; during the warm-up updates are smaller"
-    found = n_updates(0.004, 9e-5, 100)
-    assert found not in (376, 377), "count updates, not micro-batches"
-    assert found == 94, (
-        "0.004 is 44.4 peaks of 9e-5: 1 for the first update, then 0.01 + 0.02 + …; the 94th update passes it"
-    )
-    assert n_updates(0.05, 3e-4, 100) == 217, "after the warm-up every update adds one peak"
 
 
 @exercise
-def check_shares(shares_of_two: Callable) -> None:
-    """`shares_of_two(none, muon, adamw, both)`, losses with no fix, with one, with both: Muon's share and AdamW's, in nats."""
-    shares = tuple(round(share, 9) for share in shares_of_two(6.8, 6.7, 6.2, 6.0))
-    assert sum(shares) > 0, "a fix that lowers the loss earned something: its share is positive"
-    assert shares != (0.1, 0.6), (
-        "each fix alone gives 0.1 and 0.6, together they gave 0.8: your shares leave 0.1 to nobody"
+def check_config(text: str) -> None:
+    """`text`: the YAML of a repaired config."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "repaired.yaml"
+        path.write_text(text, encoding="utf-8")
+        config, findings = read_yaml(path), preflight(path)
+    assert config["model"]["d_model"] == 1536, "repair the rates, not the model"
+    optimizer, training = config["optimizer"], config["training"]
+    assert optimizer["type"] == "muon", "the optimizer stays Muon"
+    muon = adamw_equivalent(training["max_lr"], (1536, 1536), optimizer.get("adjust_lr", "original"))
+    adamw = training["max_lr"] * optimizer["adamw_lr_ratio"]
+    assert muon > 1.5e-4, (
+        f"Muon's step is like AdamW's at {muon:.1e}: still short; convert the number, or its convention"
     )
-    one_order = shares in ((0.1, 0.7), (0.2, 0.6))
-    assert not one_order, "this is one order of fixing; take the mean over both orders"
-    assert math.isclose(sum(shares), 0.8), "the shares must sum to what both together gave, 0.8"
-    assert shares == (0.15, 0.65), "Muon's fix is worth 0.1 if it comes first and 0.2 if it comes last"
+    assert muon < 6e-4, f"Muon's step is like AdamW's at {muon:.1e}: more than twice what was asked for"
+    assert 5e-5 < adamw < 1e-3, (
+        f"AdamW beside it now runs at {adamw:.1e}: its rate hangs on the same line, by adamw_lr_ratio; set that, too"
+    )
+    rules = [f.rule for f in findings if f.rule in ("muon_convention", "lr_too_low", "lr_too_high")]
+    assert not rules, f"preflight still says {', '.join(rules)}"

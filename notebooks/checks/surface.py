@@ -1,4 +1,4 @@
-"""Statistics of the attribution: where a loss surface has its optimum, who earned which share, how far Adam can get.
+"""Statistics of notebooks 04 and 04a: where a loss surface has its optimum, who earned which share, the case's learning rates.
 
 Shapes: n points, R resamples, S seeds, L learning rates. Losses are nats per token; a run that diverged has infinity.
 """
