@@ -54,19 +54,21 @@ def test_unmet_requirements_are_named(monkeypatch) -> None:
     assert machine.unmet_requirements("none") == [missing]
 
 
-@pytest.mark.parametrize(("faster", "taken", "said"), [(1, 1.3, "1 thread"), (4, 0.9, "4 threads"), (1, 0.1, None)])
-def test_threads_are_those_that_pay_and_a_busy_machine_is_told_in_one_line(faster, taken, said, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("faster", "taken", "chosen"), [(1, 1.3, 1), (3, 0.9, 3), (1, 0.1, 1), (4, 0.1, 4), (4, 2.5, 1), (4, 4.0, 1)]
+)
+def test_threads_are_those_that_pay_and_a_busy_machine_is_told_in_one_line(faster, taken, chosen, monkeypatch) -> None:
     threads = [4]
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(device.os, "cpu_count", lambda: 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setattr(timeit, "repeat", lambda *_, **options: [1.0 if threads[-1] == faster else 2.0])
     monkeypatch.setattr(device, "cores_taken", lambda: taken)
     line = device.choose_threads(Config())
-    assert threads[-1] == faster
-    assert (line is None) == (said is None)
-    if said:
-        assert line.startswith(f"this machine is busy: others take {taken} of its ") and line.endswith(f"with {said}")
+    assert threads[-1] == chosen
+    said = f"others take {taken} of its 4 cores; computing with {chosen} thread{'s' if chosen > 1 else ''}"
+    assert line == (f"this machine is busy: {said}" if taken > 0.5 else None)
 
 
 def test_threads_that_were_asked_for_stay(monkeypatch) -> None:

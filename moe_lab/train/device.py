@@ -68,29 +68,31 @@ def seconds_per_product(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def choose_threads(config: Config) -> str | None:
-    """Compute with one thread where that is faster, by a short measurement on this run's sizes; what to tell the reader if
-    the machine is busy.
+    """Compute with no more threads than there are free cores, and with one where that is faster, by a short measurement on
+    this run's sizes. Returns what to tell the reader if the machine is busy.
 
-    OpenMP's threads wait for each other, and GNU's do so by spinning: beside another busy process several are slower than
-    one, and for a small model always. Waiting asleep in place of spinning costs on a quiet machine and gains less than one
-    thread on a busy one, so the policy stays. It takes half a second; OMP_NUM_THREADS, if set, stands.
+    OpenMP's threads wait for each other, and GNU's do so by spinning: beside another busy process as many as there are cores
+    are slower than one, and for a small model always. Waiting asleep in place of spinning costs on a quiet machine and gains
+    less than one thread on a busy one, so the policy stays. It takes a second; OMP_NUM_THREADS, if set, stands.
     """
     most = torch.get_num_threads()
     if most == 1 or "OMP_NUM_THREADS" in os.environ:
         return None
-    taken = cores_taken()
+    taken, cores = cores_taken(), os.cpu_count() or most
+    if taken >= BUSY:
+        most = max(1, min(most, int(cores - taken)))
     rows = min(config.training.batch_size * config.model.max_seq_len, 2048)
     a, b = torch.ones(rows, config.model.d_model), torch.ones(config.model.d_model, config.model.d_ff)
     seconds = {}
-    for n in (most, 1):
+    for n in {most, 1} if most > 1 else ():
         torch.set_num_threads(n)
-        seconds[n] = min(timeit.repeat(lambda: torch.softmax(a @ b, -1) @ b.T, number=4, repeat=4))
-    best = min(seconds, key=seconds.get)
+        seconds[n] = sum(timeit.repeat(lambda: torch.softmax(a @ b, -1) @ b.T, number=4, repeat=4))
+    best = min(seconds, key=seconds.get, default=1)
     torch.set_num_threads(best)
     if taken < BUSY:
         return None
-    of = os.cpu_count() or most
-    return f"this machine is busy: others take {taken:.1f} of its {of} cores; computing with {best} thread{'s'[: best - 1]}"
+    threads = f"{best} thread{'s'[: best - 1]}"
+    return f"this machine is busy: others take {taken:.1f} of its {cores} cores; computing with {threads}"
 
 
 def cores_taken(seconds: float = 0.2) -> float:

@@ -52,6 +52,15 @@ def sabotage(page: Page) -> None:
     assert re.search(r"parameters to bf16 at step \d+", page.locator(PICTURE).first.get_attribute("alt"))
 
 
+def narrow(page: Page) -> None:
+    """On a small page no button's words are cut, and the slider can be moved."""
+    page.set_viewport_size({"width": 800, "height": 1600})
+    cut = "buttons => buttons.filter(b => b.scrollWidth > b.clientWidth).map(b => b.textContent)"
+    wait_for(lambda: page.locator(".noUi-base").first.bounding_box()["width"] > 80, "the slider has no length")
+    assert page.locator("button.jupyter-button").evaluate_all(cut) == []
+    page.set_viewport_size({"width": 1200, "height": 1600})
+
+
 def save(page: Page, path: Path) -> None:
     written = path.stat().st_mtime_ns
     command(page, "docmanager:save")
@@ -74,6 +83,7 @@ def test_a_run_outlives_reload_rerun_and_kernel(tmp_path: Path) -> None:
         wait_for(lambda: drawn(page) > 5, "the picture does not move")
         sabotage(page)
         page.screenshot(path=tmp_path / "sabotaged.png")
+        narrow(page)
 
         save(page, tmp_path / "live.ipynb")
         open_page(page, address)
