@@ -12,7 +12,7 @@ import torch
 from helpers import refused
 
 from moe_lab.config import ConfigError
-from moe_lab.course import case, notebook, verdicts
+from moe_lab.course import case, notebook
 from moe_lab.failures.results import cpu_kind
 
 NOTEBOOK = "01_data_and_loss_floors"
@@ -132,36 +132,6 @@ def test_every_claim_that_a_notebook_judges_is_of_the_case_and_judged_once() -> 
         for id in re.findall(r"^def (C\d\d)\(", file.read_text(encoding="utf-8"), re.MULTILINE):
             assert case.verdict_of(id)[0].startswith(file.stem.removeprefix("verdicts_") + "_")
             assert case.claim(id)
-
-
-# until no notebook calls verdicts.check
-def test_the_outcome_is_the_condition_that_is_true(path, lab, capsys) -> None:
-    conditions = {"holds": np.bool_(False), "holds only if": torch.tensor(True), "does not hold": False}
-    sentences = {"holds": "always", "holds only if": "std is fixed", "does not hold": "never"}
-    assert verdicts.check("C03", conditions, sentences, lab=lab, notebook=NOTEBOOK, n=7) == "holds only if"
-    assert capsys.readouterr().out == "C03 holds only if: std is fixed\n"
-    assert case.read_verdicts()["C03"]["numbers"] == {"n": 7}
-    assert verdicts.check("C03", {"holds": 1 < 2, "open": False}, "one for all", lab=lab, notebook=NOTEBOOK) == "holds"
-    assert case.read_verdicts()["C03"]["sentence"] == "one for all"
-
-
-@pytest.mark.parametrize(
-    ("conditions", "message"),
-    [
-        ({"holds": False, "does not hold": math.nan > 1}, "C03: none of holds, does not hold is what was measured"),
-        ({"holds": True, "open": True, "does not hold": False}, "C03: all of holds, open are what was measured"),
-        ({}, "C03: none of"),
-    ],
-)
-def test_none_or_two_true_conditions_are_no_verdict(path, lab, conditions, message) -> None:
-    with pytest.raises(AssertionError, match=f"^{re.escape(message)}"):
-        verdicts.check("C03", conditions, "a sentence", lab=lab, notebook=NOTEBOOK)
-    assert not path.exists()
-
-
-def test_each_outcome_has_its_sentence(path, lab) -> None:
-    with refused(ConfigError, match="C03: no sentence for the outcome 'open'"):
-        verdicts.check("C03", {"holds": True, "open": False}, {"holds": "yes"}, lab=lab, notebook=NOTEBOOK)
 
 
 def test_a_damaged_file_is_refused_and_kept(path, lab) -> None:

@@ -14,7 +14,7 @@ import functools
 import html
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,49 +160,6 @@ def score() -> None:
 def right_of(guessed: Mapping[str, str], measured: Mapping[str, str]) -> tuple[int, int]:
     made = [text for text in measured if guessed.get(text, NO_GUESS) != NO_GUESS]
     return sum(guessed[text] == measured[text] for text in made), len(made)
-
-
-class Predictions:
-    """Guesses made before a result is seen, and their score at the end. Headless, the first option stands for the reader;
-    with a reader, there is no guess before a click."""
-
-    def __init__(self) -> None:
-        self.questions: dict[str, tuple[str, Sequence[str]]] = {}
-        self.guesses: dict[str, str | None] = {}
-        self.answers: dict[str, str] = {}
-
-    def ask(self, key: str, question: str, options: Sequence[str]) -> None:
-        """Show 3 or 4 options to choose from. Where nobody can click, print them."""
-        self.questions[key] = question, options
-        self.answers.pop(key, None)  # asked again: not scored before it is revealed again
-        if not is_interactive():
-            self.guesses[key] = options[0]
-            lines = [f"  ({letter}) {option}" for letter, option in zip("abcd", options, strict=False)]
-            print(question, *lines, sep="\n")
-            return
-        import ipywidgets
-        from IPython.display import display
-
-        self.guesses[key] = None
-        layout = ipywidgets.Layout(width="auto")
-        choice = ipywidgets.RadioButtons(options=list(options), index=None, layout=layout)
-        choice.observe(lambda change: self.guesses.__setitem__(key, change["new"]), "value")
-        display(ipywidgets.VBox([ipywidgets.HTML(f"<b>{html.escape(question)}</b>"), choice]))
-
-    def reveal(self, key: str, right: str) -> None:
-        """Print the guess beside what was measured, `right`, which must be one of the options."""
-        options = self.questions[key][1]
-        if right not in options:
-            raise ValueError(f"{key}: {right!r} is not one of the options {list(options)}")
-        self.answers[key] = right
-        guess = self.guesses[key]
-        verdict = "as predicted" if guess == right else f"predicted: {guess}" if guess else "you made no prediction"
-        print(f"measured: {right} ({verdict})")
-
-    def score(self) -> None:
-        """Print how many of the revealed predictions were right."""
-        right = sum(self.guesses[key] == answer for key, answer in self.answers.items())
-        print(f"{right} of {len(self.answers)} predictions were right")
 
 
 def exercise(check: Callable[..., None]) -> Callable[..., bool]:
