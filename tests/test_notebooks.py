@@ -48,15 +48,10 @@ def problems(path: Path) -> list[str]:
     return found
 
 
-# rules of form that a notebook does not keep yet; the list only gets shorter
-NOT_YET: dict[str, set[str]] = {}
-
-
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_committed_notebooks_keep_the_rules_of_form(path: Path) -> None:
     """tests/notebook_rules.py has them; `python tests/notebook_rules.py NOTEBOOK` prints what is broken."""
-    broken = notebook_rules.broken(path)
-    assert {rule: broken[rule] for rule in broken if rule not in NOT_YET.get(path.stem.split("_")[0], ())} == {}
+    assert notebook_rules.broken(path) == {}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
