@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from checks import exercises_10, ward, ward_desk, ward_readers
+from checks import exercises_10, ward, ward_desk, ward_notes, ward_readers
 from helpers import solved
 
 from benchmarks import ward as maker
@@ -270,6 +270,21 @@ def test_buttons_do_what_calls_do(opened: ward.Ward) -> None:
     cause.value, evidence.value, cure.value = "random tokens", ("tokens",), "mend the loader, and let it raise"
     last.children[0].click()
     assert opened.notes["run 2"].causes == {"random tokens"}
+
+
+def test_an_exam_goes_on_in_another_kernel(capsys, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.setattr(ward_notes, "NOTES", tmp_path / "ward")
+    monkeypatch.setenv("MOE_LAB_INTERACTIVE", "1")
+    first = ward.open_ward(1)
+    noted(first, of(first, 2))
+    first.look("run 1", "tokens")
+    capsys.readouterr()
+    again = ward.open_ward(1)
+    assert (again.notes, again.ordered, again.marks()) == (first.notes, first.ordered, first.marks())
+    assert capsys.readouterr().out.startswith(f"going on with 1 diagnoses and {first.minutes()} minutes")
+    assert not ward.open_ward(0).ordered
+    monkeypatch.setenv("MOE_LAB_INTERACTIVE", "0")
+    assert not ward.open_ward(1).ordered
 
 
 def test_without_a_person_the_desk_prints_the_calls(opened: ward.Ward, capsys, monkeypatch) -> None:

@@ -18,7 +18,8 @@ exercises_10.py   a patient of your own, a config to mend
 figures_10.py     training curves, and pictures of measurements
 ward.py           the runs of notebook 10: what is drawn, ordered, written down and what it is worth
 ward_desk.py      the same as buttons
-ward_readers.py   two readers by script: the checklist's, and the curve's
+ward_notes.py     what a person ordered and wrote down, kept between two kernels
+ward_readers.py   readers by script: the checklist's, and the curve's
 
 study_04.py, evidence_04a.py, surface.py   what 04 and 04a read out of committed runs; their statistics
 figures_04.py, figures_04a.py   what these notebooks draw; two explorables

@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from checks.checklist import LIST
+from checks.ward_notes import go_on, keep
 from moe_lab.config import ROOT, ConfigError
 from moe_lab.sections import read_yaml, suggestion
+from moe_lab.show.live import is_interactive
 
 COMMITTED = ROOT / "notebooks" / "results" / "ward"
 CHECKLIST = read_yaml(LIST)
@@ -174,6 +176,7 @@ class Ward:
     patients: dict[str, Patient]
     ordered: dict[str, list[str]] = field(default_factory=dict)
     notes: dict[str, Note] = field(default_factory=dict)
+    kept: Path | None = None  # where both are kept, for a person
 
     def look(self, run: str, what: str) -> Result:
         """Order a measurement without showing it. Asked again, it costs nothing."""
@@ -181,6 +184,7 @@ class Ward:
         orders = self.ordered.setdefault(patient.name, [])
         if what not in orders:
             orders.append(what)
+            keep(self)
         return patient.results[what]
 
     def order(self, run: str, what: str) -> None:
@@ -216,6 +220,7 @@ class Ward:
         if missing := [what for what in shown if what not in self.ordered.get(run, ())]:
             raise ConfigError(f"{run}: {missing[0]} was not ordered, so it is no evidence yet")
         self.notes[run] = Note(found, shown, cures)
+        keep(self)
         print(f"{run}: {', '.join(sorted(found))}; {self.minutes(run)} minutes")
 
     def marks(self) -> dict[str, Mark]:
@@ -277,7 +282,10 @@ def mark(ward: Ward, run: str) -> Mark:
 
 def open_ward(seed: int = 0, folder: Path | None = None) -> Ward:
     """The ward of a seed: a committed one, or one that `make ward SEED=…` has made here. Raises ConfigError."""
-    return admit(draw(seed), folder or folder_of(seed))
+    ward = admit(draw(seed), folder or folder_of(seed))
+    if is_interactive():
+        go_on(ward, str(seed))
+    return ward
 
 
 def open_example() -> Ward:

@@ -9,11 +9,14 @@ from playwright.sync_api import Page
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 CELL = f"""import sys
+from pathlib import Path
 
 sys.path.insert(0, {str(NOTEBOOKS)!r})
+from checks import ward_notes
 from checks.ward import open_ward
 from checks.ward_desk import show_desk
 
+ward_notes.NOTES = Path("notes").absolute()
 show_desk(open_ward(1))"""
 
 
@@ -43,3 +46,4 @@ def test_a_look_a_note_and_a_score(tmp_path: Path) -> None:
         press(page, "write it down", "run 2: experts collapsed; 2 minutes")
         press(page, "score", "0 of 1 right")
         assert crashes == []
+        assert "experts collapsed" in (tmp_path / "notes" / "notes_1.json").read_text()
