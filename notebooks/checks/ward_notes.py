@@ -33,5 +33,8 @@ def keep(ward: Ward) -> None:
     path: Path | None = ward.kept
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        notes = {run: [sorted(part) for part in note] for run, note in ward.notes.items()}
+        notes = {
+            run: [sorted(part) if isinstance(part, frozenset) else list(part) for part in note]
+            for run, note in ward.notes.items()
+        }
         write_atomically(path, json.dumps({"ordered": ward.ordered, "notes": notes}, indent=1))
