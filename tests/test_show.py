@@ -20,7 +20,7 @@ from moe_lab.health.findings import Finding
 from moe_lab.show import dashboard, live
 from moe_lab.show.front import is_interactive
 from moe_lab.show.live import LivePair, LiveRun, observing
-from moe_lab.show.plots import loss_bars, smooth, training_figure
+from moe_lab.show.plots import smooth, training_figure
 from moe_lab.show.style import GREY, INK, LARGEST_SVG, LETTERS, SERIES, new_figure, png, to_html
 from moe_lab.train.record import RECORD, append_jsonl, read_record
 
@@ -104,13 +104,6 @@ def test_the_next_tokens_loss_is_shown_without_its_weight() -> None:
     assert "training loss 6.000" in description
     assert "training 6.00" in [text.get_text() for text in figure.axes[0].texts]
     assert row["losses"]["next_token"] == 4.0
-
-
-def test_loss_bars_order_and_compare() -> None:
-    figure, description = loss_bars(FLOORS, {"healthy": 3.81, "sick": 6.6})
-    names = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
-    assert names == ["uniform", "unigram", "sick", "bigram", "trigram", "healthy"]
-    assert description.endswith("The best model, healthy, is 0.270 below the lowest floor, trigram.")
 
 
 def test_smoothing_keeps_a_straight_line_at_the_start() -> None:

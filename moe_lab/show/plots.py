@@ -16,7 +16,6 @@ from matplotlib.figure import Figure
 from moe_lab.config import Config
 from moe_lab.show.style import (
     BLUE,
-    GREY,
     INK,
     SERIES,
     VERMILION,
@@ -240,20 +239,6 @@ def dot_chart(rows: Sequence[tuple[float, str, str, str]], title: str, unit: str
         axes.annotate(f"{value:.2f}", (value, place), (9, -3), textcoords="offset points", fontsize=9, color=INK)
     axes.set_xlim(0, 1.1 * max([1.0, *(value for value, *_ in rows)]))
     return axes
-
-
-def loss_bars(floors: Mapping[str, float], models: Mapping[str, float]) -> tuple[Figure, str]:
-    """Losses of tables of counts and of models on one scale, in nats per token; the best is at the bottom."""
-    rows = [(loss, name, GREY, "s") for name, loss in floors.items()]
-    rows += [(loss, name, BLUE, "o") for name, loss in models.items()]
-    rows.sort(key=lambda row: -row[0])
-    title = "Loss on the validation split, lower is better (■ table of counts, ● model)"
-    axes = dot_chart(rows, title, "nats per token")
-    listed = ", ".join(f"{name} {loss:.3f}" for loss, name, _, _ in rows)
-    best, floor = min(models, key=models.get), min(floors, key=floors.get)
-    distance = beside(models[best], floors[floor])
-    second = f"The best model, {best}, is {distance} the lowest floor, {floor}."
-    return axes.figure, f"Loss in nats per token, highest first: {listed}.\n{second}"
 
 
 def beside(loss: float, floor: float) -> str:
