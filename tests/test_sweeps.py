@@ -11,7 +11,13 @@ from benchmarks.docs_table import filled, generated_pages
 from moe_lab.failures.experiments import load_results
 from moe_lab.show.style import save
 
-SWEEP = {1e-3: [5.5, 5.6, 5.4], 1e-2: [4.71, 4.70, 4.72], 1e-1: [5.0, 5.1, 5.2]}
+SWEEP = {
+    1e-4: [6.0, 6.1, 5.9],
+    3e-4: [5.8, 5.7, 5.9],
+    1e-3: [5.5, 5.6, 5.4],
+    1e-2: [4.71, 4.70, 4.72],
+    1e-1: [5.0, 5.1, 5.2],
+}
 FLOORS = {"trigram": 3.9, "bigram": 4.4, "unigram": 5.2}
 
 
@@ -25,7 +31,7 @@ def test_a_sweep_shows_every_run_its_band_and_its_best(n_panels, tmp_path) -> No
     assert sorted(dots) == sorted(2 * [loss for losses in SWEEP.values() for loss in losses])
     band = figure.axes[0].collections[0].get_paths()[0].vertices
     assert band[:, 1].min() == 4.70
-    assert band[:, 1].max() == 5.6
+    assert band[:, 1].max() == 6.1
     assert description.count("best 4.710 at 0.01") == 2 * n_panels
     words = [text.get_text() for text in figure.axes[0].texts]
     assert "unigram 5.20" in words and "bigram 4.40" in words
@@ -37,6 +43,15 @@ def test_a_diverged_seed_takes_its_setting_out_of_the_line() -> None:
     means = next(line for line in figure.axes[0].get_lines() if line.get_linestyle() != "None")
     assert np.isnan(means.get_ydata()[-1])
     assert "best 4.710 at 0.01" in description
+
+
+def test_a_few_rates_are_named_and_looked_at_closely() -> None:
+    near = {0.012: [5.36, 5.37], 0.024: [5.34, 5.35]}
+    far = {lr: [loss - 0.7 for loss in losses] for lr, losses in near.items()}
+    figure, _, caption = figures_04.lr_sweep({"200 updates": {"cosine": near}, "800 updates": {"cosine": far}})
+    assert [axes.get_ylim() for axes in figure.axes] == [pytest.approx((5.32, 5.39)), pytest.approx((4.62, 4.69))]
+    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["0.012", "0.024"]
+    assert "Star" not in caption
 
 
 def bowl(x):

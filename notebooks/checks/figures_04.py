@@ -94,12 +94,19 @@ def lr_sweep(
     figure, width = new_figure(10, 4.2), 0.9 / len(panels)
     every = np.concatenate([[*sweep.values()] for methods in panels.values() for sweep in methods.values()])
     every = every[np.isfinite(every)]
-    lines = []
+    lines, few = [], all(len(sweep) <= 4 for methods in panels.values() for sweep in methods.values())
     for i, (title, methods) in enumerate(panels.items()):
-        unit = "nats per token" if i == 0 else ""  # all panels share its limits
+        unit = "nats per token" if i == 0 else ""
         axes = new_axes(figure, (0.06 + i * width, 0.13, width - 0.15, 0.78), title, "learning rate", unit)
         axes.set_xscale("log")
-        axes.set_ylim(every.min() - 0.4, every.max() + 0.15)
+        if few:  # a closer look: limits of its own, and each rate named
+            inside = np.concatenate([list(sweep.values()) for sweep in methods.values()])
+            axes.set_ylim(inside.min() - 0.02, inside.max() + 0.02)
+            named = sorted({lr for sweep in methods.values() for lr in sweep})
+            axes.set_xticks(named, [f"{lr:g}" for lr in named])
+            axes.minorticks_off()
+        else:
+            axes.set_ylim(every.min() - 0.4, every.max() + 0.15)
         labels = draw_floors(axes, floors or {})
         for (name, sweep), (colour, line, marker) in zip(methods.items(), SERIES[: len(methods)], strict=True):
             lrs = sorted(sweep)
@@ -117,7 +124,8 @@ def lr_sweep(
             lines.append(f"{title}, {name}: best {means[best]:.3f} at {lrs[best]:g}")
         label_right(axes, labels)
     alt = "Validation loss in nats per token over the learning rate.\n" + "; ".join(lines) + "."
-    return figure, alt, "Stars: optima of a parabola in log LR. Bands: from the best to the worst of three seeds."
+    stars = "Stars: optima of a parabola in log LR. " if optima else ""
+    return figure, alt, f"{stars}Bands: from the best to the worst of three seeds."
 
 
 def horizon(optima: Mapping[str, Mapping[int, Best]], reference: float = -0.32) -> Shown:
