@@ -103,6 +103,17 @@ def test_losses_without_an_update() -> None:
     assert found(skipped, n=50) == {"no_updates"}
 
 
+def test_losses_that_come_in_bunches_after_their_updates() -> None:
+    torch.manual_seed(0)
+    model = toy()
+    (optimizer,) = adamw(model)
+    with Watch(model, optimizer) as watch:
+        losses = [sound(model, optimizer, i) for i in range(60)]
+        for loss in losses:
+            watch.observe(loss=loss)
+    assert "no_updates" not in said(watch)
+
+
 def test_a_report_after_no_update_is_no_all_clear(capsys) -> None:
     model = toy()
     watch = Watch(model, adamw(model))

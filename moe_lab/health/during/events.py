@@ -18,7 +18,7 @@ class Events:
     """Listens to the backward passes at one small tensor; nothing is fetched from its device before a check."""
 
     def __init__(self) -> None:
-        self.n_losses = 0  # observed since the last update
+        self.n_losses = self.n_observed = 0  # since the last update, and in all: losses may come in bunches
         self.probe: Tracked | None = None
         self.handles: list = []
         self.incoming: Tensor | None = None  # what the present backward pass brings
@@ -47,6 +47,9 @@ class Events:
         before, brought = (plain(p.grad) - self.incoming).float().norm(), self.incoming.float().norm()
         left = torch.where(brought > 0, before / brought, 0.0)  # a pass that brings nothing tells nothing
         self.least = left if self.least is None else torch.minimum(left, self.least)
+
+    def observe(self) -> None:
+        self.n_losses, self.n_observed = self.n_losses + 1, self.n_observed + 1
 
     def before_update(self, optimizer: Optimizer) -> None:
         self.n_losses = 0

@@ -159,7 +159,7 @@ def direction_bias(state: State) -> Ill:
     "a GradScaler that meets an infinite gradient skips every step; else the optimizer that steps is another one",
 )
 def no_updates(state: State) -> Ill:
-    n = state.events.n_losses
+    n = min(state.events.n_losses, state.events.n_observed - state.n_seen)
     return {"updates": {"value": n, "limit": N_LOSSES}} if n >= N_LOSSES else {}
 
 

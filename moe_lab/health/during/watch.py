@@ -80,8 +80,8 @@ class Watch:
         """The loss of a step, as it is reported (nats per token for a language model). Fetched only when rules are checked."""
         try:
             self.state.observed.add(loss)
-            self.state.events.n_losses += 1
-            if self.state.events.n_losses == N_LOSSES:  # no step, no check
+            self.state.events.observe()
+            if self.state.events.n_losses % N_LOSSES == 0:  # no step, no check
                 self.check()
         except Exception as error:
             self.fail(error, "loss", "a loss that was observed cannot be read")
