@@ -49,6 +49,19 @@ EXPLORABLES = {
         Move("last loss", 0.99, r"last 1[45]\."),
         Move("ln V", "End", r"V = 2\d\d,\d\d\d"),
     ),
+    "start": (
+        "from checks.explore_01 import explore_start\nexplore_start(2048, 192, 0.02)",
+        Move("width", "End", r"At width 8,192"),
+        Move("init_std", 0.99, r"init_std 0\.(09\d|1)\. "),
+        Move("vocabulary V", "Home", r"ln V = 4\.16"),
+    ),
+    "a weight": (
+        "from checks.figures_03 import explore_weight\nexplore_weight()",
+        Move("all up", "click", r"float32 1\.03\d\d"),
+        Move("learning rate", "End", r"^After 100 updates of 0\.02"),
+        Move("all down", "Space", r"float32 -1\.0000"),
+        Move("learning rate", 0.5, r"^After 100 updates of 0\.000[5-8]"),
+    ),
     "router": (
         "from checks.figures_02 import explore_router\nexplore_router()",
         Move("logit 1", "End", r"Load 0\.\d\d, 0\.50"),
