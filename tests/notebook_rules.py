@@ -233,14 +233,6 @@ def reference(page: Page) -> Iterator[str]:
 
 
 @rule
-def comment_first(page: Page) -> Iterator[str]:
-    """A paragraph's line does not begin with a comment: markdown ends the paragraph there."""
-    for n, text in page.prose:
-        for line in re.findall(r"^<!-- .*", text, re.MULTILINE):
-            yield f"c{n}: a line begins with a comment, which tears the paragraph: {line[:40]}"
-
-
-@rule
 def stray_out(page: Page) -> Iterator[str]:
     """No `Out[3]: 'holds'`: a value that nobody reads."""
     for n, cell in page.code:

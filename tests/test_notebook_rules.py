@@ -118,7 +118,6 @@ BAD = [
     ("claim_tag", 5, "await ask(questions_03.cause)", 'case.judge("C05", lab)', "c5: claims or judges"),
     ("reference", 8, "Notebook 04", "Notebook 04 and 07", "c8: notebook 07 does not exist"),
     ("reference", 8, "04_next.ipynb", "05_next.ipynb", "c8: 05_next.ipynb does not exist"),
-    ("comment_first", 7, "cost is <", "cost is\n<", "c7: a line begins with a comment"),
     ("parts", 0, "Hardware", "Hard", "the card lacks Hardware"),
     ("parts", 0, "it go?", "it goes", "the title"),
     ("parts", 3, "lab.provenance()", "lab", "no cell prints where"),
