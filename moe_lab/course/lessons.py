@@ -24,11 +24,11 @@ from moe_lab.train.record import write_atomically
 
 NO_GUESS = "I'd rather not guess"
 WAITING = "The notebook waits here for your choice. Interrupt (■) goes on without one."
-# options may be longer than a line; and ipywidgets gives a group of buttons no name for screen readers
+# options may be longer than a line; ipywidgets gives a group of buttons no name for screen readers; Run All scrolls to the end
 GROUP = """<style>.moe-lab-options .jupyter-button {{white-space: normal; height: auto; text-align: left;
 line-height: 1.5; padding: 4px 10px}}</style><b>{question}</b><img hidden src="data:," alt="{question}" onerror="
 setTimeout(() => {{const box = this.closest('.moe-lab-options'); box.setAttribute('role', 'group');
-box.setAttribute('aria-label', this.alt)}}, 300)">"""
+box.setAttribute('aria-label', this.alt); box.scrollIntoView({{block: 'nearest'}})}}, 300)">"""
 
 
 @dataclass(frozen=True, eq=False)
