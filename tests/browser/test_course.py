@@ -3,6 +3,7 @@ touches a tracked file."""
 
 import contextlib
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -38,6 +39,7 @@ for question in (questions_99.one, questions_99.two, questions_99.three):
 ---
 score()"""
 PATH = "() => { const w = window.jupyterapp && window.jupyterapp.shell.currentWidget; return w && w.context && w.context.path }"
+GROUP = ".moe-lab-options[role=group]"  # a question's buttons
 DIRTY = "() => window.jupyterapp.shell.currentWidget.context.model.dirty"
 
 
@@ -96,6 +98,7 @@ def test_make_lab_opens_copies_in_which_a_question_waits(checkout: Path) -> None
         wait_for(lambda: page.evaluate(PATH) == "work/00_start_here.ipynb", "it does not land on 00")
         run_first_cells(page)
         page.screenshot(path=checkout.parent / "landed.png")
+        run_until_it_waits(page, checkout.parent)
         origin = page.evaluate("() => location.origin")
         for folder in ("configs", "docs", "notebooks"):  # the root is the repository's
             assert page.evaluate("async path => (await fetch(path)).status", f"{origin}/api/contents/{folder}") == 200
@@ -126,8 +129,24 @@ def run_first_cells(page: Page) -> None:
     wait_for(lambda: page.evaluate(DIRTY) is False, "the copy was not saved")
 
 
+def run_until_it_waits(page: Page, folder: Path) -> None:
+    """Run All of the real notebook stops at its first question and, after a click, at its second."""
+    run_all(page)
+    options, waits = page.locator(f"{GROUP} button.jupyter-button"), "The notebook waits here for your choice"
+    wait_for(lambda: options.count() > 2 and waits in text(page), "Run All does not stop at the first question", 90)
+    assert "measured: " not in text(page)
+    first = page.locator(GROUP).get_attribute("aria-label")
+    options.first.click()
+    wait_for(lambda: re.search("✓ as you predicted|✗ you predicted: ", text(page)), "a click does not go on")
+    wait_for(lambda: options.count() > 2, "it does not stop at the second question")
+    wait_for(lambda: (page.locator(GROUP).get_attribute("aria-label") or first) != first, "the same question")
+    page.locator(GROUP).scroll_into_view_if_needed()
+    page.screenshot(path=folder / "second_question.png")
+    assert page.locator("details:not([open])").count(), "no answer is folded"
+
+
 def answer_by_key_mouse_and_interrupt(page: Page, folder: Path) -> None:
-    group = page.locator("[role=group]", has=page.locator("button"))
+    group = page.locator(GROUP)
     option = "button.jupyter-button:has-text('{}')"
     page.wait_for_selector(option.format("it stays"), timeout=60000)
     wait_for(lambda: group.count() == 1 and group.get_attribute("aria-label") == "What does <one> do?", "no name")
