@@ -184,6 +184,14 @@ def claim_unknown(page: Page) -> Iterator[str]:
 
 
 @rule
+def mark_begins_line(page: Page) -> Iterator[str]:
+    """A number's mark does not begin a line: there a comment is a block of HTML, which breaks the paragraph."""
+    for n, text in page.prose:
+        for mark in re.findall(rf"^ {{0,3}}<!-- ({ID} [^>]*?) -->", text, re.MULTILINE):
+            yield f"c{n}: <!-- {mark} --> begins a line"
+
+
+@rule
 def claim_uncited(page: Page) -> Iterator[str]:
     """Every claim is cited in prose."""
     known = set().union(*(cited(words_of(text)) for _, text in page.prose))

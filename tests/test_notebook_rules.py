@@ -111,6 +111,7 @@ BAD = [
     ("claim_unknown", 7, "03.1, ", "03.1, 03.7, ", "c7: cites 03.7"),
     ("claim_unknown", 7, "03.2 cost", "03.2 costs", "c7: 03.2 has no number costs"),
     ("claim_unknown", 7, "03.2 cost", "04.2 cost", "c7: takes a number of 04.2"),
+    ("mark_begins_line", 7, "The cost is <!--", "The cost is\n<!--", "c7: <!-- 03.2 cost:.3f --> begins a line"),
     ("claim_uncited", 7, "(03.1, 03.2)", "(03.2)", "c6: claim 03.1 is cited nowhere"),
     ("claim_uncited", 7, "(03.1, 03.2)", "(03.1 to 03.2)", None),
     ("claim_order", 6, '"03.1"', 'f"{3}"', "a claim's id must be a plain text"),
