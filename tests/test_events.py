@@ -55,9 +55,44 @@ def zeros(model, optimizer, i):
     return sound(model, optimizer, i, set_to_none=False)
 
 
-@pytest.mark.parametrize("loop", [sound, zeros, accumulated, as_a_discriminator])
+def closure(model, optimizer, i):
+    def again():
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        return loss
+
+    return optimizer.step(again)
+
+
+@pytest.mark.parametrize("loop", [sound, zeros, accumulated, as_a_discriminator, closure])
 def test_sound_orders_are_silent(loop) -> None:
     assert found(loop, n=64) == set()
+
+
+class ReturnsNone(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        return x * weight
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+@pytest.mark.parametrize("kind", ["sparse", "none"])
+def test_gradients_that_tell_nothing_disturb_nothing(kind: str) -> None:
+    table = nn.Embedding(8, 2, sparse=kind == "sparse")
+    gain = nn.Parameter(torch.ones(2))
+    model = nn.ParameterList([*table.parameters(), *([gain] if kind == "none" else [])])
+    optimizer = (torch.optim.SparseAdam if kind == "sparse" else torch.optim.AdamW)(model.parameters(), lr=0.1)
+    with Watch(model, optimizer) as watch:
+        for _ in range(30):
+            optimizer.zero_grad()
+            rows = table(torch.arange(4))
+            (ReturnsNone.apply(rows, gain) if kind == "none" else rows).square().sum().backward()
+            optimizer.step()
+    assert not (EVENTS | {"not_measured"}) & set(said(watch))
 
 
 def never_cleared(model, optimizer, i):

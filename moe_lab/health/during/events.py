@@ -40,10 +40,14 @@ class Events:
             self.handles = [p.register_hook(hook(self.arrives))]
             self.handles.append(p.register_post_accumulate_grad_hook(hook(self.accumulated)))
 
-    def arrives(self, gradient: Tensor) -> None:
-        self.incoming = plain(gradient).clone()
+    def arrives(self, gradient: Tensor | None) -> None:
+        """None comes of an autograd.Function that returns it; of sparse gradients nothing is told."""
+        told = gradient is not None and not gradient.is_sparse
+        self.incoming = plain(gradient).clone() if told else None
 
     def accumulated(self, p: Tensor) -> None:
+        if self.incoming is None:
+            return
         before, brought = (plain(p.grad) - self.incoming).float().norm(), self.incoming.float().norm()
         left = torch.where(brought > 0, before / brought, 0.0)  # a pass that brings nothing tells nothing
         self.least = left if self.least is None else torch.minimum(left, self.least)
@@ -68,4 +72,4 @@ class Events:
     def close(self) -> None:
         for handle in self.handles:
             handle.remove()
-        self.handles, self.incoming = [], None
+        self.handles, self.incoming, self.least = [], None, None
