@@ -203,17 +203,27 @@ def visible(copy) -> list[str]:
     return shown
 
 
-def leaks(copy, measured: list[str], solved: list[str]) -> list[str]:
-    """Options that were measured and stand in view; lines of solutions that stand anywhere, folded or not."""
+def lists(text: str, options: list[str]) -> bool:
+    """Whether a text in view names three options of a question: suspects in a row convict nobody."""
+    return sum(plain(option) in text for option in options) >= 3
+
+
+def leaks(copy, measured: dict[str, list[str]], solved: list[str]) -> list[str]:
+    """Options that were measured and stand in view; lines of solutions that stand anywhere, folded or not.
+
+    `measured`: of each question, the option that was measured → all of them.
+    """
     shown = [plain(text) for text in visible(copy)]
-    options = [option for option in measured if len(option) >= SEARCHABLE]
-    found = [option for option in options if any(re.search(rf"\b{re.escape(plain(option))}\b", text) for text in shown)]
+    found = []
+    for option in (option for option in measured if len(option) >= SEARCHABLE):
+        named = [text for text in shown if re.search(rf"\b{re.escape(plain(option))}\b", text)]
+        found += [option] * any(not lists(text, measured[option]) for text in named)
     everywhere = [plain(cell.source) for cell in copy.cells]
-    for text in solved:  # a line or two may be the lesson's own; half of a solution is the solution
+    for text in solved:  # some lines may be the lesson's own, or given; more than two thirds are the solution
         lines = {line.split("  #")[0].strip() for line in text.splitlines()}
         telling = [line for line in lines if len(line) > 30 and not line.startswith(("import ", "from ", "def "))]
         seen = [line for line in telling if any(plain(line) in place for place in everywhere)]
-        found += seen if 2 * len(seen) >= len(telling) else []
+        found += seen if 3 * len(seen) > 2 * len(telling) else []
     return found
 
 
@@ -233,12 +243,14 @@ def measured_options(name: str) -> dict[str, str]:
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_is_spoiled(name: str, work: Path) -> None:
     measured = measured_options(name)
+    options = {}
     for question, option in measured.items():  # the outputs are of these questions
         module, _, attribute = question.partition(".")
-        assert option in getattr(importlib.import_module(f"checks.{module}"), attribute).options
+        options[option] = list(getattr(importlib.import_module(f"checks.{module}"), attribute).options)
+        assert option in options[option]
     copy = read(work, name)
     solved = [solution.code for solution in copies.solutions(name.split("_")[0])]
-    assert leaks(copy, list(measured.values()), solved) == []
+    assert leaks(copy, options, solved) == []
     assert not any(cell.get("outputs") for cell in copy.cells)
     texts = visible(copy)
     keys = [text for text in texts if re.search(r"lambda m\b|options\[\d if|checks/questions_", text)]
@@ -246,6 +258,8 @@ def test_nothing_is_spoiled(name: str, work: Path) -> None:
 
 
 OPTION, SOLUTION = "updates are rounded away", "return 2.0 ** (math.floor(math.log2(weight)) - 7)"
+
+OPTIONS = {OPTION: [OPTION, "no gradient", "the tokens are random", "healthy"]}
 
 
 @pytest.mark.parametrize(
@@ -260,14 +274,16 @@ OPTION, SOLUTION = "updates are rounded away", "return 2.0 ** (math.floor(math.l
         (code("claim('03.5', x, 'updates are rounded away')", "claims"), None),
         (code("x = 1", output="measured: updates are rounded away"), None),
         (markdown("Updates are lost."), None),
+        (markdown("It is no gradient, or the tokens are random, or updates are rounded away."), None),
+        (markdown("There is no gradient, or updates are rounded away."), OPTION),
     ],
 )
 def test_a_leak_is_seen(cell, leak: str | None, tmp_path: Path) -> None:
     notebook = nbformat.v4.new_notebook(cells=[cell])
     copy = copies.copied(notebook, tmp_path / "03_x.ipynb")
-    assert leaks(copy, [OPTION], [f"import math\n\n\ndef gap(weight):\n    {SOLUTION}"]) == ([leak] if leak else [])
+    assert leaks(copy, OPTIONS, [f"import math\n\n\ndef gap(weight):\n    {SOLUTION}"]) == ([leak] if leak else [])
 
 
 def test_an_output_that_stays_is_a_leak() -> None:
     notebook = nbformat.v4.new_notebook(cells=[code("x = 1", output="measured: updates are rounded away")])
-    assert leaks(notebook, [OPTION], []) == [OPTION]
+    assert leaks(notebook, OPTIONS, []) == [OPTION]
