@@ -55,12 +55,10 @@ EXPLORABLES = {
         Move("init_std", 0.99, r"init_std 0\.(09\d|1)\. "),
         Move("vocabulary V", "Home", r"ln V = 4\.16"),
     ),
-    "a weight": (
-        "from checks.figures_03 import explore_weight\nexplore_weight()",
-        Move("all up", "click", r"float32 1\.03\d\d"),
-        Move("learning rate", "End", r"^After 100 updates of 0\.02"),
-        Move("all down", "Space", r"float32 -1\.0000"),
-        Move("learning rate", 0.5, r"^After 100 updates of 0\.000[5-8]"),
+    "Newton–Schulz": (
+        "from checks.figures_04 import explore_newton_schulz\nexplore_newton_schulz()",
+        Move("iterations", "End", r"^After 10 iterations"),
+        Move("smallest", 0.99, r"from 0\.(0[789]|1)\d* to 1"),
     ),
     "router": (
         "from checks.figures_02 import explore_router\nexplore_router()",
