@@ -20,7 +20,9 @@ culprit = Question(
         "the tokens are random": lambda m: m["collisions"] < 3,
         "updates are rounded away": lambda m: m["collisions"] >= 3 and m["moved"] < 0.5,
         "some tensors get no gradient": lambda m: m["collisions"] >= 3 and m["moved"] >= 0.5 and m["gradient"] < 1,
-        "a learning rate is too low": lambda m: m["collisions"] >= 3 and m["moved"] >= 0.5 and m["gradient"] == 1,
+        "one of the learning rates is too low": lambda m: (
+            m["collisions"] >= 3 and m["moved"] >= 0.5 and m["gradient"] == 1
+        ),
     },
     tempts="All four leave the same curve behind. That is why the curve is a symptom and not a diagnosis.",
 )
