@@ -10,7 +10,7 @@ An explorable is a function that draws and a line that names its controls, in wh
 
 The notebook's cell is `explore_decay()`. Headless it shows the start position, or what `still()` draws, which must not
 give away what the notebook asks next. The alt text says what is seen now, so that a test, and whoever cannot see, can
-follow each move: add a line to EXPLORABLES in tests/browser/test_explorables.py and real keys and clicks will be tried.
+follow each move: add a line to EXPLORABLES in tests/browser/test_explorables_browser.py and real keys and clicks will be tried.
 """
 
 from __future__ import annotations

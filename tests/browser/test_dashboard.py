@@ -107,6 +107,6 @@ def test_a_run_outlives_reload_rerun_and_kernel(tmp_path: Path) -> None:
         page.wait_for_timeout(1500)
         page.screenshot(path=tmp_path / "dead.png")
         assert drawn(page) > 0
-        shown = page.inner_text(".jp-Notebook")
-        assert not re.search("Loading widget|Error displaying|model not found", shown)
+        wait_for(lambda: "Loading widget" not in page.inner_text(".jp-Notebook"), "a widget loads for ever")
+        assert not re.search("Error displaying|model not found", page.inner_text(".jp-Notebook"))
         assert not crashes
