@@ -16,6 +16,7 @@ from checks.figures_01 import Figures, two_curves
 from moe_lab import Trainer
 from moe_lab.config import Config, DataConfig
 from moe_lab.data import Batches
+from moe_lab.failures.designs import with_lrs
 from moe_lab.failures.results import Results
 from moe_lab.show.live import is_interactive
 from moe_lab.show.style import show, to_html
@@ -59,14 +60,12 @@ class Sick(NamedTuple):
 
 
 def small_config(config: Config, lrs: tuple[float, float], n_updates: int) -> Config:
-    muon, adamw = lrs
     model = {"d_model": WIDTH, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 2 * WIDTH, "max_seq_len": WINDOW}
     model |= {"moe_layers": (), "mod_enabled": False, "mamba_enabled": False, "mamba_layers": (), "dropout": 0.0}
     model |= {"n_pred_tokens": 1, "aux_loss_weights": (1.0,), "init_std": math.sqrt(2 * HALF_VARIANCE / WIDTH)}
-    training = {"steps": n_updates, "batch_size": BATCH, "gradient_accumulation_steps": 1, "max_lr": muon}
+    training = {"steps": n_updates, "batch_size": BATCH, "gradient_accumulation_steps": 1}
     training |= {"warmup_steps": WARMUP, "min_lr_ratio": 1.0, "log_interval": 50}
-    optimizer = {"type": "muon", "adjust_lr": "original", "adamw_lr_ratio": adamw / muon, "embedding_lr_ratio": None}
-    return config.with_(model=model, training=training, optimizer=optimizer, precision={"compute": "float32"})
+    return with_lrs(config, *lrs).with_(model=model, training=training, precision={"compute": "float32"})
 
 
 def train_side_by_side(
