@@ -23,6 +23,7 @@ from moe_lab import Trainer, health
 from moe_lab.__main__ import HEALTH_SCHEMA
 from moe_lab.data import validation_windows
 from moe_lab.health import Finding
+from moe_lab.health.measures import collisions
 from moe_lab.model.depth import Chosen, Depth
 
 N_BATCHES = 24  # of the run's own, after its end, for the data check
@@ -113,14 +114,14 @@ def tokens(run: Trained) -> dict[str, Any]:
     stream = batches[..., :-1].flatten().numpy()
     counts = np.bincount(stream, minlength=vocabulary)
     n = len(stream)
-    collisions = vocabulary * float((counts * (counts - 1)).sum()) / (n * (n - 1))
+    equal = collisions(batches[..., :-1], vocabulary)
     shuffled = stream.copy()
     random.Random(0).shuffle(shuffled)
     packed, loose = (len(zlib.compress(ids.astype(np.uint16).tobytes(), 9)) for ids in (stream, shuffled))
     same = (batches[..., 1:] == batches[..., :-1]).float().mean().item()
-    readings = {"collisions": collisions, "commonest": counts.max() / n}
+    readings = {"collisions": equal, "commonest": counts.max() / n}
     lines = [
-        f"collisions × vocabulary {collisions:.2f} (1: every token equally likely)",
+        f"collisions × vocabulary {equal:.2f} (1: every token equally likely)",
         f"compressed size over that of the same tokens shuffled {packed / loose:.3f} (1: their order says nothing)",
         f"the commonest token is {counts.max() / n:.1%} of all; {same:.1%} of tokens repeat the one before",
     ]

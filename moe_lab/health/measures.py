@@ -97,6 +97,13 @@ def adam_reach(lrs: Sequence[float], betas: tuple[float, float] = (0.9, 0.95)) -
     return math.fsum(lr * adam_ratio_bound(t, betas) for t, lr in enumerate(lrs, 1))
 
 
+def collisions(ids: Tensor, vocab_size: int) -> float:
+    """Share of equal pairs among whole numbers of any shape, drawn without replacement, times `vocab_size`: 1 on average where
+    each is drawn evenly and by itself, more wherever some are frequent."""
+    counts, n = torch.bincount(ids.flatten(), minlength=vocab_size).double(), ids.numel()
+    return float((counts * (counts - 1)).sum() / (n * (n - 1)) * vocab_size)
+
+
 def expected_start(vocab_size: int, logit_variance: float) -> float:
     """Expected cross-entropy of an untrained model, nats per token: ln V + var(logits) / 2."""
     return math.log(vocab_size) + logit_variance / 2

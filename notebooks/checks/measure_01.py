@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from checks.figures_01 import Figures, two_curves
 from moe_lab import Trainer
@@ -18,6 +19,7 @@ from moe_lab.config import Config, DataConfig
 from moe_lab.data import Batches
 from moe_lab.failures.designs import with_lrs
 from moe_lab.failures.results import Results
+from moe_lab.health import measures
 from moe_lab.show.live import is_interactive
 from moe_lab.show.style import show, to_html
 
@@ -34,11 +36,8 @@ def at_most(data: DataConfig, n_bytes: int) -> DataConfig:
 
 
 def collisions(tokens: np.ndarray, vocab_size: int) -> float:
-    """Share of equal pairs among `tokens` (whole numbers of any shape), times `vocab_size`: 1 on average where each token
-    is drawn evenly and by itself, more wherever some tokens are frequent. The pairs are drawn without replacement."""
-    counts = np.bincount(np.asarray(tokens).ravel(), minlength=vocab_size).astype(float)
-    n = counts.sum()
-    return float(vocab_size * (counts * (counts - 1)).sum() / (n * (n - 1)))
+    """`measures.collisions` of an array, as a batch is one here."""
+    return measures.collisions(torch.as_tensor(np.asarray(tokens).astype(np.int64)), vocab_size)
 
 
 def crossings(results: Results, level: float) -> dict[str, int | None]:

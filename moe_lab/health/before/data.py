@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..findings import Finding, several
+from ..measures import collisions
 
 IGNORED = -100  # a label that is no target, as in torch's cross_entropy
 LOOKED_AT = 64  # batches at most
@@ -71,22 +72,19 @@ def check_data(
 
 
 def looks_random(ids: Tensor, vocab_size: int) -> Finding | None:
-    counts = torch.bincount(ids, minlength=vocab_size).double()
-    n = len(ids)
+    counts, n = torch.bincount(ids, minlength=vocab_size), len(ids)
     if counts.max() > CONSTANT * n:
         message = f"token {int(counts.argmax())} is {counts.max() / n:.0%} of the text: nothing to learn"
         advice = "look at one batch, decoded; an index that never advances, or padding alone, does this"
         return Finding("constant_tokens", "error", "data", message, advice, float(counts.max() / n), CONSTANT)
-    collisions = float((counts * (counts - 1)).sum() / (n * (n - 1)) * vocab_size)
+    equal = collisions(ids, vocab_size)
     shuffled = ids[torch.randperm(n, generator=torch.Generator().manual_seed(0))]
     compressed, of_shuffled = (len(zlib.compress(x.to(torch.int32).numpy().tobytes())) for x in (ids, shuffled))
-    if n < 1000 or collisions >= COLLISIONS or compressed < INCOMPRESSIBLE * of_shuffled:
+    if n < 1000 or equal >= COLLISIONS or compressed < INCOMPRESSIBLE * of_shuffled:
         return None
-    message = (
-        f"the tokens look random: two are equal {collisions:.2f} times as often as uniform ones (text: 5 and more)"
-    )
+    message = f"the tokens look random: two are equal {equal:.2f} times as often as uniform ones (text: 5 and more)"
     advice = "a loader that falls back to random ids or a wrong dtype of the file does this; the loss then ends at ln V"
-    return Finding("random_tokens", "warning", "data", message, advice, round(collisions, 3), COLLISIONS)
+    return Finding("random_tokens", "warning", "data", message, advice, round(equal, 3), COLLISIONS)
 
 
 def rows_repeat(seen: list[Tokens]) -> Finding | None:
