@@ -50,9 +50,9 @@ def refresh(names: Sequence[str]) -> None:
         config = load_config(ROOT / "configs" / f"{profile}.yaml")
         measured["reference"]["tokens_per_s"][profile] = round(tokens_per_second(config))
     measured["reference"]["machine"] = machine
+    there = {path.stem for path in all_notebooks()}
+    measured["notebooks"] = {name: both for name, both in measured["notebooks"].items() if name in there}
     found: dict[str, list[Claim]] = {}
-    if not names:
-        case.VERDICTS.unlink(missing_ok=True)  # what no notebook judges any longer must not stay
     for path in sorted(paths, key=lambda path: path.stem.startswith("00")):
         minutes = measured["notebooks"][path.stem] = {}
         for profile in ("smoke", "lab"):
@@ -61,12 +61,11 @@ def refresh(names: Sequence[str]) -> None:
             minutes[profile] = round((time.perf_counter() - start) / 60, 1)
         write_outputs(fresh, path, found[path.stem])
         print(f"{path.stem}: smoke {minutes['smoke']} min, lab {minutes['lab']} min", flush=True)
-        there = {path.stem for path in all_notebooks()}
-        measured["notebooks"] = {name: both for name, both in measured["notebooks"].items() if name in there}
         write_atomically(MINUTES, json.dumps(measured, indent=2) + "\n")
     if commit != provenance()["commit"]:
         raise ConfigError(f"{commit} was checked out at the start and {provenance()['commit']} is now: run this again")
     if not names:
+        case.keep_verdicts_of(commit)  # what no notebook judges any longer must not stay
         write_claims(found, sum(minutes["lab"] for minutes in measured["notebooks"].values()))
 
 

@@ -93,6 +93,14 @@ def test_other_profiles_print_and_write_nothing(path, lab, profile, capsys) -> N
     assert path.read_bytes() == before
 
 
+def test_entries_of_another_commit_go_when_all_are_made_anew(path, lab) -> None:
+    case.judge("C05", lab, share=0.1, n=1)
+    entry = case.read_verdicts()["C05"]
+    case.store("C06", entry | {"provenance": entry["provenance"] | {"commit": "0ld"}})
+    case.keep_verdicts_of(entry["provenance"]["commit"])
+    assert case.read_verdicts() == {"C05": entry}
+
+
 def test_a_readers_run_leaves_the_record_alone(path, lab, monkeypatch, capsys) -> None:
     monkeypatch.delenv("MOE_LAB_KEEP_VERDICTS")
     case.judge("C02", lab, n=1)

@@ -123,12 +123,21 @@ def read_verdicts() -> dict[str, dict[str, Any]]:
 
 
 def store(id: str, entry: Mapping[str, Any]) -> None:
-    VERDICTS.parent.mkdir(parents=True, exist_ok=True)
     CACHE.mkdir(parents=True, exist_ok=True)
     with FileLock(CACHE / "verdicts.lock"):  # two notebooks at once would lose one of two entries
-        entries = read_verdicts() | {id: entry}
-        text = json.dumps(dict(sorted(entries.items())), indent=2, ensure_ascii=False, allow_nan=False)
-        write_atomically(VERDICTS, text + "\n")
+        write_verdicts(read_verdicts() | {id: entry})
+
+
+def keep_verdicts_of(commit: str | None) -> None:
+    """Leave out the entries that another commit made."""
+    entries = read_verdicts().items()
+    write_verdicts({id: entry for id, entry in entries if entry["provenance"]["commit"] == commit})
+
+
+def write_verdicts(entries: Mapping[str, Any]) -> None:
+    VERDICTS.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(dict(sorted(entries.items())), indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomically(VERDICTS, text + "\n")
 
 
 def origin_of(lab: Lab, notebook: str, corpus: str | None) -> dict[str, Any]:
