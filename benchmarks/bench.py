@@ -21,7 +21,7 @@ from benchmarks import growth, peers, shares
 from benchmarks.docs_table import bench_cells, write_pages
 from benchmarks.measure import computes, paired, peak_bytes
 from moe_lab.config import ROOT
-from moe_lab.failures.results import cpu_kind, provenance, write_json
+from moe_lab.failures.results import provenance, write_json
 from moe_lab.train.device import keep_freed_memory
 
 
@@ -95,7 +95,7 @@ def main() -> None:
                 print(" | ".join(bench_cells([rows[-1]])), flush=True)
     if words:
         return
-    made = provenance() | {"cpu": cpu_kind(), "cores": os.cpu_count()}
+    made = provenance() | {"cores": os.cpu_count()}
     matrices = [shares.of_step(dtype) for dtype in computes()]
     found = {**made, "rows": rows, "matrix_rate": matrices, "growth": growth.curves()}
     write_json(ROOT / "benchmarks" / "results.json", found)

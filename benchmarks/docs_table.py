@@ -120,7 +120,7 @@ def bench() -> list[str]:
     if "matrix_rate" not in found:
         return ["Not measured yet: `make bench`."]
     lines = [
-        f"commit {found['commit']}, torch {found['torch']}, {found['cpu']}, {found['cores']} cores. One thread (CPU time) / two "
+        f"commit {found['commit']}, torch {found['torch']}, {found['machine']}, {found['cores']} cores. One thread (CPU time) / two "
         "(wall), the peer's time over ours, median and 95 % interval; MiB at the peak, ours : the peer's.",
         "",
         "| work | against | at least | float32 | bfloat16 | MiB |",
@@ -175,7 +175,7 @@ def records() -> list[str]:
             f"{seconds.mean:.0f}",
             str(loss),
         ]
-        machine = f"{line['cpu']}, {line['threads']}, {line['runs']['now'][0]['compute']}"
+        machine = f"{line['machine']}, {line['threads']}, {line['runs']['now'][0]['compute']}"
         lines.append("| " + " | ".join([*cells, machine]) + " |")
     return lines
 

@@ -130,7 +130,7 @@ def main() -> None:
 
     from benchmarks.docs_table import write_pages
     from moe_lab.config import ROOT
-    from moe_lab.failures.results import cpu_kind, provenance, write_json
+    from moe_lab.failures.results import provenance, write_json
 
     against = os.environ.get("AGAINST") or FIRST
     result = compare(ROOT, against, sys.argv[1:])
@@ -138,7 +138,7 @@ def main() -> None:
     print(f"training time to the target: {wall:.3f} × that of {against} (CPU time: {cpu:.3f} ×)")
     if what := os.environ.get("KEPT"):
         path = ROOT / "benchmarks" / "records.json"
-        made = provenance() | {"cpu": cpu_kind(), "threads": torch.get_num_threads()}
+        made = provenance() | {"threads": torch.get_num_threads()}
         write_json(path, [*json.loads(path.read_text()), {"what": what, **made, **result}])
         write_pages()
 

@@ -59,7 +59,7 @@ def test_both_trees_go_to_the_older_ones_target_in_turn(monkeypatch, tmp_path) -
 
 def test_a_record_is_a_line_of_the_list(monkeypatch, tmp_path) -> None:
     (tmp_path / "benchmarks").mkdir()
-    line = {"what": "batched Muon", "commit": "abc1234", "cpu": "x86_64, AVX2, without bf16 units", "threads": 2}
+    line = {"what": "batched Muon", "commit": "abc1234", "machine": "x86_64, AVX2, without bf16 units", "threads": 2}
     line |= {"ratio_seconds": 0.41, "ratio_cpu_seconds": 0.39, "against": "be5cd36"}
     line["runs"] = {"now": [run(90.0, loss=3.68), run(110.0, loss=3.69, step=620)], "be5cd36": []}
     (tmp_path / "benchmarks" / "records.json").write_text(json.dumps([line]))
