@@ -34,9 +34,9 @@ from moe_lab.train.record import write_atomically
 WORK = ROOT / "work"
 ANSWERS = "answers.json"  # in WORK: the seed of the options' order, and what the reader answered
 SUMMARY = "The answer: open it when you have one of your own"
-# what JupyterLab would write into a notebook at its first save: with it, a copy that was only opened is unchanged
 # a notebook's own answers at its end: the recap's lines, and the sentence of its last cell
 ENDS = re.compile(r"(?<=## Recap\n\n).+?(?=\n\n|\Z)|\*\*Answer:\*\*.*\Z", re.DOTALL)
+# what JupyterLab would write into a notebook at its first save: with it, a copy that was only opened is unchanged
 KERNEL = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
 QUIET = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}}
 
@@ -114,9 +114,13 @@ def folded(text: str) -> str:
 
 def relinked(text: str) -> str:
     """Links of a page in notebooks/ as they must be in WORK: results stay where they are, solutions are notebooks."""
-    names = {path.name.split("_")[0]: path.name for path in all_notebooks()}
+
+    def notebook(link: re.Match[str]) -> str:
+        names = {path.name.split("_")[0]: path.name for path in all_notebooks()}
+        return f"solutions/{names.get(link[1], link[0])}"
+
     text = text.replace("](results/", f"](../{NOTEBOOKS.name}/results/")
-    return re.sub(r"\bsolutions/(\w+)\.md\b", lambda m: f"solutions/{names.get(m[1], m[0])}", text)
+    return re.sub(r"\bsolutions/(\w+)\.md\b", notebook, text)
 
 
 # ---- solutions -------------------------------------------------------------------------------------------------------

@@ -105,13 +105,12 @@ class LiveRun(Live):
         """One line: state, progress, loss, speed, time left, the first group's learning rate, the last checkpoint."""
         controls, n_steps, step = self.trainer.controls, self.trainer.n_steps, self.trainer.step
         text = f"{self.state()} · step {step}/{n_steps}"
-        row = next((row for row in reversed(self.rows) if "losses" in row), None)
-        if row is not None:
+        if row := last_with_loss(self.rows):
             text += f" · loss {loss_of(row, self.trainer.config):.3f}"
             speed = row.get("tokens_per_s")
             if speed and not self.training.done():
                 left_s = row["tokens"] * (n_steps - step) / row["step"] / speed
-                text += f" · {speed:,.0f} tokens/s · {left_s // 60:.0f} min {left_s % 60:02.0f} s left"
+                text += f" · {speed:,.0f} tokens/s{left(left_s)}"
             text += "".join(f" · LR of {name} {lr:.3g}" for name, lr in [*row.get("lr", {}).items()][:1])
         text += "" if controls.lr_scale == 1 else f" · LR × {controls.lr_scale:.3g}"
         return f"{text} · saved {controls.saved}" if controls.saved else text
@@ -132,8 +131,9 @@ class LivePair(Live):
         watches: Mapping[str, Watch] | None = None,
         until: int | None = None,
     ):
-        made = {n: Watch(t.model, t.optimizers, t.n_steps) for n, t in trainers.items() if n not in (watches or {})}
-        super().__init__(trainers.values(), {name: (watches or made).get(name) or made[name] for name in trainers})
+        given = watches or {}
+        made = {n: given.get(n) or Watch(t.model, t.optimizers, t.n_steps) for n, t in trainers.items()}
+        super().__init__(trainers.values(), made)
         self.named, self.until = dict(trainers), until or self.trainers[0].n_steps
         self.floors = floors or self.trainers[0].floors
         self.rows: dict[str, list[dict[str, Any]]] = {name: [] for name in trainers}
@@ -165,12 +165,19 @@ class LivePair(Live):
         step = min(trainer.step for trainer in self.trainers)
         text = f"{self.state()} · step {step}/{self.until}"
         for name, rows in self.rows.items():
-            last = next((row for row in reversed(rows) if "losses" in row), None)
+            last = last_with_loss(rows)
             text += f" · {name}: loss {loss_of(last, self.named[name].config):.3f}" if last else ""
         if step and not self.training.done():
-            left_s = (time.monotonic() - self.began) * (self.until / step - 1)
-            text += f" · {left_s // 60:.0f} min {left_s % 60:02.0f} s left"
+            text += left((time.monotonic() - self.began) * (self.until / step - 1))
         return text
+
+
+def left(seconds: float) -> str:
+    return f" · {seconds // 60:.0f} min {seconds % 60:02.0f} s left"
+
+
+def last_with_loss(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    return next((row for row in reversed(rows) if "losses" in row), None)
 
 
 def loss_of(row: Mapping[str, Any], config: Any) -> float:
