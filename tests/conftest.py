@@ -1,9 +1,12 @@
+import os
+
 import pytest
 import torch
 from tiny_run import tiny, train
 
 from moe_lab import Trainer
 
+os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"  # `datasets` would wait for the hub, for each file that it opens
 torch.set_num_threads(1)  # on a busy machine with few cores, small tests run ten times faster with one thread
 
 

@@ -156,14 +156,14 @@ def test_hugging_face_parquet(parquet: str) -> None:
 def test_errors_say_what_is_wrong(monkeypatch, parquet: str, changes: dict, words: str) -> None:
     import datasets
 
-    load_dataset = datasets.load_dataset
+    load_dataset_builder = datasets.load_dataset_builder
 
     def offline(name: str, *args, **options):
         if name == "a/b":
             raise ConnectionError("cannot reach\nthe hub")
-        return load_dataset(name, *args, **options)
+        return load_dataset_builder(name, *args, **options)
 
-    monkeypatch.setattr(datasets, "load_dataset", offline)
+    monkeypatch.setattr(datasets, "load_dataset_builder", offline)
     given = {"source": "hf:parquet", "data_files": parquet, "max_bytes": 1000} | changes
     assert message_of(DataConfig(**given)).startswith(words)
 

@@ -12,11 +12,12 @@ from moe_lab.config import ConfigError, DataConfig, ModelConfig
 from moe_lab.data import Dataset, prepare
 
 MODULE = importlib.import_module("moe_lab.data.prepare")  # the package gives the function the same name
+TOKENS = importlib.import_module("moe_lab.data.tokens")
 MODEL = ModelConfig(vocab_size=300, max_seq_len=16)
 WEIRD = [
     "emoji 🙂👩‍👩‍👧 and CRLF\r\n\r\n\ttabs  spaces   \r",
     "".join(map(chr, range(256))) + "\ufeff\ufffd\u2028\U0010ffff",
-    f"a text that spells {MODULE.END_OF_TEXT} out",
+    f"a text that spells {TOKENS.END_OF_TEXT} out",
     "नमस्ते 你好 مرحبا e\u0301",
     "",
 ]
@@ -46,8 +47,8 @@ def get(folder: Path, model: ModelConfig = MODEL, **data) -> Dataset:
 
 def documents(dataset: Dataset, stream: np.ndarray) -> list[str]:
     """The texts between the end-of-text tokens of a stream."""
-    assert stream[-1] == MODULE.END_OF_TEXT_ID
-    parts = np.split(stream, np.flatnonzero(stream == MODULE.END_OF_TEXT_ID) + 1)[:-1]
+    assert stream[-1] == TOKENS.END_OF_TEXT_ID
+    parts = np.split(stream, np.flatnonzero(stream == TOKENS.END_OF_TEXT_ID) + 1)[:-1]
     return [dataset.tokenizer.decode(part[:-1].tolist(), skip_special_tokens=False) for part in parts]
 
 
@@ -66,7 +67,7 @@ def test_any_text_comes_back(folder: Path, text: str) -> None:
     for tokenizer in (get(folder).tokenizer, Tokenizer.from_file(str(get(folder).folder / "tokenizer.json"))):
         ids = tokenizer.encode(text).ids
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
-    assert MODULE.END_OF_TEXT_ID not in get(folder).tokenizer.encode(text).ids  # only the end of a document is one
+    assert TOKENS.END_OF_TEXT_ID not in get(folder).tokenizer.encode(text).ids  # only the end of a document is one
 
 
 def test_the_tokenizer_sees_training_text_only(tmp_path: Path) -> None:
@@ -86,8 +87,8 @@ def test_validation_bytes_are_those_of_the_targets(folder: Path) -> None:
 
 def test_long_texts_are_encoded_in_pieces(folder: Path, monkeypatch) -> None:
     whole = documents(dataset := get(folder), dataset.train)
-    monkeypatch.setattr(MODULE, "PIECE", 50)
-    pieces = MODULE.encode(dataset.tokenizer, whole, progress=False)
+    monkeypatch.setattr(TOKENS, "PIECE", 50)
+    pieces = TOKENS.encode(dataset.tokenizer, whole, progress=False)
     assert documents(dataset, pieces) == whole and len(pieces) > len(dataset.train)
 
 
@@ -96,7 +97,7 @@ def test_a_small_text_yields_a_smaller_vocabulary_and_a_large_one_needs_32_bits(
     dataset = get(tmp_path / "text.txt", ModelConfig(vocab_size=4096, max_seq_len=16))
     assert 257 < dataset.vocab_size == dataset.tokenizer.get_vocab_size() < 300
     dataset.tokenizer.add_tokens([f"<{i}>" for i in range(2**16 + 1 - dataset.vocab_size)])
-    assert MODULE.encode(dataset.tokenizer, ["<5>"], progress=False).dtype == np.uint32
+    assert TOKENS.encode(dataset.tokenizer, ["<5>"], progress=False).dtype == np.uint32
 
 
 def test_the_second_time_nothing_is_made_again_unless_something_changed(folder: Path) -> None:

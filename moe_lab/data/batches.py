@@ -30,7 +30,7 @@ class Batches:
         # bits would give every seed the same order.
         digest = hashlib.sha256(f"{self.seed} {epoch}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
-        self.order = torch.randperm(len(self.windows), generator=generator).tolist()
+        self.order = torch.randperm(len(self.windows), generator=generator, dtype=torch.int32)  # 4 bytes a window
         self.epoch, self.position = epoch, position
 
     def next_batch(self) -> torch.Tensor:
@@ -41,7 +41,7 @@ class Batches:
         if self.position == len(self.order):
             self.go_to(self.epoch + 1, 0)
         self.position += 1
-        return self.order[self.position - 1]
+        return int(self.order[self.position - 1])
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "position": self.position}

@@ -8,14 +8,17 @@ import os
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from tqdm import tqdm
 
 from moe_lab.config import ConfigError, DataConfig
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
 
 # Near-copies and tables that would cross the split; third-party packages are not the library's own source.
 NOT_IN_STDLIB = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "distutils", "ensurepip"}
@@ -132,20 +135,25 @@ def file_names(root: Path) -> list[str]:
     return sorted((Path(folder) / name).relative_to(root).as_posix() for folder, _, names in found for name in names)
 
 
-def stream_texts(data: DataConfig) -> Iterator[str]:
-    """The texts of the `train` split, "" where a row has none. Raises ConfigError, whatever the library stumbles over."""
-    for row in rows(data):
-        if data.text_field not in row:
-            columns = ", ".join(map(str, row))
-            raise ConfigError(f"data.text_field={data.text_field} is no column of {data.source}; it has {columns}")
-        text = row[data.text_field]
-        if not isinstance(text, str | None):
-            kind = type(text).__name__
-            raise ConfigError(f"data.text_field={data.text_field} of {data.source} holds {kind}, not text")
-        yield text or ""
+def stream_texts(data: DataConfig, rows: Iterable[dict] | None = None) -> Iterator[str]:
+    """The texts of the `train` split, or of these rows of it, as they arrive; "" where a row has none.
+
+    Raises ConfigError, whatever the library stumbles over.
+    """
+    with reading(data):
+        for row in open_source(data)[0] if rows is None else rows:
+            if data.text_field not in row:
+                columns = ", ".join(map(str, row))
+                raise ConfigError(f"data.text_field={data.text_field} is no column of {data.source}; it has {columns}")
+            text = row[data.text_field]
+            if not isinstance(text, str | None):
+                kind = type(text).__name__
+                raise ConfigError(f"data.text_field={data.text_field} of {data.source} holds {kind}, not text")
+            yield text or ""
 
 
-def rows(data: DataConfig) -> Iterator[dict]:
+def open_source(data: DataConfig) -> tuple[IterableDataset, str]:
+    """The `train` split of a Hugging Face data set, not read yet, and what tells this content from another."""
     try:
         import datasets
     except ImportError:
@@ -154,8 +162,17 @@ def rows(data: DataConfig) -> Iterator[dict]:
     name = data.source.removeprefix("hf:")
     if name in FILE_LOADERS and not data.data_files:
         raise ConfigError(f"data.source={data.source} needs data.data_files, such as data_files=data/*.{name}")
+    with reading(data):
+        builder = datasets.load_dataset_builder(name, data.subset, data_files=data.data_files)
+        return builder.as_streaming_dataset(split="train"), f"{name} {builder.config_id} {builder.hash}"
+
+
+@contextmanager
+def reading(data: DataConfig) -> Iterator[None]:
     try:
-        yield from datasets.load_dataset(name, data.subset, data_files=data.data_files, split="train", streaming=True)
+        yield
+    except ConfigError:
+        raise
     except Exception as error:  # hub, network and file formats raise their own kinds, and all are about the source
         reason = " ".join(str(error).split())[:300]
         message = f"data.source={data.source} cannot be read ({type(error).__name__}: {reason})"
@@ -173,12 +190,15 @@ def split(documents: dict[str, str], by_text: bool) -> tuple[list[str], list[str
     train: list[str] = []
     validation: list[str] = []
     for name, text in documents.items():
-        digest = hashlib.sha256(raw(text if by_text else name)).hexdigest()
-        (validation if int(digest, 16) % 20 == 0 else train).append(text)
+        (validation if is_validation(text if by_text else name) else train).append(text)
     if 0.02 <= n_utf8(validation) / (n_utf8(train) + n_utf8(validation)) <= 0.20:
         return train, validation
     parts = [cut_near_end(text) for text in documents.values()]
     return [head for head, _ in parts], [tail for _, tail in parts if tail]
+
+
+def is_validation(identity: str) -> bool:
+    return int(hashlib.sha256(raw(identity)).hexdigest(), 16) % 20 == 0
 
 
 def cut_near_end(text: str) -> tuple[str, str]:

@@ -12,18 +12,21 @@ import numpy as np
 from moe_lab.config import ConfigError
 from moe_lab.data.prepare import Dataset
 
+COUNTED = 1 << 24  # tokens; a trigram takes 8 bytes, and sorting them twice that
+
 
 def loss_floors(dataset: Dataset) -> dict[str, float]:
     """Mean loss in nats per token over all validation tokens but the first: `uniform`, `unigram`, `bigram`, `trigram`.
 
-    The contexts run across documents, as the model's do. Counted once, then kept in `dataset.folder`.
+    The contexts run across documents, as the model's do. Counted once, then kept in `dataset.folder`; in the first
+    COUNTED training tokens, since a count of a longer text does not fit in memory.
     """
     path = dataset.folder / "loss_floors.json"
     if path.exists():
         return json.loads(path.read_text())
     floors = {"uniform": math.log(dataset.vocab_size)}
     for order, name in enumerate(("unigram", "bigram", "trigram"), start=1):
-        floors[name] = witten_bell(dataset.train, dataset.validation, dataset.vocab_size, order)
+        floors[name] = witten_bell(dataset.train[:COUNTED], dataset.validation, dataset.vocab_size, order)
     draft = path.with_suffix(f".{uuid.uuid4().hex}")
     draft.write_text(json.dumps(floors))
     os.replace(draft, path)  # another process may count the same floors; either file is right

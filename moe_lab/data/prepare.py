@@ -9,18 +9,15 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
+from tokenizers import Tokenizer
 
 from moe_lab.config import ROOT, ConfigError, DataConfig, ModelConfig
-from moe_lab.data.corpus import Corpus, count_line, read_corpus
+from moe_lab.data.corpus import Corpus, count_line, open_source, read_corpus
+from moe_lab.data.stream import IN_MEMORY, stream
+from moe_lab.data.tokens import bytes_of, encode, train_tokenizer
 
 CACHE = ROOT / ".cache"
 FORMAT = 1  # raise it whenever the same text would give other files
-END_OF_TEXT = "<|endoftext|>"
-END_OF_TEXT_ID = 0
-PIECE = 1 << 18  # characters: longer texts are encoded in pieces, since encoding takes many times a text's memory
-PIECES_AT_ONCE = 16
 
 
 class Dataset(NamedTuple):
@@ -44,14 +41,20 @@ def prepare(data: DataConfig, model: ModelConfig, cache_dir: Path | None = None,
     """Read the corpus, and train a tokenizer and encode the text unless that was done before.
 
     The files lie in `cache_dir / "data"`, in a folder named by their content. The source itself is read each time, so
-    that a changed text is noticed.
+    that a changed text is noticed; but a Hugging Face data set of which much is asked for is streamed once, and told from
+    others by what the library knows of its files.
     Raises ConfigError if the source cannot be read or holds too little text for `model.max_seq_len`.
     """
-    corpus = read_corpus(data, progress)
-    key = hashlib.sha256(f"{corpus.hash} {model.vocab_size} {FORMAT}".encode()).hexdigest()[:32]
-    folder = Path(cache_dir or CACHE) / "data" / key
-    if not folder.exists():
-        write(folder, corpus, model.vocab_size, progress)
+    cache, corpus = Path(cache_dir or CACHE) / "data", None
+    if data.source.startswith("hf:") and data.max_bytes > IN_MEMORY:
+        key = name_of(open_source(data)[1], data.text_field, data.max_bytes, model.vocab_size, FORMAT)
+        corpus = stream(data, model.vocab_size, key, cache, progress)
+    if corpus is None:
+        corpus = read_corpus(data, progress)
+        key = name_of(corpus.hash, model.vocab_size, FORMAT)
+        if not (cache / key).exists():
+            write(cache / key, corpus, model.vocab_size, progress)
+    folder = cache / key
     try:
         meta = json.loads((folder / "meta.json").read_text())
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -70,6 +73,10 @@ def prepare(data: DataConfig, model: ModelConfig, cache_dir: Path | None = None,
     return Dataset(tokenizer, train, validation, folder, corpus.hash, was_read, **meta)
 
 
+def name_of(*parts: object) -> str:
+    return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:32]
+
+
 def write(folder: Path, corpus: Corpus, vocab_size: int, progress: bool) -> None:
     """Make the files of `folder`, which appears at once and whole; a process that was faster wins."""
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -81,9 +88,7 @@ def write(folder: Path, corpus: Corpus, vocab_size: int, progress: bool) -> None
         np.save(draft / "train.npy", encode(tokenizer, corpus.train, progress))
         validation = encode(tokenizer, corpus.validation, progress)
         np.save(draft / "validation.npy", validation)
-        # the byte-level alphabet writes each byte as one character; an end-of-text stands for none
-        sizes = np.array([len(tokenizer.id_to_token(i)) for i in range(tokenizer.get_vocab_size())])
-        sizes[END_OF_TEXT_ID] = 0
+        sizes = bytes_of(tokenizer)
         meta = {"vocab_size": len(sizes), "validation_bytes": int(sizes[validation[1:]].sum())}
         (draft / "meta.json").write_text(json.dumps(meta))
         try:
@@ -91,40 +96,3 @@ def write(folder: Path, corpus: Corpus, vocab_size: int, progress: bool) -> None
         except OSError:
             if not folder.exists():  # else another process made the same files meanwhile
                 raise
-
-
-def train_tokenizer(texts: list[str], vocab_size: int, progress: bool) -> Tokenizer:
-    """Byte-level BPE: every byte is a token of its own before the first merge, so that any text comes back whole.
-
-    Source: Sennrich et al. 2016, sec. 3.2, https://arxiv.org/abs/1508.07909; on bytes, Radford et al. 2019, sec. 2.2.
-    """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,  # a pair seen once would only spell out one place of a small text
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    todo = [piece for text in texts for piece in pieces(text)]
-    tokenizer.train_from_iterator(tqdm(todo, desc="counting words", delay=2, disable=not progress), trainer)
-    tokenizer.encode_special_tokens = True
-    assert tokenizer.token_to_id(END_OF_TEXT) == END_OF_TEXT_ID
-    return tokenizer
-
-
-def pieces(text: str) -> list[str]:
-    return [text[start : start + PIECE] for start in range(0, len(text), PIECE)]
-
-
-def encode(tokenizer: Tokenizer, texts: list[str], progress: bool) -> np.ndarray:
-    """Each text's tokens followed by end-of-text, in one 1-D stream of uint16 or uint32."""
-    dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
-    todo = [piece for text in texts for piece in (*pieces(text), "")]  # "" ends a text
-    parts = [np.array([], dtype=dtype)]
-    for first in tqdm(range(0, len(todo), PIECES_AT_ONCE), desc="encoding", delay=2, disable=not progress):
-        encodings = tokenizer.encode_batch_fast(todo[first : first + PIECES_AT_ONCE])
-        parts += [np.array(encoding.ids or [END_OF_TEXT_ID], dtype=dtype) for encoding in encodings]
-    return np.concatenate(parts)
