@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.optim import SGD, AdamW
 from toy import Toy, adamw, finding, said, spoken, toy, train, watched
@@ -138,6 +139,28 @@ def test_a_branch_without_gradient() -> None:
     model = toy(kind=Unused)
     watch = watched(model, adamw(model), 40)
     assert said(watch) == ["no_gradient"] and finding(watch, "no_gradient").severity == "warning"
+
+
+class Skipping(Toy):
+    """A layer that in training serves half of the tokens alone: those whose score is highest, or in `hard` mode above 0."""
+
+    def __init__(self, hard: bool = False):
+        super().__init__()
+        self.score, self.hard = nn.Linear(16, 1, bias=False), hard
+
+    def forward(self, ids):
+        x = self.embedding(ids)
+        score = self.score(x)  # (B, T, 1)
+        keep = score > (0 if self.hard else score.median(1, keepdim=True).values) if self.training else True
+        return self.head(x + keep * self.down(F.gelu(self.up(self.norm(x)))))
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_what_chooses_in_training_alone_is_cut_off_and_not_idle(hard: bool) -> None:
+    """In evaluation no token is skipped, and a score plus a number is the same choice."""
+    found = finding(watched(model := toy(kind=Skipping, hard=hard), adamw(model), 40), "no_gradient")
+    assert (found.severity, found.where) == ("error", "score.weight")
+    assert "autograd.Function" in found.advice and "reentrant" in found.advice
 
 
 @pytest.mark.parametrize("closed_at", [0, 5, 11])

@@ -61,7 +61,7 @@ def test_a_forward_pass_that_tests_a_tensor_leaves_no_trace() -> None:
     state, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     assert watch.state.forward.matters(model[0].weight) is True
     assert watch.state.forward.matters(model[4].bias) is True
-    assert watch.state.forward.matters(model[0].spare) is False  # dropout, which changes the output, too, is off
+    assert watch.state.forward.matters(model[0].spare) is False  # dropout draws the same numbers
     assert watch.state.forward.matters(torch.zeros(1)) is None
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in state.items())
     assert torch.equal(random, torch.get_rng_state())

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..during.forward import unwrapped
+from ..during.forward import disturbed, unwrapped
 from ..during.watch import Watch
 from ..findings import Finding, several
 from ..random_state import RandomState
@@ -121,8 +121,7 @@ def logits(model: nn.Module, batch: Any) -> Tensor:
 
 
 def silent_parts(model: nn.Module, batch: Any, loss_fn: Callable) -> list[Finding]:
-    """Trainable tensors without a gradient, and whether the training loss changes when they are negated and turned by a place
-    (a number added to a score changes no order)."""
+    """Trainable tensors without a gradient, and whether the training loss changes when they do."""
     model.train()
     state = RandomState(model.parameters())
 
@@ -137,7 +136,7 @@ def silent_parts(model: nn.Module, batch: Any, loss_fn: Callable) -> list[Findin
     with torch.no_grad():
         for name, parameter in silent.items():
             kept = parameter.clone()
-            parameter.copy_(-(kept.flatten().roll(1).view_as(kept)) + 0.1 * kept.std(correction=0))
+            parameter.copy_(disturbed(kept))
             (matters if not torch.equal(loss(), value) else idle).append(name)
             parameter.copy_(kept)
     answers = {

@@ -48,6 +48,7 @@ class ForwardProbe:
         self.model = model
         self.handles: list = []
         self.inputs: tuple[tuple, dict] | None = None
+        self.precision: dict[str, Any] = {}  # the autocast under which they came
         self.logit_variance: Tensor | None = None
         self.answers: dict[Tensor, bool | None] = {}  # of `matters`: they stand when the inputs are gone
         linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
@@ -70,6 +71,9 @@ class ForwardProbe:
 
     def keep_inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.inputs = tuple(map(detached, args)), {k: detached(v) for k, v in kwargs.items() if k != "labels"}
+        kind = next((p.device.type for p in self.model.parameters()), "cpu")
+        self.precision = {"device_type": kind, "enabled": torch.is_autocast_enabled(kind)}
+        self.precision["dtype"] = torch.get_autocast_dtype(kind)
 
     def keep_ids(self, module: nn.Module, args: tuple) -> None:
         """Models trained through a method of their own (`model.losses(ids)`) never run the hook above."""
@@ -90,34 +94,44 @@ class ForwardProbe:
         return self.answers.get(param)
 
     def try_changed(self, model: nn.Module, param: Tensor, args: tuple, kwargs: dict) -> bool | None:
-        """In evaluation mode without gradients, with copies in place of the tensor and of the buffers: a backward pass that
-        is still to come must find the weights as they were. Modes and random state are put back."""
+        """In the mode and the precision of the training, with its random numbers held (a choice made in training alone has
+        no say in evaluation), and copies in place of the tensor and of the buffers: a backward pass that is still to come
+        must find the weights as they were. None, too, where two passes differ by themselves."""
         name = next((name for name, p in model.named_parameters() if p is param), None)
         if name is None or is_sharded(model):
             return None
-        modes = [(module, module.training) for module in model.modules()]
-        random_state = RandomState([*model.parameters(), *model.buffers()])
+        changed, random_state = disturbed(param), RandomState([*model.parameters(), *model.buffers()])
 
         def outputs(p: Tensor) -> list[Tensor]:
+            random_state.put_back()
             copies = {key: buffer.clone() for key, buffer in model.named_buffers()}
-            return tensors_of(functional_call(model, {**copies, name: p}, args, kwargs))
+            with torch.autocast(**self.precision) if self.precision else nullcontext():
+                return tensors_of(functional_call(model, {**copies, name: p}, args, kwargs))
 
         try:
-            model.eval()
             with torch.no_grad():
-                before, after = outputs(param), outputs(param + 0.1 + param.abs())
+                before, again, after = outputs(param), outputs(param), outputs(changed)
         except Exception:  # the model's own code, called in a way it may not be made for: then it cannot be told
             return None
         finally:
             random_state.put_back()
-            for module, mode in modes:
-                module.training = mode
-        return len(before) != len(after) or any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        return None if differ(before, again) else differ(before, after)
 
     def close(self) -> None:
         for handle in self.handles:
             handle.remove()
         self.inputs = None
+
+
+def disturbed(param: Tensor) -> Tensor:
+    """Other values: negated, turned by a place, and with a wave added, since a number added to a score changes no order."""
+    wave = torch.arange(param.numel(), device=param.device, dtype=torch.float32).cos().view(param.shape)
+    size = param.detach().float().square().mean().sqrt()
+    return -param.detach().flatten().roll(1).view(param.shape) + (wave * (0.1 + 0.1 * size)).to(param.dtype)
+
+
+def differ(some: list[Tensor], others: list[Tensor]) -> bool:
+    return len(some) != len(others) or any(not torch.equal(a, b) for a, b in zip(some, others, strict=True))
 
 
 def detached(value: Any) -> Any:

@@ -195,9 +195,15 @@ KEEP_BITS = (
     "summation or stochastic rounding"
 )
 CUT_OFF = "{n} tensors shape the output but got no gradient in {updates} updates: {names}"
-FIND_CUT = "learning is cut off there: look for detach(), no_grad, item() or an argmax between them and the loss"
+FIND_CUT = (
+    "learning is cut off there: an autograd.Function whose backward returns None for them, reentrant checkpointing under frozen "
+    "inputs (use_reentrant=False, or enable_input_require_grads), a choice (argmax, top-k) whose score never multiplies the "
+    "output, detach(), no_grad or item() between them and the loss"
+)
 IDLE = "{n} trainable tensors got no gradient in {updates} updates, and no effect of theirs on the output was seen: {names}"
-USE = "take them out of the model or the optimizer, or find out why nothing uses them"
+USE = (
+    "find out whether the loss should use them (a head, a loss term, a branch that is never taken), else leave them out"
+)
 
 RULES = (
     no_updates,
