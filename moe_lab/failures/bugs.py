@@ -1,16 +1,90 @@
-"""Bugs planted on purpose, each a patch from outside on a healthy model or its optimizers. Nothing here is on by default.
+"""Bugs planted on purpose on a healthy model, its optimizers, its loop or its data. Nothing here is on by default.
 
-B01 and B02 are course/case.yaml's (`moe_lab.course.case.bug("B01")` says it in words); the others are common ones that the
-case did not have. Notebooks 01 and 02 plant B08, B03, B05 and B19 in cells of their own.
+    with planted("B03", "B04"):       # the case's bugs by id; `moe_lab.course.case.bug("B03")` says one in words
+        model = build_model(config)   # and whatever trains it
+    show_difference("B03")            # the healthy and the sick source, side by side
+
+B03 to B26 are edits of healthy functions: the sick line in the place of the healthy one, as a review would have shown it.
+B14 and B23 are texts, since they are no code. B01, B02 and three common bugs that the case did not have are functions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from moe_lab.config import ConfigError, ModelConfig, read_yaml
+from moe_lab.failures.edits import Edit, applied, as_table, by_function, edited, owner_of, side_by_side, source_of
+from moe_lab.model import build_model
+
+# ---- healthy skeletons of what the package does elsewhere, or not at all: B07 and B16 edit them --------------------------
+
+
+def loop(n_micro: int, accumulation: int, interval: int, on: Callable[[str], object]) -> None:
+    """A training loop without the training: `on` hears of each backward pass, update, log, evaluation and save."""
+    update = 0
+    for micro in range(n_micro):
+        on("backward")
+        if (micro + 1) % accumulation == 0:
+            on("update")
+            update += 1
+            if update % interval == 0:
+                for what in ("log", "evaluation", "save"):
+                    on(what)
+
+
+def moved(state: dict[str, Tensor], config: ModelConfig, seed: int) -> dict[str, float]:
+    """By how much of its start values' size each tensor of a checkpoint is away from them."""
+    start = build_model(config, seed).state_dict()
+    return {name: ((state[name] - p).norm() / p.norm()).item() for name, p in start.items()}
+
+
+# ---- the case's bugs -----------------------------------------------------------------------------------------------------
+
+BUGS = read_yaml(Path(__file__).with_name("bugs.yaml"))
+
+
+def edits_of(id: str) -> list[Edit]:
+    """Raises ConfigError for an id that is no edit."""
+    if id not in BUGS["edits"]:
+        raise ConfigError(f"{id!r} cannot be planted; there are {', '.join(BUGS['edits'])}")
+    return [Edit(*owner_of(edit["in"]), edit["old"], edit["new"]) for edit in BUGS["edits"][id]]
+
+
+def planted(*ids: str) -> AbstractContextManager[None]:
+    """These bugs of the case are in the package while the `with` block runs: build, train and evaluate inside it. Raises
+    ConfigError for an id that is no edit, ValueError where the healthy source has moved on."""
+    return applied([edit for id in ids for edit in edits_of(id)])
+
+
+def sources(id: str) -> tuple[str, str]:
+    """The healthy and the sick source of a bug, whole functions."""
+    if text := BUGS["texts"].get(id):
+        return text["healthy"], text["sick"]
+    functions = by_function(edits_of(id)).items()
+    healthy = {place: source_of(getattr(*place)) for place, _ in functions}
+    sick = [edited(healthy[place], edits) for place, edits in functions]
+    return "\n\n".join(healthy.values()), "\n\n".join(sick)
+
+
+def show_difference(id: str) -> None:
+    """The two sources side by side, with a few lines about each change; in plain text one line after the other."""
+    from IPython.display import display
+
+    rows = list(side_by_side(*sources(id)))
+    names = ", ".join(dict.fromkeys(edit["in"].removeprefix("moe_lab.") for edit in BUGS["edits"].get(id, ())))
+    text = "\n".join(f"{mark} {line}" for row in rows for mark, line in (row[:2], row[2:]) if mark != " ")
+    table = as_table(("healthy", f"with {id}"), rows, names)
+    display({"text/html": table, "text/plain": f"{id}: {names}\n{text}"}, raw=True)
+
+
+# ---- B01, B02 and three common bugs --------------------------------------------------------------------------------------
 
 
 def cast_parameters(model: nn.Module) -> nn.Module:

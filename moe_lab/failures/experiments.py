@@ -34,6 +34,7 @@ from tqdm import tqdm
 from moe_lab.config import Config, to_dict
 from moe_lab.data.corpus import read_corpus
 from moe_lab.data.prepare import CACHE
+from moe_lab.failures.bugs import planted
 from moe_lab.failures.results import RESULTS, Results, load_results, provenance
 from moe_lab.optim.rounding import PARTLY, REMEDIES
 from moe_lab.train import RunError, Trainer, read_record
@@ -50,12 +51,13 @@ LATER = {("model", "zero_init_output"): False, ("training", "compile"): False}
 class Cell:
     """One run. `probe(trainer, **options)` drives the trainer by `trainer.steps(until)` and returns the row; a function of a
     module, since it is sent to another process. `options` are plain values. `remedy` is a key of `optim.rounding.REMEDIES`
-    or `PARTLY`, for bf16 parameters."""
+    or `PARTLY`, for bf16 parameters. `bugs`: ids of what is planted (`bugs.planted`) while the run is built and driven."""
 
     config: Config
     probe: Callable[..., dict[str, Any]]
     options: Mapping[str, Any]
     remedy: str | None = None
+    bugs: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -64,7 +66,7 @@ class Cell:
         for (section, name), before in LATER.items():
             if config[section][name] == before:
                 del config[section][name]
-        what = {"config": config, "remedy": self.remedy, **self.options}
+        what = {"config": config, "remedy": self.remedy, **self.options} | ({"bugs": self.bugs} if self.bugs else {})
         return hashlib.sha256(json.dumps([FORMAT, what], sort_keys=True).encode()).hexdigest()[:24]
 
 
@@ -73,6 +75,7 @@ class Arm(NamedTuple):
 
     config: Config
     remedy: str | None = None
+    bugs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +93,7 @@ class Experiment:
         cells = {}
         for seed, (name, arm) in product(self.seeds, self.arms.items()):
             config = arm.config.with_(training={"seed": seed, "steps": steps})
-            cells[name, seed] = Cell(config=config, probe=losses_at, options=options, remedy=arm.remedy)
+            cells[name, seed] = Cell(config=config, probe=losses_at, options=options, remedy=arm.remedy, bugs=arm.bugs)
         return cells
 
 
@@ -154,7 +157,7 @@ def run_cell(cell: Cell, path: Path) -> Path:
     """Train one cell, and write what its probe measured to `path`, which is returned."""
     start, began = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, planted(*cell.bugs):
         trainer = make_trainer(cell.config, cell.remedy, folder)
         made = provenance() | {"corpus": trainer.dataset.corpus_hash, "started": began}
         row = cell.probe(trainer, **cell.options)

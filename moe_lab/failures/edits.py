@@ -1,0 +1,125 @@
+"""A bug as an edit: a few words of a healthy function's source are replaced while a `with` block runs."""
+
+from __future__ import annotations
+import __future__
+
+import difflib
+import html
+import inspect
+import linecache
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from itertools import count
+from types import ModuleType
+from typing import Any, NamedTuple
+
+AROUND = 3  # unchanged lines that are shown about a change
+NUMBERS = count(1)
+STYLE = """<style>.moe-lab-diff td, .moe-lab-diff th {padding: 0 .6em; white-space: pre; font-family: monospace;
+font-size: 12px; text-align: left; vertical-align: top}</style>"""
+MARKED = {"-": "background:rgba(0,114,178,.18)", "+": "background:rgba(213,94,0,.22)"}  # blue, vermilion
+
+
+class Edit(NamedTuple):
+    """`old`, which stands once in the source of `owner.name`, becomes `new`. `owner`: a class, or a module."""
+
+    owner: Any
+    name: str
+    old: str
+    new: str
+
+
+def owner_of(path: str) -> tuple[Any, str]:
+    """`moe_lab.model.depth.Depth.choose` → the class Depth and "choose"; of a function, its module and its name."""
+    module, name = path.rsplit(".", 1)
+    try:
+        return import_module(module), name
+    except ModuleNotFoundError:
+        module, owner = module.rsplit(".", 1)
+        return getattr(import_module(module), owner), name
+
+
+def source_of(function: Callable) -> str:
+    return textwrap.dedent(inspect.getsource(function))
+
+
+def edited(source: str, edits: Iterable[Edit]) -> str:
+    """Raises ValueError where a text to be replaced does not stand there once: the healthy code has moved on."""
+    for edit in edits:
+        if (n := source.count(edit.old)) != 1:
+            raise ValueError(f"{edit.name}: {edit.old.strip()!r} stands there {n} times; the edit needs it once")
+        source = source.replace(edit.old, edit.new)
+    return source
+
+
+def compiled(function: Callable, source: str) -> Callable:
+    """`source` in the place of a function, with the function's own globals; `inspect.getsource` knows its lines."""
+    plain = inspect.unwrap(function)
+    file = f"<edited {plain.__qualname__} {next(NUMBERS)}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(True), file)
+    made: dict[str, Any] = {}
+    flags = __future__.annotations.compiler_flag
+    exec(compile(source, file, "exec", flags, dont_inherit=True), plain.__globals__, made)
+    return made[plain.__name__]
+
+
+def places(owner: Any, name: str) -> list[Any]:
+    """What holds the function: its class, or every loaded module of ours that imported it."""
+    if not isinstance(owner, ModuleType):
+        return [owner]
+    function, ours = getattr(owner, name), ("moe_lab", "benchmarks", "checks")
+    loaded = [module for key, module in list(sys.modules.items()) if key.split(".")[0] in ours]
+    return [module for module in loaded if vars(module).get(name) is function]
+
+
+def by_function(edits: Iterable[Edit]) -> dict[tuple[Any, str], list[Edit]]:
+    found: dict[tuple[Any, str], list[Edit]] = {}
+    for edit in edits:
+        found.setdefault((edit.owner, edit.name), []).append(edit)
+    return found
+
+
+@contextmanager
+def applied(edits: Iterable[Edit]) -> Iterator[None]:
+    """All of them while the block runs; afterwards everything is as it was."""
+    kept: list[tuple[Any, str, Callable]] = []
+    try:
+        for (owner, name), several in by_function(edits).items():
+            healthy = getattr(owner, name)
+            sick = compiled(healthy, edited(source_of(healthy), several))
+            for place in places(owner, name):
+                kept.append((place, name, healthy))
+                setattr(place, name, sick)
+        yield
+    finally:
+        for place, name, healthy in reversed(kept):
+            setattr(place, name, healthy)
+
+
+def side_by_side(healthy: str, sick: str) -> Iterator[tuple[str, str, str, str]]:
+    """Rows (mark, line, mark, line) with AROUND lines about each change; a row of dots where lines are left out."""
+    a, b = healthy.splitlines(), sick.splitlines()
+    for index, group in enumerate(difflib.SequenceMatcher(None, a, b, False).get_grouped_opcodes(AROUND)):
+        if index:
+            yield " ", "…", " ", "…"
+        for kind, a1, a2, b1, b2 in group:
+            left, right = a[a1:a2], b[b1:b2]
+            length = max(len(left), len(right))
+            marks = (" ", " ") if kind == "equal" else ("-", "+")
+            for x, y in zip(left + [None] * (length - len(left)), right + [None] * (length - len(right)), strict=True):
+                yield marks[0] if x is not None else " ", x or "", marks[1] if y is not None else " ", y or ""
+
+
+def as_table(titles: Iterable[str], rows: Iterable[tuple[str, str, str, str]], caption: str) -> str:
+    """HTML. Changed lines bear a sign beside their colour."""
+
+    def cell(mark: str, line: str) -> str:
+        return f'<td style="{MARKED.get(mark, "")}">{html.escape(f"{mark} {line}")}</td>'
+
+    head = "".join(f"<th>{html.escape(title)}</th>" for title in titles)
+    body = "".join(f"<tr>{cell(*row[:2])}{cell(*row[2:])}</tr>" for row in rows)
+    caption = f'<caption style="text-align: left">{html.escape(caption)}</caption>'
+    return f'{STYLE}<table class="moe-lab-diff">{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
