@@ -88,6 +88,19 @@ def test_an_end_token_that_is_never_a_target() -> None:
     assert finding.rule == "never_a_target" and f"token {PAD} " in finding.message
 
 
+def test_padding_of_its_own_and_the_next_prompt_are_no_targets_and_no_fault() -> None:
+    end, prompt = 254, 253
+    own = []
+    for batch in padded(mask_end=False):
+        ids, labels = batch["input_ids"].clone(), batch["labels"].clone()
+        first = (ids == PAD) & (labels == PAD)  # the end token
+        labels[first], ids[first] = end, end
+        ids[:, 0], labels[:, 0] = prompt, -100  # and a next prompt after it, in the padding
+        ids[torch.arange(len(ids)), first.long().argmax(1) + 1] = prompt
+        own.append({"input_ids": ids, "labels": labels})
+    assert said(own) == []
+
+
 def test_padding_that_is_a_target() -> None:
     assert said(padded(mask_end=False, mask_padding=False)) == ["padding_in_loss"]
 

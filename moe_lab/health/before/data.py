@@ -1,38 +1,20 @@
-"""What batches of tokens say before a second of training: are they text, do they repeat, and what is a target?"""
+"""What batches of tokens say before a second of training: tokens.py's answers, and what stands in training and validation."""
 
 from __future__ import annotations
 
-import math
-import zlib
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..findings import Finding, several
-from ..measures import collisions
+from ..findings import Finding
+from ..tokens import Tokens, labels_elsewhere, looks_random, never_a_target, padding_is_target, rows_repeat, uneven
 
-IGNORED = -100  # a label that is no target, as in torch's cross_entropy
 LOOKED_AT = 64  # batches at most
-COLLISIONS = 3.0  # pairs of equal tokens over what uniform tokens show: text has 5 and more, uniform tokens 1
-INCOMPRESSIBLE = 0.98  # zlib's size over that of the same tokens shuffled: text 0.52–0.81, random tokens 0.996–1.000
-CONSTANT = 0.9  # share of one token from which on there is nothing to learn
-REPEATED = 0.2  # share of rows seen before: the second epoch of a small text comes later than this
-UNLIKELY = 1e-6  # chance that a token is never a target although its neighbours are
-SHIFTED = 0.9  # share of labels that agree with the inputs at the best shift
-PADDED = 8  # equal tokens at a row's end from which on they look like padding
-ROWS_PADDED = 0.25  # share of the rows that end so: lines of code end in blanks less often
-SELDOM = 8  # times that a token must follow others before its absence says anything
 OVERLAP = 0.05  # share of the validation windows that also stand in training
 WINDOW = 32  # tokens of such a window
-
-
-class Tokens(NamedTuple):
-    ids: Tensor  # (B, T) int64
-    labels: Tensor | None  # (B, T) int64, IGNORED where there is no target; None: not given
 
 
 def tokens_of(batch: Any) -> Tokens:
@@ -69,105 +51,6 @@ def check_data(
     if validation is not None:
         found.append(stands_in_both(seen, [tokens_of(batch) for batch in islice(validation, LOOKED_AT)]))
     return [finding for finding in found if finding is not None]
-
-
-def looks_random(ids: Tensor, vocab_size: int) -> Finding | None:
-    counts, n = torch.bincount(ids, minlength=vocab_size), len(ids)
-    if counts.max() > CONSTANT * n:
-        message = f"token {int(counts.argmax())} is {counts.max() / n:.0%} of the text: nothing to learn"
-        advice = "look at one batch, decoded; an index that never advances, or padding alone, does this"
-        return Finding("constant_tokens", "error", "data", message, advice, float(counts.max() / n), CONSTANT)
-    equal = collisions(ids, vocab_size)
-    shuffled = ids[torch.randperm(n, generator=torch.Generator().manual_seed(0))]
-    compressed, of_shuffled = (len(zlib.compress(x.to(torch.int32).numpy().tobytes())) for x in (ids, shuffled))
-    if n < 1000 or equal >= COLLISIONS or compressed < INCOMPRESSIBLE * of_shuffled:
-        return None
-    message = f"the tokens look random: two are equal {equal:.2f} times as often as uniform ones (text: 5 and more)"
-    advice = "a loader that falls back to random ids or a wrong dtype of the file does this; the loss then ends at ln V"
-    return Finding("random_tokens", "warning", "data", message, advice, round(equal, 3), COLLISIONS)
-
-
-def rows_repeat(seen: list[Tokens]) -> Finding | None:
-    rows = [row.numpy().tobytes() for tokens in seen for row in tokens.ids]
-    again = 1 - len(set(rows)) / len(rows)
-    if len(rows) < 8 or again <= REPEATED:
-        return None
-    most = Counter(rows).most_common(1)[0][1]
-    message = f"{again:.0%} of {len(rows)} rows stood in an earlier place already; one came {most} times"
-    advice = "workers that share one random generator, a loader made anew each step, or a few samples alone do this"
-    return Finding("repeated_data", "warning", "data", message, advice, round(again, 3), REPEATED)
-
-
-def labels_elsewhere(labelled: list[Tokens]) -> Finding | None:
-    """`labels[t]` should be `ids[t + 1]`, or `ids[t]` where the model shifts. Masked language models match at few places."""
-    best = {shift: agreement(labelled, shift) for shift in (-2, -1, 0, 1, 2)}
-    shift = max(best, key=best.__getitem__)
-    if shift in (0, 1) or best[shift] < SHIFTED or max(best[0], best[1]) > SHIFTED:
-        return None
-    message = f"{best[shift]:.0%} of the labels are the token {shift:+d} places on, {best[1]:.0%} the next one"
-    advice = "labels are shifted twice, or the wrong way: shift them once, in the collator or in the model"
-    return Finding("label_shift", "error", "labels", message, advice, shift, 1)
-
-
-def agreement(labelled: list[Tokens], shift: int) -> float:
-    """Share of the targets that are the token `shift` places on."""
-    equal = targets = 0
-    for ids, labels in labelled:
-        length = ids.shape[1] - abs(shift)
-        there, here = ids[:, max(shift, 0) :][:, :length], labels[:, max(-shift, 0) :][:, :length]
-        equal += int(((here != IGNORED) & (here == there)).sum())
-        targets += int((here != IGNORED).sum())
-    return equal / max(targets, 1)
-
-
-def never_a_target(labelled: list[Tokens]) -> Finding | None:
-    """Of tokens that follow another: how often each is the next token, and how often it is asked for."""
-    if not max(agreement(labelled, shift) for shift in (0, 1)) >= SHIFTED:
-        return None
-    follows, asked = Counter(), Counter()
-    for ids, labels in labelled:
-        follows.update(ids[:, 1:].flatten().tolist())
-        asked.update(labels[labels != IGNORED].tolist())
-    skipped = max(1 - sum(asked.values()) / max(sum(follows.values()), 1), 0)  # share of places that are no target
-    absent = {token: n for token, n in follows.items() if token not in asked and n >= SELDOM}
-    never = {token: n for token, n in absent.items() if skipped**n < UNLIKELY}
-    if not never:
-        return None
-    names = several([str(token) for token in sorted(never, key=never.__getitem__, reverse=True)])
-    message = f"token {names} follows others {sum(never.values())} times and is never a target: it cannot be learned"
-    advice = (
-        "padding with the end token's id masks the end as well: give it its own, or keep each row's first end token"
-    )
-    return Finding("never_a_target", "warning", "labels", message, advice, sum(never.values()), 0)
-
-
-def padding_is_target(labelled: list[Tokens]) -> Finding | None:
-    """Rows that end in a run of one token, and ask for it."""
-    padded = asked = rows = 0
-    for ids, labels in labelled:
-        run = (ids == ids[:, -1:]).flip(1).long().cumprod(1).flip(1).bool()  # the equal tokens at the end
-        at_end = run & (run.sum(1, keepdim=True) >= PADDED) & ~run.all(1, keepdim=True)
-        rows += len(ids)
-        padded += int(at_end.any(1).sum())
-        asked += int((at_end[:, :-1] & (labels == ids)[:, 1:]).sum())  # but for the first, which may be the text's end
-    targets = sum(int((labels != IGNORED).sum()) for _, labels in labelled)
-    if padded < ROWS_PADDED * rows or asked <= 0.02 * targets:
-        return None
-    message = f"{padded} of {rows} rows end in a run of one token, which is {asked / targets:.0%} of all targets"
-    advice = "set the labels of padding to -100, but for the first end token"
-    return Finding("padding_in_loss", "warning", "labels", message, advice, round(asked / targets, 3), 0.02)
-
-
-def uneven(labelled: list[Tokens]) -> Finding | None:
-    counts = [int((labels != IGNORED).sum()) for _, labels in labelled]
-    low, high = min(counts), max(counts)
-    if len(counts) < 2 or high <= 2 * max(low, 1):
-        return None
-    message = f"batches have {low} to {high} targets: under accumulation the mean of their means is not the mean of their targets"
-    advice = "divide the summed loss of all micro-batches by the number of all their targets"
-    return Finding(
-        "uneven_targets", "info", "labels", message, advice, round(high / max(low, 1), 2) if low else math.inf, 2
-    )
 
 
 def stands_in_both(seen: list[Tokens], validation: list[Tokens]) -> Finding | None:

@@ -19,7 +19,8 @@ from ..during.forward import disturbed, unwrapped
 from ..during.watch import Watch
 from ..findings import Finding, several
 from ..random_state import RandomState
-from .data import IGNORED, SHIFTED, Tokens, agreement, check_data, tokens_of
+from ..tokens import IGNORED, SHIFTED, Tokens, agreement
+from .data import check_data, tokens_of
 from .flow import check_causality, check_train_eval, logits_of, scaled_copies
 from .preflight import preflight
 

@@ -1,0 +1,148 @@
+"""What batches of tokens say: are they text, do they repeat, and what is a target? One answer for batches that are handed over
+before a run and for those that a watch hears in one."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .findings import Finding, several
+from .measures import collisions
+
+IGNORED = -100  # a label that is no target, as in torch's cross_entropy
+COLLISIONS = 3.0  # pairs of equal tokens over what uniform tokens show: text has 5 and more, uniform tokens 1
+INCOMPRESSIBLE = 0.98  # zlib's size over that of the same tokens shuffled: text 0.52–0.81, random tokens 0.996–1.000
+CONSTANT = 0.9  # share of one token from which on there is nothing to learn
+REPEATED = 0.2  # share of rows seen before: the second epoch of a small text comes later than this
+UNLIKELY = 1e-6  # chance that a token is never a target although its neighbours are
+SHIFTED = 0.9  # share of labels that agree with the inputs at the best shift
+PADDED = 8  # equal tokens at a row's end from which on they look like padding
+ROWS_PADDED = 0.25  # share of the rows that end so: lines of code end in blanks less often
+SELDOM = 8  # times that a token must follow targets before its absence says anything
+ONE_END = 0.9  # share of one token right before it, from which on another one is the end, and this its padding
+
+
+class Tokens(NamedTuple):
+    ids: Tensor  # (B, T) int64
+    labels: Tensor | None  # (B, T) int64, IGNORED where there is no target; None: not given
+
+
+def looks_random(ids: Tensor, vocab_size: int) -> Finding | None:
+    counts, n = torch.bincount(ids, minlength=vocab_size), len(ids)
+    if counts.max() > CONSTANT * n:
+        message = f"token {int(counts.argmax())} is {counts.max() / n:.0%} of the text: nothing to learn"
+        advice = "look at one batch, decoded; an index that never advances, or padding alone, does this"
+        return Finding("constant_tokens", "error", "data", message, advice, float(counts.max() / n), CONSTANT)
+    equal = collisions(ids, vocab_size)
+    shuffled = ids[torch.randperm(n, generator=torch.Generator().manual_seed(0))]
+    compressed, of_shuffled = (len(zlib.compress(x.to(torch.int32).numpy().tobytes())) for x in (ids, shuffled))
+    if n < 1000 or equal >= COLLISIONS or compressed < INCOMPRESSIBLE * of_shuffled:
+        return None
+    message = f"the tokens look random: two are equal {equal:.2f} times as often as uniform ones (text: 5 and more)"
+    advice = "a loader that falls back to random ids or a wrong dtype of the file does this; the loss then ends at ln V"
+    return Finding("random_tokens", "warning", "data", message, advice, round(equal, 3), COLLISIONS)
+
+
+def rows_repeat(seen: Sequence[Tokens]) -> Finding | None:
+    rows = [row.numpy().tobytes() for tokens in seen for row in tokens.ids]
+    again = 1 - len(set(rows)) / len(rows)
+    if len(rows) < 8 or again <= REPEATED:
+        return None
+    most = Counter(rows).most_common(1)[0][1]
+    message = f"{again:.0%} of {len(rows)} rows stood in an earlier place already; one came {most} times"
+    advice = "workers that share one random generator, a loader made anew each step, or a few samples alone do this"
+    return Finding("repeated_data", "warning", "data", message, advice, round(again, 3), REPEATED)
+
+
+def labels_elsewhere(labelled: Sequence[Tokens]) -> Finding | None:
+    """`labels[t]` should be `ids[t + 1]`, or `ids[t]` where the model shifts. Masked language models match at few places."""
+    best = {shift: agreement(labelled, shift) for shift in (-2, -1, 0, 1, 2)}
+    shift = max(best, key=best.__getitem__)
+    if shift in (0, 1) or best[shift] < SHIFTED or max(best[0], best[1]) > SHIFTED:
+        return None
+    message = f"{best[shift]:.0%} of the labels are the token {shift:+d} places on, {best[1]:.0%} the next one"
+    advice = "labels are shifted twice, or the wrong way: shift them once, in the collator or in the model"
+    return Finding("label_shift", "error", "labels", message, advice, shift, 1)
+
+
+def agreement(labelled: Sequence[Tokens], shift: int) -> float:
+    """Share of the targets that are the token `shift` places on."""
+    equal = targets = 0
+    for ids, labels in labelled:
+        length = ids.shape[1] - abs(shift)
+        there, here = ids[:, max(shift, 0) :][:, :length], labels[:, max(-shift, 0) :][:, :length]
+        equal += int(((here != IGNORED) & (here == there)).sum())
+        targets += int((here != IGNORED).sum())
+    return equal / max(targets, 1)
+
+
+def never_a_target(labelled: Sequence[Tokens]) -> Finding | None:
+    """Tokens that come right after what is asked for, after many different tokens, and are never asked for themselves.
+
+    Padding of its own comes after the end token alone, and so does the next prompt.
+    """
+    shift = max((0, 1), key=lambda shift: agreement(labelled, shift))
+    if agreement(labelled, shift) < SHIFTED:
+        return None
+    before: dict[int, Counter] = {}  # token → those right before it that are asked for
+    asked, n_asked, n_places = set(), 0, 0
+    for ids, labels in labelled:
+        is_asked = torch.zeros_like(ids, dtype=torch.bool)
+        is_asked[:, shift:] = (labels != IGNORED)[:, : ids.shape[1] - shift]
+        asked.update(ids[is_asked].tolist())
+        n_asked, n_places = n_asked + int(is_asked.sum()), n_places + is_asked[:, 1:].numel()
+        ends = is_asked[:, :-1] & ~is_asked[:, 1:]
+        for token, last in zip(ids[:, 1:][ends].tolist(), ids[:, :-1][ends].tolist(), strict=True):
+            before.setdefault(token, Counter())[last] += 1
+    skipped = max(1 - n_asked / max(n_places, 1), 0)  # share of places that are no target
+    never = {
+        token: last.total()
+        for token, last in before.items()
+        if token not in asked
+        and last.total() >= SELDOM
+        and skipped ** last.total() < UNLIKELY
+        and last.most_common(1)[0][1] < ONE_END * last.total()
+    }
+    if not never:
+        return None
+    names = several([str(token) for token in sorted(never, key=never.__getitem__, reverse=True)])
+    message = f"token {names} ends the targets {sum(never.values())} times and is never one: it cannot be learned"
+    advice = (
+        "padding with the end token's id masks the end as well: give it its own, or keep each row's first end token"
+    )
+    return Finding("never_a_target", "warning", "labels", message, advice, sum(never.values()), 0)
+
+
+def padding_is_target(labelled: Sequence[Tokens]) -> Finding | None:
+    """Rows that end in a run of one token, and ask for it."""
+    padded = asked = rows = 0
+    for ids, labels in labelled:
+        run = (ids == ids[:, -1:]).flip(1).long().cumprod(1).flip(1).bool()  # the equal tokens at the end
+        at_end = run & (run.sum(1, keepdim=True) >= PADDED) & ~run.all(1, keepdim=True)
+        rows += len(ids)
+        padded += int(at_end.any(1).sum())
+        asked += int((at_end[:, :-1] & (labels == ids)[:, 1:]).sum())  # but for the first, which may be the text's end
+    targets = sum(int((labels != IGNORED).sum()) for _, labels in labelled)
+    if padded < ROWS_PADDED * rows or asked <= 0.02 * targets:
+        return None
+    message = f"{padded} of {rows} rows end in a run of one token, which is {asked / targets:.0%} of all targets"
+    advice = "set the labels of padding to -100, but for the first end token"
+    return Finding("padding_in_loss", "warning", "labels", message, advice, round(asked / targets, 3), 0.02)
+
+
+def uneven(labelled: Sequence[Tokens]) -> Finding | None:
+    counts = [int((labels != IGNORED).sum()) for _, labels in labelled]
+    low, high = min(counts), max(counts)
+    if len(counts) < 2 or high <= 2 * max(low, 1):
+        return None
+    message = f"batches have {low} to {high} targets: under accumulation the mean of their means is not the mean of their targets"
+    advice = "divide the summed loss of all micro-batches by the number of all their targets"
+    return Finding(
+        "uneven_targets", "info", "labels", message, advice, round(high / max(low, 1), 2) if low else math.inf, 2
+    )
