@@ -39,7 +39,7 @@ def watched(index: int, seed: int) -> dict[str, Any]:
     row = ROWS[index]
     with tempfile.TemporaryDirectory() as folder:
         run = row.make(seed, Path(folder) / "run")
-        with Watch(run.model, run.optimizers, budget=run.budget, expect_frozen=run.expect_frozen) as watch:
+        with Watch(run.model, run.optimizers, budget=run.budget, expect_frozen=run.expect_frozen, quiet=True) as watch:
             for loss in islice(run.losses, STEPS):
                 watch.observe(loss=loss)
             watch.check()

@@ -256,7 +256,7 @@ def made(plan: desk.Plan, folder: Path) -> tuple[Trainer, Watch, Path]:
     for plant in plants:
         if plant.trainer:
             plant.trainer(trainer)
-    watch = Watch(trainer.model, trainer.optimizers, budget=trainer.n_steps)
+    watch = Watch(trainer.model, trainer.optimizers, budget=trainer.n_steps, quiet=True)
     trainer.listeners.append(lambda row: watch.observe(loss=row["loss"]) if "loss" in row else None)
     return trainer, watch, path
 

@@ -49,7 +49,7 @@ def measure(folder: str) -> dict:
     config = load_config(ROOT / "configs" / "lab.yaml")
     # each stretch ends with one write of its ten rows, with the watch and without
     trainer = Trainer(config.with_(training={"log_interval": STRETCH}), folder)
-    watch = Watch(trainer.model, trainer.optimizers)
+    watch = Watch(trainer.model, trainer.optimizers, quiet=True)
     stretch(trainer, watch)  # warm: caches, the optimizers' state
     pairs = []
     for pair in tqdm(range(PAIRS), unit="pair", desc="watch cost"):

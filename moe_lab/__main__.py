@@ -1,4 +1,5 @@
-"""Command line: `python -m moe_lab run CONFIG [key=value …]`, `… preflight FILE`, `… inspect FILE`, `… notebook PATH`.
+"""Command line: `python -m moe_lab run CONFIG [key=value …]`, `… preflight FILE`, `… inspect FILE`, `… notebook PATH`,
+`… doctor train.py [args]`.
 
 Errors are one line on stderr, exit code 2. Each of the three ends with 1 if an error is among what was found.
 """
@@ -18,6 +19,7 @@ from moe_lab.course.notebook import new_run_dir
 from moe_lab.health.after.inspection import inspect_checkpoint
 from moe_lab.health.before.plan import Plan
 from moe_lab.health.before.preflight import preflight, read_entries
+from moe_lab.health.during import doctor
 from moe_lab.health.during.watch import Watch
 from moe_lab.health.findings import SEVERITIES, Finding, counts
 from moe_lab.model.count import count_parameters
@@ -51,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
 def fit_watched(trainer: Trainer) -> tuple[str, list[Finding]]:
     """`trainer.fit()` under a Watch, with a progress bar on stderr: how it ended, what was found."""
-    plan = {"budget": trainer.n_steps, "start_step": trainer.step, "log": trainer.run_dir / FINDINGS}
+    plan = {"budget": trainer.n_steps, "start_step": trainer.step, "log": trainer.run_dir / FINDINGS, "quiet": True}
     try:
         watch = Watch(trainer.model, trainer.optimizers, **plan)
     except ValueError as error:
@@ -132,6 +134,7 @@ def parser() -> argparse.ArgumentParser:
   python -m moe_lab run configs/lab.yaml training.steps=50  train one config
   python -m moe_lab preflight configs/lab.yaml              look for mistakes before a second of compute
   python -m moe_lab inspect runs/…/step_000200.pt           look into a checkpoint; nothing in it is executed
+  python -m moe_lab doctor train.py --lr 3e-4               run any training script, watched; -m MODULE works too
 
 Each command has a --help of its own. `make lab` opens the notebooks in JupyterLab."""
     form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": examples}
@@ -154,6 +157,8 @@ Each command has a --help of its own. `make lab` opens the notebooks in JupyterL
         one = commands.add_parser(name, help=purpose, description=codes)
         one.add_argument("file", help=file)
         one.set_defaults(call=check_file, check=check)
+    one = commands.add_parser("doctor", help="run a training script of your own, watched")
+    one.add_argument("script", help="train.py [its arguments], or -m MODULE [its arguments]; its exit code is kept")
     codes = (
         "Exit code 0: every cell passed; 2: one did not, or it cannot run; 130: Ctrl-C, and what was trained is saved."
     )
@@ -181,6 +186,9 @@ def command(argv: list[str] | None) -> int | None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    given = sys.argv[1:] if argv is None else argv
+    if given[:1] == ["doctor"] and given[1:] not in (["-h"], ["--help"]):
+        return doctor.command(given)  # the script's errors and Ctrl-C are its own
     return exit_code(command, argv)
 
 

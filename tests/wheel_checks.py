@@ -6,7 +6,9 @@ Run by tests/test_health_wheel.py under the suite's torch, by `make health-wheel
 import contextlib
 import importlib.util
 import io
+import os
 import re
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -15,6 +17,15 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+SCRIPT = """
+import sys, torch
+model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+for _ in range(3):
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+sys.exit(int(sys.argv[1]))
+"""
 STRANGERS = ("moe_lab", "numpy", "yaml", "tqdm")
 
 
@@ -78,6 +89,19 @@ def a_config_is_judged() -> None:
         raise AssertionError("a file was read without PyYAML")
 
 
+def a_script_is_watched() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "train.py"
+        script.write_text(SCRIPT)
+        python = [sys.executable, "-m", "moe_lab_health", "doctor"]
+        place = str(Path(importlib.util.find_spec("moe_lab_health").origin).parents[1])
+        options = {"capture_output": True, "text": True, "env": os.environ | {"PYTHONPATH": place}}
+        done = subprocess.run([*python, script, "7"], **options)
+        assert (done.returncode, done.stdout) == (7, ""), done
+        assert "error: not_in_optimizer" in done.stderr and "after 3 updates: 1 error" in done.stderr, done
+        assert subprocess.run([*python, "none.py"], **options).returncode == 2
+
+
 def every_public_name_is_there() -> None:
     import moe_lab_health
 
@@ -120,6 +144,14 @@ def torchs_private_interfaces_are_there() -> None:
     half = [torch.full((9,), 2.0**15, dtype=torch.float16), torch.ones(4, dtype=torch.float16)]
     assert private.norms(half, torch.float32).tolist() == [3 * 2.0**15, 2.0]  # beyond float16
     assert private.norms([torch.ones(4), torch.zeros(2, 2)]).tolist() == [2.0, 0.0]
+    heard, scaler = [], torch.amp.GradScaler("cpu", init_scale=8.0)
+    with private.backward_heard(heard.append):
+        model(torch.ones(1, 2)).sum().backward()
+        scaler.scale(model.weight.sum() * 0 + 3).backward()
+        torch.autograd.backward([model.bias.sum() * 0 + 5])
+        model(torch.ones(3, 2)).backward(torch.ones(3, 2))  # as checkpoints do
+    model.bias.sum().backward()
+    assert [float(root) for root in heard][1:] == [3.0, 5.0] and scaler.get_scale() == 8.0
     assert private.uncompiled(torch.compile(model)) is model and private.uncompiled(model) is model
 
 
@@ -130,6 +162,7 @@ def main(readme: Path) -> None:
     the_example_prints_what_the_readme_shows(readme.read_text(encoding="utf-8"))
     a_checkpoint_shows_what_never_moved()
     a_config_is_judged()
+    a_script_is_watched()
     every_public_name_is_there()
     torchs_private_interfaces_are_there()
     print(f"torch {torch.__version__}: the wheel does what it says")

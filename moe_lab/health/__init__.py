@@ -9,6 +9,7 @@ measures.py      pure functions: rounding, reach, trend, realised over intended
 random_state.py  torch's generators, kept and put back
 sampling.py      which elements are looked at, and how tensors are named
 tokens.py        pure functions: batches of tokens and their targets
+__main__.py      the command `doctor`
 torch_private.py every private interface of torch that is leaned on
 """
 

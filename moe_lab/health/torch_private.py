@@ -6,6 +6,8 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +50,33 @@ def without_step_hooks(optimizers: Sequence[Optimizer]) -> Iterator[None]:
     finally:
         for o, before, after in kept:
             o._optimizer_step_pre_hooks, o._optimizer_step_post_hooks = before, after
+
+
+@contextmanager
+def backward_heard(hear: Callable[[Tensor], None]) -> Iterator[None]:
+    """`hear(root)` before each backward pass of one number, without what a GradScaler multiplied it with. Torch knows no hook for
+    all of them: `Tensor.backward` looks these functions up. What checkpoints recompute begins at activations."""
+    inner, multiply, scales = torch.autograd.backward, torch.amp.GradScaler.scale, []
+
+    @wraps(multiply)
+    def scale(scaler: torch.amp.GradScaler, outputs: Any) -> Any:
+        scaled = multiply(scaler, outputs)
+        scales[:] = [] if scaler._scale is None else [scaler._scale]  # `get_scale` would wait for the device
+        return scaled
+
+    @wraps(inner)
+    def backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
+        roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        if len(roots) == 1 and roots[0].numel() == 1:
+            hear(roots[0].detach() / scales[0] if scales else roots[0].detach())
+            scales.clear()
+        return inner(roots, grad_tensors, *args, **kwargs)
+
+    torch.autograd.backward, torch.amp.GradScaler.scale = backward, scale
+    try:
+        yield
+    finally:
+        torch.autograd.backward, torch.amp.GradScaler.scale = inner, multiply
 
 
 def norms(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:

@@ -132,7 +132,7 @@ class LivePair(Live):
         until: int | None = None,
     ):
         given = watches or {}
-        made = {n: given.get(n) or Watch(t.model, t.optimizers, t.n_steps) for n, t in trainers.items()}
+        made = {n: given.get(n) or Watch(t.model, t.optimizers, t.n_steps, quiet=True) for n, t in trainers.items()}
         super().__init__(trainers.values(), made)
         self.named, self.until = dict(trainers), until or self.trainers[0].n_steps
         self.floors = floors or self.trainers[0].floors

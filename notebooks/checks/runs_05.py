@@ -95,7 +95,7 @@ FAULTS: Mapping[str, Callable[[Trainer], None]] = {
 
 def second_watch(trainer: Trainer) -> Watch:
     """One that begins now."""
-    return Watch(trainer.model, trainer.optimizers, trainer.n_steps, start_step=trainer.step)
+    return Watch(trainer.model, trainer.optimizers, trainer.n_steps, start_step=trainer.step, quiet=True)
 
 
 def then_watch(fault: Callable[[Trainer], None]) -> Callable[[LiveRun], None]:
@@ -122,7 +122,7 @@ def first_words(fault: str) -> dict[str, Finding | None]:
     """The first warning or error of the watch that began with the run, and of the one that began with the fault, in a run of
     STEPS updates in which `fault` is switched on after AT of them."""
     trainer = small_trainer()
-    watches = {"since the start": Watch(trainer.model, trainer.optimizers, trainer.n_steps)}
+    watches = {"since the start": Watch(trainer.model, trainer.optimizers, trainer.n_steps, quiet=True)}
     trainer.listeners.append(lambda row: [watch.observe(loss=row["loss"]) for watch in watches.values()])
     for _ in trainer.steps(until=AT):
         pass

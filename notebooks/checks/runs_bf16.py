@@ -68,7 +68,7 @@ class Run:
         if bug is not None:
             bug(self.trainer.model)
         # a watch replays a few of Muon's matrices, to be cheap; here it replays all of them
-        self.watch = health.Watch(self.trainer.model, self.trainer.optimizers, n_matrices=10**6)
+        self.watch = health.Watch(self.trainer.model, self.trainer.optimizers, n_matrices=10**6, quiet=True)
         self.start = self.weights()
         self.norms = [of_group(self.start, "norms")]
         self.rows: list[dict[str, float]] = []

@@ -101,7 +101,7 @@ def examine(
 
 def setup(model: nn.Module, optimizer: Optimizer | Iterable[Optimizer]) -> list[Finding]:
     """What a watch says before the first update."""
-    watch = Watch(model, optimizer)
+    watch = Watch(model, optimizer, quiet=True)
     watch.close()
     return watch.findings
 

@@ -12,6 +12,7 @@ bank.py          their sampled elements: where they were, are, and were meant to
 intended.py      what a step is meant to do: the optimizer's own, replayed in float32
 steps.py         what kind of step an optimizer takes, measured
 events.py        backward passes and steps: gradients that pile up, or go before the step
+doctor.py        doctor train.py: a script is watched without an edit
 forward.py       what forward passes tell: vocabulary, the logits' variance, which tensors matter
 published.py     what was said, the log, and what need not be said again
 report.py        the readings as a table of text

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 from ..findings import SEVERITIES, Finding
@@ -14,13 +16,14 @@ LAST_WORDS = Finding("not_measured", "warning", "the watch", FAILED_TWICE, STAND
 
 class Published:
     """Findings in their order. Each rule names a subject (a kind of tensor, a group, the loss) once at a severity, and not at a
-    lower one afterwards.
+    lower one afterwards. Each is printed to stderr when it is made, unless `quiet`.
 
     A resumed run's begins with what stands in its file up to `start_step`. The file does not hold subjects: those rules name
     nothing more at that severity.
     """
 
-    def __init__(self, log: str | Path | None, start_step: int):
+    def __init__(self, log: str | Path | None, start_step: int, quiet: bool):
+        self.quiet = quiet
         self.log = None if log is None else Path(log)
         self.findings = open_log(self.log, start_step) if self.log else []
         # by rule and subject (None: all), the gravest severity told
@@ -37,9 +40,16 @@ class Published:
         before = min(self.gravest.get((rule, key), len(SEVERITIES)) for key in (subject, None))
         return SEVERITIES.index(severity) < before
 
+    def say(self, line: str) -> None:
+        """To stderr, wherever that is by now: a closed or full one ends no training."""
+        if line and not self.quiet and sys.stderr is not None:
+            with suppress(OSError, ValueError):
+                print(" ".join(line.split()), file=sys.stderr, flush=True)
+
     def add(self, finding: Finding, subjects: list[str]) -> None:
         self.note(finding, subjects)
         self.findings.append(finding)
+        self.say(str(finding))
         if self.log:
             try:
                 with self.log.open("a", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""A watch's readings as a table of text, one line a kind of tensor."""
+"""A watch's readings as a table of text, one line a kind of tensor; what it did not check, and why."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from ..findings import counts
 from ..measures import share_of
 from .rule import by_kind
+from .rules_updates import LOST_UPDATES
+from .state import State
 from .tracking import Tracked
 
 WIDTHS = {"n": 3, "format": 9, "grad": 4, "norm": 7, "moved": 7, "still": 5, "lately": 6, "arrived": 7}
@@ -57,3 +60,31 @@ def formats(dtypes: Iterable[torch.dtype]) -> str:
     """`bf16`, or `fp32+bf16`; `-` for none."""
     names = {str(d).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp"): None for d in dtypes}
     return "+".join(names) or "-"
+
+
+def unchecked(state: State) -> dict[str, str]:
+    """What a watch did not judge up to now → why."""
+    if not state.n_seen:
+        return {"everything": "no update was seen"}
+    told = {}
+    if state.n_seen < LOST_UPDATES:
+        told["what takes time"] = f"{state.n_seen} updates were seen; some rules wait for {LOST_UPDATES}"
+    if not state.events.n_observed:
+        told["the loss"] = "none was observed: call observe(loss=…) once a step"
+    if not state.forward.is_language_model:
+        told["learning rates against the usual ones"] = "they are known of language models alone"
+    elif not state.is_fresh:
+        told["learning rates that are too low"] = "the model was trained before"
+    if state.events.n_observed and state.expected_start is None:
+        told["the first loss"] = "no head over the vocabulary was heard in an untrained model"
+    if state.events.probe is None:
+        told["the order of zero_grad, backward and step"] = "no tensor that is whole and trained could be listened to"
+    told["what only a changed input or weight shows (the future, memory, arguments without effect)"] = "see examine"
+    return told
+
+
+def closing(state: State) -> str:
+    """A watch's last line."""
+    told = "; ".join(f"{what} ({why})" for what, why in unchecked(state).items())
+    found = counts(finding.severity for finding in state.findings)
+    return f"after {state.step} updates: {found}; not checked: {told}"

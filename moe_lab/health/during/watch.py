@@ -20,7 +20,7 @@ from ..torch_private import is_nested_step
 from .forward import Hook
 from .intended import N_MATRICES
 from .published import LAST_WORDS, Published
-from .report import table
+from .report import closing, table, unchecked
 from .rule import Rule
 from .rules import ALL, AT_START
 from .rules_updates import N_LOSSES
@@ -38,7 +38,8 @@ class Watch:
     `budget`: optimizer updates planned, for statements about reach; `expect_frozen`: names or name prefixes of tensors that
     are frozen on purpose; `log`: a file to which each finding is appended as a line of JSON. `observe(loss=…)` once a step
     lets it judge the loss. `n_matrices`: 16-bit matrices under Muon whose steps are replayed; each costs about what the real
-    step costs. `findings` grows as rules speak; of each tensor, group or loss a rule says a thing once. Parameters that are
+    step costs. `findings` grows as rules speak, and each is printed to stderr when it is made, as is at the end what was not
+    checked, and why (`quiet=True`: neither); of each tensor, group or loss a rule says a thing once. Parameters that are
     unfrozen or given to an optimizer later are taken in at the next check. Where `step` is given a closure, the gradients are
     looked at afterwards and the step is not replayed: lost updates are then seen only where nothing moves at all.
 
@@ -60,11 +61,12 @@ class Watch:
         *,
         log: str | Path | None = None,
         n_matrices: int = N_MATRICES,
+        quiet: bool = False,
     ):
         given = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
         optimizers = [innermost(o) for o in given]
         refuse_bad_input(model, optimizers, expect_frozen)
-        self.published = Published(log, start_step)
+        self.published = Published(log, start_step, quiet)
         self.findings: list[Finding] = self.published.findings
         self.handles: list = []
         frozen = {name for name, _ in model.named_parameters() if name.startswith(tuple(expect_frozen))}
@@ -108,6 +110,7 @@ class Watch:
             print(finding)
         if not self.findings:
             print("no findings" if self.state.n_seen else "no update was seen: nothing was judged")
+        print(*(f"not checked: {what}: {why}" for what, why in unchecked(self.state).items()), sep="\n")
 
     def attach(self) -> None:
         """Put the hooks on the optimizers, as the constructor does; again, after `close`."""
@@ -126,6 +129,10 @@ class Watch:
 
     def close(self) -> None:
         """Detach from model and optimizers. Findings stay."""
+        try:
+            self.published.say(closing(self.state) if self.handles else "")
+        except Exception as error:
+            self.fail(error, "what was not checked", "it cannot be said")
         for handle in self.handles:
             handle.remove()
         self.handles = []
