@@ -10,10 +10,10 @@ PARAMS ?=
 # Two tests at a time, each with one thread: more threads make small tensors slower.
 TWO := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: help setup test-setup run test lab notebooks outputs claims docs-table bench record seeds detection watch-cost studies ward mutants health-wheel browser format
+.PHONY: help setup test-setup run test lab notebooks outputs claims docs-table bench record seeds detection healthy watch-cost studies ward mutants health-wheel browser format
 
 help:
-	@echo "make setup | run | test | lab | notebooks | outputs | claims | docs-table | bench | record | seeds | detection | watch-cost | studies | ward | mutants | health-wheel | format; see README.md"
+	@echo "make setup | run | test | lab | notebooks | outputs | claims | docs-table | bench | record | seeds | detection | healthy | watch-cost | studies | ward | mutants | health-wheel | format; see README.md"
 
 # Once: the stamp is newer than what it was made from, so a second call installs nothing.
 setup: .venv/installed
@@ -88,6 +88,10 @@ seeds: setup
 # Does the watch name each sickness by step 100, and keep quiet about healthy runs?
 detection: setup
 	$(BIN)/python -m benchmarks.detection
+
+# Does health keep quiet about some hundreds of trainings that are well? A quarter of an hour of one core
+healthy: test-setup
+	$(BIN)/python -m benchmarks.healthy
 
 # What the watch costs the default run; on an idle machine
 watch-cost: setup

@@ -10,6 +10,13 @@ seeds.py           the default run over three seeds: `make seeds`
 watch_cost.py      what a Watch costs the default run: `make watch-cost`
 detection.py       does the watch name each sickness: `make detection`
 detection_rows.py  the trainings that it watches
+programs.py        what a training is to those who watch it; data; tables of runs that are kept by content
+healthy.py         does health keep quiet about trainings that are well: `make healthy`
+healthy_families.py  every family of transformers that runs here in tiny form
+healthy_language.py  one language model under every optimizer and schedule
+healthy_loops.py   precision, accumulation, averages, freezing, adapters
+healthy_senses.py  pictures and sounds
+healthy_kinds.py   recurrent, generative, reinforced, physical, sparse
 studies.py         the committed tables of runs anew: `make studies`
 true_width/        what bf16 weights keep of their updates at the case's width
 outputs.py         the notebooks' committed outputs: `make outputs`
