@@ -161,12 +161,12 @@ def test_batches_of_a_large_stream_are_bounded(tmp_path: Path) -> None:
 
 
 MEMORY = """
-import resource, sys
+import re, sys
 from pathlib import Path
 import datasets, pyarrow.parquet, torch
 from moe_lab.config import DataConfig, ModelConfig
 from moe_lab.data import Batches, prepare
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
 before = peak()
 data = DataConfig(source="hf:parquet", data_files=sys.argv[1], max_bytes=10**9)
 dataset = prepare(data, ModelConfig(vocab_size=50257, max_seq_len=256), cache_dir=Path(sys.argv[2]), progress=False)
@@ -174,19 +174,20 @@ print(dataset.vocab_size, len(dataset.train), peak() - before)
 """
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="no peak of a process that does not begin with its parent's")
 def test_200_mb_within_300(tmp_path: Path) -> None:
-    """A file of 200 MB, of the library's own words in random order; memory is what the process takes beyond its imports."""
+    """A file of 200 MB in one row group, of the library's own words; memory is what the process takes beyond its imports."""
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     files = sorted(Path(os.__file__).parent.rglob("[a-t]*.py"))  # tests included: many words
     library = " ".join(path.read_text("utf-8", errors="ignore") for path in files if path.is_file()).split()
-    choose, size = np.random.default_rng(0), 0
-    with pq.ParquetWriter(tmp_path / "rows.parquet", pa.schema({"text": pa.string()})) as file:
-        while size < 2e8:
-            places = choose.integers(0, len(library) - 400, 2000)
-            texts = [" ".join(library[place : place + 400]) for place in places]
-            size += sum(map(len, texts))
-            file.write_table(pa.table({"text": texts}))
+    choose, texts, size = np.random.default_rng(0), [], 0
+    while size < 2e8:
+        place = choose.integers(0, len(library) - 400)
+        texts.append(" ".join(library[place : place + 400]))
+        size += len(texts[-1])
+    pq.write_table(pa.table({"text": texts}), tmp_path / "rows.parquet")
     run = [sys.executable, "-c", MEMORY, str(tmp_path / "rows.parquet"), str(tmp_path / "cache")]
     out = subprocess.run(run, capture_output=True, text=True, check=True).stdout.split()
     vocab_size, n_tokens, memory = map(int, out)
-    assert vocab_size == 50257 and n_tokens > 2e7 and memory < 3e8
+    print(f"{n_tokens:,} tokens within {memory:,} bytes")
+    assert vocab_size == 50257 and n_tokens > 2e7 and 1e7 < memory < 3e8
