@@ -175,6 +175,7 @@ print(dataset.vocab_size, len(dataset.train), peak() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="no peak of a process that does not begin with its parent's")
+@pytest.mark.timeout(900)  # half a minute on an idle machine
 def test_200_mb_within_300(tmp_path: Path) -> None:
     """A file of 200 MB in one row group, of the library's own words; memory is what the process takes beyond its imports."""
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")

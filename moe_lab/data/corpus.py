@@ -166,8 +166,10 @@ def open_source(data: DataConfig) -> tuple[IterableDataset, str]:
     with reading(data):
         builder = datasets.load_dataset_builder(name, data.subset, data_files=data.data_files)
         if type(builder).__name__ == "Parquet":
-            files = {"files": builder.config.data_files["train"]}
-            rows = datasets.IterableDataset.from_generator(parquet_rows, gen_kwargs=files)
+            files = list(builder.config.data_files["train"])
+            if not files:
+                raise FileNotFoundError(data.data_files)
+            rows = datasets.IterableDataset.from_generator(parquet_rows, gen_kwargs={"files": files})
         else:
             rows = builder.as_streaming_dataset(split="train")
         return rows, f"{name} {builder.config_id} {builder.hash}"
