@@ -219,6 +219,38 @@ def test_the_optimizer_of_a_foreign_file(tmp_path: Path, state: dict, severity: 
     assert by_rule(findings, "info")["lr_baked_in"][0].value == "group_0 9e-05, scheduler base_lrs 0.0003"
 
 
+def wrapped(optimizer: dict, how: str) -> dict:
+    """The same state dict where trainers keep it: by name, in a list, beside a scaler, in a folder of everything."""
+    places = {"named": {"optimizer": {"muon": optimizer}}, "listed": {"optimizer_states": [optimizer]}}
+    places |= {
+        "wrapper": {"optim": {"optimizer": optimizer, "scaler": {"scale": 1.0}}},
+        "flat": {"optimizer": optimizer},
+    }
+    return places.get(how) or {"trainer": {"inner": [{"opt": optimizer}]}}
+
+
+@pytest.mark.parametrize("how", ["flat", "named", "listed", "wrapper", "trainer"])
+def test_an_optimizers_state_is_found_wherever_it_lies(tmp_path: Path, how: str) -> None:
+    """A file whose states lie deeper was called a copy to run, and its learning rates and counts were not read."""
+    moments = {0: {"step": torch.tensor(188.0), "exp_avg": torch.zeros(8)}}
+    optimizer = {"state": moments, "param_groups": [{"lr": 9e-5, "params": [0]}]}
+    findings = inspected({"model": foreign(), "global_step": 754, **wrapped(optimizer, how)}, tmp_path)
+    assert [f.severity for f in findings if f.rule == "bf16_parameters"] == ["error"]
+    assert by_rule(findings, "info")["lr_baked_in"][0].value == "group_0 9e-05"
+    (found,) = by_rule(findings)["step_counters"]
+    assert found.message == "the checkpoint says step 754 and its optimizer has made 188 updates"
+    moments[0]["master"] = torch.ones(8)
+    for step in (187, 188):  # a loop that counts from 0 is as sound
+        findings = inspected({"model": foreign(), "global_step": step, **wrapped(optimizer, how)}, tmp_path)
+        assert not {"bf16_parameters", "step_counters"} & set(by_rule(findings))
+
+
+def test_a_trainer_that_counts_the_steps_of_each_optimizer(tmp_path: Path) -> None:
+    one = {"state": {0: {"step": torch.tensor(50.0)}}, "param_groups": [{"lr": 9e-5, "params": [0]}]}
+    content = {"state_dict": {"a": torch.randn(9)}, "global_step": 100, "optimizer_states": [one, one]}
+    assert "step_counters" not in by_rule(inspected(content, tmp_path))
+
+
 def test_odd_contents_do_not_stop_it(tmp_path: Path) -> None:
     odd = {"scheduler": 3, "config": [1], "step": "many", "tokens_seen": None}
     odd |= {"optimizer": {"state": [1], "param_groups": "x"}}

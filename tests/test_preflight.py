@@ -269,8 +269,19 @@ def test_dead_keys_of_the_case(tmp_path: Path) -> None:
     assert {(f.rule, f.severity) for f in found} == {("unread_key", "warning")}
     assert "optimizer.ns_steps" in found[2].advice
     assert {f.message for f in preflight_of(str(path))} == {f.message for f in found}
-    values["extra"] = {"another": "project"}  # which may well read those keys
-    assert preflight(values, schema=HEALTH_SCHEMA) == []
+    values["extra"] = {"another": "project"}  # which may read other keys than this one's
+    found = preflight(values, schema=HEALTH_SCHEMA)
+    assert [f.rule for f in found] == ["unread_key"] * 3
+    assert "unless the code is another's, as extra may say" in found[2].message and "may not be" in found[2].advice
+    assert not any(f.advice.startswith("set ") for f in found)
+    assert preflight({"training": values["training"], "extra": {}}, schema=HEALTH_SCHEMA) == []  # mostly another's
+
+
+@pytest.mark.parametrize(("n", "is_known"), [(1e6, False), (124e6, False), (125e6, True), (175e9, True), (1e12, False)])
+def test_beyond_its_table_the_usual_learning_rate_is_no_fact(n: float, is_known: bool) -> None:
+    (finding,) = preflight({"learning_rate": 1e-9, "optimizer": "adamw"}, n_parameters=n)
+    assert ("usually starts at" in finding.message) == is_known
+    assert ("a table that begins at 1.25e+08, continued, gives" in finding.message) == (not is_known)
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------

@@ -125,6 +125,8 @@ def judge(groups: Iterable[Group], n_parameters: float) -> list[Finding]:
     """
     usual = usual_adamw_lr(n_parameters)
     compared = f"a transformer of {n_parameters:.2g} parameters usually starts at about {usual:.2g}"
+    if not GPT3[0][0] <= n_parameters <= GPT3[-1][0]:
+        compared = f"for a transformer of {n_parameters:.2g} parameters a table that begins at {GPT3[0][0]:.3g}, continued, gives {usual:.2g}"
 
     def ratio_of(members: Iterable[Group]) -> float:
         return geometric_mean(group.adamw_lr for group in members) / usual

@@ -21,6 +21,8 @@ from ..sampling import tensor_kind
 
 WEIGHTS = ("model_state_dict", "state_dict", "model")  # where trainers keep the tensors; or the file is the mapping
 NO_MEMORY = re.compile(r"can(?:'t|not) allocate|not enough memory", re.IGNORECASE)
+STEPS = ("step", "global_step", "global_steps")
+DEEPEST = 6  # levels of mappings and lists in which an optimizer's state is looked for
 TOKENS = ("tokens_seen", "n_tokens", "consumed_tokens")
 STUCK = "see whether their updates are rounded away (16-bit parameters) or never made"
 MICRO_BATCHES = "see whether steps count micro-batches, or whether the batch was changed on the way"
@@ -119,9 +121,24 @@ def parts(state: Mapping, word: str) -> list[Mapping]:
     return [part for value in named for part in mappings(value if isinstance(value, (list, tuple)) else [value])]
 
 
+def optimizers(tree: Any, depth: int = DEEPEST) -> list[Mapping]:
+    """Every optimizer's state dict in a checkpoint, whatever holds it."""
+    if isinstance(tree, Mapping) and {"state", "param_groups"} <= tree.keys():
+        return [tree]
+    inner = mappings(tree) + [
+        v for v in (tree.values() if isinstance(tree, Mapping) else ()) if isinstance(v, (list, tuple))
+    ]
+    return [found for part in inner for found in optimizers(part, depth - 1)] if depth else []
+
+
 def in_optimizers(state: Mapping, key: str) -> list[Mapping]:
     """The `param_groups` of all stored optimizers, or the `state` of each of their tensors."""
-    return [inner for part in parts(state, "optim") for inner in mappings(part.get(key))]
+    return [inner for part in optimizers(state) for inner in mappings(part[key])]
+
+
+def steps_of(state: Mapping) -> list[float]:
+    """What the checkpoint itself calls its step."""
+    return numbers(*map(state.get, STEPS))
 
 
 def stored_rates(state: Mapping) -> dict[str, float]:
@@ -165,7 +182,7 @@ def unexpected(names: Iterable[str], severity: str, what: str) -> Iterator[Findi
 def held_against_start(weights: Mapping[str, Tensor], state: Mapping) -> Iterator[Finding]:
     """What has moved, by the start values in the file, or by the constants that a start leaves."""
     sample = state.get("initial_sample")
-    counted = numbers(optimizer_steps(state), state.get("step"), state.get("global_step"))
+    counted = numbers(optimizer_steps(state), *steps_of(state))
     updates = counted[0] if counted else None
     if isinstance(sample, Mapping):
         starts = {str(name): start_of(kept, weights.get(name)) for name, kept in sample.items()}
@@ -234,7 +251,7 @@ def constants(weights: Mapping[str, Tensor]) -> Iterator[Finding]:
 def sixteen_bits(weights: Mapping[str, Tensor], state: Mapping) -> Iterator[Finding]:
     """16-bit weights without anything in the optimizer's state that keeps what rounding loses."""
     narrow = [name for name, t in weights.items() if t.dtype in (torch.bfloat16, torch.float16)]
-    kept = [*parts(state, "optim"), *in_optimizers(state, "state")]
+    kept = [*parts(state, "optim"), *optimizers(state), *in_optimizers(state, "state")]
     if not narrow or keeps_bits(kept, in_optimizers(state, "param_groups")):
         return
     formats = " and ".join(sorted({str(weights[name].dtype).removeprefix("torch.") for name in narrow}))
@@ -269,8 +286,9 @@ def baked_in(state: Mapping, plan: Plan, n_parameters: int) -> Iterator[Finding]
 
 def counters(state: Mapping, plan: Plan) -> Iterator[Finding]:
     counted, at_once = optimizer_steps(state), plan.tokens_per_update()
-    for step in numbers(state.get("step"))[:1]:
-        if counted is not None and int(step) != counted:
+    together = max(1, len(optimizers(state)))  # some trainers count each optimizer's steps
+    for step in steps_of(state)[:1]:
+        if counted is not None and int(step) not in (counted, counted - 1, counted * together):  # or began at 0
             message = f"the checkpoint says step {step:g} and its optimizer has made {counted} updates"
             yield Finding("step_counters", "warning", "step", message, MICRO_BATCHES, step, counted)
         told = [(name, tokens) for name in TOKENS for tokens in numbers(state.get(name))]

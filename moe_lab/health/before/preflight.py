@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..conventions import ADAMW_RMS, judge
-from ..findings import Finding
+from ..findings import Finding, several
 from ..measures import adam_ratio_bound, predict_lost
 from .comments import contradictions
 from .plan import ALIASES, NOT_FROM_SCRATCH, Entry, Plan, as_number
@@ -36,7 +36,7 @@ def preflight(
     Knows the keys of many projects (`plan.ALIASES`). `n_parameters`: of the model; without it, what a plain transformer of
     these sizes has. `schema`: what a project knows of its own configs, each if wanted: `aliases` {a key of ALIASES: the
     project's names for it}; `dead_keys` {section.key that nothing reads: what is read instead}, held against configs that
-    have no other sections than `sections`. `where` is `file:line` for a file, the key for a mapping. What the keys do
+    have half of the `sections` at least. `where` is `file:line` for a file, the key for a mapping. What the keys do
     not tell is not judged. Raises ValueError, in one line, for a source that cannot be read as a mapping.
     """
     schema = schema or {}
@@ -193,12 +193,18 @@ def judged_rates(plan: Plan, n_parameters: float | None) -> Iterator[Finding]:
 
 
 def dead_keys(plan: Plan, schema: Mapping[str, Any]) -> Iterator[Finding]:
-    """Keys that look like knobs, and nothing reads them. In another project's config they may well be read."""
-    sections, instead = schema.get("sections"), schema.get("dead_keys", {})
-    if sections and not all(len(entry.path) > 1 and entry.path[0] in sections for entry in plan.entries):
+    """Keys that look like knobs, and nothing reads them: in configs with most of the project's sections. Beside sections of
+    another's the code may be another, too, and what it reads in their place is not known."""
+    sections, instead = set(schema.get("sections", ())), schema.get("dead_keys", {})
+    present = {entry.path[0] for entry in plan.entries}
+    if 2 * len(sections & present) < len(sections):
         return
+    foreign = sorted(present - sections) if sections else []
     for entry in plan.entries:
         if entry.name in instead:
             message = f"nothing reads {entry.name}: changing it changes nothing"
             advice = f"set {instead[entry.name]} instead"
+            if foreign:
+                message += f", unless the code is another's, as {several(foreign)} may say"
+                advice = f"see in that code what is read in its place; {instead[entry.name]} may not be"
             yield Finding("unread_key", "warning", entry.where, message, advice, str(entry.value))
