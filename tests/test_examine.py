@@ -136,6 +136,19 @@ def test_set_up_and_config_are_part_of_it() -> None:
     assert found["not_in_optimizer"] == "error"
 
 
+@pytest.mark.parametrize("begins", [1.0, 0.01, None])
+def test_a_warm_up_that_begins_at_its_peak(begins: float | None) -> None:
+    model = Tiny()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    if begins is not None:  # None: set in the loop, which is not known yet
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: begins if step == 0 else min(1, (step + 1) / 100))
+    for config, expected in (({"warmup_steps": 100}, {"schedule": "warning"}), ({}, {})):
+        assert said(model, optimizer=optimizer, config=config) == (expected if begins == 1.0 else {})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=1000)
+    assert said(model, optimizer=optimizer, config={"warmup_steps": 300}) == {}
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_the_labs_model_is_causal_in_evaluation_and_each_leak_is_found_at_its_place(name: str) -> None:

@@ -281,7 +281,47 @@ def test_dead_keys_of_the_case(tmp_path: Path) -> None:
 def test_beyond_its_table_the_usual_learning_rate_is_no_fact(n: float, is_known: bool) -> None:
     (finding,) = preflight({"learning_rate": 1e-9, "optimizer": "adamw"}, n_parameters=n)
     assert ("usually starts at" in finding.message) == is_known
-    assert ("a table that begins at 1.25e+08, continued, gives" in finding.message) == (not is_known)
+    assert ("a table of 1.25e+08 to 1.75e+11, continued, gives" in finding.message) == (not is_known)
+
+
+# ---- schedules -------------------------------------------------------------------------------------------------------
+
+TOKENS = {
+    "total_tokens": 10_000 * 4 * 512 * 8,
+    "seq_len": 512,
+    "batch_size": 8,
+    "grad_accum_steps": 4,
+}  # 10,000 updates
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"max_steps": 1000, "warmup_steps": 1000}, "the peak LR is never reached"),
+        (
+            {"max_iters": 5000, "lr_decay_iters": 20000, "grad_accum_steps": 4},
+            "0.25 of the way down; they are apart by",
+        ),
+        ({"max_iters": 5000, "lr_decay_iters": 1250}, "at its end after 0.25 of the run"),
+        ({"max_steps": 200, "logging_steps": 500}, "logging_steps: 500 is beyond the 200 steps planned"),
+        ({**TOKENS, "max_steps": 40_000}, "40000 steps are micro-batches by total_tokens: 10000 updates"),
+        (
+            {**TOKENS, "max_steps": 40_000, "log_interval": 10, "save_interval": 25},
+            "`(step + 1) % 4 == 0`, log_interval never",
+        ),
+        # healthy look-alikes
+        ({**TOKENS, "max_steps": 10_000, "log_interval": 10, "eval_steps": 1000, "warmup_steps": 100}, None),
+        ({"max_iters": 600_000, "lr_decay_iters": 600_000, "warmup_iters": 2000, "grad_accum_steps": 40}, None),
+        ({"max_iters": 5000, "lr_decay_iters": 4000, "log_interval": 10}, None),  # a tail at the least LR
+        ({"max_steps": -1, "warmup_steps": 500, "logging_steps": 500, "save_steps": 500}, None),  # epochs decide
+        ({"max_steps": 100, "warmup_steps": 0, "eval_steps": 500, "save_steps": 500, "logging_steps": 10}, None),
+        ({"steps": 1000, "decay_steps": None, "warmup_steps": 0.1}, None),
+    ],
+)
+def test_schedules_on_paper(config: dict, words: str | None) -> None:
+    found = [f for f in preflight(config) if f.severity == "warning"]
+    assert [f.rule for f in found] == ["schedule"] * bool(words)
+    assert words is None or words in found[0].message
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------

@@ -115,6 +115,15 @@ def distance(ratio: float) -> float:
     return max(ratio, 1 / ratio)
 
 
+def compared_with(n_parameters: float, usual: float) -> str:
+    """The table's word for this size: a fact within it, and said to be a continuation beyond."""
+    first, last = GPT3[0][0], GPT3[-1][0]
+    if first <= n_parameters <= last:
+        return f"a transformer of {n_parameters:.2g} parameters usually starts at about {usual:.2g}"
+    table = f"a table of {first:.3g} to {last:.3g}, continued, gives {usual:.2g}"
+    return f"for a transformer of {n_parameters:.2g} parameters {table}"
+
+
 def judge(groups: Iterable[Group], n_parameters: float) -> list[Finding]:
     """Hold peak LRs against what transformers of this size are trained with from scratch; findings are warnings.
 
@@ -124,9 +133,7 @@ def judge(groups: Iterable[Group], n_parameters: float) -> list[Finding]:
     otherwise `lr_too_low` and `lr_too_high` for the kinds that are out of range. Not for fine-tuning, whose LRs are lower.
     """
     usual = usual_adamw_lr(n_parameters)
-    compared = f"a transformer of {n_parameters:.2g} parameters usually starts at about {usual:.2g}"
-    if not GPT3[0][0] <= n_parameters <= GPT3[-1][0]:
-        compared = f"for a transformer of {n_parameters:.2g} parameters a table that begins at {GPT3[0][0]:.3g}, continued, gives {usual:.2g}"
+    compared = compared_with(n_parameters, usual)
 
     def ratio_of(members: Iterable[Group]) -> float:
         return geometric_mean(group.adamw_lr for group in members) / usual

@@ -80,6 +80,7 @@ RULES: dict[str, tuple[str, str]] = {
     "direction_bias": ("warning", "16-bit weights only move one way: the other direction is rounded away"),
     "weight_decay_on_norms": ("info", "weight decay pulls norm weights or biases towards 0"),
     "unread_key": ("warning", "a config key that nothing reads"),
+    "schedule": ("warning", "warm-up, decay, intervals and budget that do not fit, or count different steps"),
     "lr_baked_in": ("warning", "a checkpoint carries a learning rate that a plain resume would bring back"),
     "never_moved": ("error", "a tensor of a checkpoint still holds its start values"),
     "unreadable": ("error", "a file that cannot be read safely"),

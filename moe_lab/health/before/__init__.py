@@ -2,6 +2,7 @@
 
 preflight.py   preflight(source): reads a YAML file or a mapping, and the rules
 plan.py        what the keys mean, by the names of many projects: sizes, optimizers, LRs, schedule
+schedule.py    warm-up, decay and intervals against the budget
 comments.py    comments that contradict the learning rate they stand beside
 data.py        check_data(batches): random, repeated, masked or misplaced tokens
 flow.py        check_causality, check_train_eval: by perturbation, and by who computes in which mode

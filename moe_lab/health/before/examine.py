@@ -22,7 +22,9 @@ from ..random_state import RandomState
 from ..tokens import IGNORED, SHIFTED, Tokens, agreement
 from .data import check_data, tokens_of
 from .flow import check_causality, check_train_eval, logits_of, scaled_copies
-from .preflight import preflight
+from .plan import Plan
+from .preflight import entries_of, preflight
+from .schedule import first_update
 
 NEXT_TOKEN = (
     0.05  # share by which a loss may differ from the next-token loss and still be one, auxiliary terms included
@@ -82,6 +84,8 @@ def examine(
         examination.not_checked["optimizers"] = "none was given"
     else:
         ask("optimizers", lambda: setup(model, optimizer))
+    if optimizer is not None and config is not None:
+        ask("the first update's LR", lambda: first_update(Plan(entries_of(config)), groups_of(optimizer)))
     loss_fn = loss_fn or (lambda model, batch: forward(model, batch).loss)
     state = RandomState([*model.parameters(), *model.buffers()])
     try:
@@ -97,6 +101,10 @@ def examine(
     finally:
         state.put_back()
     return examination
+
+
+def groups_of(optimizer: Optimizer | Iterable[Optimizer]) -> list[dict[str, Any]]:
+    return [group for o in (optimizer if isinstance(optimizer, Iterable) else [optimizer]) for group in o.param_groups]
 
 
 def setup(model: nn.Module, optimizer: Optimizer | Iterable[Optimizer]) -> list[Finding]:

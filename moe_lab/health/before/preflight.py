@@ -17,6 +17,7 @@ from ..findings import Finding, several
 from ..measures import adam_ratio_bound, predict_lost
 from .comments import contradictions
 from .plan import ALIASES, NOT_FROM_SCRATCH, Entry, Plan, as_number
+from .schedule import schedule
 
 MOST_KEYS = 10_000  # a file with more is no config; aliases of aliases can make one line hold billions
 DEEPEST = 50  # levels of nested mappings
@@ -43,20 +44,25 @@ def preflight(
     unknown = sorted(set(schema) - set(SCHEMA_KEYS))
     if unknown:
         raise ValueError(f"schema has {', '.join(unknown)}; it takes {', '.join(SCHEMA_KEYS)}")
-    if isinstance(source, Mapping):
-        entries = entries_of_mapping(source)
-    elif isinstance(source, (str, Path)):
-        entries = read_entries(Path(source))
-    else:
-        raise ValueError(f"preflight takes a YAML file or a mapping, got {type(source).__name__}; try a dict of it")
+    entries = entries_of(source)
     own = schema.get("aliases", {})
     plan = Plan(entries, ALIASES | {key: (*names, *ALIASES.get(key, ())) for key, names in own.items()})
     return [
         *parameter_formats(plan),
         *judged_rates(plan, n_parameters or plan.n_parameters()),
+        *schedule(plan),
         *contradictions(plan),
         *dead_keys(plan, schema),
     ]
+
+
+def entries_of(source: str | Path | Mapping) -> list[Entry]:
+    """Of a file or a mapping. Raises ValueError, in one line, for what is neither, or cannot be read."""
+    if isinstance(source, Mapping):
+        return entries_of_mapping(source)
+    if isinstance(source, (str, Path)):
+        return read_entries(Path(source))
+    raise ValueError(f"preflight takes a YAML file or a mapping, got {type(source).__name__}; try a dict of it")
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,70 @@
+"""The schedule on paper: do warm-up, decay and intervals fit the budget, and do all count the same steps?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from ..findings import Finding
+from .plan import Plan
+
+OFF_BUDGET = (
+    1.5  # decay over budget, or the reverse, up to which a rounded number or a tail at the least LR explains it
+)
+INTERVALS = ("log_interval", "eval_interval", "save_interval")
+ONE_UNIT = "count all of it in updates: one is accumulation × micro-batches"
+
+
+def schedule(plan: Plan) -> Iterator[Finding]:
+    """Warnings where the number of steps is given: an LR that never reaches its peak or its end, steps that are micro-batches
+    by the tokens planned, and a log that is never written. Other intervals beyond the budget are infos: many a loop evaluates
+    and saves at its end."""
+    steps, n_accum = plan.number("steps"), plan.number("gradient_accumulation_steps") or 1
+    warmup, decay = plan.number("warmup_steps") or 0, plan.number("decay_steps")
+    if not steps:
+        return
+
+    def finding(severity: str, key: str, message: str, advice: str, value: float, limit: float) -> Finding:
+        return Finding(
+            "schedule", severity, plan.find(key).where, f"{plan.find(key).name}: {message}", advice, value, limit
+        )
+
+    if warmup >= steps:
+        message = (
+            f"the warm-up of {warmup:g} steps is not over within the {steps:g} planned: the peak LR is never reached"
+        )
+        yield finding("warning", "warmup_steps", message, f"shorten it, or {ONE_UNIT}", warmup, steps)
+    if decay and not 1 / OFF_BUDGET <= decay / steps <= OFF_BUDGET:
+        part = (
+            f"{steps / decay:.2g} of the way down"
+            if decay > steps
+            else f"at its end after {decay / steps:.2g} of the run"
+        )
+        unit = "; they are apart by the accumulation" if max(decay / steps, steps / decay) == n_accum else ""
+        message = f"the LR decays over {decay:g} steps and {steps:g} are planned: it is {part}{unit}"
+        yield finding("warning", "decay_steps", message, f"let it end with the budget; {ONE_UNIT}", decay, steps)
+    tokens, at_once = plan.number("total_tokens"), plan.tokens_per_update()
+    if tokens and at_once and n_accum > 1 and math.isclose(steps, n_accum * tokens / at_once, rel_tol=0.02):
+        never = [key for key in INTERVALS if math.gcd(int(n_accum), int(plan.number(key) or 1)) > 1]
+        gated = f"; inside `(step + 1) % {n_accum:g} == 0`, {' and '.join(never)} never come" if never else ""
+        message = f"{steps:g} steps are micro-batches by total_tokens: {steps / n_accum:g} updates{gated}"
+        yield finding("warning", "steps", message, ONE_UNIT, steps, steps / n_accum)
+    for key in INTERVALS:
+        if (every := plan.number(key) or 0) > steps:
+            severity = "warning" if key == INTERVALS[0] else "info"
+            message = (
+                f"{every:g} is beyond the {steps:g} steps planned: it never comes, but at an end if the loop sees to it"
+            )
+            yield finding(severity, key, message, "lower it", every, steps)
+
+
+def first_update(plan: Plan, groups: list[dict[str, Any]]) -> Iterator[Finding]:
+    """Of optimizers that a scheduler has set up: whether the first update runs at the full LR although a warm-up is planned."""
+    warmup = plan.number("warmup_steps") or 0
+    scheduled = [group for group in groups if "initial_lr" in group]  # torch's schedulers leave it there
+    full = [g for g in scheduled if 0 < max(g["initial_lr"], g.get("max_lr", 0)) <= float(g["lr"]) * (1 + 1e-6)]
+    if warmup > 1 and full:
+        message = f"a warm-up of {warmup:g} steps is planned, and the first update runs at the full LR {float(full[0]['lr']):.3g}"
+        advice = "begin at the first step's share of the LR, (step + 1) / warmup: the scheduler may be off by one, or not step"
+        yield Finding("schedule", "warning", "optimizers", message, advice, float(full[0]["lr"]), 1 / warmup)
