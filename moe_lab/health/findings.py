@@ -70,6 +70,8 @@ RULES: dict[str, tuple[str, str]] = {
     "stale_gradients": ("error", "gradients of earlier updates are not cleared"),
     "cleared_gradients": ("error", "gradients are cleared between the backward pass and the step"),
     "not_measured": ("warning", "something that the watch could not measure, and why"),
+    "lr_overwritten": ("warning", "learning rates that were given are not those of the updates"),
+    "lr_spent": ("warning", "learning rates are near zero before half of the budget, or zero for good"),
     "lr_too_low": ("error", "learning rates far below a language model's usual; an error if a branch probe proves it"),
     "lr_too_high": ("error", "learning rates far above a language model's usual, or the loss blows up"),
     "muon_convention": ("warning", "a Muon learning rate that fits the other convention, or AdamW"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from itertools import combinations
 from statistics import fmean, variance
 
 from ..conventions import Group, convention_of, judge
@@ -12,12 +13,14 @@ from . import intended
 from .rule import Ill, Rule, rule
 from .state import PRETRAINED, State
 from .steps import kind_of, matrix_shape
-from .tracking import HISTORY, LR_STEADY, GroupState
+from .tracking import HISTORY, LR_STEADY, SPENT, GroupState
 
 SIGMAS = 3.0  # standard errors of a difference of losses
 START_OFF = 0.2  # nats between the first loss and ln V + var/2; nats by which a loss rose
 LR_ACTED = 30.0  # updates' worth of peak LR before the loss must have fallen
 LR_LATE = 0.2  # share of the peak LR below which the loss need not fall
+LEARNED = 1 / 3  # share of an untrained model's loss that is gone when an LR is first judged: no low one
+SAME_LR = 1e-3  # relative distance up to which two learning rates are one
 MOST_ACCUMULATED = 64  # the largest factor that a first loss is tried with
 
 # findings that ask how far weights move: without one of them, how far they can is noise
@@ -48,12 +51,16 @@ def measured_group(state: State, group: GroupState) -> Group | None:
 def learning_rates(state: State, name: str) -> Ill:
     """Peak LRs against what such models are trained with; low ones only once they stopped rising, and in a fresh model.
     What is found under the rule of this name, by the groups that it is about."""
-    if not state.forward.is_language_model:
-        return {}  # the table is of language models
+    if not state.forward.is_language_model or "lr_overwritten" in {f.rule for f in state.findings}:
+        return {}  # the table is of language models; and a number that nobody asked for needs no table
     judged = {group: known for group in state.groups if (known := measured_group(state, group))}
     if not judged:
         return {}
-    low_too = state.is_fresh and all(group.is_steady for group in judged)
+    # the table is of models that train as a whole: a new head on a frozen base takes less
+    whole = all(p.requires_grad for p in state.model.parameters())
+    low_too = whole and state.is_fresh and all(group.is_steady for group in judged)
+    if name == "lr_too_low" and state.expected_start and state.losses:  # what has learned so much is not slow
+        low_too &= state.losses[0] - fmean(state.losses[-LR_STEADY:]) < LEARNED * state.expected_start
     ill = {}
     for finding in judge(judged.values(), state.n_parameters):
         hot = finding.rule == "lr_too_high" or (finding.rule == "muon_convention" and finding.value > 1)
@@ -62,9 +69,53 @@ def learning_rates(state: State, name: str) -> Ill:
     return ill
 
 
+def merged(state: State) -> Ill:
+    """Groups that were made with different LRs and have one and the same, before any decay ends."""
+    found = {}
+    known = [g for g in state.groups if g.asked and len(g.recent) == LR_STEADY and g.last >= LR_LATE * g.peak > 0]
+    for a, b in combinations(known, 2):
+        apart = max(a.asked, b.asked) / min(a.asked, b.asked)
+        if apart > 1 + SAME_LR and all(map(partial(math.isclose, rel_tol=SAME_LR), a.recent, b.recent)):
+            facts = {"a": a.asked, "b": b.asked, "where": f"{a.name}, {b.name}", "value": a.last, "limit": apart}
+            found[facts["where"]] = facts
+    return found
+
+
+def brought_back(state: State) -> Ill:
+    """Groups whose state was loaded, and which have stepped at one LR ever since: not the one that they were made with."""
+    found = {}
+    for g in (g for g in state.groups if g.loaded and g.asked and g.n >= LR_STEADY):
+        planned = float(g.group.get("initial_lr", g.last))
+        constant = math.isclose(min(g.lrs[:LR_STEADY]), max(g.lrs[:LR_STEADY]), rel_tol=SAME_LR)
+        if constant and not any(math.isclose(lr, g.asked, rel_tol=SAME_LR) for lr in (planned, g.last)):
+            found[g.name] = {"where": g.name, "value": g.last, "limit": g.asked}
+    return found
+
+
+@rule(
+    "warning",
+    "the learning rate of {where} {what}",
+    "is the scheduler stepped once an update, and not once a micro-batch or process? Was its length given in updates?",
+)
+def lr_spent(state: State) -> Ill:
+    """All LRs near zero before half of the budget, or at zero for LR_STEADY updates."""
+    groups = [g for g in state.groups if len(g.recent) == LR_STEADY]
+    if not groups or len(groups) < len(state.groups):
+        return {}
+    where = ", ".join(g.name for g in groups)
+    if not any(lr for g in groups for lr in g.recent):
+        what = f"was 0 in the last {LR_STEADY} updates"
+        return {"zero": {"where": where, "what": what, "value": 0.0, "limit": max(g.peak for g in groups)}}
+    first = max(g.spent_at for g in groups) + state.start_step
+    if state.budget is None or not all(g.spent_at for g in groups) or first >= state.budget / 2:
+        return {}
+    what = f"was below {SPENT:.0%} of its peak by update {first} of {state.budget}"
+    return {"early": {"where": where, "what": what, "value": first, "limit": state.budget / 2}}
+
+
 @rule(
     "info",
-    "within {budget} updates no weight of {where} can move by more than {value:.2g}, whatever its gradients",
+    "within {budget} updates no weight of {where} can move by more than {value:.2g}, if it goes on by Adam's rule",
     "compare it with the movement you expect before you call a weight frozen or slow",
 )
 def reach(state: State) -> Ill:
@@ -125,14 +176,14 @@ def loss_not_falling(state: State) -> Ill:
     return {"loss": {"value": slope, "limit": 0.0, "error": error, "acted": acted}}
 
 
-@rule(
-    "warning",
-    "the first loss is {value:.3f}; an untrained model of this vocabulary shows {limit:.3f}{factor}",
-    "look for a division by the accumulation that is done twice or not at all, padding in the loss, or a wrong init",
-)
-def initial_loss(state: State) -> Ill:
+def initial_loss(state: State, multiplied: bool) -> Ill:
+    """Only a loss that is a number of times the expected one is surely ill: tied embeddings, auxiliary terms and a frozen base
+    move it by a quarter of a nat, too."""
     expected = state.expected_start
-    if expected is None or not state.losses or not state.is_fresh or not math.isfinite(state.losses[0]):
+    is_new = state.is_fresh or (
+        state.has_new_norms and not state.start_step
+    )  # one that was divided is as low as a trained one's
+    if expected is None or not state.losses or not is_new or not math.isfinite(state.losses[0]):
         return {}
     first = state.losses[0]
     if abs(first - expected) <= START_OFF:
@@ -146,12 +197,27 @@ def initial_loss(state: State) -> Ill:
         return {}  # trained before, or another loss altogether
     else:
         factor = ""
-    return {"loss": {"value": first, "limit": expected, "factor": factor}}
+    return {"loss": {"value": first, "limit": expected, "factor": factor}} if bool(factor) == multiplied else {}
 
 
 ROSE = "the loss rose from {first:.2f} to {last:.2f}"
 
+MERGED = "{where} were made with learning rates of {a:.3g} and {b:.3g}, and both step at {value:.3g}"
+SCALE = "a scheduler writes one number over all groups: let it scale each group's own, or give it a list"
+BROUGHT = "{where} was made with a learning rate of {limit:.3g}; since its state was loaded it steps at {value:.3g}"
+SET_AGAIN = (
+    "load_state_dict brings the checkpoint's LR back: set lr, initial_lr and the scheduler's base again after it"
+)
+
+FIRST = "the first loss is {value:.3f}; an untrained model of this vocabulary shows {limit:.3f}{factor}"
+DIVIDED = (
+    "look for a division by the accumulation that is done twice or not at all, padding in the loss, or a wrong init"
+)
+
 RULES = (
+    Rule("lr_overwritten", "warning", merged, MERGED, SCALE),
+    Rule("lr_overwritten", "warning", brought_back, BROUGHT, SET_AGAIN),
+    lr_spent,
     *(
         Rule(name, "warning", partial(learning_rates, name=name), "{message}", "{advice}")
         for name in ("muon_convention", "lr_too_low", "lr_too_high")
@@ -159,5 +225,6 @@ RULES = (
     nonfinite_loss,
     Rule("lr_too_high", "error", loss_rose, ROSE, "lower the learning rate, or lengthen the warm-up"),
     loss_not_falling,
-    initial_loss,
+    Rule("initial_loss", "warning", partial(initial_loss, multiplied=True), FIRST, DIVIDED),
+    Rule("initial_loss", "info", partial(initial_loss, multiplied=False), FIRST, DIVIDED),
 )

@@ -73,6 +73,11 @@ class State:
         if made_gradients:
             self.read_gradients(optimizer)
 
+    def note_loaded(self, optimizer: Optimizer) -> None:
+        """Called after a state was loaded: before the first update it may bring an old LR back."""
+        for group in self.groups:
+            group.loaded |= group.optimizer is optimizer and not self.n_seen
+
     def read_gradients(self, optimizer: Optimizer) -> None:
         if self.counts[id(optimizer)] % READ_EVERY == 1:
             owners = (optimizer, None) if optimizer is self.optimizers[0] else (optimizer,)
@@ -151,12 +156,17 @@ class State:
 
     @property
     def is_fresh(self) -> bool:
-        """Whether the model looks newly initialised: its norms were constant when the watch began, or, without norms,
-        its first loss was not far below an untrained model's."""
+        """Whether the model looks newly initialised: its first loss is not far below an untrained model's. Where neither is
+        known: its norms are."""
         if self.start_step:
             return False
+        if self.losses and self.expected_start:
+            return self.losses[0] > self.expected_start - PRETRAINED
+        return self.has_new_norms is not False
+
+    @property
+    def has_new_norms(self) -> bool | None:
+        """Whether most norms were constant when the watch began; None without norms."""
         owners = {f"{name}.weight" for name, module in self.model.named_modules() if "Norm" in type(module).__name__}
         norms = [t.constant for t in self.readings if t.name in owners]
-        if norms:
-            return sum(norms) > len(norms) / 2
-        return not (self.losses and self.expected_start and self.losses[0] < self.expected_start - PRETRAINED)
+        return sum(norms) > len(norms) / 2 if norms else None

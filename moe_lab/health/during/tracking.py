@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from ..sampling import elements, plain, sample_positions, tensor_kind
 from ..torch_private import has_step_hooks
 
 HISTORY = 1000  # learning rates and losses kept one by one: a long training costs no more than a short one
+SPENT = 0.01  # share of the peak LR from which on it is near zero
 LR_STEADY = 10  # updates without a rise before an LR is called the peak
 
 
@@ -36,6 +39,16 @@ class Scalars:
         return torch.stack([torch.as_tensor(number, device=device).float().mean() for number in numbers]).tolist()
 
 
+def asked(optimizer: Optimizer, group: dict) -> float | None:
+    """The LR that a group was made with: a scheduler's note, or what the optimizer was called with if that was for this group
+    alone and not left at its default; else what stands there."""
+    default = signature(type(optimizer)).parameters.get("lr")
+    given = optimizer.defaults.get("lr") if len(optimizer.param_groups) == 1 else None
+    if "initial_lr" in group or given is None or (default and given == default.default):
+        given = group.get("initial_lr", group.get("lr"))
+    return None if given is None else float(given)
+
+
 class GroupState:
     """A group of an optimizer's parameters, and its learning rate over time."""
 
@@ -43,9 +56,12 @@ class GroupState:
         self.optimizer, self.number = optimizer, number
         self.name = self.group.get("name") or f"{type(optimizer).__name__.lower()}[{number}]"
         self.waiting = Scalars()
+        self.asked = asked(optimizer, self.group)  # the LR that it was made with
+        self.loaded = bool(optimizer.state)  # a state was loaded before the first update, or the training goes on
         self.lrs: list[float] = []  # of the first HISTORY updates
+        self.recent: deque[float] = deque(maxlen=LR_STEADY)  # of the last ones
         self.n, self.total, self.last, self.peak = 0, 0.0, 0.0, 0.0  # of all of them
-        self.risen_at = 0
+        self.risen_at = self.spent_at = 0  # updates: of the last rise; of the first one near zero after it, 0 for none
 
     @property
     def group(self) -> dict:
@@ -59,11 +75,14 @@ class GroupState:
     def fetch(self) -> None:
         for lr in self.waiting.fetch():
             self.n, self.total, self.last = self.n + 1, self.total + lr, lr
+            self.recent.append(lr)
             if self.n <= HISTORY:
                 self.lrs.append(lr)
             if lr > self.peak * (1 + 1e-6):
                 self.risen_at = self.n
             self.peak = max(self.peak, lr)
+            if not self.spent_at and lr < SPENT * self.peak:
+                self.spent_at = self.n
 
     @property
     def is_steady(self) -> bool:

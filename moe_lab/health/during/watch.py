@@ -121,6 +121,8 @@ class Watch:
         before, after = Hook(self.before_step, self.stop), Hook(self.after_step, self.stop)
         self.handles = [o.register_step_pre_hook(before) for o in self.state.optimizers]
         self.handles += [o.register_step_post_hook(after) for o in self.state.optimizers]
+        loaded = Hook(self.state.note_loaded, self.stop)
+        self.handles += [o.register_load_state_dict_post_hook(loaded) for o in self.state.optimizers]
         forward, events = self.state.forward, self.state.events
         if self.state.n_seen < LISTENED:
             forward.listen(partial(self.fail, where="the forward pass", what=UNHEARD, stop=forward.close))

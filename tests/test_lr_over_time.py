@@ -1,0 +1,149 @@
+"""Learning rates over time: groups that became one, an old LR that a resume brings back, LRs that are spent, and look-alikes."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.optim import SGD, AdamW
+from toy import Toy, adamw, finding, said, toy, train, watched
+
+from moe_lab.health import Watch
+
+LRS = {"lr_overwritten", "lr_spent"}
+
+
+def two_groups(model: Toy, first: float = 0.02, second: float = 0.004) -> AdamW:
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    groups = [{"params": matrices, "lr": first}, {"params": vectors, "lr": second}]
+    return AdamW(groups, weight_decay=0.0)
+
+
+def set_lrs(optimizer, *lrs: float) -> None:
+    for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+        group["lr"] = lr
+
+
+def with_lrs(lrs: Callable[[int], tuple], first: float = 0.02, second: float = 0.004, n: int = 30, **options) -> Watch:
+    model = toy()
+    optimizer = two_groups(model, first, second)
+    return watched(model, [optimizer], n, before_step=lambda step: set_lrs(optimizer, *lrs(step)), **options)
+
+
+def test_groups_that_were_apart_and_are_one() -> None:
+    watch = with_lrs(lambda step: (min(1, (step + 1) / 10) * 1e-3,) * 2)
+    found = finding(watch, "lr_overwritten")
+    assert (found.severity, found.step, found.where) == ("warning", 10, "adamw[0], adamw[1]")
+    assert "0.02 and 0.004" in found.message
+    assert not {"lr_too_low", "muon_convention"} & set(said(watch))  # a verdict is not hidden by a weaker one
+
+
+@pytest.mark.parametrize(
+    "lrs",
+    [
+        lambda step: (0.02 * min(1, (step + 1) / 20), 0.004 * min(1, (step + 1) / 20)),  # a warm-up of each group's own
+        lambda step: (1e-4, 1e-4) if step >= 10 else (0.02, 0.004),  # both at the floor of a decay
+        lambda step: (0.02, 0.0),  # one waits
+    ],
+)
+def test_groups_that_keep_their_own(lrs) -> None:
+    assert not LRS & set(said(with_lrs(lrs)))
+
+
+def test_groups_that_were_never_apart() -> None:
+    assert not LRS & set(said(with_lrs(lambda step: (0.004, 0.004), 0.01, 0.01)))
+
+
+def resumed(
+    new: float, after: Callable = lambda optimizer, step: None, early: bool = False, old: float = 2e-5
+) -> Watch:
+    """The old run had `old`; the new one is built with `new`, loads the old state, and goes on. `early`: the watch is there
+    before the state."""
+    model = toy()
+    first = AdamW(model.parameters(), lr=old)
+    train(None, model, [first], 5)
+    optimizer = AdamW(model.parameters(), lr=new)
+    watch = Watch(model, optimizer) if early else None
+    optimizer.load_state_dict(copy.deepcopy(first.state_dict()))
+    watch = watch or Watch(model, optimizer)
+    train(watch, model, [optimizer], 30, before_step=lambda step: after(optimizer, step))
+    return watch
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_resume_that_brings_an_old_rate_back(early: bool) -> None:
+    found = finding(resumed(2e-3, early=early), "lr_overwritten")
+    assert (found.severity, found.step, found.value, found.limit) == ("warning", 10, 2e-5, 2e-3)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_resumes_that_do_not(early: bool) -> None:
+    def again(optimizer, step):
+        set_lrs(optimizer, 2e-3)
+
+    def cosine(optimizer, step):  # a schedule that has long decayed: each update has its own
+        set_lrs(optimizer, 2e-3 * (0.3 - step / 1000))
+
+    assert not LRS & set(said(resumed(2e-3, again, early)))
+    assert not LRS & set(said(resumed(2e-3, cosine, early)))
+    assert not LRS & set(said(resumed(2e-5, early=early)))
+
+
+def test_a_rate_that_is_set_by_hand_without_a_state_is_meant() -> None:
+    model = toy()
+    optimizer = AdamW(model.parameters(), lr=0.02)
+    set_lrs(optimizer, 0.01)
+    assert not LRS & set(said(watched(model, [optimizer], 30)))
+
+
+def linear(n_steps: int) -> Callable:
+    return lambda step: (0.02 * max(0.0, 1 - step / n_steps), 0.004 * max(0.0, 1 - step / n_steps))
+
+
+@pytest.mark.parametrize(("n_steps", "budget", "told"), [(25, 100, True), (100, 100, False), (25, None, True)])
+def test_rates_that_are_spent_too_early(n_steps, budget, told) -> None:
+    """A scheduler that is stepped four times an update; without a budget, zero for good is told alone."""
+    assert ("lr_spent" in said(with_lrs(linear(n_steps), n=60, budget=budget))) == told
+
+
+def test_a_rate_that_never_rises_and_one_that_rests() -> None:
+    model = toy()
+    assert (
+        "0 in the last 10 updates" in finding(watched(model, [SGD(model.parameters(), lr=0.0)], 20), "lr_spent").message
+    )
+    assert not LRS & set(said(with_lrs(lambda step: (0.0 if step > 10 else 0.02, 0.004), n=40, budget=100)))
+
+
+def test_a_wrapped_rate_on_its_device_is_read_as_well() -> None:
+    model = toy()
+    watch = watched(model, [AdamW(model.parameters(), lr=torch.tensor(0.01))], 20)
+    assert watch.state.groups[0].asked == pytest.approx(0.01) and not LRS & set(said(watch))
+
+
+def test_a_rate_that_brought_the_loss_down_is_not_called_low() -> None:
+    model = toy(width=512)  # wide: it learns at a rate that the table has for ten times the size
+    watch = watched(model, adamw(model, lr=6e-4), 40)
+    assert watch.state.losses[-1] < 0.5 * watch.state.losses[0] and said(watch) == []
+
+
+def test_a_new_head_on_a_frozen_base_is_not_held_against_a_table_of_whole_models() -> None:
+    model = toy()
+    model.embedding.requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert said(watched(model, [AdamW(trained, lr=1e-4)], 40, expect_frozen=["embedding."])) == []
+    model = toy()
+    assert "lr_too_low" in said(watched(model, adamw(model, lr=1e-4), 40))
+
+
+def test_fresh_is_a_matter_of_the_loss() -> None:
+    """A trained model whose norms never moved, and a new one whose norms are not constant."""
+    model = toy()
+    train(None, model, [AdamW([p for p in model.parameters() if p is not model.norm.weight], lr=0.01)], 150)
+    watch = watched(model, adamw(model, lr=1e-5), 40, start=150)
+    assert watch.state.has_new_norms and not watch.state.is_fresh and said(watch) == []
+    model = toy()
+    with torch.no_grad():
+        model.norm.weight += 0.01 * torch.randn(16)
+    watch = watched(model, adamw(model, lr=1e-5), 40)
+    assert watch.state.is_fresh and "lr_too_low" in said(watch)
