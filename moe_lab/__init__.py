@@ -10,6 +10,7 @@ health/      watches any PyTorch training; a distribution of its own
 show/        pictures and the live run
 failures/    failures on purpose, and what they cost
 course/      what the notebooks share
+connect/     others' engines: Hugging Face
 __main__.py  the command line
 """
 

@@ -26,7 +26,7 @@ for _ in range(3):
     optimizer.step()
 sys.exit(int(sys.argv[1]))
 """
-STRANGERS = ("moe_lab", "numpy", "yaml", "tqdm")
+STRANGERS = ("moe_lab", "numpy", "yaml", "tqdm", "transformers")
 
 
 def blocks(readme: str, language: str) -> list[str]:
@@ -108,6 +108,17 @@ def every_public_name_is_there() -> None:
     assert all(callable(getattr(moe_lab_health, name)) or name.isupper() for name in moe_lab_health.__all__)
 
 
+def the_callback_says_what_it_needs() -> None:
+    from moe_lab_health import HealthCallback
+
+    try:
+        HealthCallback()
+    except ImportError as error:
+        assert "pip install 'transformers" in str(error) and "\n" not in str(error), error
+    else:
+        raise AssertionError("a callback was made without transformers")
+
+
 class Inherits(torch.optim.SGD):
     def step(self, closure=None):
         return super().step(closure)
@@ -164,6 +175,7 @@ def main(readme: Path) -> None:
     a_config_is_judged()
     a_script_is_watched()
     every_public_name_is_there()
+    the_callback_says_what_it_needs()
     torchs_private_interfaces_are_there()
     print(f"torch {torch.__version__}: the wheel does what it says")
 

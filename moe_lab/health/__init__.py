@@ -16,6 +16,7 @@ torch_private.py every private interface of torch that is leaned on
 from importlib import import_module
 
 HOMES = {
+    "HealthCallback": "during.callback",
     "RULES": "findings",
     "SICKNESSES": "findings",
     "Finding": "findings",

@@ -17,4 +17,5 @@ forward.py       what forward passes tell: vocabulary, the logits' variance, whi
 published.py     what was said, the log, and what need not be said again
 report.py        the readings as a table of text
 branch.py        the branch probe: one state, several settings
+callback.py      the Watch in a Trainer of transformers
 """

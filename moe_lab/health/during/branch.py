@@ -61,7 +61,8 @@ def branch_probe(
     also after an error; it takes a copy of them. Step hooks, a watch's and others', are not called.
     Raises ValueError for too few batches.
     """
-    optimizers = [innermost(o) for o in ([optimizer] if isinstance(optimizer, Optimizer) else optimizer)]
+    given = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
+    optimizers = [inner for o in given for inner in innermost(o)]
     if len(batches) < n_updates + 5:
         raise ValueError(f"batches has {len(batches)}; {n_updates} updates and at least 5 to evaluate on are needed")
     changes = lr_branches(optimizers) if branches is None else branches

@@ -170,11 +170,14 @@ def refuse_bad_input(model: nn.Module, optimizers: list[Any], expect_frozen: Seq
             )
 
 
-def innermost(optimizer: Any) -> Any:
-    """The optimizer inside of wrappers that hold it as `.optimizer` and take no step hooks themselves, as accelerate's."""
-    while not has_step_hooks(optimizer) and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
+def innermost(optimizer: Any) -> list[Any]:
+    """The optimizers inside of wrappers that hold one as `.optimizer` and take no step hooks themselves, as accelerate's, or
+    several as `.optimizers`, which step together."""
+    together = getattr(optimizer, "optimizers", None)
+    if isinstance(together, list | tuple) and together:
+        return [inner for one in together for inner in innermost(one)]
+    wraps = not has_step_hooks(optimizer) and hasattr(optimizer, "optimizer")
+    return innermost(optimizer.optimizer) if wraps else [optimizer]
 
 
 def storage(p: Tensor) -> tuple:

@@ -64,7 +64,7 @@ class Watch:
         quiet: bool = False,
     ):
         given = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
-        optimizers = [innermost(o) for o in given]
+        optimizers = [inner for o in given for inner in innermost(o)]
         refuse_bad_input(model, optimizers, expect_frozen)
         self.published = Published(log, start_step, quiet)
         self.findings: list[Finding] = self.published.findings
