@@ -136,6 +136,75 @@ def test_set_up_and_config_are_part_of_it() -> None:
     assert found["not_in_optimizer"] == "error"
 
 
+class Masked(Tiny):
+    """Takes a mask; `uses` it or drops it on the way."""
+
+    def __init__(self, uses: bool) -> None:
+        super().__init__()
+        self.uses = uses
+
+    def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        return super().forward(torch.where(mask, input_ids, 0) if self.uses else input_ids)
+
+
+@pytest.mark.parametrize("uses", [True, False])
+def test_an_argument_that_is_dropped_on_the_way(uses: bool) -> None:
+    ids, labels = batch()
+    whole = {"input_ids": ids, "mask": torch.ones_like(ids).bool()}
+
+    def loss(model: nn.Module, batch: dict) -> Tensor:
+        return F.cross_entropy(model(**batch).flatten(0, 1), labels.flatten())
+
+    found = [(f.rule, f.where) for f in examine(Masked(uses), whole, loss).findings if f.severity == "warning"]
+    assert [pair for pair in found if pair[0] == "no_effect"] == ([] if uses else [("no_effect", "mask")])
+
+
+def test_a_tie_that_broke() -> None:
+    for tied, config, expected in (
+        (True, {"tie_word_embeddings": True}, {}),
+        (False, {"tie_word_embeddings": True}, {"broken_tie": "warning"}),
+        (False, {"model": {"weight_tying": "on"}}, {"broken_tie": "warning"}),
+        (False, {"tie_word_embeddings": False}, {}),
+        (False, None, {}),
+        ("copied", None, {"broken_tie": "warning"}),
+    ):
+        model = Tiny()
+        if tied:
+            weight = model.embedding.weight
+            model.head.weight = weight if tied is True else nn.Parameter(weight.detach().clone())
+        found = said(model, config=config)
+        assert {rule: severity for rule, severity in found.items() if rule != "initial_loss"} == expected
+
+
+def test_an_optimizer_of_tensors_that_are_the_models_no_more() -> None:
+    model, old = Tiny(), Tiny()
+    assert said(model, optimizer=torch.optim.SGD(old.parameters(), 0.1)) == {"not_in_optimizer": "error"}
+    some = [*old.head.parameters(), *[p for n, p in model.named_parameters() if n != "head.weight"]]
+    (stale,) = (
+        f for f in examine(model, batch(), loss_of, torch.optim.SGD(some, 0.1)).findings if f.severity == "error"
+    )
+    assert stale.where == "head.weight" and stale.message.startswith("1 tensors of the optimizer are not the model's")
+    narrow = Tiny().bfloat16()
+    masters = [p.detach().float().requires_grad_() for p in narrow.parameters()]
+    assert said(narrow, optimizer=torch.optim.AdamW(masters, 1e-4)) == {}
+    adapter = nn.Parameter(torch.zeros(3, 3))  # of another model, trained by the same optimizer
+    assert said(model, optimizer=torch.optim.SGD([*model.parameters(), adapter], 0.1)) == {}
+
+
+@pytest.mark.parametrize(
+    ("lr", "dtype", "stuck"), [(1e-4, "bfloat16", True), (1e-2, "bfloat16", False), (1e-4, "float32", False)]
+)
+def test_a_16_bit_tensor_that_no_gradient_can_move(lr: float, dtype: str, stuck: bool) -> None:
+    """LayerNorm's weight is 1, its bias 0: the bias moves."""
+    model = Tiny().to(getattr(torch, dtype))
+    optimizer = torch.optim.AdamW(model.parameters(), lr)
+    found = [f for f in examine(model, batch(), loss_of, optimizer).findings if f.rule == "bf16_parameters"]
+    assert [(f.severity, f.where) for f in found] == ([("error", "norm.weight")] if stuck else [])
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.001)  # warm-up: the peak counts
+    found = [f for f in examine(model, batch(), loss_of, scheduler.optimizer).findings if f.rule == "bf16_parameters"]
+    assert len(found) == stuck
+
+
 @pytest.mark.parametrize("begins", [1.0, 0.01, None])
 def test_a_warm_up_that_begins_at_its_peak(begins: float | None) -> None:
     model = Tiny()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..during.forward import disturbed, unwrapped
+from ..during.tracking import innermost
 from ..during.watch import Watch
 from ..findings import Finding, several
 from ..random_state import RandomState
@@ -25,6 +26,7 @@ from .flow import check_causality, check_train_eval, logits_of, scaled_copies
 from .plan import Plan
 from .preflight import entries_of, preflight
 from .schedule import first_update
+from .structure import broken_tie, cannot_move, stale, without_effect
 
 NEXT_TOKEN = (
     0.05  # share by which a loss may differ from the next-token loss and still be one, auxiliary terms included
@@ -53,10 +55,10 @@ class Examination:
         """Keep what a check finds; one that cannot be made says why. The training is never ended by a check."""
         try:
             answer = check()
+            found = [answer] if isinstance(answer, Finding) else list(answer or [])
         except Exception as error:
             self.not_checked[what] = str(error).splitlines()[0] if str(error) else type(error).__name__
             return
-        found = [answer] if isinstance(answer, Finding) else answer or []
         self.findings += [finding for finding in found if finding not in self.findings]
 
 
@@ -80,12 +82,14 @@ def examine(
         examination.not_checked["config"] = "none was given"
     else:
         ask("config", lambda: preflight(config))
+    ask("ties", lambda: broken_tie(model, plan_of(model, config)))
     if optimizer is None:
         examination.not_checked["optimizers"] = "none was given"
     else:
-        ask("optimizers", lambda: setup(model, optimizer))
-    if optimizer is not None and config is not None:
-        ask("the first update's LR", lambda: first_update(Plan(entries_of(config)), groups_of(optimizer)))
+        optimizers = [innermost(o) for o in (optimizer if isinstance(optimizer, Iterable) else [optimizer])]
+        ask("optimizers", lambda: setup(model, optimizers))
+        ask("16-bit tensors that cannot move", lambda: cannot_move(model, optimizers))
+        ask("the first update's LR", lambda: first_update(plan_of(model, config), groups_of(optimizers)))
     loss_fn = loss_fn or (lambda model, batch: forward(model, batch).loss)
     state = RandomState([*model.parameters(), *model.buffers()])
     try:
@@ -94,6 +98,7 @@ def examine(
         ask("data", lambda: check_data([batch]))
         ask("gradients", lambda: silent_parts(one, batch, loss_fn))
         modes = (lambda b: logits(one.train(), b)), (lambda b: logits(one.eval(), b))
+        ask("arguments without effect", lambda: without_effect(one, batch, loss_fn))
         ask("training against evaluation", partial(check_train_eval, *modes, batch))
         ask("residual stream", lambda: scaled_copies(one.eval(), lambda: forward(one, batch)))
         ask("first loss", lambda: first_loss(one, batch, loss_fn))
@@ -103,13 +108,22 @@ def examine(
     return examination
 
 
-def groups_of(optimizer: Optimizer | Iterable[Optimizer]) -> list[dict[str, Any]]:
-    return [group for o in (optimizer if isinstance(optimizer, Iterable) else [optimizer]) for group in o.param_groups]
+def plan_of(model: nn.Module, config: str | Path | Mapping[str, Any] | None) -> Plan:
+    """What is planned: by the config that was given, else by the one that the model carries, if any."""
+    own = getattr(model, "config", None)
+    carried = own if isinstance(own, Mapping) else getattr(own, "__dict__", {})
+    return Plan(entries_of({str(k): v for k, v in carried.items()} if config is None else config))
 
 
-def setup(model: nn.Module, optimizer: Optimizer | Iterable[Optimizer]) -> list[Finding]:
-    """What a watch says before the first update."""
-    watch = Watch(model, optimizer, quiet=True)
+def groups_of(optimizers: Iterable[Optimizer]) -> list[dict[str, Any]]:
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
+
+
+def setup(model: nn.Module, optimizers: list[Optimizer]) -> list[Finding]:
+    """What a watch says before the first update; of an optimizer of other tensors, which no watch takes, that it is one."""
+    if (finding := stale(model, groups_of(optimizers))) is not None:
+        return [finding]
+    watch = Watch(model, optimizers, quiet=True)
     watch.close()
     return watch.findings
 

@@ -1,0 +1,113 @@
+"""How model, optimizer and batch fit together: ties, stale tensors, 16-bit weights that cannot move, arguments without effect."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..during.intended import is_adam, keeps_lost_bits
+from ..during.tracking import is_master, storage
+from ..findings import Finding, several
+from ..measures import adam_ratio_bound, is_lost
+from ..random_state import RandomState
+from ..sampling import elements, plain, sample_positions
+from .plan import OFF, Plan
+
+TIE = re.compile(r"(?:^|_)(?:tie|tied|tying)(?:_|$)")
+
+
+def broken_tie(model: nn.Module, plan: Plan | None) -> Finding | None:
+    """A token table and a head of its shape that are two tensors: although the config ties them, or with the same numbers."""
+    named = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Embedding, nn.Linear))}
+    tables = {name: m.weight for name, m in named.items() if isinstance(m, nn.Embedding)}
+    heads = {name: m.weight for name, m in named.items() if isinstance(m, nn.Linear)}
+    pairs = [(t, h) for t in tables for h in heads if tables[t].shape == heads[h].shape]
+    if not pairs or any(storage(tables[t]) == storage(heads[h]) for t, h in pairs):
+        return None
+    asked = next((e for e in plan.entries if TIE.search(e.path[-1].lower())), None) if plan else None
+    equal = [(t, h) for t, h in pairs if torch.equal(tables[t], heads[h]) and float(tables[t].detach().std()) > 0]
+    if not equal and (asked is None or str(asked.value).lower() in OFF):
+        return None
+    table, head = (equal or pairs)[0]
+    why = "hold the same numbers" if equal else f"should be one tensor by {asked.name}"
+    message = f"{table} and {head} {why} and are two tensors: each learns for itself"
+    advice = "tie them after the last to(), copy, wrapping or loading, before the optimizer is made"
+    return Finding("broken_tie", "warning", head, message, advice)
+
+
+def stale(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> Finding | None:
+    """Tensors of the optimizer that are not the model's, where the model has others of their shapes that no optimizer has."""
+    mine = {storage(p): (name, p) for name, p in model.named_parameters() if p.requires_grad}
+    held = [p for group in groups for p in group["params"]]
+    missing = [pair for key, pair in mine.items() if key not in set(map(storage, held))]
+    foreign = [p for p in held if storage(p) not in mine and p.numel()]
+    foreign = [p for p in foreign if not any(is_master(p, of=q) for _, q in missing)]
+    lost = [name for name, q in missing if any(p.shape == q.shape for p in foreign)]
+    if not lost:
+        return None
+    message = f"{len(foreign)} tensors of the optimizer are not the model's, and {len(lost)} of the model's, of their shapes, are in none"
+    advice = "make the optimizer after the model is moved, wrapped, converted, resized or given adapters, from its own parameters"
+    return Finding("not_in_optimizer", "error", several(lost), message, advice, len(foreign), 0)
+
+
+def cannot_move(model: nn.Module, optimizers: Sequence[Optimizer]) -> Finding | None:
+    """16-bit tensors under torch's own Adam, which keeps nothing of what rounding loses: is the largest step that any gradients
+    can give at the peak LR (`adam_ratio_bound`), decay included, rounded away in every sampled element?"""
+    names, stuck, steps = {id(p): name for name, p in model.named_parameters()}, [], []
+    for optimizer in optimizers:
+        if not type(optimizer).__module__.startswith("torch.optim") or keeps_lost_bits(optimizer):
+            continue
+        for group in optimizer.param_groups:
+            narrow = [p for p in group["params"] if id(p) in names and p.dtype in (torch.bfloat16, torch.float16)]
+            peak = max(float(group.get(key) or 0.0) for key in ("lr", "initial_lr", "max_lr"))
+            if not (narrow and peak and "betas" in group and is_adam(optimizer, group)):
+                continue
+            bound = peak * adam_ratio_bound(math.inf, group["betas"])
+            for p in narrow:
+                w = elements(plain(p), sample_positions(p.shape).to(p.device)).float()
+                step = bound + peak * group.get("weight_decay", 0.0) * w.abs()
+                if (is_lost(w, step, p.dtype) & is_lost(w, -step, p.dtype)).all():
+                    stuck.append(names[id(p)])
+                    steps.append(bound)
+    if not stuck:
+        return None
+    message = f"{len(stuck)} 16-bit tensors can never move: a step of at most {max(steps):.1e} is rounded away: {several(stuck)}"
+    advice = "keep the parameters in float32 and compute under autocast"
+    return Finding("bf16_parameters", "error", several(stuck), message, advice, len(stuck), 0)
+
+
+def without_effect(model: nn.Module, batch: Any, loss_fn: Callable[[nn.Module, Any], Tensor]) -> Iterator[Finding]:
+    """Change a third of each tensor of the batch: a loss that stays the same to the bit does not know of it. A warning for what
+    looks like a mask."""
+    parts = (
+        dict(batch)
+        if isinstance(batch, Mapping)
+        else dict(enumerate(batch if isinstance(batch, (tuple, list)) else ()))
+    )
+    state = RandomState(model.parameters())
+
+    def loss_with(changed: dict) -> Tensor:
+        state.put_back()
+        return loss_fn(model, changed if isinstance(batch, Mapping) else type(batch)(changed.values()))
+
+    model.train()
+    with torch.no_grad():
+        told = loss_with(parts) if parts else None
+        for name, value in parts.items():
+            if not isinstance(value, Tensor) or value.ndim == 0 or value.numel() < 3:
+                continue
+            is_mask = bool(((value == 0) | (value == 1)).all())
+            other = 1 - value.int() if is_mask else value.flip(0).roll(1, -1) if value.ndim > 1 else value.roll(1)
+            third = (torch.arange(value.numel(), device=value.device) % 3 == 1).view(value.shape)
+            changed = torch.where(third, other.to(value.dtype), value)
+            if torch.equal(changed, value) or not torch.equal(loss_with(parts | {name: changed}), told):
+                continue
+            message = f"a third of {name!r} was changed and the loss is the same to the bit: nothing uses it"
+            advice = "follow it from the batch to the loss: it may be dropped on the way, or overwritten"
+            yield Finding("no_effect", "warning" if is_mask else "info", str(name), message, advice, 0, 0)
