@@ -176,6 +176,25 @@ def test_a_tie_that_broke() -> None:
         assert {rule: severity for rule, severity in found.items() if rule != "initial_loss"} == expected
 
 
+def test_a_classifier_is_no_head_over_the_vocabulary() -> None:
+    """A BERT with two classes has a table of two kinds of tokens; its config says that its (absent) heads are tied."""
+    sizes = {
+        "vocab_size": V,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes))
+    ids = batch()[0]
+    whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    examination = examine(
+        model, {**whole, "labels": torch.tensor([0, 1, 0, 1])}, optimizer=torch.optim.AdamW(model.parameters())
+    )
+    assert [f.rule for f in examination.findings if f.severity != "info"] == []
+    assert "arguments without effect" not in examination.not_checked
+
+
 def test_an_optimizer_of_tensors_that_are_the_models_no_more() -> None:
     model, old = Tiny(), Tiny()
     assert said(model, optimizer=torch.optim.SGD(old.parameters(), 0.1)) == {"not_in_optimizer": "error"}

@@ -86,7 +86,8 @@ def examine(
     if optimizer is None:
         examination.not_checked["optimizers"] = "none was given"
     else:
-        optimizers = [innermost(o) for o in (optimizer if isinstance(optimizer, Iterable) else [optimizer])]
+        given = optimizer if isinstance(optimizer, Iterable) else [optimizer]
+        optimizers = [inner for o in given for inner in innermost(o)]
         ask("optimizers", lambda: setup(model, optimizers))
         ask("16-bit tensors that cannot move", lambda: cannot_move(model, optimizers))
         ask("the first update's LR", lambda: first_update(plan_of(model, config), groups_of(optimizers)))

@@ -27,6 +27,8 @@ def broken_tie(model: nn.Module, plan: Plan | None) -> Finding | None:
     named = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Embedding, nn.Linear))}
     tables = {name: m.weight for name, m in named.items() if isinstance(m, nn.Embedding)}
     heads = {name: m.weight for name, m in named.items() if isinstance(m, nn.Linear)}
+    largest = max((len(table) for table in tables.values()), default=0)  # smaller ones are of kinds, of positions
+    tables = {name: table for name, table in tables.items() if len(table) == largest}
     pairs = [(t, h) for t in tables for h in heads if tables[t].shape == heads[h].shape]
     if not pairs or any(storage(tables[t]) == storage(heads[h]) for t, h in pairs):
         return None
