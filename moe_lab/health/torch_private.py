@@ -87,3 +87,8 @@ def norms(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor
 def uncompiled(model: nn.Module) -> nn.Module:
     """The module that torch.compile was given; any other module is returned as it is."""
     return getattr(model, "_orig_mod", model)
+
+
+def is_in_backward() -> bool:
+    """Whether a backward pass is running: a forward pass in there recomputes another."""
+    return torch._C._current_graph_task_id() != -1

@@ -87,6 +87,12 @@ class ForwardProbe:
             rows = rows[:: max(1, len(rows) // VARIANCE_ROWS)][:VARIANCE_ROWS]
             self.logit_variance = rows.float().var(dim=-1).mean()
 
+    @property
+    def longest(self) -> int:
+        """Tokens of a sequence of the last input, 0 where none was kept."""
+        args, kwargs = self.inputs or ((), {})
+        return max((t.shape[1] for t in tensors_of([*args, *kwargs.values()]) if t.ndim > 1), default=0)
+
     def matters(self, param: Tensor) -> bool | None:
         """Whether changing `param` changes the model's output for the last input; None where no forward can be repeated."""
         if self.inputs is not None and param not in self.answers:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Mapping
 from functools import partial
+
+import torch
+from torch import Tensor, nn
 
 from .rule import Ill, Rule, by_kind, rule
 from .state import State
+from .tracking import storage
 
 ON_PURPOSE = 0.5  # share of the parameters from which on frozen ones look like an adapter's base
 
@@ -46,6 +52,60 @@ def weight_decay_on_norms(state: State) -> Ill:
     return by_kind(t for t in state.tracked if t.group.get("weight_decay") and t.param.ndim <= 1)
 
 
+TIED = re.compile(r"(?=.*(tie|tying|share))(?=.*(embed|weight))", re.IGNORECASE)  # a config's key
+DELTAS = 1e-4, 0.2  # a fresh median; Mamba draws 0.001 to 0.1 (Gu & Dao 2023, sec. 3.6)
+
+
+@rule(
+    "warning",
+    "{names} is not one tensor with the token table {table}, though {why}: two tables are trained apart",
+    "tie them anew after to_empty(), a load, a copy or a resize, before the optimizer is built; or say that they are untied",
+)
+def broken_tie(state: State) -> Ill:
+    table = state.forward.table
+    if table is None or table.num_embeddings == table.embedding_dim:  # a square one may be any matrix
+        return {}
+    names = {module: name for name, module in state.model.named_modules()}
+    heads = [m for m in names if isinstance(m, nn.Linear) and m.weight.shape == table.weight.shape]
+    if any(storage(head.weight) == storage(table.weight) for head in heads):
+        return {}
+    config = getattr(state.model, "config", None)
+    options = config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
+    keys = [key for key, value in options.items() if value is True and TIED.match(str(key))]
+    start = {id(t.param): t.bank().start[t.bank().places[id(t)]] for t in state.tracked if t.bank and t.owner}
+    found = {}
+    for head in (h for h in heads if h.weight.requires_grad and table.weight.requires_grad):
+        mine, theirs = start.get(id(head.weight)), start.get(id(table.weight))
+        alike = mine is not None and theirs is not None and bool(torch.equal(mine, theirs)) and bool(mine.any())
+        if keys or alike:
+            why = f"the config says {keys[0]}" if keys else "they began with the same values"
+            found[names[head]] = {"value": 0, "limit": 1, "table": names[table], "why": why}
+    return found
+
+
+@rule(
+    "warning",
+    "{names}: the time step of a fresh state space is {value:.2g} in the median, where 0.001 to 0.1 is meant",
+    "an init over all linear layers overwrote its bias: set that last, to the inverse softplus of steps drawn from there",
+)
+def delta_start(state: State) -> Ill:
+    """Of modules whose own matrix is log 1, log 2, …, log N in each row: decay rates that no update has touched."""
+    found = {}
+    for name, module in state.model.named_modules() if not state.n_seen else ():
+        rates = [p for p in module.parameters(recurse=False) if p.ndim == 2 and is_decay_rates(p)]
+        for key, child in module.named_children() if rates else ():
+            if isinstance(child, nn.Linear) and child.bias is not None and child.out_features == len(rates[0]):
+                step = float(nn.functional.softplus(child.bias.detach().float()).median())
+                if not DELTAS[0] <= step <= DELTAS[1]:
+                    found[f"{name}.{key}"] = {"value": step, "limit": DELTAS[step > DELTAS[1]]}
+    return found
+
+
+def is_decay_rates(p: Tensor) -> bool:
+    wanted = torch.arange(1, p.shape[1] + 1, device=p.device).float().log()
+    return p.shape[1] > 1 and p.is_floating_point() and bool((p.detach().float() - wanted).abs().max() < 0.02)
+
+
 FROZEN = "{n} tensors have requires_grad=False ({value:.0%} of the parameters is frozen): {names}"
 UNFREEZE = "name them in expect_frozen if that is meant; else set requires_grad=True before the optimizer is built"
 
@@ -54,5 +114,7 @@ RULES = (
     updated_twice,
     Rule("frozen_module", "warning", partial(frozen, on_purpose=False), FROZEN, UNFREEZE),
     Rule("frozen_module", "info", partial(frozen, on_purpose=True), FROZEN + ", as under adapters", UNFREEZE),
+    broken_tie,
+    delta_start,
     weight_decay_on_norms,
 )

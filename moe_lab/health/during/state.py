@@ -14,6 +14,7 @@ from .bank import Bank, Gradients, banks_of
 from .events import Events
 from .forward import ForwardProbe
 from .intended import Replays
+from .outside import Outside
 from .steps import Steps
 from .tracking import HISTORY, GroupState, Scalars, Tracked, track
 
@@ -48,7 +49,7 @@ class State:
         self.groups: list[GroupState] = []
         self.signature: tuple = ()
         self.follow()
-        self.forward = ForwardProbe(model, is_new=not start_step)
+        self.forward, self.outside = ForwardProbe(model, is_new=not start_step), Outside(model)
 
     # ---- what happens ------------------------------------------------------------------------------------------------
 
@@ -58,6 +59,8 @@ class State:
             self.banks = banks_of(self.tracked)
         self.counts[id(optimizer)] += 1
         self.events.before_update(optimizer)
+        if optimizer is self.optimizers[0]:
+            self.outside.before_update(self.counts[id(optimizer)] - self.start_step)
         for group in self.groups:
             if group.optimizer is optimizer:
                 group.note_lr()
@@ -95,6 +98,7 @@ class State:
             self.restart_window()
         for bank in self.banks:
             bank.read(self.step)
+        self.outside.fetch(self.tracked, self.step, self.n_seen, self.forward.longest)
         self.last_read = self.step
         self.losses += self.observed.fetch()
         if len(self.losses) > 3 * HISTORY:

@@ -124,6 +124,9 @@ class Watch:
         loaded = Hook(self.state.note_loaded, self.stop)
         self.handles += [o.register_load_state_dict_post_hook(loaded) for o in self.state.optimizers]
         forward, events = self.state.forward, self.state.events
+        outside = self.state.outside
+        what = "experts, counts and scalars are not looked at"
+        outside.listen(partial(self.fail, where="modules", what=what, stop=outside.close))
         if self.state.n_seen < LISTENED:
             forward.listen(partial(self.fail, where="the forward pass", what=UNHEARD, stop=forward.close))
             what = "the order of backward passes and updates is not looked at"
@@ -140,6 +143,7 @@ class Watch:
         self.handles = []
         self.state.forward.close()
         self.state.events.close()
+        self.state.outside.close()
 
     def __enter__(self) -> Watch:
         return self

@@ -1,0 +1,271 @@
+"""What lies outside of the optimizer: copies that follow the weights, tables of positions, buffers that a forward pass adds to."""
+
+# Shapes: S sampled elements of a tensor, M tensors of one shape, T positions.
+
+from __future__ import annotations
+
+import gc
+import inspect
+import sys
+import types
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..findings import grouped
+from ..measures import ulp
+from ..sampling import plain
+from ..torch_private import is_in_backward
+from .forward import Hook
+from .routing import Routing, Terms
+from .tracking import Tracked, storage
+
+N_COPIES = 16  # copies that are followed; whoever keeps some in 16 bits keeps all
+ALIKE = 0.3  # distance of a copy from the way that its weight has gone, over its size: any other tensor has about 1
+AWAY = 8  # ULPs that an element of a copy lies from its weight before it is asked whether it comes nearer
+ENOUGH = 500  # elements that far away, over all looks, before they are judged
+LOOKS = 10  # looks at copies before one that never moves is judged
+REACH = 50_000  # objects looked at from the loop, and the longest list among them
+COUNTED = 1 << 16  # elements of the largest buffer that is called a count
+
+
+def is_16_bit(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype.itemsize == 2
+
+
+class Outside:
+    """All of it, with the choices among experts and the scalars on the way."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.copies, self.counts, self.routing, self.terms = Copies(), Counts(model), Routing(model), Terms(model)
+        self.positions: dict[str, float] | None = None  # by table, how far the last ones are off
+
+    def listen(self, failed: Callable[[Exception], None]) -> None:
+        for part in (self.counts, self.routing, self.terms):
+            part.listen(failed)
+
+    def before_update(self, n: int) -> None:
+        """Before update n of those seen, from 1."""
+        self.routing.update = n + 1
+        self.counts.added = {}
+        self.terms.before_update(n)
+
+    def fetch(self, tracked: Sequence[Tracked], step: int, n_seen: int, longest: int) -> None:
+        self.counts.fetch()
+        self.routing.fetch()
+        self.terms.fetch()
+        if n_seen:
+            self.copies.look(self.model, tracked, step, n_seen)
+            if self.positions is None:
+                self.positions = rough_positions(self.model, longest)
+
+    def close(self) -> None:
+        for part in (self.counts, self.routing, self.terms):
+            part.close()
+
+
+class Copies:
+    """16-bit tensors beside trained ones, among all that the loop can reach: do they come nearer where they are written to?
+
+    An average of decay d moves an element only where it lies more than ULP / 2(1 - d) away. So the elements that lie farthest
+    are compared with those that lie less far: in exact numbers, or rounded stochastically, both come nearer by the same share.
+    """
+
+    def __init__(self) -> None:
+        self.followed: list[tuple[weakref.ref, Tracked]] = []
+        self.before: dict[
+            int, tuple
+        ] = {}  # by the weight: the copy, its sample and version, and the update of the last look
+        self.search_at = 1  # updates seen
+        self.pairs: list[Tensor] = []  # (n, 2): ULPs away, and the share of the way made until the next look
+        self.n_still = 0  # looks at copies that stood still altogether, though they were written to in each update
+
+    def look(self, model: nn.Module, tracked: Sequence[Tracked], step: int, n_seen: int) -> None:
+        if n_seen >= self.search_at or any(
+            copy() is None for copy, _ in self.followed
+        ):  # or others are put in their place
+            self.search_at = max(self.search_at, 10 * n_seen)
+            near = [t for t in (*model.parameters(), *model.buffers(), *in_reach([model])) if is_16_bit(t)]
+            self.followed = [(weakref.ref(copy), t) for copy, t in copies_of(tracked, near)]
+        before, self.before = self.before, {}
+        for reference, t in self.followed:
+            copy = reference()
+            here = plain(copy).flatten()[t.index.to(copy.device)].float().cpu()
+            self.before[id(t)] = reference, here, copy._version, step
+            if id(t) in before:
+                was_in, was, version, then = before[id(t)]
+                gap = t.sample(t.param).float().cpu() - was
+                away = gap.abs() / ulp(was, copy.dtype)
+                far = away >= AWAY
+                if (here != was).any():
+                    self.pairs.append(torch.stack([away, (here - was) / gap], 1)[far])
+                elif far.any():
+                    self.n_still += was_in is not reference or copy._version - version >= step - then > 0
+
+    def slowed(self) -> float | None:
+        """By which factor what lies less far comes nearer than what lies farthest; None where too little is known."""
+        if not self.pairs:
+            return 0.0 if self.n_still >= LOOKS else None
+        away, came = torch.cat(self.pairs).unbind(1)
+        if len(away) < ENOUGH:
+            return None
+        order = came[away.argsort(descending=True)]
+        fast, slow = order[: len(order) // 4].mean(), order[len(order) // 2 :].mean()
+        return float(slow / fast) if fast > 0 else None
+
+
+def in_reach(left_out: Sequence[object]) -> Iterator[Tensor]:
+    """The tensors that the functions now running hold, directly or in objects of theirs: no search of the whole process."""
+    ours = __name__.rpartition(".during")[0]
+    frame, things = sys._getframe(1), []
+    while frame is not None:
+        if not frame.f_globals.get("__name__", "").startswith(ours):
+            kept = frame.f_locals
+            things += list(kept.values())
+            if frame.f_code.co_flags & inspect.CO_OPTIMIZED and isinstance(kept, dict):
+                kept.clear()  # before Python 3.13 a function's is a copy that would stay and keep all of it alive
+        frame = frame.f_back
+    seen = {id(thing) for thing in left_out} | {id(things)}
+    for thing in things:  # which grows meanwhile: the nearest come first
+        kind = type(thing)
+        if (
+            id(thing) in seen
+            or issubclass(kind, (type, types.ModuleType, Optimizer))
+            or str(kind.__module__).startswith(ours)
+        ):
+            continue
+        seen.add(id(thing))
+        if issubclass(kind, Tensor):
+            yield thing
+            continue
+        if issubclass(kind, nn.Module):
+            yield from (*thing.parameters(), *thing.buffers())
+            seen |= {id(module) for module in thing.modules()}
+            inner = [*vars(thing).values()]
+        elif issubclass(kind, (list, tuple, dict, set)) and len(thing) > REACH:
+            continue
+        else:
+            inner = (thing.__closure__ or ()) if kind is types.FunctionType else gc.get_referents(thing)
+        if len(things) < REACH:
+            things += filter(gc.is_tracked, inner)
+
+
+def copies_of(tracked: Sequence[Tracked], tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tracked]]:
+    """Those that lie on the way from where a trained matrix was to where it is, and are not its own memory."""
+    matrices = [t for t in tracked if t.owner and t.bank and t.param.ndim > 1 and not t.constant]
+    by_shape = grouped(matrices, lambda t: tuple(t.param.shape))
+    own, found = {storage(t.param) for t in tracked}, {}
+    for tensor in tensors:
+        shape = tuple(tensor.shape)
+        if shape in by_shape and tensor.layout is torch.strided and not tensor.is_meta and storage(tensor) not in own:
+            nearest = nearest_of(tensor, by_shape[shape])
+            if nearest is not None:
+                found.setdefault(id(nearest), (tensor, nearest))
+    return list(found.values())[:N_COPIES]
+
+
+def nearest_of(copy: Tensor, candidates: Sequence[Tracked]) -> Tracked | None:
+    here = plain(copy).flatten()[candidates[0].index.to(copy.device)].float().cpu()  # (S,)
+    places = [(t.bank(), t.bank().places[id(t)]) for t in candidates]
+    start = torch.stack([bank.start[place] for bank, place in places]).float().cpu()  # (M, S)
+    way = torch.stack([bank.last[place] for bank, place in places]).float().cpu() - start
+    gone = ((here - start) * way).sum(1) / way.square().sum(1).clamp(min=1e-30)
+    rest = (here - start - gone.clamp(0, 1).unsqueeze(1) * way).norm(dim=1) / here.norm().clamp(min=1e-30)
+    least = int(rest.argmin())
+    return candidates[least] if rest[least] < ALIKE else None
+
+
+class Counts:
+    """Buffers that a forward pass adds to, and whether the pass that recomputes it for the backward one adds the same again."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.handles: list = []
+        self.changing: set[tuple[int, str]] = set()  # module and name of those that were seen to change
+        self.before: dict[tuple[int, str], Tensor] = {}
+        self.added: dict[tuple[int, str], list[Tensor]] = {}  # by passes forward since the last update
+        self.waiting: list[tuple[str, Tensor]] = []
+        self.doubled: dict[str, list[bool]] = {}
+
+    def listen(self, failed: Callable[[Exception], None]) -> None:
+        hook = partial(Hook, failed=failed)
+        for name, module in self.model.named_modules():
+            own = [key for key, b in module.named_buffers(recurse=False) if 1 < b.numel() <= COUNTED]
+            if own:
+                self.handles.append(module.register_forward_pre_hook(hook(partial(self.begin, own))))
+                # a recomputed pass stops by an exception once it has what is needed
+                end = hook(partial(self.end, name, own))
+                self.handles.append(module.register_forward_hook(end, always_call=True))
+
+    def begin(self, own: Sequence[str], module: nn.Module, args: tuple) -> None:
+        for key in own:
+            buffer, place = getattr(module, key), (id(module), key)
+            self.before[place] = buffer.clone() if place in self.changing else (buffer, buffer._version)
+
+    def end(self, name: str, own: Sequence[str], module: nn.Module, args: tuple, output: object) -> None:
+        for key in own:
+            buffer, place = getattr(module, key), (id(module), key)
+            before = self.before.pop(place, None)
+            if isinstance(before, tuple):
+                if before[0] is not buffer or before[1] != buffer._version:
+                    self.changing.add(place)
+            elif before is not None:
+                added = buffer - before
+                if not is_in_backward():
+                    self.added.setdefault(place, []).append(added)
+                elif place in self.added:
+                    again = [torch.isclose(added, first, rtol=1e-3).all() for first in self.added[place][-4:]]
+                    self.waiting.append((f"{name}.{key}", torch.stack(again).any() & (added != 0).any()))
+
+    def fetch(self) -> None:
+        for name, again in self.waiting:
+            self.doubled.setdefault(name, []).append(bool(again))
+        self.waiting = []
+
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+
+ROUGH = 0.05  # radians of error in an angle, 25 times the rounding of its cosine in bfloat16
+
+
+def rough_positions(model: nn.Module, longest: int) -> dict[str, float]:
+    """Tables of 16 bits in which positions run together, by name: the error in radians at `longest`, or how many are the same
+    as their neighbour's (from 1 on)."""
+    found = {}
+    for name, module in model.named_modules():
+        for key, tensor in (*module._buffers.items(), *vars(module).items()):
+            if isinstance(tensor, Tensor) and is_16_bit(tensor) and tensor.numel() > 3:
+                values = plain(tensor).squeeze()
+                size = rough_angle(values, longest) if values.ndim == 1 else 0.0
+                size = size if size > ROUGH else run_together(values)
+                if size:
+                    found[f"{name}.{key}".removeprefix(".")] = size
+    return found
+
+
+def rough_angle(values: Tensor, longest: int) -> float:
+    """How far frequencies, which fall geometrically from 1 or less, are off at the last position."""
+    values = values.cpu().double()
+    if not (values > 0).all() or values[0] > 1 or values[-1] > 0.1 * values[0]:
+        return 0.0
+    logs, at = (values / values[0]).log(), torch.arange(len(values), dtype=torch.float64)
+    fit = values[0] * (logs @ at / (at @ at) * at).exp()  # the first, mostly 1, is exact
+    is_geometric = (values / fit - 1).abs().max() < 2 * torch.finfo(torch.bfloat16).eps
+    return float((values - fit).abs().max() * longest) if is_geometric else 0.0
+
+
+def run_together(values: Tensor) -> int:
+    """Places of a table that are the same as the one before, where the first eight are all different, or count evenly."""
+    rows = values.flatten(1) if values.ndim > 1 else values.unsqueeze(1)
+    same = (rows[1:] == rows[:-1]).all(1).cpu()
+    steps = rows[1:9].float() - rows[:8].float() if len(rows) > 8 else rows[:0]
+    regular = len(steps) and not same[:8].any() and (rows.shape[1] > 1 or bool((steps == steps[0]).all()))
+    return int(same.sum()) if regular else 0

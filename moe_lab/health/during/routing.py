@@ -1,0 +1,193 @@
+"""What choices a forward pass makes: how many tokens each expert gets, and scalars on the way that may be terms of the loss."""
+
+# Shapes: N tokens, K choices a token, E experts.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..torch_private import is_in_backward, uncompiled
+from .forward import Hook
+
+LOOK_EVERY = 5  # updates between looks
+READINGS = 40  # of the scalars, at most
+KEPT = 400  # looks at a module, which has several of them an update where gradients are accumulated
+UNSEEN = 3  # looks without a choice after which a module is let alone
+CHOICES = ("topk", "argmax", "max", "multinomial")
+
+
+class Load(NamedTuple):
+    step: int  # the update that comes next
+    counts: list[int]  # (E,) choices that fell on each
+    n_choices: int  # K
+
+
+class Experts:
+    """One module with E alike experts and a score for each, and what fell on each at every look."""
+
+    def __init__(self, name: str, sizes: set[int]):
+        self.name, self.sizes = name, sizes
+        self.waiting: list[tuple[int, Tensor, int]] = []
+        self.loads: list[Load] = []
+        self.n_looks = 0
+
+
+class Choices(TorchDispatchMode):
+    """While it is active, counts whatever is chosen among E: a top-k, a maximum, a draw over a last dimension of that size."""
+
+    def __init__(self, count: Callable):
+        super().__init__()
+        self.count = count
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in CHOICES:
+            self.count(args[0], out)
+        return out
+
+
+class Routing:
+    """Listens to modules of experts at every fifth update, by the choices that are made in their forward pass."""
+
+    def __init__(self, model: nn.Module):
+        found = {} if any(map(is_elsewhere, model.modules())) else expert_modules(model)
+        self.modules = [(module, Experts(name, sizes)) for name, (module, sizes) in found.items()]
+        self.active: list[Choices] = []
+        self.handles: list = []
+        self.update = 1  # that comes next
+
+    @property
+    def experts(self) -> list[Experts]:
+        return [experts for _, experts in self.modules if experts.loads]
+
+    def listen(self, failed: Callable[[Exception], None]) -> None:
+        hook = partial(Hook, failed=failed)
+        for module, experts in self.modules:
+            count = hook(partial(self.count, experts))
+            self.handles.append(module.register_forward_pre_hook(hook(partial(self.begin, experts, count))))
+            self.handles.append(module.register_forward_hook(hook(self.end), always_call=True))
+
+    def begin(self, experts: Experts, count: Callable, module: nn.Module, args: tuple) -> None:
+        if self.update % LOOK_EVERY != 1 or not module.training or (experts.n_looks >= UNSEEN and not experts.loads):
+            return
+        if not (is_in_backward() or torch.compiler.is_compiling()):
+            self.active.append(Choices(count))
+            self.active[-1].__enter__()
+            experts.n_looks += 1
+
+    def count(self, experts: Experts, scores: Tensor, chosen: Any) -> None:
+        chosen = chosen if isinstance(chosen, Tensor) else chosen[1]
+        # over another dimension the answer has another shape
+        if scores.ndim and scores.shape[-1] in experts.sizes and scores.shape[:-1] in (chosen.shape[:-1], chosen.shape):
+            k = chosen.shape[-1] if chosen.ndim == scores.ndim and chosen.shape != scores.shape[:-1] else 1
+            counts = torch.bincount(chosen.flatten(), minlength=scores.shape[-1])
+            experts.waiting.append((self.update, counts, k))
+
+    def end(self, module: nn.Module, args: tuple, output: object) -> None:
+        if self.active:
+            self.active.pop().__exit__(None, None, None)
+
+    def fetch(self) -> None:
+        for experts in (experts for _, experts in self.modules):
+            experts.loads += [Load(step, counts.tolist(), k) for step, counts, k in experts.waiting]
+            del experts.loads[:-KEPT]
+            experts.waiting = []
+
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+
+def is_elsewhere(module: nn.Module) -> bool:
+    """Whether a forward pass runs compiled, or in threads of its own, where nobody can listen to it."""
+    return uncompiled(module) is not module or bool(module._compiled_call_impl) or isinstance(module, nn.DataParallel)
+
+
+def expert_modules(model: nn.Module) -> dict[str, tuple[nn.Module, set[int]]]:
+    """The innermost modules that hold both E alike experts (in a list, or stacked in one tensor) and a matrix with E rows."""
+    found: dict[str, tuple[nn.Module, set[int]]] = {}
+
+    def look(name: str, module: nn.Module) -> tuple[set[int], set[int], bool]:
+        """Sizes of stacks, numbers of rows, and whether the module or one inside of it was taken."""
+        own = [p for p in module.parameters(recurse=False) if not isinstance(module, nn.modules.conv._ConvNd)]
+        stacks = {p.shape[0] for p in own if p.ndim >= 3}
+        rows = {p.shape[0] for p in own if p.ndim == 2}
+        if len([p for p in own if p.ndim >= 3]) == len([p for p in own if p.ndim == 2 and p.shape[0] in stacks]):
+            rows -= stacks  # a bias for each stack
+        inner = [look(f"{name}.{key}".removeprefix("."), child) for key, child in module.named_children()]
+        shapes = {tuple(tuple(p.shape) for p in child.parameters()) for child in module.children()}
+        if len(inner) > 1 and len(shapes) == 1 and shapes != {()} and isinstance(module, nn.ModuleList | nn.ModuleDict):
+            return {len(inner)}, set(), any(taken for *_, taken in inner)
+        stacks, rows = stacks.union(*(s for s, *_ in inner)), rows.union(*(r for _, r, _ in inner))
+        taken = any(t for *_, t in inner)
+        if not taken and stacks & rows - {1}:
+            found[name] = module, stacks & rows
+            return set(), set(), True
+        return stacks, rows, taken
+
+    look("", model)
+    return found
+
+
+def scalars_of(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Single numbers with a gradient behind them, in what a forward pass gives or a module keeps."""
+    if isinstance(value, Tensor):
+        if value.numel() == 1 and value.grad_fn is not None and value.dtype.itemsize >= 4:
+            yield name, value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from scalars_of(inner, f"{name}.{key}")
+    elif isinstance(value, tuple | list):
+        for n, inner in enumerate(value):
+            yield from scalars_of(inner, f"{name}[{n}]")
+    elif hasattr(value, "__dataclass_fields__"):
+        yield from scalars_of({k: getattr(value, k) for k in value.__dataclass_fields__}, name)
+
+
+class Terms:
+    """Scalars with a graph that modules keep, or that the model and modules of experts give: do they vary at all?"""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.modules = {"output": model, **{name: module for name, (module, _) in expert_modules(model).items()}}
+        self.given: dict[str, Tensor] = {}
+        self.waiting: list[dict[str, Tensor]] = []
+        self.values: dict[str, list[float]] = {}
+        self.handles: list = []
+
+    def listen(self, failed: Callable[[Exception], None]) -> None:
+        for name, module in self.modules.items():
+            hook = Hook(partial(self.keep, name), failed)
+            self.handles.append(module.register_forward_hook(hook))
+
+    def keep(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
+        self.given |= {key: value.detach() for key, value in scalars_of(output, name)}
+
+    def before_update(self, n: int) -> None:
+        if n % LOOK_EVERY != 1 or n > LOOK_EVERY * READINGS:
+            self.given = {}
+            return
+        for name, module in self.model.named_modules():
+            kept = {key: value for key, value in vars(module).items() if isinstance(value, Tensor)}
+            self.given |= {key.removeprefix("."): v.detach() for key, v in scalars_of(kept, name)}
+        if self.given:
+            self.waiting.append(self.given)
+        self.given = {}
+
+    def fetch(self) -> None:
+        for given in self.waiting:
+            for name, value in given.items():
+                self.values.setdefault(name, []).append(value.item())
+        self.waiting = []
+
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []

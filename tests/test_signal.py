@@ -1,0 +1,370 @@
+"""Signals that are dead or faint, experts, ties, and what lies outside of the optimizer: each sickness with what looks like it."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from toy import VOCAB, Toy, adamw, finding, said, toy, train, watched
+
+from moe_lab.health import Watch
+from moe_lab.health.during.outside import rough_positions
+from moe_lab.health.during.routing import expert_modules
+
+# ---- copies of the weights -------------------------------------------------------------------------------------------
+
+
+def stochastic(x: torch.Tensor) -> torch.Tensor:
+    bits = x.float().view(torch.int32)
+    return ((bits + torch.randint_like(bits, 1 << 16)) & -65536).view(torch.float32).bfloat16()
+
+
+COPIES = {  # how the copy e of a weight p is made anew after an update, its format, and what should be said
+    "average": (lambda e, p, step: e.mul_(0.999).add_(p.to(e.dtype), alpha=0.001), torch.bfloat16, ["stuck_copy"]),
+    "lerp": (lambda e, p, step: e.lerp_(p.to(e.dtype), 1e-4), torch.float16, ["stuck_copy"]),
+    "in its place": (lambda e, p, step: 0.999 * e + 0.001 * p.to(e.dtype), torch.bfloat16, ["stuck_copy"]),
+    "float32": (lambda e, p, step: e.mul_(0.999).add_(p, alpha=0.001), torch.float32, []),
+    "stochastic": (lambda e, p, step: e.copy_(stochastic(e + 0.02 * (p - e.float()))), torch.bfloat16, []),
+    "rounded": (lambda e, p, step: e.copy_(p), torch.bfloat16, []),
+    "reference": (lambda e, p, step: e, torch.bfloat16, []),
+    "now and then": (lambda e, p, step: e.copy_(p) if step % 25 == 0 else e, torch.bfloat16, []),
+    "fast": (lambda e, p, step: e.lerp_(p.to(e.dtype), 0.5), torch.bfloat16, []),
+}
+
+
+@pytest.mark.parametrize("kind", COPIES)
+def test_a_16_bit_average_of_the_weights_cannot_follow(kind: str) -> None:
+    torch.manual_seed(0)
+    anew, dtype, wanted = COPIES[kind]
+    model = toy()
+    (optimizer,) = adamw(model)
+    shadow = {name: p.detach().to(dtype) for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def follow(step: int) -> None:
+        for name, p in model.named_parameters():
+            shadow[name] = anew(shadow[name], p, step)
+
+    watch = watched(model, [optimizer], 70, before_step=follow)
+    assert said(watch) == wanted
+
+
+def test_an_average_that_is_part_of_the_model_is_seen_too() -> None:
+    model = toy()
+    (optimizer,) = adamw(model)
+    model.average = copy.deepcopy(model).requires_grad_(False).bfloat16()
+
+    @torch.no_grad()
+    def follow(step: int) -> None:
+        for e, p in zip(model.average.parameters(), list(model.parameters())[:8], strict=False):
+            e.lerp_(p.bfloat16(), 0.001)
+
+    watch = watched(model, [optimizer], 40, before_step=follow, expect_frozen=["average."])
+    assert said(watch) == ["stuck_copy"]
+
+
+# ---- positions -------------------------------------------------------------------------------------------------------
+
+
+def holding(tensor: torch.Tensor) -> nn.Module:
+    module = nn.Module()
+    module.register_buffer("table", tensor)
+    return module
+
+
+FREQUENCIES = 10000.0 ** -(torch.arange(0, 16, 2) / 16)
+PLACES = torch.arange(600.0)
+TABLES = {
+    "frequencies": (FREQUENCIES.bfloat16(), 512, True),
+    "frequencies in float16": (FREQUENCIES.half(), 8192, True),
+    "frequencies of few positions": (FREQUENCIES.bfloat16(), 64, False),
+    "frequencies in float32": (FREQUENCIES, 8192, False),
+    "places": (PLACES.bfloat16(), 512, True),
+    "few places": (PLACES[:256].bfloat16(), 256, False),
+    "cosines of rounded angles": (torch.outer(PLACES.bfloat16(), FREQUENCIES.bfloat16()).cos(), 512, True),
+    "rounded cosines": (torch.outer(PLACES, FREQUENCIES).cos().bfloat16(), 512, False),
+    "distances": (-0.5 * (PLACES.bfloat16() - PLACES[:8, None].bfloat16()).T, 512, True),
+    "noise": (torch.randn(600, generator=torch.Generator().manual_seed(0)).bfloat16(), 512, False),
+    "a mask": (torch.full((64, 64), -torch.inf).triu(1).bfloat16(), 64, False),
+    "ones": (torch.ones(600, 8).bfloat16(), 512, False),
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_tables_of_positions_in_16_bits(kind: str) -> None:
+    table, longest, is_rough = TABLES[kind]
+    assert bool(rough_positions(holding(table), longest)) == is_rough
+
+
+def test_a_watch_knows_how_long_the_sequences_are() -> None:
+    for longest, wanted in ((16, []), (1024, ["rough_positions"])):
+        model = toy()
+        model.rotary = holding(FREQUENCIES.bfloat16())
+        (optimizer,) = adamw(model)
+        with Watch(model, optimizer) as watch:
+            for _ in range(11):
+                optimizer.zero_grad()
+                ids = torch.randint(VOCAB, (1, longest))
+                F.cross_entropy(model(ids).flatten(0, 1), ((7 * ids + 3) % VOCAB).flatten()).backward()
+                optimizer.step()
+        assert said(watch) == wanted
+
+
+# ---- experts ---------------------------------------------------------------------------------------------------------
+
+
+class Mixture(nn.Module):
+    """Two of eight experts a token, which are counted; `auxiliary` is kept on the module."""
+
+    def __init__(self, width: int, auxiliary: str = "", towards: int = 0):
+        super().__init__()
+        self.router, self.auxiliary = nn.Linear(width, 8, bias=False), auxiliary
+        self.up = nn.Parameter(torch.randn(8, width, width) * 0.1)
+        self.register_buffer("counts", torch.zeros(8))
+        self.register_buffer("bias", 100.0 * (torch.arange(8) < towards))
+
+    def forward(self, x):
+        scores = self.router(x).softmax(-1)
+        chosen = (scores + self.bias).topk(2, -1).indices
+        with torch.no_grad():
+            self.counts += torch.bincount(chosen.flatten(), minlength=8)
+        gate = torch.zeros_like(scores).scatter(-1, chosen, scores.gather(-1, chosen))
+        if self.auxiliary:
+            load = (gate > 0).float().mean((0, 1)) / 2
+            normal = gate / gate.sum(-1, keepdim=True)
+            self.term = {
+                "balance": 8 * (load * scores.mean((0, 1))).sum(),
+                "constant": 8 * (load[:, None] * normal.mean((0, 1))).sum(),
+                "detached": 8 * (load * scores.mean((0, 1))).sum().detach(),
+            }[self.auxiliary]
+        return torch.einsum("bsd,edh,bse->bsh", x, self.up, gate)
+
+
+class Sparse(Toy):
+    def __init__(self, around=None, **options):
+        super().__init__()
+        self.mixture, self.around = Mixture(16, **options), around
+
+    def forward(self, ids):
+        x = self.embedding(ids)
+        mix = self.mixture if self.around is None else lambda y: checkpoint(self.mixture, y, use_reentrant=self.around)
+        return self.head(x + mix(self.down(F.gelu(self.up(self.norm(x))))))
+
+
+@pytest.mark.parametrize("around", [None, False, True])
+def test_counts_under_recomputation(around: bool | None) -> None:
+    model = toy(kind=Sparse, around=around)
+    watch = watched(model, adamw(model), 25)
+    assert said(watch) == ([] if around is None else ["counted_twice"])
+    if around is not None:
+        assert finding(watch, "counted_twice").where == "mixture.counts"
+
+
+def test_statistics_that_are_averaged_and_counts_of_several_passes_are_no_double_counts() -> None:
+    class Normed(Toy):
+        def __init__(self):
+            super().__init__()
+            self.batch = nn.BatchNorm1d(16)
+
+        def forward(self, ids):
+            x = self.embedding(ids)
+            return self.head(checkpoint(self.batch, x.mT, use_reentrant=False).mT + x)
+
+    model = toy(kind=Normed)
+    for name in ("up", "down", "norm"):
+        delattr(model, name)
+    assert said(watched(model, adamw(model), 25)) == []
+    model = toy(kind=Sparse)
+    (optimizer,) = adamw(model)
+    with Watch(model, optimizer) as watch:
+        for _ in range(25):
+            ids = torch.arange(64).view(4, 16)  # the same batch twice an update
+            optimizer.zero_grad()
+            for _ in range(2):
+                (F.cross_entropy(model(ids).flatten(0, 1), ((7 * ids + 3) % VOCAB).flatten()) / 2).backward()
+            optimizer.step()
+    assert "counted_twice" not in said(watch)
+
+
+@pytest.mark.parametrize("towards", [0, 2, 3])
+def test_experts_collapse_or_starve(towards: int) -> None:
+    model = toy(kind=Sparse, towards=towards)
+    watch = watched(model, adamw(model), 80)
+    total = sum(torch.tensor(look.counts) for look in watch.state.outside.routing.experts[0].loads)
+    assert total.sum() == 16 * 128 * 2  # of 16 looks
+    assert said(watch) == (["collapsed_experts"] if towards == 2 else [])
+    assert "starved_experts" in said(watch, "info") or not towards
+    if towards == 2:
+        assert finding(watch, "collapsed_experts").step <= 50
+
+
+def test_starved_experts_are_those_without_tokens() -> None:
+    model = toy(kind=Sparse, towards=3)
+    found = finding(watched(model, adamw(model), 80), "starved_experts")
+    assert found.value == 5 and "[3, 4, 5, 6, 7]" in found.message
+
+
+FAMILIES = {
+    "Mixtral": 4,
+    "Qwen3Moe": 4,
+    "Qwen2Moe": 4,
+    "GptOss": 4,
+    "Olmoe": 4,
+    "Llama": None,
+    "Mamba": None,
+    "GPT2": None,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_modules_of_experts_are_found_and_what_they_choose_is_counted(family: str) -> None:
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "n_embd": 32}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "n_head": 2, "n_layer": 2, "head_dim": 16}
+    sizes |= {"num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2}
+    sizes |= {"moe_intermediate_size": 16, "state_size": 4}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**sizes, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    name = f"{family}LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
+    model = getattr(transformers, name)(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    n_layers = sum(isinstance(inner, nn.Module) for inner, _ in expert_modules(model).values())
+    with Watch(model, optimizer) as watch:
+        for _ in range(11):
+            ids = torch.randint(VOCAB, (2, 8))
+            optimizer.zero_grad()
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+    loads = {e.name: e.loads for e in watch.state.outside.routing.experts}
+    if FAMILIES[family] is None:
+        assert loads == {}
+    else:
+        assert n_layers == len(loads) == 2
+        for looks in loads.values():
+            assert [look.step for look in looks] == [1, 6, 11]
+            assert all(len(look.counts) == 4 and sum(look.counts) == 2 * 8 * 2 for look in looks)
+    assert said(watch) == []
+
+
+# ---- terms of the loss -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("auxiliary", ["balance", "constant", "detached"])
+def test_a_term_that_never_varies(auxiliary: str) -> None:
+    model = toy(kind=Sparse, auxiliary=auxiliary)
+    watch = watched(model, adamw(model), 60)
+    assert said(watch) == (["constant_term"] if auxiliary == "constant" else [])
+    if auxiliary == "constant":
+        assert finding(watch, "constant_term").where == "mixture.term"
+
+
+def test_a_kept_number_that_never_varies_is_no_term() -> None:
+    model = toy()
+    model.share = torch.tensor(0.5)
+    assert said(watched(model, adamw(model), 60)) == []
+
+
+class Output(nn.Module):
+    """Gives its scalars beside the logits: one that is normalised away, a learned temperature, and a number."""
+
+    def __init__(self, has_constant: bool):
+        super().__init__()
+        self.inner, self.has_constant, self.heat = toy(), has_constant, nn.Parameter(torch.tensor(0.0))
+
+    def forward(self, ids):
+        logits = self.inner(ids) * self.heat.exp()
+        return {"logits": logits, "entropy": logits.softmax(-1).sum(-1).mean(), "heat": self.heat.exp()}
+
+    def __call__(self, ids):
+        return super().__call__(ids)
+
+
+@pytest.mark.parametrize("has_constant", [False, True])
+def test_a_term_among_the_outputs(has_constant: bool) -> None:
+    model = Output(has_constant)
+    (optimizer,) = adamw(model)
+    with Watch(model, optimizer) as watch:
+        for step in range(60):
+            optimizer.zero_grad()
+            ids = torch.randint(VOCAB, (8, 16), generator=torch.Generator().manual_seed(step))
+            out = model(ids) if has_constant else {"logits": model.inner(ids) * model.heat.exp()}
+            F.cross_entropy(out["logits"].flatten(0, 1), ((7 * ids + 3) % VOCAB).flatten()).backward()
+            optimizer.step()
+    assert [f.where for f in watch.findings if f.rule == "constant_term"] == ["output.entropy"] * has_constant
+
+
+# ---- gradients, ties, start values -----------------------------------------------------------------------------------
+
+
+class Whispering(Toy):
+    """A branch times `volume`, with a bias that the norm takes out again: its gradient is rounding alone."""
+
+    def __init__(self, volume: float):
+        super().__init__()
+        self.branch, self.volume = nn.Linear(16, 16), volume
+        self.bias = nn.Parameter(torch.ones(1))
+        self.even = nn.LayerNorm(16)
+
+    def forward(self, ids):
+        x = self.even(self.embedding(ids) + self.bias)
+        x = x + self.volume * self.branch(x)
+        return self.head(x + self.down(F.gelu(self.up(self.norm(x)))))
+
+
+@pytest.mark.parametrize(("volume", "wanted"), [(1.0, []), (1e-3, []), (1e-9, ["faint_gradient"])])
+def test_a_faint_gradient(volume: float, wanted: list[str]) -> None:
+    model = toy(kind=Whispering, volume=volume)
+    watch = watched(model, adamw(model), 25)
+    assert said(watch) == wanted
+    assert not wanted or finding(watch, "faint_gradient").where == "branch.weight"
+
+
+def tiny_gpt2(**options):
+    torch.manual_seed(0)
+    config = {"vocab_size": 64, "n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head": 2, "bos_token_id": 0}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**config | {"eos_token_id": 0} | options))
+
+
+@pytest.mark.parametrize("case", ["tied", "untied by config", "fresh", "same values", "tie broken later"])
+def test_ties(case: str) -> None:
+    model = tiny_gpt2(tie_word_embeddings=case not in ("untied by config", "same values"))
+    head, table = model.lm_head, model.transformer.wte
+    if case == "fresh":
+        head.weight = nn.Parameter(torch.randn_like(head.weight))
+    if case == "same values":
+        head.weight = nn.Parameter(table.weight.detach().clone())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    watch = Watch(model, optimizer)
+    if case == "tie broken later":
+        head.weight = nn.Parameter(table.weight.detach().clone())
+        optimizer.add_param_group({"params": [head.weight]})
+        watch.check()
+    assert ("broken_tie" in said(watch)) == (case not in ("tied", "untied by config"))
+
+
+@pytest.mark.parametrize(("bias", "wanted"), [(None, []), (0.0, ["delta_start"]), (-12.0, ["delta_start"])])
+def test_time_steps_of_a_fresh_state_space(bias: float | None, wanted: list[str]) -> None:
+    torch.manual_seed(0)
+    config = {"vocab_size": 64, "hidden_size": 32, "state_size": 8, "num_hidden_layers": 1}
+    model = transformers.MambaForCausalLM(transformers.MambaConfig(**config))
+    if bias is not None:
+        nn.init.constant_(model.backbone.layers[0].mixer.dt_proj.bias, bias)
+    watch = Watch(model, torch.optim.AdamW(model.parameters()))
+    assert said(watch) == wanted
+    model.backbone.layers[0].mixer.A_log.data += 0.1 * torch.randn(64, 8)  # has been trained
+    assert said(Watch(model, torch.optim.AdamW(model.parameters()))) == []
+
+
+def test_looking_at_choices_changes_nothing() -> None:
+    ends = []
+    for watching in (False, True):
+        model = toy(kind=Sparse, around=False, auxiliary="balance")
+        optimizers = adamw(model)
+        watch = Watch(model, optimizers) if watching else None
+        train(watch, model, optimizers, 25)
+        ends.append([torch.get_rng_state(), *model.state_dict().values()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    watch.close()
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
