@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..sampling import plain
 from .rule import Ill, Rule, by_kind, rule
 from .state import State
 from .tracking import storage
@@ -95,15 +96,18 @@ def delta_start(state: State) -> Ill:
         rates = [p for p in module.parameters(recurse=False) if p.ndim == 2 and is_decay_rates(p)]
         for key, child in module.named_children() if rates else ():
             if isinstance(child, nn.Linear) and child.bias is not None and child.out_features == len(rates[0]):
-                step = float(nn.functional.softplus(child.bias.detach().float()).median())
+                step = float(nn.functional.softplus(plain(child.bias).float()).median())
                 if not DELTAS[0] <= step <= DELTAS[1]:
                     found[f"{name}.{key}"] = {"value": step, "limit": DELTAS[step > DELTAS[1]]}
     return found
 
 
 def is_decay_rates(p: Tensor) -> bool:
-    wanted = torch.arange(1, p.shape[1] + 1, device=p.device).float().log()
-    return p.shape[1] > 1 and p.is_floating_point() and bool((p.detach().float() - wanted).abs().max() < 0.02)
+    values = plain(p)
+    if not values.numel() or values.shape[-1] < 2 or not values.is_floating_point():
+        return False
+    wanted = torch.arange(1, values.shape[-1] + 1, device=values.device).float().log()
+    return bool((values.float() - wanted).abs().max() < 0.02)
 
 
 FROZEN = "{n} tensors have requires_grad=False ({value:.0%} of the parameters is frozen): {names}"
