@@ -66,7 +66,6 @@ RULES: dict[str, tuple[str, str]] = {
     "not_in_optimizer": ("error", "a trainable tensor is in no optimizer"),
     "updated_twice": ("error", "a tensor is in two optimizers"),
     "frozen_module": ("warning", "part of the model has requires_grad=False and was not declared frozen"),
-    "broken_tie": ("warning", "a token table and a head that are meant to be one tensor are trained apart"),
     "delta_start": ("warning", "a state space model's fresh time steps are far from 0.001 to 0.1"),
     "stuck_copy": ("warning", "a 16-bit copy that follows the weights, such as an average, cannot come nearer"),
     "rough_positions": (

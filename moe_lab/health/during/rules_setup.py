@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
@@ -10,10 +9,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..before import structure
+from ..before.plan import Plan
+from ..before.preflight import entries_of_mapping
 from ..sampling import plain
+from .forward import unwrapped
 from .rule import Ill, Rule, by_kind, rule
 from .state import State
-from .tracking import storage
 
 ON_PURPOSE = 0.5  # share of the parameters from which on frozen ones look like an adapter's base
 
@@ -53,35 +55,16 @@ def weight_decay_on_norms(state: State) -> Ill:
     return by_kind(t for t in state.tracked if t.group.get("weight_decay") and t.param.ndim <= 1)
 
 
-TIED = re.compile(r"(?=.*(tie|tying|share))(?=.*(embed|weight))", re.IGNORECASE)  # a config's key
 DELTAS = 1e-4, 0.2  # a fresh median; Mamba draws 0.001 to 0.1 (Gu & Dao 2023, sec. 3.6)
 
 
-@rule(
-    "warning",
-    "{names} is not one tensor with the token table {table}, though {why}: two tables are trained apart",
-    "tie them anew after to_empty(), a load, a copy or a resize, before the optimizer is built; or say that they are untied",
-)
+@rule("warning", "{message}", "{advice}")
 def broken_tie(state: State) -> Ill:
-    table = state.forward.table
-    if table is None or table.num_embeddings == table.embedding_dim:  # a square one may be any matrix
-        return {}
-    names = {module: name for name, module in state.model.named_modules()}
-    heads = [m for m in names if isinstance(m, nn.Linear) and m.weight.shape == table.weight.shape]
-    if any(storage(head.weight) == storage(table.weight) for head in heads):
-        return {}
-    config = getattr(state.model, "config", None)
-    options = config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
-    keys = [key for key, value in options.items() if value is True and TIED.match(str(key))]
-    start = {id(t.param): t.bank().start[t.bank().places[id(t)]] for t in state.tracked if t.bank and t.owner}
-    found = {}
-    for head in (h for h in heads if h.weight.requires_grad and table.weight.requires_grad):
-        mine, theirs = start.get(id(head.weight)), start.get(id(table.weight))
-        alike = mine is not None and theirs is not None and bool(torch.equal(mine, theirs)) and bool(mine.any())
-        if keys or alike:
-            why = f"the config says {keys[0]}" if keys else "they began with the same values"
-            found[names[head]] = {"value": 0, "limit": 1, "table": names[table], "why": why}
-    return found
+    model = unwrapped(state.model)
+    carried = getattr(model, "config", None)
+    carried = carried if isinstance(carried, Mapping) else getattr(carried, "__dict__", {})
+    found = structure.broken_tie(model, Plan(entries_of_mapping({str(key): value for key, value in carried.items()})))
+    return {found.where: {"where": found.where, "message": found.message, "advice": found.advice}} if found else {}
 
 
 @rule(
