@@ -2,6 +2,7 @@
 
 groups.py    which optimizer updates which tensor, and which tensors decay
 muon.py      Muon, for matrices and for stacks of them
+sharded.py   matrices that are spread over ranks
 schedule.py  the share of the learning rate with which an update runs
 rounding.py  bfloat16 parameters that keep their small updates
 products.py  bfloat16 products where bfloat16 is slow

@@ -128,14 +128,17 @@ def latest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any]]:
     raise RunError(f"{run_dir}: nothing to resume from, {FOLDER}/ holds no whole checkpoint; start in a new directory")
 
 
-def snapshot(trainer: Trainer) -> dict[str, Any]:
-    """What a checkpoint holds: tensors and plain Python values, from which `restore` brings the run back."""
+def snapshot(trainer: Trainer, tensors: bool = True) -> dict[str, Any]:
+    """What a checkpoint holds: tensors and plain Python values, from which `restore` brings the run back; or only what
+    `restore_place` needs, without the model's and the optimizers' tensors."""
     rng = {"cpu": torch.get_rng_state(), "dropout": trainer.dropout_noise.get_state()}
     if trainer.device.type == "cuda":
         rng["cuda"] = torch.cuda.get_rng_state(trainer.device)
-    return {
-        "model_state_dict": trainer.model.state_dict(),
-        "optimizer_state_dict": [optimizer.state_dict() for optimizer in trainer.optimizers],
+    held = {}
+    if tensors:
+        held["model_state_dict"] = trainer.model.state_dict()
+        held["optimizer_state_dict"] = [optimizer.state_dict() for optimizer in trainer.optimizers]
+    return held | {
         "scheduler_state_dict": {"step": trainer.step, "max_lr": trainer.config.training.max_lr}
         | {"n_steps": trainer.n_steps, "lr_scale": trainer.controls.lr_scale},
         "step": trainer.step,
@@ -153,11 +156,7 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
     An optimizer's own load_state_dict would bring back the stored LRs and with them a corrected mistake. The random
     numbers follow when the run starts. Raises RunError if the text has changed.
     """
-    if state["data_state"]["corpus"] != trainer.dataset.corpus_hash:
-        raise RunError(
-            f"{trainer.run_dir}: the text of data.source={trainer.config.data.source} has changed since the checkpoint; "
-            "bring it back, or start in a new directory"
-        )
+    restore_place(trainer, state)
     trainer.model.load_state_dict(state["model_state_dict"])
     for optimizer, stored in zip(trainer.optimizers, state["optimizer_state_dict"], strict=True):
         given = [dict(group) for group in optimizer.param_groups]
@@ -167,6 +166,15 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
         optimizer.load_state_dict(stored)
         for group, options in zip(optimizer.param_groups, given, strict=True):
             group.update(options)
+
+
+def restore_place(trainer: Trainer, state: dict[str, Any]) -> None:
+    """Where the run stands. Raises RunError if the text has changed."""
+    if state["data_state"]["corpus"] != trainer.dataset.corpus_hash:
+        raise RunError(
+            f"{trainer.run_dir}: the text of data.source={trainer.config.data.source} has changed since the checkpoint; "
+            "bring it back, or start in a new directory"
+        )
     trainer.step = state["step"]
     trainer.controls.lr_scale = state["scheduler_state_dict"]["lr_scale"]
     trainer.batches.load_state_dict(state["data_state"])

@@ -51,13 +51,12 @@ def refuse_used(trainer: Trainer) -> None:
         )
 
 
-def to_resume(run_dir: Path, given: Config) -> tuple[dict[str, Any], Config]:
-    """The state and the config to go on with; prints each difference between stored and given, and which one is used.
+def to_resume(path: Path, state: dict[str, Any], given: Config) -> tuple[dict[str, Any], Config]:
+    """The state of a checkpoint and the config to go on with; prints each difference between stored and given, and which one is used.
 
     `given` still may say `auto` for precision.compute and a vocabulary that the text could not fill: then what the run
     had found stands, without a line. Raises RunError for another architecture.
     """
-    path, state = ckpt.latest_checkpoint(run_dir)
     merged, lines = to_dict(from_dict(state["config"], str(path))), []
     for name, values in to_dict(given).items():
         for key, new in values.items():

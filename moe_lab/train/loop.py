@@ -51,7 +51,7 @@ class Trainer:
         self.lock = FileLock(self.run_dir / ".lock", thread_local=False)  # `opened` on one thread, `fit` on another
         self.record_time = directory.last_written(self.run_dir) if resume else None
         directory.refuse_used(self)
-        stored, config = directory.to_resume(self.run_dir, config) if resume else (None, config)
+        stored, config = directory.to_resume(*self.latest_checkpoint(), config) if resume else (None, config)
         self.device = device.pick_device(config.training.device)
         if self.device.type == "cpu":
             device.keep_freed_memory()
@@ -80,7 +80,7 @@ class Trainer:
         self.step, self.evaluated = 0, -1  # updates done; the step of the last evaluation
         self.started, self.fetched_at = time.perf_counter(), 0.0  # when `seconds()` was 0; its value at the last fetch
         if stored is not None:
-            ckpt.restore(self, stored)
+            self.restore(stored)
 
     def fit(self) -> dict[str, Any]:
         """Train to the end, to `stop()` or to Ctrl-C. Returns the summary, which is also in summary.json.
@@ -155,9 +155,9 @@ class Trainer:
         deviation = self.readings.norm_deviation()
         means: dict[str, Tensor] = {}
         loads: list[list[Tensor]] = []  # of each micro-batch, of each MoE layer: (E + 1,)
-        n_micro = training.gradient_accumulation_steps
-        for _ in range(n_micro):
-            ids = self.batches.next_batch()
+        batches = self.micro_batches()
+        n_micro = len(batches)
+        for ids in batches:
             if self.device.type == "cuda":
                 ids = ids.pin_memory()
             ids = ids.to(self.device, non_blocking=True)
@@ -168,7 +168,7 @@ class Trainer:
             for name, term in terms.items():
                 means[name] = means.get(name, 0.0) + term.detach() / n_micro
             loads.append([load_and_drops(routing) for routing in routings])
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), training.max_grad_norm)
+        grad_norm = self.clip()
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -176,6 +176,14 @@ class Trainer:
         report = Report(self.step, self.tokens(), lr, means, grad_norm)
         self.readings.add(report, loads, deviation, round(self.seconds(), 3))
         return report
+
+    def micro_batches(self) -> list[Tensor]:
+        """Of one step: (B, T + 1) int64 each, on the CPU."""
+        return [self.batches.next_batch() for _ in range(self.config.training.gradient_accumulation_steps)]
+
+    def clip(self) -> Tensor:
+        """The gradients' norm, before they are clipped."""
+        return nn.utils.clip_grad_norm_(self.model.parameters(), self.config.training.max_grad_norm)
 
     def flush(self) -> None:
         """Fetch the waiting readings, append them to the record and tell the listeners.
@@ -239,6 +247,12 @@ class Trainer:
             ckpt.save_atomically(ckpt.snapshot(self), path)
             ckpt.prune(self.run_dir, self.config.training.keep_checkpoints)
         self.controls.saved = path.name
+
+    def latest_checkpoint(self) -> tuple[Path, dict[str, Any]]:
+        return ckpt.latest_checkpoint(self.run_dir)
+
+    def restore(self, stored: dict[str, Any]) -> None:
+        ckpt.restore(self, stored)
 
     def tokens(self) -> int:
         return self.step * self.config.tokens_per_step

@@ -1,0 +1,282 @@
+"""Many ranks: `torchrun --nproc-per-node 2 -m moe_lab.connect.distributed configs/lab.yaml --strategy fsdp`.
+
+The micro-batches of a step are dealt out to the ranks, so the update is that of one process, whatever their number; the
+gradients are averaged by DDP, or by FSDP2 (`fully_shard`), which also spreads weights and optimizer states. Each rank has a
+record of its own: rank 0's is the run's directory and holds the means over all, rank k's lies in its folder rank_k.
+`accelerate launch` starts the same module. What comes after: expert parallelism as in torchtitan, where tokens travel to the
+ranks that hold their experts; records, checkpoints and Muon's stacks carry over, the MoE layer's products do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from moe_lab.config import Config, ConfigError, load_config, to_dict, to_yaml
+from moe_lab.data import prepare
+from moe_lab.health import Watch, start_sample
+from moe_lab.model import LanguageModel, build_model
+from moe_lab.optim.sharded import local
+from moe_lab.train import RunError, Trainer
+from moe_lab.train import checkpoint as ckpt
+from moe_lab.train.command import exit_code
+from moe_lab.train.controls import Controls
+from moe_lab.train.device import pick_device
+from moe_lab.train.readings import Readings
+from moe_lab.train.record import FINDINGS
+
+STRATEGIES = ("ddp", "fsdp")
+PLAIN = "state.pt"  # beside the tensors of a checkpoint: what every rank needs of it, readable alone
+
+
+class Reporting(nn.Module):
+    """`model.report` as a forward pass, which is what DDP hooks into."""
+
+    def __init__(self, model: LanguageModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, generator: torch.Generator):
+        return self.model.report(ids, generator=generator)
+
+
+class SharedReadings(Readings):
+    """Means over the ranks of what each one read."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        self.norms = [p for p in self.norms if local(p).numel()]
+
+    def norm_deviation(self) -> Tensor:
+        apart = [(local(p).detach().float() - 1).abs().max() for p in self.norms]
+        most = torch.stack(apart).max() if apart else torch.zeros((), device=torch.get_default_device())
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return most
+
+    def gathered(self, numbers: Tensor) -> Tensor:
+        dist.all_reduce(numbers)
+        return numbers / dist.get_world_size()
+
+
+class SharedControls(Controls):
+    """A stop that one rank is asked for waits until all have heard of it."""
+
+    def __init__(self, acts: dict[str, Callable[[], None]]):
+        super().__init__()
+        self.acts, self.wanted = acts, False
+
+    def ask(self, action: str, **value: float) -> None:
+        if action == "stop":
+            self.wanted = True
+        else:
+            super().ask(action, **value)
+
+    def agree(self, group: dist.ProcessGroup) -> None:
+        wanted = torch.tensor(float(self.wanted))
+        dist.all_reduce(wanted, dist.ReduceOp.MAX, group=group)
+        if wanted:
+            super().ask("stop")
+
+
+class RankTrainer(Trainer):
+    """One rank of a training. The process group exists; all ranks are given the same arguments.
+
+    Raises ConfigError where the ranks cannot share out a step's micro-batches or were given different configs.
+    """
+
+    def __init__(self, config: Config, run_dir: Path, strategy: str, resume: bool = False):
+        self.rank, self.n_ranks, self.root = dist.get_rank(), dist.get_world_size(), Path(run_dir)
+        self.group = dist.new_group(backend="gloo")  # for decisions: on the CPU, so that no device waits for them
+        agree_on(config, self.n_ranks, self.group)
+        if self.rank == 0:
+            prepare(config.data, config.model)
+        dist.barrier(group=self.group)  # the others find the tokens made
+        device = own_device(config)
+        dataset = prepare(config.data, config.model, progress=False)
+        model = build_model(replace(config.model, vocab_size=dataset.vocab_size), config.training.seed, device)
+        sample = start_sample(model)  # of whole tensors
+        if strategy == "fsdp":
+            shard(model)
+        super().__init__(config, self.root if self.rank == 0 else self.root / f"rank_{self.rank}", resume, model)
+        self.readings, self.controls = SharedReadings(self.model), SharedControls(self.controls.acts)
+        self.initial_sample = self.initial_sample or sample
+        if strategy == "ddp":
+            self.compiled = DistributedDataParallel(Reporting(self.model))
+
+    def micro_batches(self) -> list[Tensor]:
+        place = (
+            f"{self.config.training.seed} {self.step} {self.rank}"  # each rank drops other units, also after a resume
+        )
+        self.dropout_noise.manual_seed(int(hashlib.sha256(place.encode()).hexdigest()[:8], 16))
+        return super().micro_batches()[self.rank :: self.n_ranks]  # all ranks draw all, so they stand at the same place
+
+    def clip(self) -> Tensor:
+        norm = super().clip()
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    def obey_controls(self) -> bool:
+        self.controls.agree(self.group)
+        return super().obey_controls()
+
+    def save(self, path: Path) -> None:
+        """A folder that appears once every rank has written its part; `path` names the step, its ending is not used."""
+        self.flush()
+        whole = self.root / ckpt.FOLDER / path.stem
+        draft = whole.with_suffix(".part")
+        with self.off_the_clock():
+            model, optimizers = get_state_dict(self.model, self.optimizers)
+            dcp.save({"model": model, "optimizers": optimizers}, checkpoint_id=draft)
+            if self.rank == 0:
+                plain = ckpt.snapshot(self, tensors=False)
+                ckpt.save_atomically(plain, draft / PLAIN)
+                shutil.rmtree(whole, ignore_errors=True)
+                draft.rename(whole)
+                old = sorted((self.root / ckpt.FOLDER).glob("step_*[0-9]"))[: -self.config.training.keep_checkpoints]
+                for folder in old:
+                    shutil.rmtree(folder)
+            dist.barrier(group=self.group)
+        self.controls.saved = whole.name
+
+    def latest_checkpoint(self) -> tuple[Path, dict[str, Any]]:
+        return latest_checkpoint(self.root)
+
+    def restore(self, stored: dict[str, Any]) -> None:
+        model, optimizers = get_state_dict(self.model, self.optimizers)
+        parts = {"model": model, "optimizers": optimizers}
+        dcp.load(parts, checkpoint_id=latest_checkpoint(self.root)[0])
+        options = [[dict(group) for group in optimizer.param_groups] for optimizer in self.optimizers]
+        set_state_dict(
+            self.model, self.optimizers, model_state_dict=parts["model"], optim_state_dict=parts["optimizers"]
+        )
+        for optimizer, given in zip(self.optimizers, options, strict=True):
+            for group, values in zip(optimizer.param_groups, given, strict=True):
+                group.update({key: value for key, value in values.items() if key != "params"})
+        ckpt.restore_place(self, stored)
+
+
+def latest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any]]:
+    """The newest whole checkpoint of many ranks, and what it holds beside tensors. Raises RunError if there is none."""
+    folders = [path.parent for path in (run_dir / ckpt.FOLDER).glob(f"*/{PLAIN}") if path.parent.suffix != ".part"]
+    if not folders:
+        raise RunError(
+            f"{run_dir}: nothing to resume from, {ckpt.FOLDER}/ holds no checkpoint of many ranks; start in a new directory"
+        )
+    states = [(ckpt.load_checkpoint(folder / PLAIN), folder) for folder in folders]
+    state, folder = max(states, key=lambda pair: pair[0]["step"])
+    return folder, state
+
+
+def shard(model: LanguageModel) -> None:
+    """Spread each block, and what is left of the model, over the ranks."""
+    for layer in model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    for name in ("report", "trunk"):
+        register_fsdp_forward_method(model, name)
+
+
+def own_device(config: Config) -> torch.device:
+    device = pick_device(config.training.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def agree_on(config: Config, n_ranks: int, group: dist.ProcessGroup) -> None:
+    """Raise ConfigError unless all ranks were given this config, and can share out its micro-batches."""
+    mine = hashlib.sha256(to_yaml(config).encode()).hexdigest()
+    given: list = [None] * n_ranks
+    dist.all_gather_object(given, (mine, to_dict(config)), group=group)
+    for rank, (digest, other) in enumerate(given):
+        if digest != given[0][0]:
+            differing = [f"{s}.{k}" for s, values in other.items() for k in values if values[k] != given[0][1][s][k]]
+            raise ConfigError(
+                f"rank {rank} was given another config than rank 0 ({', '.join(differing)}); start all with the same"
+            )
+    n_micro = config.training.gradient_accumulation_steps
+    if n_micro % n_ranks:
+        raise ConfigError(
+            f"training.gradient_accumulation_steps={n_micro} cannot be shared out to {n_ranks} ranks; "
+            "set it to a multiple of their number (and training.batch_size lower, for the same step)"
+        )
+
+
+def train(args: argparse.Namespace) -> int:
+    """Returns 1 if the watch of this rank found an error."""
+    config = load_config(args.config, args.overrides)
+    try:
+        dist.init_process_group("nccl" if pick_device(config.training.device).type == "cuda" else "gloo")
+    except (ValueError, RuntimeError) as error:  # no launcher, or a port that is taken
+        reason = " ".join(str(error).split())[:160]
+        raise ConfigError(
+            f"the ranks cannot meet ({reason}); start with: torchrun --standalone --nproc-per-node 2 -m moe_lab.connect.distributed …"
+        ) from None
+    rank = dist.get_rank()
+    try:
+        trainer = RankTrainer(config, args.run_dir, args.strategy, args.resume)
+        with trainer.opened():
+            plan = {"budget": trainer.n_steps, "start_step": trainer.step, "log": trainer.run_dir / FINDINGS}
+            bar = tqdm(total=trainer.n_steps, initial=trainer.step, unit="step", disable=rank > 0)
+            with Watch(trainer.model, trainer.optimizers, quiet=rank > 0, **plan) as watch, bar:
+
+                def show(row: dict) -> None:
+                    if "loss" in row:
+                        watch.observe(loss=row["loss"])
+                        bar.update(row["step"] - bar.n)
+                        bar.set_postfix_str(f"loss {row['loss']:.3f}")
+
+                trainer.listeners.append(show)
+                status = trainer.fit()["status"]
+        if rank == 0:
+            print(f"{status}: {trainer.step} steps on {trainer.n_ranks} ranks in {trainer.root}")
+        return int(any(finding.severity == "error" for finding in watch.findings))
+    except RuntimeError as error:
+        if isinstance(error, RunError) or not is_about_ranks(error):
+            raise
+        last = max((path.parent.name for path in (args.run_dir / ckpt.FOLDER).glob(f"*/{PLAIN}")), default="none")
+        raise RunError(
+            f"rank {rank}: another rank is gone; last whole checkpoint: {last}; go on with --resume"
+        ) from error
+    finally:
+        dist.destroy_process_group()
+
+
+def is_about_ranks(error: RuntimeError) -> bool:
+    """Whether it was raised because a rank does not answer. Gloo has no class of its own for that."""
+    words = ("gloo", "connection", "nccl", "peer", "socket")
+    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="torchrun … -m moe_lab.connect.distributed", description="Train one config on many ranks."
+    )
+    parser.add_argument("config", help="a YAML file, such as configs/lab.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--strategy", choices=STRATEGIES, default="fsdp", help="DDP copies the model, FSDP2 spreads it")
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from --run-dir's last checkpoint, with any number of ranks"
+    )
+    return exit_code(train, parser.parse_intermixed_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
