@@ -99,7 +99,7 @@ def test_a_killed_rank_ends_the_job_and_a_whole_checkpoint_is_left(two: Path, tm
     job = start(2, tmp_path / "run", "--strategy", "fsdp", "training.steps=100000", "training.save_interval=5")
     try:
         deadline = time.monotonic() + 200
-        while not (checkpoints := list((tmp_path / "run/checkpoints").glob("step_*[0-9]/state.pt"))):
+        while not list((tmp_path / "run/checkpoints").glob("step_*[0-9]/state.pt")):
             assert time.monotonic() < deadline and job.poll() is None
             time.sleep(0.2)
         children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
