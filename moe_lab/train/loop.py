@@ -179,11 +179,13 @@ class Trainer:
 
     def micro_batches(self) -> list[Tensor]:
         """Of one step: (B, T + 1) int64 each, on the CPU."""
-        return [self.batches.next_batch() for _ in range(self.config.training.gradient_accumulation_steps)]
+        training = self.config.training
+        return [self.batches.next_batch() for _ in range(training.gradient_accumulation_steps)]
 
     def clip(self) -> Tensor:
         """The gradients' norm, before they are clipped."""
-        return nn.utils.clip_grad_norm_(self.model.parameters(), self.config.training.max_grad_norm)
+        training = self.config.training
+        return nn.utils.clip_grad_norm_(self.model.parameters(), training.max_grad_norm)
 
     def flush(self) -> None:
         """Fetch the waiting readings, append them to the record and tell the listeners.
