@@ -353,6 +353,9 @@ def test_time_steps_of_a_fresh_state_space(bias: float | None, wanted: list[str]
         nn.init.constant_(model.backbone.layers[0].mixer.dt_proj.bias, bias)
     watch = Watch(model, torch.optim.AdamW(model.parameters()))
     assert said(watch) == wanted
+    (rule,) = [rule for rule in watch.rules if rule.id == "weight_decay_on_norms"]
+    assert {"backbone.layers.*.mixer.A_log", "backbone.layers.*.mixer.D"} <= rule.when(watch.state).keys()
+    assert "backbone.layers.*.mixer.in_proj.weight" not in rule.when(watch.state)
     model.backbone.layers[0].mixer.A_log.data += 0.1 * torch.randn(64, 8)  # has been trained
     assert said(Watch(model, torch.optim.AdamW(model.parameters()))) == []
 

@@ -48,11 +48,13 @@ def frozen(state: State, on_purpose: bool) -> Ill:
 
 @rule(
     "info",
-    "vectors (norm weights, biases) decay towards 0: {names}",
+    "vectors (norm weights, biases) or a state space's decay rates decay towards 0: {names}",
     "give them a group with weight_decay=0",
 )
 def weight_decay_on_norms(state: State) -> Ill:
-    return by_kind(t for t in state.tracked if t.group.get("weight_decay") and t.param.ndim <= 1)
+    decayed = [t for t in state.tracked if t.group.get("weight_decay")]
+    rates = [t for t in decayed if t.param.ndim == 2 and not state.n_seen and is_decay_rates(t.param)]
+    return by_kind([*(t for t in decayed if t.param.ndim <= 1), *rates])
 
 
 DELTAS = 1e-4, 0.2  # a fresh median; Mamba draws 0.001 to 0.1 (Gu & Dao 2023, sec. 3.6)
@@ -86,7 +88,7 @@ def delta_start(state: State) -> Ill:
 
 
 def is_decay_rates(p: Tensor) -> bool:
-    values = plain(p)
+    values = plain(p)[:: max(1, len(p) - 1)]  # the first row and the last
     if not values.numel() or values.shape[-1] < 2 or not values.is_floating_point():
         return False
     wanted = torch.arange(1, values.shape[-1] + 1, device=values.device).float().log()
