@@ -187,7 +187,7 @@ def test_closures(kind) -> None:
 
     def closure():
         optimizer.zero_grad()
-        loss = loss_of(model, 0)
+        loss = loss_of(model, watch.step)
         loss.backward()
         return loss
 

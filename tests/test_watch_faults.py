@@ -27,7 +27,7 @@ from moe_lab.optim import Muon
 
 GUARDS = {"Hook.__call__", "Watch.stop", "Watch.fail"}  # what catches
 # the model's own code is called there, and may not like it: no answer is an answer
-ASKING_THE_MODEL = {"tensors_of", "ForwardProbe.try_changed.<locals>.outputs"}
+ASKING_THE_MODEL = {"tensors_of", "ForwardProbe.repeat"}
 OTHER_WAYS = {"Replays.add_samples"}  # whole tensors are tried then
 OTHERS_CALLS = {"Watch.observe"}  # by the training itself
 

@@ -109,11 +109,13 @@ RULES: dict[str, tuple[str, str]] = {
     "label_shift": ("error", "labels are not the next token but another one"),
     "never_a_target": ("warning", "a token that follows others and is never asked for"),
     "padding_in_loss": ("warning", "the padding at a row's end is a target"),
+    "token_weights": ("warning", "tokens of one update weigh very differently: means of micro-batches count alike"),
     "uneven_targets": ("info", "batches with very different numbers of targets, whose mean losses weigh the same"),
     "split_overlap": ("warning", "validation text that stands in training, too"),
     "no_effect": ("warning", "a part of the batch that the loss does not depend on"),
     "future_leak": ("error", "a token changes the logits before it, or those of another sequence"),
     "mode_mismatch": ("warning", "modules that compute in training only, or in evaluation only"),
+    "evaluation_mode": ("error", "updates in evaluation mode: dropout is off, batch norms keep old statistics"),
     "scaled_copies": ("error", "tokens that a sublayer leaves alone come out multiplied"),
     "unexpected_tensors": ("warning", "a checkpoint whose tensors are not those of a known run"),
 }

@@ -7,6 +7,7 @@ import math
 import zlib
 from collections import Counter
 from collections.abc import Sequence
+from ctypes import string_at
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,12 @@ class Tokens(NamedTuple):
     labels: Tensor | None  # (B, T) int64, IGNORED where there is no target; None: not given
 
 
+def raw(x: Tensor) -> bytes:
+    """The numbers of a tensor on the CPU as they stand in memory; torch alone may be installed, without NumPy."""
+    x = x.contiguous()
+    return string_at(x.data_ptr(), x.numel() * x.element_size())
+
+
 def looks_random(ids: Tensor, vocab_size: int) -> Finding | None:
     counts, n = torch.bincount(ids, minlength=vocab_size), len(ids)
     if counts.max() > CONSTANT * n:
@@ -41,7 +48,7 @@ def looks_random(ids: Tensor, vocab_size: int) -> Finding | None:
         return Finding("constant_tokens", "error", "data", message, advice, float(counts.max() / n), CONSTANT)
     equal = collisions(ids, vocab_size)
     shuffled = ids[torch.randperm(n, generator=torch.Generator().manual_seed(0))]
-    compressed, of_shuffled = (len(zlib.compress(x.to(torch.int32).numpy().tobytes())) for x in (ids, shuffled))
+    compressed, of_shuffled = (len(zlib.compress(raw(x.to(torch.int32)))) for x in (ids, shuffled))
     if n < 1000 or equal >= COLLISIONS or compressed < INCOMPRESSIBLE * of_shuffled:
         return None
     message = f"the tokens look random: two are equal {equal:.2f} times as often as uniform ones (text: 5 and more)"
@@ -50,7 +57,7 @@ def looks_random(ids: Tensor, vocab_size: int) -> Finding | None:
 
 
 def rows_repeat(seen: Sequence[Tokens]) -> Finding | None:
-    rows = [row.numpy().tobytes() for tokens in seen for row in tokens.ids]
+    rows = [raw(row) for tokens in seen for row in tokens.ids]
     again = 1 - len(set(rows)) / len(rows)
     if len(rows) < 8 or again <= REPEATED:
         return None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..findings import Finding
-from ..tokens import Tokens, labels_elsewhere, looks_random, never_a_target, padding_is_target, rows_repeat, uneven
+from ..tokens import Tokens, labels_elsewhere, looks_random, never_a_target, padding_is_target, raw, rows_repeat, uneven
 
 LOOKED_AT = 64  # batches at most
 OVERLAP = 0.05  # share of the validation windows that also stand in training
@@ -56,7 +56,7 @@ def check_data(
 def stands_in_both(seen: list[Tokens], validation: list[Tokens]) -> Finding | None:
     def windows(batches: list[Tokens], stride: int) -> list[bytes]:
         spans = (row.unfold(0, WINDOW, stride) for tokens in batches for row in tokens.ids if len(row) >= WINDOW)
-        return [span.numpy().tobytes() for row in spans for span in row]
+        return [raw(span) for row in spans for span in row]
 
     known, asked = set(windows(seen, 1)), windows(validation, WINDOW)
     share = sum(window in known for window in asked) / max(len(asked), 1)

@@ -5,6 +5,7 @@ rules.py         the rules in the order in which they are asked
 rules_setup.py   who is updated at all: optimizers, frozen parts, decay of norms
 rules_updates.py what becomes of updates: order of events, broken gradients, lost to rounding, without gradient, one direction only
 rules_signal.py  what lies outside of the optimizer, experts, terms without effect, faint gradients
+rules_flow.py    targets and data, looks into the future, updates in evaluation mode
 rules_loss.py    learning rates, measured steps against the usual ones; reach; the loss that comes of them
 rule.py          what a rule is: something to look for, and the words for it
 state.py         what is known of a training, which the rules see
@@ -17,6 +18,8 @@ doctor.py        doctor train.py: a script is watched without an edit
 forward.py       what forward passes tell: vocabulary, the logits' variance, which tensors matter
 outside.py       copies that follow the weights, tables of positions, buffers that count
 routing.py       choices among experts, and scalars that may be terms of the loss
+heard.py         what a language model is asked for: ids, targets, weights, read off the logits' gradient
+causal.py        whether it sees the tokens that it is to foretell: one pass repeated, later tokens changed
 published.py     what was said, the log, and what need not be said again
 report.py        the readings as a table of text
 branch.py        the branch probe: one state, several settings

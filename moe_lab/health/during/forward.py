@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 from ..random_state import RandomState
 from ..torch_private import uncompiled
+from .heard import Heard, tensors_of
 
 VARIANCE_ROWS = 256  # logits of as many positions: the variance is good to 1 %
 
@@ -58,8 +59,11 @@ class ForwardProbe:
         self.is_language_model = bool(tables)
         self.table = max(tables or embeddings, key=lambda m: m.num_embeddings, default=None)
         self.vocab_size = self.table and self.table.num_embeddings
-        # of a model that has been trained the variance says nothing about a first loss
-        self.head = next((m for m in linears if m.out_features == self.vocab_size and is_new), None)
+        head = next((m for m in linears if m.out_features == self.vocab_size), None)
+        self.head = (
+            head if is_new else None
+        )  # of a model that has been trained the variance says nothing about a first loss
+        self.heard = Heard(model, self.table, head)
 
     def listen(self, failed: Callable[[Exception], None]) -> None:
         hook = partial(Hook, failed=failed)
@@ -68,9 +72,10 @@ class ForwardProbe:
             self.handles.append(self.table.register_forward_pre_hook(hook(self.keep_ids)))
         if self.head is not None:
             self.handles.append(self.head.register_forward_hook(hook(self.keep_variance)))
+        self.heard.listen(hook)
 
     def keep_inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.inputs = tuple(map(detached, args)), {k: detached(v) for k, v in kwargs.items() if k != "labels"}
+        self.inputs = tuple(map(detached, args)), {k: detached(v) for k, v in kwargs.items()}
         kind = next((p.device.type for p in self.model.parameters()), "cpu")
         self.precision = {"device_type": kind, "enabled": torch.is_autocast_enabled(kind)}
         self.precision["dtype"] = torch.get_autocast_dtype(kind)
@@ -96,36 +101,49 @@ class ForwardProbe:
     def matters(self, param: Tensor) -> bool | None:
         """Whether changing `param` changes the model's output for the last input; None where no forward can be repeated."""
         if self.inputs is not None and param not in self.answers:
-            self.answers[param] = self.try_changed(unwrapped(self.model), param, *self.inputs)
+            self.answers[param] = self.try_changed(unwrapped(self.model), param)
         return self.answers.get(param)
 
-    def try_changed(self, model: nn.Module, param: Tensor, args: tuple, kwargs: dict) -> bool | None:
-        """In the mode and the precision of the training, with its random numbers held (a choice made in training alone has
-        no say in evaluation), and copies in place of the tensor and of the buffers: a backward pass that is still to come
-        must find the weights as they were. None, too, where two passes differ by themselves."""
+    def try_changed(self, model: nn.Module, param: Tensor) -> bool | None:
+        """A choice that is made in training alone has no say in evaluation. None, too, where two passes differ by themselves."""
         name = next((name for name, p in model.named_parameters() if p is param), None)
         if name is None or is_sharded(model):
             return None
-        changed, random_state = disturbed(param), RandomState([*model.parameters(), *model.buffers()])
-
-        def outputs(p: Tensor) -> list[Tensor]:
-            random_state.put_back()
-            copies = {key: buffer.clone() for key, buffer in model.named_buffers()}
-            with torch.autocast(**self.precision) if self.precision else nullcontext():
-                return tensors_of(functional_call(model, {**copies, name: p}, args, kwargs))
-
+        changed = disturbed(param)
         try:
-            with torch.no_grad():
-                before, again, after = outputs(param), outputs(param), outputs(changed)
+            before, again, after = (tensors_of(self.repeat({name: p})) for p in (param, param, changed))
         except Exception:  # the model's own code, called in a way it may not be made for: then it cannot be told
             return None
+        return None if differ(before, again) else differ(before, after)
+
+    @torch.no_grad()
+    def repeat(self, changed: Mapping[str, Tensor], exact: bool = False) -> Any:
+        """What the model answers to the last input, with other tensors under these names: in the mode and the precision of the
+        training (`exact`: without autocast), with its random numbers held, copies in place of the buffers, and what its modules
+        keep put back: a backward pass that is still to come must find all as it was. Raises what the model raises."""
+        model = unwrapped(self.model)
+        random_state = RandomState([*model.parameters(), *model.buffers()])
+        kept = [(module, dict(vars(module))) for module in model.modules()]
+        tensors = [t for _, held in kept for t in held.values() if isinstance(t, Tensor)]
+        values = [(t, t.clone(), t._version) for t in tensors]
+        copies = {key: buffer.clone() for key, buffer in model.named_buffers()}
+        precision = {**self.precision, "enabled": False} if exact else self.precision
+        try:
+            with torch.autocast(**precision) if self.precision else nullcontext():
+                return functional_call(model, {**copies, **changed}, *self.inputs)
         finally:
             random_state.put_back()
-        return None if differ(before, again) else differ(before, after)
+            for module, held in kept:
+                vars(module).clear()
+                vars(module).update(held)
+            for tensor, value, version in values:
+                if tensor._version != version:
+                    tensor.copy_(value)
 
     def close(self) -> None:
         for handle in self.handles:
             handle.remove()
+        self.heard.close()
         self.inputs = None
 
 
@@ -156,11 +174,3 @@ def is_sharded(model: nn.Module) -> bool:
     """Whether a forward pass gathers weights from other processes, which may not be running one now."""
     kinds = {type(module).__name__ for module in model.modules()}
     return "FullyShardedDataParallel" in kinds or any(hasattr(p, "to_local") for p in model.parameters())
-
-
-def tensors_of(output: Any) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output]
-    parts = output.values() if isinstance(output, dict) else output
-    is_many = hasattr(parts, "__iter__") and not isinstance(parts, str)
-    return [t for part in parts for t in tensors_of(part)] if is_many else []

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from itertools import combinations
-from statistics import fmean, variance
+from statistics import fmean
 
 from ..conventions import Group, convention_of, judge
 from ..measures import adam_reach, trend
@@ -18,6 +19,7 @@ from .tracking import HISTORY, LR_STEADY, SPENT, GroupState
 SIGMAS = 3.0  # standard errors of a difference of losses
 START_OFF = 0.2  # nats between the first loss and ln V + var/2; nats by which a loss rose
 LR_ACTED = 30.0  # updates' worth of peak LR before the loss must have fallen
+AT_LN_V = 0.05  # nats from ln V, where each token is as likely as any other
 LR_LATE = 0.2  # share of the peak LR below which the loss need not fall
 LEARNED = 1 / 3  # share of an untrained model's loss that is gone when an LR is first judged: no low one
 SAME_LR = 1e-3  # relative distance up to which two learning rates are one
@@ -149,7 +151,14 @@ def change(state: State) -> tuple[float, float, float]:
     if len(losses) < 2 * LR_STEADY or not state.is_fresh or nonfinite_loss.when(state):
         return 0.0, 0.0, math.inf
     first, last = losses[:LR_STEADY], losses[-LR_STEADY:]
-    return fmean(first), fmean(last), math.sqrt(variance(first) / len(first) + variance(last) / len(last))
+    # around their own line: a steep start is no noise
+    return fmean(first), fmean(last), math.sqrt(sum(spread(window) / len(window) for window in (first, last)))
+
+
+def spread(losses: Sequence[float]) -> float:
+    """Variance around the least-squares line."""
+    n = len(losses)
+    return trend(losses)[1] ** 2 * (n**3 - n) / 12
 
 
 def loss_rose(state: State) -> Ill:
@@ -161,43 +170,55 @@ def loss_rose(state: State) -> Ill:
 
 @rule(
     "warning",
-    "after {acted:.0f} updates' worth of the peak LR the loss has not fallen: {value:.1e} ± {error:.0e} an update",
+    "after {acted:.0f} updates' worth of the peak LR the loss {what}: {value:.1e} ± {error:.0e} an update",
     "check the data first (random tokens? shuffled labels?), then the learning rate by a branch probe",
 )
 def loss_not_falling(state: State) -> Ill:
+    """A loss that falls to ln V and stays there has learned to say nothing: wide logits start above it, whatever the data."""
     first, last, noise = change(state)
     groups = [group for group in state.groups if group.peak]
     acted = max((group.total / group.peak for group in groups), default=0.0)
     late = all(group.last < LR_LATE * group.peak for group in groups)
-    has_fallen = last - first <= -SIGMAS * noise
-    if math.isinf(noise) or loss_rose(state) or acted < LR_ACTED or late or has_fallen:
+    if math.isinf(noise) or loss_rose(state) or acted < LR_ACTED or late:
         return {}
     slope, error = trend(state.losses[-HISTORY:])
-    return {"loss": {"value": slope, "limit": 0.0, "error": error, "acted": acted}}
+    facts = {"value": slope, "limit": 0.0, "error": error, "acted": acted, "what": "has not fallen"}
+    if last - first <= -noise:  # it fell, or that may yet show
+        know_nothing = math.log(state.forward.vocab_size) if state.forward.is_language_model else math.inf
+        slope, error = trend(state.losses[-2 * LR_STEADY :])
+        rests = abs(last - know_nothing) < AT_LN_V and slope > -SIGMAS * error
+        if not rests or first - last < AT_LN_V + SIGMAS * noise:
+            return {}
+        facts |= {"value": slope, "error": error, "what": f"fell to ln V = {know_nothing:.2f} and rests there"}
+    return {"loss": facts}
 
 
 def initial_loss(state: State, multiplied: bool) -> Ill:
-    """Only a loss that is a number of times the expected one is surely ill: tied embeddings, auxiliary terms and a frozen base
-    move it by a quarter of a nat, too."""
-    expected = state.expected_start
-    is_new = state.is_fresh or (
-        state.has_new_norms and not state.start_step
-    )  # one that was divided is as low as a trained one's
-    if expected is None or not state.losses or not is_new or not math.isfinite(state.losses[0]):
+    """Where the targets are known, against the cross-entropy of the model's own logits: other terms may be in the loss, and only
+    a whole factor is told. Else against what an untrained model shows, and only one that is a number of times that is surely
+    ill: tied embeddings, auxiliary terms and a frozen base move it by a quarter of a nat, too."""
+    own = state.forward.heard.first_loss
+    # one that was divided is as low as a trained one's
+    is_new = state.is_fresh or (own is None and state.has_new_norms and not state.start_step)
+    expected = state.expected_start if own is None else own
+    if expected is None or not state.losses or not math.isfinite(state.losses[0]) or not (is_new or own):
         return {}
     first = state.losses[0]
     if abs(first - expected) <= START_OFF:
         return {}
-    factors = range(2, MOST_ACCUMULATED + 1)
-    small = next((a for a in factors if abs(first * a - expected) < START_OFF * a**0.5), None)
-    large = next((a for a in factors if abs(first / a - expected) < START_OFF), None)
+    # of a trained model's small loss, other terms may be twice or three times
+    factors = range(2, MOST_ACCUMULATED + 1) if is_new else [state.forward.heard.n_first]
+    small = next((a for a in factors if a > 1 and abs(first * a - expected) < START_OFF * a**0.5), None)
+    large = next((a for a in factors if a > 1 and abs(first / a - expected) < START_OFF), None)
     if small or large:
         factor = f": it is {small or large} times too {'small' if small else 'large'}"
-    elif first < expected - PRETRAINED:
-        return {}  # trained before, or another loss altogether
+    elif own is not None or first < expected - PRETRAINED:
+        return {}  # other terms; trained before, or another loss altogether
     else:
         factor = ""
-    return {"loss": {"value": first, "limit": expected, "factor": factor}} if bool(factor) == multiplied else {}
+    shown = "an untrained model of this vocabulary shows" if own is None else "the cross-entropy of its own logits is"
+    facts = {"value": first, "limit": expected, "factor": factor, "shown": shown}
+    return {"loss": facts} if bool(factor) == multiplied else {}
 
 
 ROSE = "the loss rose from {first:.2f} to {last:.2f}"
@@ -209,7 +230,7 @@ SET_AGAIN = (
     "load_state_dict brings the checkpoint's LR back: set lr, initial_lr and the scheduler's base again after it"
 )
 
-FIRST = "the first loss is {value:.3f}; an untrained model of this vocabulary shows {limit:.3f}{factor}"
+FIRST = "the first loss is {value:.3f}; {shown} {limit:.3f}{factor}"
 DIVIDED = (
     "look for a division by the accumulation that is done twice or not at all, padding in the loss, or a wrong init"
 )

@@ -19,6 +19,7 @@ from .steps import Steps
 from .tracking import HISTORY, GroupState, Scalars, Tracked, track
 
 READ_EVERY = 5  # updates between looks at the gradients
+MODES = 3  # such looks in a row that tell a mode
 WINDOW = 200  # updates over which intended and realised displacement are compared, at most
 PRETRAINED = 1.0  # nats below an untrained model's loss from which on a model has been trained before
 
@@ -44,6 +45,8 @@ class State:
         self.counts = Counter({id(o): start_step for o in optimizers})  # of the run's updates
         self.window_start = self.last_read = start_step
         self.gradients, self.replays, self.steps = Gradients(), Replays(n_matrices), Steps()
+        self.modes: list[bool] = []  # the last few times: whether any module was in training mode
+        self.has_trained = False  # … it ever was
         self.tracked: list[Tracked] = []
         self.banks: list[Bank] = []
         self.groups: list[GroupState] = []
@@ -64,6 +67,9 @@ class State:
         for group in self.groups:
             if group.optimizer is optimizer:
                 group.note_lr()
+        if self.counts[id(optimizer)] % READ_EVERY == 1:
+            self.modes = [*self.modes[-MODES + 1 :], any(module.training for module in self.model.modules())]
+            self.has_trained |= self.modes[-1]
         if not has_gradients:
             return None
         self.read_gradients(optimizer)
@@ -73,6 +79,7 @@ class State:
 
     def after_update(self, optimizer: Optimizer, made_gradients: bool) -> None:
         self.steps.end(optimizer, self.counts[id(optimizer)])
+        self.forward.heard.update = self.n_seen + 1
         if made_gradients:
             self.read_gradients(optimizer)
 
@@ -93,6 +100,7 @@ class State:
             group.fetch()
         self.gradients.fetch()
         self.events.fetch()
+        self.forward.heard.fetch()
         self.steps.fetch()
         if self.replays.fetch():
             self.restart_window()
@@ -164,8 +172,9 @@ class State:
         known: its norms are."""
         if self.start_step:
             return False
-        if self.losses and self.expected_start:
-            return self.losses[0] > self.expected_start - PRETRAINED
+        first = self.forward.heard.first_loss or next(iter(self.losses), None)  # the model's own, or as it is reported
+        if first is not None and self.expected_start:
+            return first > self.expected_start - PRETRAINED
         return self.has_new_norms is not False
 
     @property

@@ -1,0 +1,196 @@
+"""What a language model is asked for: ids, targets and what each weighs, read off the gradient of its first passes' logits.
+
+For any softmax cross-entropy, wherever it is computed, a row of that gradient is w · (p − onehot): the negative entry is the
+target, a row of zeros is no target, and w is the weight of that token in the loss that is minimised.
+"""
+
+# Shapes: B batch, T time, V vocabulary, N = B·T rows, R rows that are looked at closely.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import tokens as about
+from ..findings import Finding
+from ..tokens import IGNORED, SHIFTED, Tokens, agreement
+
+MOST = 64  # passes that are heard
+ELEMENTS = 2**21  # R · V, the logits that are kept until the backward pass: 8 MB in float32
+FIT = 0.05  # share of the gradient, squared, that w · (p − onehot) may leave: label smoothing leaves less
+
+
+class Pass(NamedTuple):
+    """One forward and backward pass; all but the tokens is of R of its rows."""
+
+    update: int  # that it is for, from 1
+    tokens: Tokens
+    loss: float  # mean cross-entropy of the targets, nats
+    weight: float  # the one w that fits best
+    rest: float  # share of the gradient, squared, that is no cross-entropy, whatever the weights
+    uneven: float  # share that is none of equal weights
+    least: float  # the smallest w's sign: below 0 in preferences and rewards
+
+    @property
+    def n_targets(self) -> int:
+        return int((self.tokens.labels != IGNORED).sum())
+
+    @property
+    def is_likelihood(self) -> bool:
+        return self.rest < FIT and self.least > 0
+
+
+class Heard:
+    """Listens to the table of tokens, the head and the whole model. Ids, targets and five numbers a pass wait for `fetch`."""
+
+    def __init__(self, model: nn.Module, table: nn.Module | None, head: nn.Module | None):
+        self.model, self.table, self.head = model, table, head
+        self.handles: list = []
+        self.update, self.n_heard, self.vocab_size = 1, 0, 0
+        self.is_inside = False  # of the model's own forward pass, which may do more than its head
+        self.ids: list[Tensor] = []  # what the table was asked for in this pass: the last is a decoder's
+        self.scores: Any = None
+        self.waiting: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        self.passes: list[Pass] = []
+        self.found: list[Finding] = []  # in the batches that were heard
+        self.first_loss: float | None = None  # mean cross-entropy of the first update's targets, over
+        self.n_first = 0  # passes
+        self.call = 0  # of the table, in the last pass that was heard: which one holds the ids
+        self.is_time_first = False
+        self.was_tried, self.leak = False, None  # whether the model sees the future
+
+    def listen(self, hook: Callable) -> None:
+        if self.table is None:
+            return
+        self.handles = [self.model.register_forward_pre_hook(hook(self.begin))]
+        self.handles.append(self.table.register_forward_pre_hook(hook(self.note_ids)))
+        if self.head is not None:
+            self.handles.append(self.head.register_forward_hook(hook(partial(self.note_scores, hook))))
+        self.handles.append(self.model.register_forward_hook(hook(partial(self.end, hook))))
+
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles, self.ids, self.scores, self.waiting, self.passes = [], [], None, [], []
+
+    # ---- hooks -------------------------------------------------------------------------------------------------------
+
+    def begin(self, module: nn.Module, args: tuple) -> None:
+        self.is_inside, self.ids, self.scores = True, [], None
+
+    def note_ids(self, module: nn.Module, args: tuple) -> None:
+        if args and isinstance(args[0], Tensor) and args[0].ndim == 2:
+            self.ids = [*self.ids[-3:], args[0]]
+
+    def note_scores(self, hook: Callable, module: nn.Module, args: tuple, output: Any) -> None:
+        if self.is_inside:
+            self.scores = output
+        else:
+            self.hear(hook, output)
+
+    def end(self, hook: Callable, module: nn.Module, args: tuple, output: Any) -> None:
+        self.is_inside = False
+        self.hear(hook, next((t for t in tensors_of(output) if self.ids_of(t) is not None), self.scores))
+
+    def ids_of(self, scores: Any) -> int | None:
+        """Which call of the table was for these scores, (B, T, V), or (B·T, V)."""
+        if not isinstance(scores, Tensor) or not scores.requires_grad or not scores.is_floating_point():
+            return None
+        for n in reversed(range(len(self.ids))):
+            shape = self.ids[n].shape
+            if scores.ndim in (2, 3) and scores.shape[:-1] in (shape, (shape.numel(),)) and scores.shape[-1] > 2:
+                return n
+        return None
+
+    def hear(self, hook: Callable, scores: Any) -> None:
+        """Wait for the gradient of a pass's scores; of some of its rows they are kept until then."""
+        call, ids = self.ids_of(scores), self.ids
+        self.ids, self.scores = [], None
+        if call is None or self.n_heard >= MOST:
+            return
+        self.n_heard, self.call, self.vocab_size = self.n_heard + 1, call, scores.shape[-1]
+        rows = scores.detach().reshape(-1, self.vocab_size)
+        stride = -(-rows.numel() // ELEMENTS)
+        scores.register_hook(hook(partial(self.answer, ids[call].to(torch.int32), rows[::stride].clone(), stride)))
+
+    def answer(self, ids: Tensor, scores: Tensor, stride: int, gradient: Tensor) -> None:
+        rows = gradient.detach().reshape(-1, gradient.shape[-1])
+        least, target = rows.min(-1)  # (N,)
+        target = torch.where(least < 0, target, IGNORED)
+        numbers = compared(scores.float(), rows[::stride].float(), target[::stride])
+        self.waiting.append((self.update, ids, target.to(torch.int32).view(ids.shape), numbers))
+
+    # ---- what was heard ----------------------------------------------------------------------------------------------
+
+    def fetch(self) -> None:
+        if not self.waiting:
+            return
+        for update, ids, labels, numbers in self.waiting:
+            self.passes.append(Pass(update, Tokens(ids.cpu().long(), labels.cpu().long()), *numbers.tolist()))
+        self.waiting = []
+        labelled = [p.tokens for p in self.passes]
+        turned = [Tokens(ids.T, labels.T) for ids, labels in labelled]
+        if agreement(labelled, 1) < SHIFTED < agreement(turned, 1):  # (T, B), as in torch's own recurrent layers
+            self.is_time_first = True
+            self.passes = [p._replace(tokens=tokens) for p, tokens in zip(self.passes, turned, strict=True)]
+        if first := [p for p in self.once if p.update == 1]:
+            self.n_first = len(first)
+            self.first_loss = sum(p.loss * p.n_targets for p in first) / sum(p.n_targets for p in first)
+        self.found = [finding for finding in self.judged() if finding is not None]
+
+    @property
+    def likelihoods(self) -> list[Pass]:
+        return [p for p in self.passes if p.is_likelihood]
+
+    @property
+    def once(self) -> list[Pass]:
+        """The first of each batch: it may be used several times for one update, by LBFGS, SAM, or for two draws of dropout."""
+        return [*{(p.update, about.raw(p.tokens.ids)): p for p in reversed(self.likelihoods)}.values()][::-1]
+
+    @property
+    def is_next_token(self) -> bool:
+        """Whether the targets are the next tokens: then the model must not see them."""
+        return agreement([p.tokens for p in self.likelihoods], 1) >= SHIFTED
+
+    def judged(self) -> Iterator[Finding | None]:
+        """What `check_data` would say of these batches."""
+        labelled = [p.tokens for p in self.likelihoods]
+        if labelled:
+            if self.is_next_token:
+                yield about.looks_random(torch.cat([t.ids.flatten() for t in labelled]), self.vocab_size)
+            for check in (about.labels_elsewhere, about.never_a_target, about.padding_is_target):
+                yield check(labelled)
+            yield about.rows_repeat([p.tokens for p in self.once])
+
+
+def compared(scores: Tensor, gradient: Tensor, target: Tensor) -> Tensor:
+    """(5,) float32: `Pass`'s numbers of scores and gradient (R, V) and targets (R,)."""
+    asked = target >= 0
+    p = scores.softmax(-1)
+    at = target.clamp(min=0).unsqueeze(-1)
+    likely = p.gather(-1, at).squeeze(-1)
+    p.scatter_add_(-1, at, -torch.ones_like(at, dtype=p.dtype))
+    p *= asked.unsqueeze(-1)
+    size = gradient.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    gradient = gradient / size
+    both, own = (gradient * p).sum(-1), p.square().sum(-1)  # (R,)
+    whole = gradient.square().sum().clamp(min=1e-30)
+    weight = both.sum() / own.sum().clamp(min=1e-30)
+    explained = (both.square() / own.clamp(min=1e-30)).sum() / whole
+    loss = -(likely.clamp(min=1e-30).log() * asked).sum() / asked.sum()
+    least = torch.where(asked, both, torch.inf).min()
+    return torch.stack([loss, weight * size, 1 - explained, 1 - weight * both.sum() / whole, least.sign()])
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """The tensors of a model's answer, in their order."""
+    if isinstance(output, Tensor):
+        return [output]
+    parts = output.values() if isinstance(output, dict) else vars(output).values() if is_dataclass(output) else output
+    is_many = hasattr(parts, "__iter__") and not isinstance(parts, str)
+    return [t for part in parts for t in tensors_of(part)] if is_many else []

@@ -1,0 +1,78 @@
+"""Rules about what flows through a model: targets and data, looks into the future, modes."""
+
+from __future__ import annotations
+
+from functools import partial
+from statistics import median
+
+from torch import nn
+
+from ..findings import RULES as SAID
+from ..findings import grouped
+from .causal import future_leak
+from .rule import Ill, Rule, rule
+from .state import MODES, State
+
+UNEVEN = 2.0  # a token's weight over that of another in the same update
+SAME_MEANS = 1.05  # … while the micro-batches' own weights are this much the same
+
+
+def heard(state: State, name: str) -> Ill:
+    """What is found under the rule of this name in the batches that were heard."""
+    return {f.where: f.to_dict() for f in state.forward.heard.found if f.rule == name}
+
+
+def leaks(state: State, severity: str) -> Ill:
+    """Whether the model sees what it is to foretell; tried once, at the first check that knows the targets."""
+    heard = state.forward.heard
+    if heard.is_next_token and not heard.was_tried:
+        heard.was_tried, heard.leak = True, future_leak(state.forward)
+    found = heard.leak
+    return {found.where: found.to_dict()} if found and found.severity == severity else {}
+
+
+@rule(
+    "warning",
+    "tokens of one update weigh up to {value:.1f} times as much as others: each micro-batch's mean counts alike, whatever its targets",
+    "divide the summed loss of all micro-batches by the number of all their targets",
+)
+def token_weights(state: State) -> Ill:
+    """The largest over the smallest weight among the micro-batches of an update, the median over updates."""
+    ratios = []
+    for passes in grouped(state.forward.heard.likelihoods, lambda p: p.update).values():
+        weights = [p.weight for p in passes]
+        means = [p.weight * p.n_targets for p in passes]
+        if len(passes) > 1 and max(means) < SAME_MEANS * min(means):
+            ratios.append(max(weights) / min(weights))
+    value = median(ratios) if ratios else 0.0
+    return {"loss": {"value": value, "limit": UNEVEN}} if value > UNEVEN else {}
+
+
+def evaluating(state: State, has_trained: bool) -> Ill:
+    """Updates while no module at all is in training mode, and some compute otherwise there. A frozen backbone in evaluation mode
+    has a head, or a root, in training mode; frozen batch norms are meant to keep their statistics."""
+    if len(state.modes) < MODES or any(state.modes) or state.has_trained != has_trained:
+        return {}
+    return {name: {} for name, module in state.model.named_modules() if differs_by_mode(module)}
+
+
+def differs_by_mode(module: nn.Module) -> bool:
+    """A dropout that drops, by class or by an attribute of that name, or a batch norm that is trained."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return module.track_running_stats and all(p.requires_grad for p in module.parameters())
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    return any(isinstance(v, float) and 0 < v < 1 and "drop" in name for name, v in vars(module).items())
+
+
+EVALUATING = "{n} modules would compute otherwise in training, and updates are made in evaluation mode: {names}"
+TRAIN = "call model.train() after each evaluation, and before the first update"
+
+ASKED = ("constant_tokens", "random_tokens", "repeated_data", "label_shift", "never_a_target", "padding_in_loss")
+
+RULES = (
+    *(Rule("future_leak", name, partial(leaks, severity=name), "{message}", "{advice}") for name in ("error", "info")),
+    Rule("evaluation_mode", "error", partial(evaluating, has_trained=True), EVALUATING, TRAIN),
+    Rule("evaluation_mode", "warning", partial(evaluating, has_trained=False), EVALUATING, TRAIN),
+    *(Rule(name, SAID[name][0], partial(heard, name=name), "{message}", "{advice}") for name in ASKED),
+)

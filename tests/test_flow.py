@@ -1,0 +1,288 @@
+"""What a watch hears in the first passes: targets, data, looks into the future, modes. Each fault beside look-alikes that are none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import AdamW
+from toy import finding, said
+
+from moe_lab.health import Watch
+
+V, B, T, END, PAD = 48, 8, 24, 1, 2
+
+
+def batch(step: int, rows: int = B, length: int = T + 1) -> Tensor:
+    """Tokens as unevenly frequent as those of a text, (rows, length)."""
+    return (torch.rand(rows, length, generator=torch.Generator().manual_seed(step)) ** 3 * (V - 3)).long() + 3
+
+
+class Mixer(nn.Module):
+    """Embedding, a mean over `sees` ("past", "all", or the half that a router chooses), feed-forward with dropout, a head."""
+
+    def __init__(self, sees: str = "past", dropout: float = 0.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.sees = sees
+        self.embedding, self.head = nn.Embedding(V, 32), nn.Linear(32, V, bias=False)
+        self.router, self.up, self.down = nn.Linear(32, 1), nn.Linear(32, 64), nn.Linear(64, 32)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        weight = torch.ones(ids.shape[1], ids.shape[1], device=ids.device)
+        weight = weight if self.sees == "all" else weight.tril()
+        x = x + (weight / weight.sum(1, keepdim=True)) @ x
+        y = self.down(self.dropout(F.gelu(self.up(x))))
+        score = self.router(x)
+        if self.sees == "chosen":
+            chosen = score.topk(ids.shape[1] // 2, dim=1).indices
+            y = torch.zeros_like(y).scatter(1, chosen.expand(-1, -1, 32), y.gather(1, chosen.expand(-1, -1, 32)))
+        return self.head(x + y * score.sigmoid())
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, **options) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), **options)
+
+
+def next_token(model: Callable, step: int) -> Tensor:
+    ids = batch(step)
+    return cross_entropy(model(ids[:, :-1]), ids[:, 1:])
+
+
+def watched(
+    model: nn.Module, loss_of: Callable[[Callable, int], Tensor], n: int = 12, after: Callable = lambda step: None
+) -> Watch:
+    optimizer = AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
+    watch = Watch(model, optimizer)
+    for step in range(n):
+        optimizer.zero_grad()
+        loss = loss_of(model, step)
+        loss.backward()
+        optimizer.step()
+        watch.observe(loss=loss.detach())
+        after(step)
+    watch.check()
+    return watch
+
+
+def test_text_and_a_causal_model_are_healthy_and_heard() -> None:
+    watch = watched(Mixer(), next_token, 11)
+    assert watch.findings == []
+    heard = watch.state.forward.heard
+    assert heard.is_next_token and heard.was_tried
+    assert len(heard.passes) == 11 and torch.equal(heard.passes[3].tokens.labels, batch(3)[:, 1:])
+    assert heard.passes[3].weight == pytest.approx(1 / (B * T), rel=1e-3) and heard.passes[3].update == 4
+    assert heard.first_loss == pytest.approx(float(next_token(Mixer(), 0)), abs=1e-4)
+
+
+@dataclass
+class Answer:
+    loss: Tensor
+    logits: Tensor
+
+
+class Inside(Mixer):
+    """The loss inside the model, which shifts the labels itself, as transformers do."""
+
+    def forward(self, *, input_ids: Tensor, labels: Tensor) -> Answer:
+        logits = super().forward(input_ids)
+        return Answer(cross_entropy(logits[:, :-1], labels[:, 1:]), logits)
+
+
+class TimeFirst(Mixer):
+    """(T, B) in, and log-probabilities (T·B, V) out."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids).transpose(0, 1)
+        weight = torch.ones(x.shape[1], x.shape[1])
+        weight = weight if self.sees == "all" else weight.tril()
+        x = x + (weight / weight.sum(1, keepdim=True)) @ x
+        x = x + self.down(F.gelu(self.up(x))) * self.router(x).sigmoid()
+        return self.head(x.transpose(0, 1)).flatten(0, 1).log_softmax(-1)
+
+
+def time_first(model: Callable, step: int) -> Tensor:
+    ids = batch(step).T
+    return F.nll_loss(model(ids[:-1]), ids[1:].flatten())
+
+
+FORMS = {
+    "labels outside": (Mixer, next_token),
+    "loss inside": (Inside, lambda model, step: model(input_ids=batch(step), labels=batch(step)).loss),
+    "time first": (TimeFirst, time_first),
+}
+
+
+@pytest.mark.parametrize(("kind", "loss_of"), FORMS.values(), ids=FORMS)
+def test_a_model_that_sees_the_future_in_every_form(kind, loss_of) -> None:
+    assert finding(watched(kind("all"), loss_of), "future_leak").severity == "error"
+    watch = watched(kind("past"), loss_of, 11)
+    assert said(watch) == [] and watch.state.forward.heard.was_tried
+
+
+def test_a_choice_over_time_is_told_apart_from_a_leak() -> None:
+    watch = watched(Mixer("chosen"), next_token)
+    assert said(watch) == [] and finding(watch, "future_leak").severity == "info"
+
+
+def masked(model: Callable, step: int) -> Tensor:
+    ids = batch(step)
+    hidden = torch.rand(ids.shape, generator=torch.Generator().manual_seed(step)) < 0.3
+    return cross_entropy(model(torch.where(hidden, PAD, ids)), torch.where(hidden, ids, -100))
+
+
+def test_a_model_that_is_meant_to_look_both_ways_may() -> None:
+    watch = watched(Mixer("all"), masked)
+    assert said(watch) == [] and not watch.state.forward.heard.was_tried
+
+
+def test_a_pass_that_is_repeated_leaves_no_trace() -> None:
+    def run(watching: bool) -> list:
+        model = Mixer("chosen", dropout=0.3)
+        model.total = torch.zeros(())  # no buffer
+        model.up.register_forward_hook(lambda *args: model.total.add_(1) and None)
+        optimizer = AdamW(model.parameters(), lr=2e-3)
+        watch = Watch(model, optimizer) if watching else None
+        torch.manual_seed(1)
+        for step in range(12):
+            optimizer.zero_grad()
+            next_token(model, step).backward()
+            optimizer.step()
+        assert not watching or watch.state.forward.heard.was_tried
+        return [torch.get_rng_state(), model.total, *model.parameters()]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(True), run(False), strict=True))
+
+
+def padded(step: int, fill: int, is_end_asked: bool) -> tuple[Tensor, Tensor]:
+    """Rows that end somewhere, an end token, and padding that is no target."""
+    ids, generator = batch(step), torch.Generator().manual_seed(step)
+    ends = torch.randint(8, T - 4, (B, 1), generator=generator)
+    at = torch.arange(T + 1)
+    ids = torch.where(at > ends, fill, torch.where(at == ends, END, ids))
+    labels = torch.where((at > ends) | ((at == ends) & (not is_end_asked)), -100, ids)
+    return ids[:, :-1], labels[:, 1:]
+
+
+def of_pairs(pairs: Callable[[int], tuple[Tensor, Tensor]]) -> Callable:
+    def loss_of(model: Callable, step: int) -> Tensor:
+        ids, labels = pairs(step)
+        return cross_entropy(model(ids), labels)
+
+    return loss_of
+
+
+def test_an_end_token_that_is_never_a_target() -> None:
+    assert said(watched(Mixer(), of_pairs(lambda step: padded(step, END, False)))) == ["never_a_target"]
+    assert said(watched(Mixer(), of_pairs(lambda step: padded(step, END, True)))) == []
+    assert said(watched(Mixer(), of_pairs(lambda step: padded(step, PAD, True)))) == []
+
+
+def test_targets_in_the_wrong_place_and_padding_among_them() -> None:
+    def shifted(step: int) -> tuple[Tensor, Tensor]:
+        ids = batch(step)
+        return ids[:, :-2], ids[:, 2:]
+
+    def asked(step: int) -> tuple[Tensor, Tensor]:
+        ids, _ = padded(step, PAD, True)
+        ids[: B // 2, T // 2 :] = PAD
+        return ids[:, :-1], ids[:, 1:]
+
+    assert "label_shift" in said(watched(Mixer(), of_pairs(shifted)))
+    assert said(watched(Mixer(), of_pairs(asked))) == ["padding_in_loss"]
+
+
+def test_data_that_repeat_or_are_noise() -> None:
+    def noise(step: int) -> tuple[Tensor, Tensor]:
+        ids = torch.randint(V, (B, T + 1), generator=torch.Generator().manual_seed(step))
+        return ids[:, :-1], ids[:, 1:]
+
+    assert said(watched(Mixer(), lambda model, step: next_token(model, step // 4))) == ["repeated_data"]
+    assert said(watched(Mixer(), of_pairs(noise))) == ["random_tokens"]
+
+    def twice(model: Callable, step: int) -> Tensor:  # two draws of dropout for one update
+        return (next_token(model, step) + next_token(model, step)) / 2
+
+    assert said(watched(Mixer(dropout=0.1), twice)) == []
+
+
+def accumulated(reduction: str, lengths: tuple[int, int]) -> Callable:
+    """Two micro-batches with targets at their first places alone, one loss."""
+
+    def loss_of(model: Callable, step: int) -> Tensor:
+        losses, targets = [], 0
+        for micro, length in enumerate(lengths):
+            ids = batch(2 * step + micro)
+            labels = torch.where(torch.arange(T) < length, ids[:, 1:], -100)
+            losses.append(cross_entropy(model(ids[:, :-1]), labels, reduction=reduction))
+            targets += B * length
+        return sum(losses) / (2 if reduction == "mean" else targets)
+
+    return loss_of
+
+
+def test_micro_batches_whose_means_count_alike_whatever_their_targets() -> None:
+    watch = watched(Mixer(), accumulated("mean", (20, 4)))
+    assert said(watch) == ["token_weights"]
+    assert finding(watch, "token_weights").value == pytest.approx(5, rel=0.01)
+    assert said(watched(Mixer(), accumulated("sum", (20, 4)))) == []
+    assert said(watched(Mixer(), accumulated("mean", (20, 16)))) == []
+
+    def task_weights(model: Callable, step: int) -> Tensor:  # two tasks of one size, one of them on purpose at a tenth
+        return 0.9 * next_token(model, 2 * step) + 0.1 * next_token(model, 2 * step + 1)
+
+    assert said(watched(Mixer(), task_weights)) == []
+
+
+def test_losses_that_are_no_likelihood_are_left_alone() -> None:
+    def rewarded(
+        model: Callable, step: int
+    ) -> Tensor:  # the same rollouts several times, with advantages of both signs
+        ids = batch(step // 6)
+        loss = F.cross_entropy(model(ids[:, :-1]).transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
+        return (loss * torch.linspace(-1, 1, B)).mean()
+
+    def distilled(model: Callable, step: int) -> Tensor:
+        teacher = torch.randn(B, T, V, generator=torch.Generator().manual_seed(step)).softmax(-1)
+        return -(teacher * model(batch(0)[:, :-1]).log_softmax(-1)).sum(-1).mean()
+
+    for loss_of in (rewarded, distilled):
+        watch = watched(Mixer("all"), loss_of, 11)
+        assert watch.state.forward.heard.found == [] and not watch.state.forward.heard.was_tried
+
+
+def modes(model: nn.Module, change: Callable[[int], None], n: int = 45) -> list[tuple[str, str]]:
+    return [(f.rule, f.severity) for f in watched(model, next_token, n, after=change).findings if f.severity != "info"]
+
+
+def test_updates_in_evaluation_mode() -> None:
+    model = Mixer(dropout=0.2)
+    assert modes(model, lambda step: model.eval() if step == 12 else None) == [("evaluation_mode", "error")]
+    never = Mixer(dropout=0.2).eval()
+    assert modes(never, lambda step: None) == [("evaluation_mode", "warning")]
+    back = Mixer(dropout=0.2)
+    assert modes(back, lambda step: back.eval() and back.train() if step % 5 == 0 else None) == []
+    once = Mixer(dropout=0.2)  # in evaluation mode at one look out of three
+    assert modes(once, lambda step: once.train(step != 14)) == []
+    part = Mixer(dropout=0.2)
+    part.dropout.eval()  # on purpose, the rest of the model trains
+    assert modes(part, lambda step: None) == []
+    assert modes(Mixer().eval(), lambda step: None) == []  # no module in which the mode makes a difference
+
+
+def test_a_first_loss_with_other_terms_in_it_is_judged_by_its_own_cross_entropy() -> None:
+    def told(loss_of: Callable) -> list[str]:
+        return [f.rule for f in watched(Mixer(), loss_of).findings]
+
+    assert told(lambda model, step: next_token(model, step) + 0.6) == []  # an auxiliary term
+    assert told(lambda model, step: next_token(model, step) / 4) == ["initial_loss"]
+    tied = Mixer()
+    nn.init.normal_(tied.embedding.weight, std=0.2)
+    tied.head.weight = tied.embedding.weight  # says the token that it reads, from the start
+    assert watched(tied, next_token).findings == []
