@@ -57,7 +57,8 @@ lab: setup
 	JUPYTER_CONFIG_PATH="$(CURDIR)/work/.jupyter$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH}" $(BIN)/python -m jupyter lab \
 	  $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir="$(CURDIR)" $(LAB) work/00_start_here.ipynb
 
-notebooks: setup
+notebooks: setup  # 08 needs the extra hf
+	$(INSTALL) -e ".[lab,hf]"
 	$(BIN)/python -m moe_lab notebook all $(PARAMS)
 
 # The one way to committed outputs: executes every notebook in profile lab, in place, from a clean tree, and writes down

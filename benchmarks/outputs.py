@@ -34,13 +34,14 @@ from moe_lab.train.record import NO_CODE, write_atomically
 
 MAX_BYTES = 500 * 1024  # of a committed notebook
 CLAIMS = ROOT / "benchmarks" / "claims.json"
+LAST = "07 00"  # which show what the others wrote down
 MARK = re.compile(r"<!-- ([^/\s][^>]*?) -->(.*?)<!-- /\w* -->")
 Claim = dict[str, Any]  # notebook, id, statement, numbers
 
 
 def refresh(names: Sequence[str]) -> None:
-    """Outputs of profile lab in place; minutes of both profiles and all claims beside them. The first notebook comes last:
-    it shows the minutes of the others. Raises ConfigError where one commit cannot stand for all of it."""
+    """Outputs of profile lab in place; minutes of both profiles and all claims beside them. The ledger comes after all whose
+    verdicts it shows, and the first notebook last: it shows the minutes of the others. Raises ConfigError where one commit cannot stand for all of it."""
     refuse_dirt()
     commit, paths, measured = provenance()["commit"], chosen(names), read_minutes()
     machine = f"{torch.get_num_threads()} cores, {cpu_kind()}, no GPU"
@@ -53,7 +54,7 @@ def refresh(names: Sequence[str]) -> None:
     there = {path.stem for path in all_notebooks()}
     measured["notebooks"] = {name: both for name, both in measured["notebooks"].items() if name in there}
     found: dict[str, list[Claim]] = {}
-    for path in sorted(paths, key=lambda path: path.stem.startswith("00")):
+    for path in sorted(paths, key=lambda path: LAST.find(path.stem[:2])):
         minutes = measured["notebooks"][path.stem] = {}
         for profile in ("smoke", "lab"):
             start, found[path.stem] = time.perf_counter(), []

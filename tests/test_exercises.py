@@ -12,12 +12,14 @@ from checks import exercises_02
 from checks.exercises_07 import FAULTS, RIGHT
 from checks.surface import shapley
 from helpers import solved
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe_lab.health.conventions import lr_original_from_match
 from moe_lab.health.measures import is_lost
 
 CONVENTIONS = {"A": "match_rms_adamw", "B": "plain", "C": "original"}
 PATIENTS = {"A": "rounded away", "B": "a rate too low", "C": "random tokens", "D": "healthy"}
+TRAINERS = {"A": "a loss that is too large", "B": "healthy", "C": "weights that are NaN", "D": "bfloat16 weights"}
 CONFIG = """
 model: {d_model: 1536, n_layers: 20, n_heads: 12, n_kv_heads: 3, d_ff: 4096, vocab_size: 50257}
 training: {max_lr: 0.0003, warmup_steps: 100, steps: 1000}
@@ -153,6 +155,32 @@ WRONG = {
         (lambda none, muon, adamw, both: (adamw - both, none - adamw), "one order of fixing"),
         (lambda none, muon, adamw, both: (adamw - both, muon - both), "sum to what both"),
         (lambda none, muon, adamw, both: ((none - both) / 2,) * 2, "if it comes last"),
+    ],
+    "08.diagnoses": [
+        (TRAINERS | {"D": "healthy"}, "ask its parameters"),
+        (TRAINERS | {"A": "healthy"}, "ln V of its vocabulary"),
+        (TRAINERS | {"C": "healthy"}, "do not ask the log"),
+        (TRAINERS | {"B": "bfloat16 weights"}, "what is left to accuse"),
+        ({"A": "healthy"}, "answer with a dict"),
+        (TRAINERS | {"A": "ill"}, "the words are"),
+    ],
+    "08.load": [
+        (lambda folder: AutoModelForCausalLM.from_pretrained(folder), "takes a dtype"),
+        (
+            lambda folder: AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).float(),
+            "not the checkpoint's",
+        ),
+        (lambda folder: None, "return the model"),
+    ],
+    "08.micro_loss": [
+        (lambda token_sum, n, balance, items: None, "return a number"),
+        (lambda token_sum, n, balance, items: token_sum / (items or n), "the pass is alone"),
+        (lambda token_sum, n, balance, items: token_sum / n + 0.02 * balance, "twice the loss"),
+        (lambda token_sum, n, balance, items: token_sum / (items or n) + 0.02 * balance, "Mixtral's"),
+        (
+            lambda token_sum, n, balance, items: token_sum / (items or n) + 0.02 * balance / (2 if items else 1) ** 2,
+            "add up to",
+        ),
     ],
     "05.diagnosis": [
         ("not_in_optimizer", "a pair"),

@@ -9,6 +9,7 @@ import pytest
 import tiny_run
 import torch
 from accelerate import Accelerator
+from checks import questions_08, verdicts_08
 from helpers import perturb, random_ids, refused, tiny
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
@@ -104,7 +105,7 @@ def test_trainer_and_ours_make_the_same_run(config, tmp_path) -> None:
     for terms, row in zip(reports, logged, strict=True):
         assert row["loss"] == pytest.approx(sum(terms.values()), abs=1e-5)
         assert {name: row[name] for name in terms} == pytest.approx(terms, abs=1e-6)
-    assert {"moe_balance", "router_z", "mod_predictor", "future_2"} <= set(logged[0])
+    assert logged[-1]["step"] == 20 and {"moe_balance", "router_z", "mod_predictor", "future_2"} <= set(logged[0])
     for p, q in zip(ours.model.parameters(), theirs.model.model.parameters(), strict=True):
         torch.testing.assert_close(p, q)
     assert [type(o).__name__ for o in callback.watch.state.optimizers] == ["Muon", "AdamW"]
@@ -233,3 +234,40 @@ def test_a_loss_made_outside_of_the_model_is_taken_from_a_log_of_every_step(tmp_
     run = partial(trained, tmp_path, max_steps=12)
     assert len(callback_of(run()).watch.state.losses) == 12
     assert callback_of(run(logging_steps=4)).watch.state.losses == []
+
+
+# ---- what notebook 08 makes of its numbers ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("default", "asked", "still", "outcome"),
+    [(29, 0, 5, "does not hold"), (0, 0, 0, "holds"), (29, 29, 5, "does not hold"), (29, 0, 0, "open")],
+)
+def test_the_verdict_about_bfloat16_follows_from_formats_and_norms(default, asked, still, outcome) -> None:
+    assert verdicts_08.C18(29, default, asked, still, 100)[0] == outcome
+
+
+@pytest.mark.parametrize(
+    ("runs", "takes", "apart", "outcome"),
+    [(False, False, 1e-7, "holds only if"), (True, True, 1e-7, "holds"), (False, False, 0.01, "does not hold")],
+)
+def test_the_verdict_about_the_offer_follows_from_what_ran(runs, takes, apart, outcome) -> None:
+    assert verdicts_08.C19(runs, takes, apart, 1e-7, 20)[0] == outcome
+
+
+@pytest.mark.parametrize(
+    ("question", "measured"),
+    [
+        (questions_08.form, [{"narrow": n, "tensors": 9} for n in (0, 4, 9)]),
+        (questions_08.accumulated, [{"ratio": r} for r in (1.05, 0.25, 4.1)]),
+        (
+            questions_08.hidden,
+            [
+                {"nan": n, "updates": u, "planned": 40, "last": last}
+                for n, u, last in ((9, 40, 0), (0, 13, 5), (0, 40, 5), (0, 40, 0))
+            ],
+        ),
+    ],
+)
+def test_each_option_of_a_question_could_be_the_answer(question, measured) -> None:
+    assert {question.answer(m) for m in measured} == set(question.options)

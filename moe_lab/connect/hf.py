@@ -58,9 +58,6 @@ from transformers.modeling_outputs import CausalLMOutput  # noqa: E402
 __all__ = ["HealthCallback", "Hybrid", "LabConfig", "LabForCausalLM", "LabTrainer", "Together", "Windows", "arguments"]
 
 
-# ---- the model -------------------------------------------------------------------------------------------------------
-
-
 class LabConfig(transformers.PreTrainedConfig):
     """`model`: the section of that name as a YAML file of ours holds it. Raises ConfigError for a wrong one."""
 
@@ -149,9 +146,6 @@ transformers.AutoConfig.register(LabConfig.model_type, LabConfig, exist_ok=True)
 transformers.AutoModelForCausalLM.register(LabConfig, LabForCausalLM, exist_ok=True)
 
 
-# ---- the optimizers --------------------------------------------------------------------------------------------------
-
-
 class Together(Optimizer):
     """Several optimizers that step as one, for Trainer, accelerate and schedulers: as accelerate's wrapper it leaves the base's
     constructor alone, and groups and state are those of its `optimizers`."""
@@ -193,9 +187,6 @@ class Hybrid:
         return Together(build_optimizers(ours, config, max_lr))
 
 
-# ---- the Trainer -----------------------------------------------------------------------------------------------------
-
-
 class Windows(torch.utils.data.Dataset):
     """The windows of a config's text in the order in which our trainer takes them; item n is the run's n-th."""
 
@@ -234,10 +225,12 @@ class LabTrainer(transformers.Trainer):
     config's: `auto` counts as float32 here.
     """
 
+    summed_from = 0  # updates done when the sums began
+
     def __init__(self, config: Config, output_dir: str | Path, model: LanguageModel | None = None, **options: Any):
         dataset = prepare(config.data, config.model)
         self.lab = config.with_(model={"vocab_size": dataset.vocab_size})
-        self.sums: dict[str, Tensor] = {}  # of the loss terms since the last log
+        self.sums: dict[str, Tensor] = {}  # of the loss terms since the last log of a loss
         options.setdefault("args", arguments(self.lab, output_dir))
         options.setdefault("train_dataset", Windows(dataset.train, self.lab))
         made = {"config": config.optimizer, "max_lr": config.training.max_lr}
@@ -254,13 +247,14 @@ class LabTrainer(transformers.Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **counts: Any) -> Any:
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **counts)
+        self.summed_from = self.summed_from if self.sums else self.state.global_step
         for name, term in (outputs.get("terms") or {}).items():
             self.sums[name] = self.sums.get(name, 0.0) + term.detach()
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
-        n = self.state.global_step - (self.state.log_history[-1]["step"] if self.state.log_history else 0)
         if "loss" in logs:
+            n = self.state.global_step - self.summed_from
             logs |= {name: (total / n).item() for name, total in self.sums.items()}
             self.sums = {}
         super().log(logs, *args, **options)

@@ -32,8 +32,8 @@ WOULD_CHANGE = {
     "C15": "A healthy run with medians outside the range; that would not make the range a test.",
     "C16": "A healthy run with a tensor that stands still for 100 updates.",
     "C17": "A resume that loads the optimizer's state and keeps the new learning rate.",
-    "C18": "Trainer with a model whose parameters are bf16 already: does it convert or refuse them?",
-    "C19": "Trainer with this model and its two optimizers, beside our own loop.",
+    "C18": "A version of Trainer that makes bf16 weights float32 or refuses them; a run under FSDP, where accelerate is said to.",
+    "C19": "A version of Trainer that takes two optimizers and a model without labels, or a run in which ours parts from our loop.",
     "C20": "The failing run with MoD off, Mamba off, both off, at three seeds.",
     "C21": "The bugs that the report missed, planted one by one into the cured run.",
 }
