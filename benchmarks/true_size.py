@@ -44,6 +44,7 @@ RESULT = RESULTS / "true_size.json"
 WIDTH, NARROW = 1536, (96, 192, 384)
 N_MATRICES = 14  # under Muon whose steps are replayed: then 12 of its 14 kinds of matrix are among them
 UPDATES = {"case": 20, "cure": 3}
+MARKS = (10, 20)  # updates after which shares are compared
 SAVE_EVERY = {"case": 5, "cure": 3}
 LEFT = 1.0  # GB of memory below which the run ends, rather than the machine
 
@@ -65,8 +66,8 @@ def size_config(d_model: int = WIDTH, parameters: str = "bfloat16", updates: int
 
 def run(config: Config, run_dir: Path, save_every: int) -> dict[str, Any]:
     """Train to `training.steps`, going on from the last checkpoint; what it showed, row by row."""
-    if (done := collected(config, run_dir))["updates"] and done["updates"][-1]["step"] >= config.n_steps:
-        return done
+    if config.n_steps in {row["step"] for row in read_jsonl(run_dir / "updates.jsonl")}:
+        return collected(config, run_dir)
     threading.Thread(target=guard, daemon=True).start()
     resume = any((run_dir / FOLDER).glob("step_*.pt"))
     if not resume and (run_dir / "record.jsonl").exists():
@@ -88,7 +89,7 @@ def run(config: Config, run_dir: Path, save_every: int) -> dict[str, Any]:
             loss = sum(term.item() for term in report.losses.values())
             watch.observe(loss=loss)
             row = {"step": report.step, "cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - wall}
-            row |= {"shares": shares(watch)} if report.step % 10 == 0 or report.step == trainer.n_steps else {}
+            row |= {"shares": shares(watch)} if report.step in MARKS else {}
             row |= {"norm_deviation": trainer.readings.norm_deviation().item()} | memory() | made
             append_jsonl(run_dir / "updates.jsonl", [row | {"ended": now()}])
             print(f"{report.step}: loss {loss:.4f}, {row['wall_s']:.0f} s, {row['peak_gb']:.2f} GB", flush=True)
@@ -136,7 +137,7 @@ def expected_loss(config: Config) -> float:
 
 
 def planned(config: Config) -> dict[str, Any]:
-    return {"bytes": plan.memory(config), "flops": plan.flops(config)._asdict()}
+    return {"bytes": plan.memory(config)._asdict(), "flops": plan.flops(config)._asdict()}
 
 
 def memory() -> dict[str, float]:
@@ -177,9 +178,11 @@ def predict() -> None:
         raise ConfigError(f"{RESULT}: holds a measurement already, which a prediction must precede; move it away first")
     narrow = []
     for width in NARROW:
-        narrow.append(run(size_config(width), CACHE / "true_size" / f"narrow_{width}", SAVE_EVERY["case"]))
-    last = [one["updates"][-1]["shares"] for one in narrow]
-    rho = {kind: line_at(WIDTH, [(w, s[kind]["rho"]) for w, s in zip(NARROW, last, strict=True)]) for kind in last[0]}
+        updates = UPDATES["case"] if width < 300 else MARKS[0]  # an hour in all
+        narrow.append(
+            run(size_config(width, updates=updates), CACHE / "true_size" / f"narrow_{width}", SAVE_EVERY["case"])
+        )
+    rho = {str(mark): shares_at(mark, narrow) for mark in MARKS}
     config = size_config()
     prediction = {
         "written": now(),
@@ -189,11 +192,28 @@ def predict() -> None:
         "findings": [[f["rule"], f["severity"], f["step"]] for f in narrow[-1]["findings"]],
         "first_token_loss": expected_loss(config),
         "plan": planned(config),
+        "peak_gb": gb(planned(config)) + beside(narrow),
         "plan_cure": planned(size_config(parameters="float32")),
         "matmul_tflops": (rate := matmul_rate()),
         "cpu_s": work(config) / rate,
     }
     save(stored() | {"narrow": narrow, "prediction": prediction})
+
+
+def shares_at(mark: int, narrow: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """ρ of each kind after so many updates: a line in log2(width) through the narrow copies that got so far."""
+    found = {one["d_model"]: row["shares"] for one in narrow for row in one["updates"] if row["step"] == mark}
+    kinds = next(iter(found.values()))
+    return {kind: line_at(WIDTH, [(width, table[kind]["rho"]) for width, table in found.items()]) for kind in kinds}
+
+
+def gb(planned: dict[str, Any]) -> float:
+    return sum(planned["bytes"].values()) / 1e9
+
+
+def beside(narrow: Sequence[dict[str, Any]]) -> float:
+    """What the narrow copies' processes held beside the plan at most, GB: Python, libraries, text."""
+    return max(one["updates"][-1]["peak_gb"] - gb(one["plan"]) for one in narrow)
 
 
 def work(config: Config) -> float:
