@@ -8,7 +8,8 @@
 fills 35 thousand of the 50,257 rows; no warm-up, since 20 updates of it would run at a tenth of the LR; blocks recomputed in
 the backward pass, which changes no number. The cure changes one thing more: parameters in float32.
 
-A run goes on from its last checkpoint (one every few updates, 7 or 20 GB in .cache); what each update showed is kept at once.
+A run goes on from its last checkpoint (one every few updates and when a stop is asked for, 7 or 20 GB in .cache); what each
+update showed is kept at once.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from moe_lab.model import build_model
 from moe_lab.train import RunError, Trainer, read_record
 from moe_lab.train.checkpoint import FOLDER, step_path
 from moe_lab.train.command import exit_code
+from moe_lab.train.controls import signals_ask_to_stop
 from moe_lab.train.record import FINDINGS, append_jsonl, read_jsonl
 
 RESULT = RESULTS / "true_size.json"
@@ -75,7 +77,7 @@ def run(config: Config, run_dir: Path, save_every: int) -> dict[str, Any]:
     model = build_model(config.model, config.training.seed)  # ready-made: the text alone would fill fewer rows
     trainer = Trainer(config, run_dir, resume=resume, model=model)
     made = provenance() | {"corpus": trainer.dataset.corpus_hash, "threads": torch.get_num_threads()}
-    with trainer.opened():
+    with trainer.opened(), signals_ask_to_stop(trainer.controls):
         watch = Watch(
             trainer.model,
             trainer.optimizers,
@@ -93,7 +95,7 @@ def run(config: Config, run_dir: Path, save_every: int) -> dict[str, Any]:
             row |= {"norm_deviation": trainer.readings.norm_deviation().item()} | memory() | made
             append_jsonl(run_dir / "updates.jsonl", [row | {"ended": now()}])
             print(f"{report.step}: loss {loss:.4f}, {row['wall_s']:.0f} s, {row['peak_gb']:.2f} GB", flush=True)
-            if report.step % save_every == 0 and report.step < trainer.n_steps:
+            if (report.step % save_every == 0 or trainer.controls.stopped) and report.step < trainer.n_steps:
                 trainer.save(step_path(run_dir, report.step))
             cpu, wall = time.process_time(), time.perf_counter()
         watch.close()

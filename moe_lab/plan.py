@@ -5,11 +5,10 @@ Operations follow from the shapes. Memory is read off an update of fake tensors,
 
 from __future__ import annotations
 
-import argparse
 import math
 import weakref
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 from moe_lab.config import Config
 from moe_lab.model import LanguageModel, build_model
 from moe_lab.model.attention import Attention
-from moe_lab.model.count import count_parameters, idle
+from moe_lab.model.count import idle
 from moe_lab.model.depth import Depth
 from moe_lab.model.moe import MoE
 from moe_lab.optim.groups import group_of
