@@ -95,9 +95,11 @@ def run(config: Config, run_dir: Path, save_every: int) -> dict[str, Any]:
             row |= {"norm_deviation": trainer.readings.norm_deviation().item()} | memory() | made
             append_jsonl(run_dir / "updates.jsonl", [row | {"ended": now()}])
             print(f"{report.step}: loss {loss:.4f}, {row['wall_s']:.0f} s, {row['peak_gb']:.2f} GB", flush=True)
-            if (report.step % save_every == 0 or trainer.controls.stopped) and report.step < trainer.n_steps:
+            if report.step % save_every == 0 and report.step < trainer.n_steps:
                 trainer.save(step_path(run_dir, report.step))
             cpu, wall = time.process_time(), time.perf_counter()
+        if trainer.step < trainer.n_steps:  # a stop was asked for
+            trainer.save(step_path(run_dir, trainer.step))
         watch.close()
     return collected(config, run_dir)
 
