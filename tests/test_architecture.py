@@ -23,6 +23,7 @@ ALLOWED = {
     "show": {"config", "train.record", "health"},
     "failures": {*TRAINING, "train", "health"},
     "course": {"sections", *TRAINING, "train", "health", "show", "failures"},
+    "plan": {"config", "model", "optim"},
     "connect": {*TRAINING, "train", "health"},
 }
 DOORS = {"__init__", "__main__"}  # what a user enters by; these may import anything
