@@ -250,8 +250,9 @@ def command(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.true_size", description=__doc__.split("\n\n")[0])
     parser.add_argument("phase", choices=["predict", *UPDATES])
     parser.add_argument("--updates", type=int, help="default: 20 of the case, 3 of the cure")
+    parser.add_argument("--threads", type=int, default=1, help="of torch; default: %(default)s")
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     if args.phase == "predict":
         predict()
     else:
