@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from benchmarks.true_width.true_width import line_at
 from moe_lab import plan
@@ -36,6 +37,7 @@ from moe_lab.health import Watch
 from moe_lab.health.during.rule import by_kind
 from moe_lab.health.measures import expected_start, share_of
 from moe_lab.model import build_model
+from moe_lab.optim import Muon
 from moe_lab.train import RunError, Trainer, read_record
 from moe_lab.train.checkpoint import FOLDER, step_path
 from moe_lab.train.command import exit_code
@@ -76,6 +78,8 @@ def run(config: Config, run_dir: Path, save_every: int) -> dict[str, Any]:
         raise RunError(f"{run_dir}: holds updates and no checkpoint to go on from; move it away")
     model = build_model(config.model, config.training.seed)  # ready-made: the text alone would fill fewer rows
     trainer = Trainer(config, run_dir, resume=resume, model=model)
+    if config.precision.parameters == "float32":
+        map_moments(trainer.optimizers, run_dir / "moments")
     made = provenance() | {"corpus": trainer.dataset.corpus_hash, "threads": torch.get_num_threads()}
     with trainer.opened(), signals_ask_to_stop(trainer.controls):
         watch = Watch(
@@ -102,6 +106,22 @@ def run(config: Config, run_dir: Path, save_every: int) -> dict[str, Any]:
             trainer.save(step_path(run_dir, trainer.step))
         watch.close()
     return collected(config, run_dir)
+
+
+def map_moments(optimizers: Sequence[Optimizer], folder: Path) -> None:
+    """Keep what the optimizers keep in files that the system pages in and out: in fp32 it is a third of what this machine has.
+    Values are as before: zeros, or those of a checkpoint."""
+    folder.mkdir(parents=True, exist_ok=True)
+    owned = [(o, p) for o in optimizers for group in o.param_groups for p in group["params"]]
+    for number, (optimizer, p) in enumerate(owned):
+        names = ("momentum_buffer",) if isinstance(optimizer, Muon) else ("exp_avg", "exp_avg_sq")
+        state = optimizer.state[p]
+        for name in names:
+            path = folder / f"{number}_{name}.bin"
+            mapped = torch.from_file(str(path), shared=True, size=p.numel(), dtype=p.dtype).view_as(p)
+            state[name] = mapped.copy_(state[name]) if name in state else mapped.zero_()
+        if "exp_avg" in state:
+            state.setdefault("step", torch.zeros((), dtype=torch.float32))
 
 
 def shares(watch: Watch) -> dict[str, dict[str, float]]:

@@ -11,6 +11,7 @@ show/        pictures and the live run
 failures/    failures on purpose, and what they cost
 course/      what the notebooks share
 connect/     others' engines: Hugging Face
+plan.py      what a run will take, before it takes anything
 __main__.py  the command line
 """
 

@@ -23,6 +23,7 @@ from moe_lab.health.during import doctor
 from moe_lab.health.during.watch import Watch
 from moe_lab.health.findings import SEVERITIES, Finding, counts
 from moe_lab.model.count import count_parameters
+from moe_lab.plan import lines
 from moe_lab.train import RunError, Trainer
 from moe_lab.train.command import exit_code
 from moe_lab.train.device import choose_threads
@@ -101,6 +102,15 @@ def check_file(args: argparse.Namespace) -> int:
     return int(any(finding.severity == "error" for finding in findings))
 
 
+def plan(args: argparse.Namespace) -> None:
+    config = load_config(args.config, args.overrides)
+    try:
+        for line in lines(config, args.tflops, args.utilisation, args.price, args.ranks):
+            print(line)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def line_of(f: Finding) -> str:
     return " ".join(f"{f.severity}: {f.rule}: {f.where}: {f.message}. {f.advice}".split())
 
@@ -133,6 +143,7 @@ def parser() -> argparse.ArgumentParser:
   python -m moe_lab notebook 05 profile=smoke               execute a notebook; `all` for the whole course
   python -m moe_lab run configs/lab.yaml training.steps=50  train one config
   python -m moe_lab preflight configs/lab.yaml              look for mistakes before a second of compute
+  python -m moe_lab plan configs/training_1.5b.yaml         what a run will take, before it takes anything
   python -m moe_lab inspect runs/…/step_000200.pt           look into a checkpoint; nothing in it is executed
   python -m moe_lab doctor train.py --lr 3e-4               run any training script, watched; -m MODULE works too
 
@@ -157,6 +168,14 @@ Each command has a --help of its own. `make lab` opens the notebooks in JupyterL
         one = commands.add_parser(name, help=purpose, description=codes)
         one.add_argument("file", help=file)
         one.set_defaults(call=check_file, check=check)
+    one = commands.add_parser("plan", help="what a run will take: parameters, operations, memory, time, money")
+    one.add_argument("config", help="a YAML file, such as configs/training_1.5b.yaml")
+    one.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as model.d_model=768")
+    one.add_argument("--ranks", type=int, default=1, help="GPUs over which FSDP shards; default: 1")
+    one.add_argument("--tflops", type=float, default=989, help="of one GPU in bf16; default: an H100's 989")
+    one.add_argument("--utilisation", type=float, default=0.3, help="share of them that is used; default: 0.3")
+    one.add_argument("--price", type=float, default=3.0, help="of one GPU for an hour; default: 3")
+    one.set_defaults(call=plan)
     one = commands.add_parser("doctor", help="run a training script of your own, watched")
     one.add_argument("script", help="train.py [its arguments], or -m MODULE [its arguments]; its exit code is kept")
     codes = (

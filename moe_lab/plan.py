@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterator
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 from moe_lab.config import Config
 from moe_lab.model import LanguageModel, build_model
 from moe_lab.model.attention import Attention
-from moe_lab.model.count import idle
+from moe_lab.model.count import count_parameters, idle
 from moe_lab.model.depth import Depth
 from moe_lab.model.moe import MoE
 from moe_lab.optim.groups import group_of
@@ -45,8 +46,12 @@ class Memory(NamedTuple):
     weights: float
     gradients: float
     optimizer: float
+    activations: float  # what the blocks' forward pass keeps, copies of weights in the compute format among them
+    logits: float  # and gradients of the heads, which wait for the backward pass
+    recomputed: (
+        float  # what the backward pass needs beside these: a block's forward pass once more, gradients on their way
+    )
     gathered: float  # FSDP's: the largest block's weights and gradients, whole
-    working: float  # what the forward pass keeps, what is recomputed, logits, and what exists only for a moment
 
 
 def flops(config: Config) -> Flops:
@@ -87,18 +92,17 @@ def newton_schulz(shape: torch.Size, steps: int) -> float:
 def memory(config: Config, ranks: int = 1) -> Memory:
     """`ranks`: over which FSDP shards weights, gradients and the optimizer's state."""
     size, model = BYTES[config.precision.parameters], build_model(config.model, device="meta")
-    n = {"muon": 0, "rest": 0}
-    for name, p in model.named_parameters():
-        n["muon" if group_of(name) == "muon" and config.optimizer.type == "muon" else "rest"] += p.numel()
-    weights, moments = size * sum(n.values()), size * (n["muon"] + 2 * n["rest"])
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    one = sum(n for name, n in sizes.items() if group_of(name) == "muon" and config.optimizer.type == "muon")
+    weights, moments = size * sum(sizes.values()), size * (2 * sum(sizes.values()) - one)  # Muon keeps one moment
     units = [*model.layers, model.embedding, *model.lm_heads]
     largest = max(sum(p.numel() for p in unit.parameters()) for unit in units)
     gathered = 2 * BYTES[config.precision.compute] * largest if ranks > 1 else 0
-    return Memory(weights / ranks, weights / ranks, moments / ranks, gathered, working_bytes(config))
+    return Memory(weights / ranks, weights / ranks, moments / ranks, *passes_bytes(config), gathered)
 
 
 class Live(TorchDispatchMode):
-    """Bytes of the tensors that live, made within this context, and the most at once."""
+    """Bytes of the tensors that were made within this context and live, and the most at once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,7 +110,11 @@ class Live(TorchDispatchMode):
         self.now = self.most = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        wide = func is torch.ops.aten._grouped_mm.default and args[0].dtype == torch.float32
+        if wide:  # torch 2.13 knows its shapes for bfloat16 alone
+            args = [a.bfloat16() if a.is_floating_point() else a for a in args]
         out = func(*args, **(kwargs or {}))
+        out = out.float() if wide else out
         tree_map_only(Tensor, self.count, out)
         return out
 
@@ -124,9 +132,9 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
-def working_bytes(config: Config) -> int:
-    """The most that one micro-batch's passes hold beside weights and their gradients."""
-    given = torch.get_default_dtype()
+def passes_bytes(config: Config) -> tuple[int, int, int]:
+    """What one micro-batch's passes hold beside weights and gradients: `activations`, `logits`, `recomputed` of Memory."""
+    given, marks = torch.get_default_dtype(), []
     with FakeTensorMode(allow_non_fake_inputs=True):
         torch.set_default_dtype(getattr(torch, config.precision.parameters))
         try:
@@ -134,11 +142,60 @@ def working_bytes(config: Config) -> int:
         finally:
             torch.set_default_dtype(given)
         model.recompute_blocks = config.training.activation_checkpointing
-        ids = torch.zeros(config.training.batch_size, config.model.max_seq_len + 1, dtype=torch.long)
         for p in model.parameters():  # gradients are counted elsewhere
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        ids = torch.zeros(config.training.batch_size, config.model.max_seq_len + 1, dtype=torch.long)
         with Live() as live:
+            live.seen |= {p.untyped_storage()._cdata for p in model.parameters()}  # so are weights
+            model.final_norm.register_forward_hook(lambda *_: marks.append(live.now))
             with torch.autocast("cpu", torch.bfloat16, enabled=config.precision.compute == "bfloat16"):
                 loss = sum(model.report(ids).terms.values())
+            forward = live.most
             loss.backward()
-        return live.most
+        return marks[0], forward - marks[0], live.most - forward
+
+
+# A published run with Muon in the convention `original`: LR and tokens an update. https://github.com/KellerJordan/modded-nanogpt
+PUBLISHED = (0.02, 524_288)
+
+
+class Cost(NamedTuple):
+    updates: int
+    flops: float
+    hours: float  # of each GPU
+    money: float
+
+
+def cost(config: Config, tflops: float, utilisation: float, price: float, ranks: int = 1) -> Cost:
+    """`tflops`: what one GPU could do in the compute format; `utilisation`: the share that it does, 0 to 1; `price`: of one GPU
+    for an hour. Raises ValueError for what is not positive."""
+    if min(tflops, utilisation, price, ranks) <= 0 or utilisation > 1:
+        raise ValueError(
+            f"tflops={tflops}, utilisation={utilisation} (at most 1), price={price} and ranks={ranks} must be > 0"
+        )
+    total = config.n_steps * sum(flops(config))
+    hours = total / (ranks * tflops * 1e12 * utilisation) / 3600
+    return Cost(config.n_steps, total, hours, hours * ranks * price)
+
+
+def batch_lr(tokens: int) -> float:
+    """Muon's LR where an update has so many tokens, by the square root: the noise of a gradient of n tokens falls as 1/sqrt(n),
+    and so may the step. From PUBLISHED; the rule is Malladi et al.'s of Adam, 2022, https://arxiv.org/abs/2205.10287."""
+    lr, batch = PUBLISHED
+    return lr * math.sqrt(tokens / batch)
+
+
+def lines(config: Config, tflops: float, utilisation: float, price: float, ranks: int = 1) -> Iterator[str]:
+    """The plan as text. Raises ValueError as `cost` does."""
+    whole, each, tokens = cost(config, tflops, utilisation, price, ranks), flops(config), config.tokens_per_step
+    n = count_parameters(config.model)
+    yield f"parameters: {n.total:,}; a token uses {n.active:,}, with MoD's skips {n.active_with_depth:,.0f}"
+    yield f"an update of {tokens:,} tokens, TFLOP: {each.passes / 1e12:.4g} in passes, {each.optimizer / 1e12:.4g} in Muon"
+    yield f"{'GB at the fullest moment':24}" + "".join(f"{kind:>12}" for kind in (*Memory._fields, "all"))
+    for recomputed, (name, (parameters, compute)) in product((False, True), FORMATS.items()):
+        precision = {"parameters": parameters, "compute": compute}
+        held = memory(config.with_(precision=precision, training={"activation_checkpointing": recomputed}), ranks)
+        yield f"{name + ', recomputed' * recomputed:24}" + "".join(f"{size / 1e9:12.3f}" for size in (*held, sum(held)))
+    yield f"{whole.updates:,} updates, {whole.flops:.3g} FLOP: {whole.hours / 24:,.1f} days, {whole.money:,.0f} of money"
+    noise, (lr, batch) = math.sqrt(PUBLISHED[1] / tokens), PUBLISHED
+    yield f"a gradient is {noise:.3g} times as noisy as one of {batch:,} tokens: Muon's {lr:g} there is {batch_lr(tokens):.2g} here"
