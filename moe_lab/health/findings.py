@@ -58,6 +58,9 @@ class Finding:
 
 # rule id → (the highest severity it can reach, what it says). Every finding carries one of these ids.
 RULES: dict[str, tuple[str, str]] = {
+    "ranks_apart": ("error", "ranks that began as copies of one model have other weights"),
+    "ranks_same_data": ("error", "all ranks train on the same batches"),
+    "one_rank_nonfinite": ("error", "a gradient or a loss is NaN or infinite on some ranks and not on others"),
     "lost_updates": ("error", "the optimizer's updates are rounded away: realised displacement is below the intended"),
     "bf16_parameters": ("error", "16-bit parameters without fp32 masters, Kahan or stochastic-rounding state"),
     "frozen_tensor": ("error", "a tensor has gradients and a learning rate, yet no element of it has moved"),

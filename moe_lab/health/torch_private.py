@@ -92,3 +92,8 @@ def uncompiled(model: nn.Module) -> nn.Module:
 def is_in_backward() -> bool:
     """Whether a backward pass is running: a forward pass in there recomputes another."""
     return torch._C._current_graph_task_id() != -1
+
+
+def meeting_store() -> torch.distributed.Store:
+    """The store at which the processes of the default group met."""
+    return torch.distributed.distributed_c10d._get_default_store()

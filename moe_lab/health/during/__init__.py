@@ -6,6 +6,7 @@ rules_setup.py   who is updated at all: optimizers, frozen parts, decay of norms
 rules_updates.py what becomes of updates: order of events, broken gradients, lost to rounding, without gradient, one direction only
 rules_signal.py  what lies outside of the optimizer, experts, terms without effect, faint gradients
 rules_flow.py    targets and data, looks into the future, updates in evaluation mode
+rules_ranks.py   ranks that train together and do not agree
 rules_loss.py    learning rates, measured steps against the usual ones; reach; the loss that comes of them
 rule.py          what a rule is: something to look for, and the words for it
 state.py         what is known of a training, which the rules see
@@ -14,6 +15,7 @@ bank.py          their sampled elements: where they were, are, and were meant to
 intended.py      what a step is meant to do: the optimizer's own, replayed in float32
 steps.py         what kind of step an optimizer takes, measured
 events.py        backward passes and steps: gradients that pile up, or go before the step
+ranks.py         what ranks that train together tell each other: do they agree?
 doctor.py        doctor train.py: a script is watched without an edit
 forward.py       what forward passes tell: vocabulary, the logits' variance, which tensors matter
 outside.py       copies that follow the weights, tables of positions, buffers that count

@@ -15,6 +15,7 @@ from .events import Events
 from .forward import ForwardProbe
 from .intended import Replays
 from .outside import Outside
+from .ranks import Ranks
 from .steps import Steps
 from .tracking import HISTORY, GroupState, Scalars, Tracked, track
 
@@ -40,7 +41,7 @@ class State:
         self.model, self.optimizers, self.budget = model, optimizers, budget
         self.frozen_on_purpose, self.start_step = frozen_on_purpose, start_step
         self.findings = findings  # made so far, by the watch
-        self.observed, self.events = Scalars(), Events()
+        self.observed, self.events, self.ranks = Scalars(), Events(), Ranks(model)
         self.losses: list[float] = []  # the first HISTORY and at least as many of the last
         self.counts = Counter({id(o): start_step for o in optimizers})  # of the run's updates
         self.window_start = self.last_read = start_step

@@ -74,6 +74,7 @@ class Watch:
         self.rules: Sequence[Rule] = ALL
         self.next_check = (start_step // CHECK_EVERY + 1) * CHECK_EVERY
         self.attach()
+        self.hear_ranks()
         self.apply(AT_START)
 
     # ---- what a caller uses ------------------------------------------------------------------------------------------
@@ -94,12 +95,20 @@ class Watch:
         try:
             with torch.no_grad():
                 self.state.read()
+                self.hear_ranks()
                 self.apply(self.rules)
                 if self.step // WINDOW > self.state.window_start // WINDOW:
                     self.state.restart_window()
         except Exception as error:
             self.stop(error)
         return self.findings[n:]
+
+    def hear_ranks(self) -> None:
+        try:
+            with torch.no_grad():
+                self.state.ranks.exchange(self.state)
+        except Exception as error:
+            self.fail(error, "the ranks", "what other ranks see is not compared")
 
     def report(self) -> None:
         """Print a table, a line a kind of tensor, and the findings so far; while attached, of a reading made now."""
