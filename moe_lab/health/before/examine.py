@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ from torch.optim import Optimizer
 from ..during.forward import disturbed, unwrapped
 from ..during.tracking import innermost
 from ..during.watch import Watch
-from ..findings import Finding, several
+from ..findings import Finding, grouped, several
 from ..random_state import RandomState
+from ..sampling import tensor_kind
 from ..tokens import IGNORED, SHIFTED, Tokens, agreement
 from .data import check_data, tokens_of
-from .flow import check_causality, check_train_eval, logits_of, scaled_copies
+from .flow import check_causality, check_train_eval, logits_of
+from .listening import Listening
 from .plan import Plan
 from .preflight import entries_of, preflight
 from .schedule import first_update
@@ -33,6 +35,7 @@ NEXT_TOKEN = (
 )
 SAME_LOSS = 1e-4  # share of the loss, by which two ways to sum it may differ
 FIRST_LOSS = 0.2  # nats; auxiliary terms and tied embeddings move a first loss by less
+SPARE = 4  # of ten forward passes, when loss, modes and causality have theirs: for tensors without a gradient, then arguments
 TOKENS = 32  # length at which causality is tried
 CUT_OFF = (
     "learning is cut off: look for detach, no_grad, an integer index, or a backward or checkpointing that returns None"
@@ -55,11 +58,10 @@ class Examination:
         """Keep what a check finds; one that cannot be made says why. The training is never ended by a check."""
         try:
             answer = check()
-            found = [answer] if isinstance(answer, Finding) else list(answer or [])
+            for finding in [answer] if isinstance(answer, Finding) else answer or ():
+                self.findings += [finding] if finding not in self.findings else []
         except Exception as error:
             self.not_checked[what] = str(error).splitlines()[0] if str(error) else type(error).__name__
-            return
-        self.findings += [finding for finding in found if finding not in self.findings]
 
 
 def examine(
@@ -90,23 +92,70 @@ def examine(
         optimizers = [inner for o in given for inner in innermost(o)]
         ask("optimizers", lambda: setup(model, optimizers))
         ask("16-bit tensors that cannot move", lambda: cannot_move(model, optimizers))
-        ask("the first update's LR", lambda: first_update(plan_of(model, config), groups_of(optimizers)))
+        ask("the first update's LR", lambda: first_update(plan_of(model, config), optimizers))
     loss_fn = loss_fn or (lambda model, batch: forward(model, batch).loss)
     state = RandomState([*model.parameters(), *model.buffers()])
     try:
-        one = copy.deepcopy(unwrapped(model))
-        one.zero_grad(set_to_none=True)
+        trial = Trial(model, batch, loss_fn, state)
         ask("data", lambda: check_data([batch]))
-        ask("gradients", lambda: silent_parts(one, batch, loss_fn))
-        modes = (lambda b: logits(one.train(), b)), (lambda b: logits(one.eval(), b))
-        ask("arguments without effect", lambda: without_effect(one, batch, loss_fn))
-        ask("training against evaluation", partial(check_train_eval, *modes, batch))
-        ask("residual stream", lambda: scaled_copies(one.eval(), lambda: forward(one, batch)))
-        ask("first loss", lambda: first_loss(one, batch, loss_fn))
-        ask("causality", lambda: causality(one.float(), batch, loss_fn))  # grouped kernels and 16 bits are not exact
+        ask("gradients", lambda: silent_parts(trial))
+        ask("residual stream", lambda: trial.heard.scaled_copies())
+        ask("positions", lambda: trial.heard.positions())
+        ask("memory", lambda: trial.heard.memories())
+        ask("arguments without effect", lambda: without_effect(batch, trial.loss, trial.told, trial.spare))
+        ask("training against evaluation", lambda: check_train_eval(trial.trained, trial.evaluated, batch))
+        ask("first loss", lambda: first_loss(trial))
+        ask("causality", lambda: causality(trial))
     finally:
         state.put_back()
     return examination
+
+
+class Trial:
+    """The copy that is examined, and the passes that several checks share."""
+
+    def __init__(self, model: nn.Module, batch: Any, loss_fn: Callable, state: RandomState):
+        self.model, self.batch, self.loss_fn, self.state = copy.deepcopy(unwrapped(model)), batch, loss_fn, state
+        self.model.zero_grad(set_to_none=True)
+        self.spare = SPARE
+
+    def training(self) -> nn.Module:
+        """In training mode, without dropout."""
+        for module in self.model.train().modules():
+            module.train("drop" not in type(module).__name__.lower())
+        return self.model
+
+    @torch.enable_grad()  # kernels may differ without, in their last bits
+    def loss(self, batch: Any) -> Tensor:
+        """In training, with the same random numbers each time."""
+        self.state.put_back()
+        return self.loss_fn(self.training(), batch)
+
+    @cached_property
+    def heard(self) -> Listening:
+        with Listening(self.model) as heard:
+            self.value = self.loss(self.batch)
+        self.value.backward()
+        return heard
+
+    @property
+    def told(self) -> Tensor:
+        """The batch's loss, of which there was a backward pass."""
+        return self.heard and self.value.detach()
+
+    @cached_property
+    def scores(self) -> Tensor:
+        """The logits that `told` was made of."""
+        self.state.put_back()
+        return self.trained(self.batch)
+
+    @torch.no_grad()
+    def trained(self, batch: Any) -> Tensor:
+        return logits(self.training(), batch)
+
+    @torch.no_grad()
+    def evaluated(self, batch: Any) -> Tensor:
+        return logits(self.model.eval(), batch)
 
 
 def plan_of(model: nn.Module, config: str | Path | Mapping[str, Any] | None) -> Plan:
@@ -144,40 +193,47 @@ def logits(model: nn.Module, batch: Any) -> Tensor:
     raise ValueError(f"the forward pass gives {type(output).__name__}, neither logits nor something that has them")
 
 
-def silent_parts(model: nn.Module, batch: Any, loss_fn: Callable) -> list[Finding]:
-    """Trainable tensors without a gradient, and whether the training loss changes when they do."""
-    model.train()
-    state = RandomState(model.parameters())
+@torch.no_grad()
+def silent_parts(trial: Trial) -> Iterator[Finding]:
+    """Trainable tensors that get no gradient, and whether the training loss changes when they do: all of them at once, then kind
+    by kind. Raises ValueError where the loss changes by itself."""
+    told = trial.told
+    silent = {n: p for n, p in trial.model.named_parameters() if p.requires_grad and p.grad is None}
+    if not silent:
+        return
+    trial.spare -= 1
+    if not torch.equal(trial.loss(trial.batch), told):
+        raise ValueError("two passes with torch's random numbers held give two losses")
 
-    def loss() -> Tensor:
-        state.put_back()
-        return loss_fn(model, batch)
+    def matters(names: list[str]) -> bool:
+        trial.spare -= 1
+        kept = {name: silent[name].clone() for name in names}
+        for name in names:
+            silent[name].copy_(disturbed(kept[name]))
+        changed = not torch.equal(trial.loss(trial.batch), told)
+        for name in names:
+            silent[name].copy_(kept[name])
+        return changed
 
-    value = loss()
-    value.backward()
-    silent = {n: p for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
-    matters, idle = [], []
-    with torch.no_grad():
-        for name, parameter in silent.items():
-            kept = parameter.clone()
-            parameter.copy_(disturbed(kept))
-            (matters if not torch.equal(loss(), value) else idle).append(name)
-            parameter.copy_(kept)
-    answers = {
-        "error": (matters, "change the training loss and get no gradient", CUT_OFF),
-        "info": (idle, "are trained and do not take part in this batch's loss", IDLE),
-    }
-    found = []
-    for severity, (names, what, advice) in answers.items():
-        if names := [name for name in names if silent[name].grad is None]:
+    kinds = list(grouped(silent, tensor_kind).values())
+    some = len(kinds) <= trial.spare or matters(list(silent))
+    answers = [some and matters(names) for names in kinds[: trial.spare if some else None]]
+    for answer, severity, what, advice in (
+        (True, "error", "change the training loss and get no gradient", CUT_OFF),
+        (False, "info", "are trained and do not take part in this batch's loss", IDLE),
+    ):
+        if names := [name for mine, names in zip(answers, kinds, strict=False) if mine is answer for name in names]:
             message = f"{len(names)} tensors {what}: {several(names)}"
-            found.append(Finding("no_gradient", severity, names[0], message, advice, len(names), 0))
-    return found
+            yield Finding("no_gradient", severity, names[0], message, advice, len(names), 0)
+    if rest := sum(kinds[len(answers) :], []):
+        raise ValueError(
+            f"{len(rest)} more tensors without one were not tried, to save forward passes: {several(rest)}"
+        )
 
 
-def first_loss(model: nn.Module, batch: Any, loss_fn: Callable) -> Finding | None:
+def first_loss(trial: Trial) -> Finding | None:
     """The loss that is minimised beside the cross-entropy of the same logits: divided, summed, or of other labels?"""
-    told, own = told_and_own(model, batch, loss_fn)
+    told, own = told_and_own(trial)
     if math.isclose(told, own, abs_tol=max(FIRST_LOSS, NEXT_TOKEN * own)):
         return None
     message = f"the loss is {told:.4g}, {told / own:.3g} times the cross-entropy of the same logits ({own:.4g})"
@@ -185,12 +241,11 @@ def first_loss(model: nn.Module, batch: Any, loss_fn: Callable) -> Finding | Non
     return Finding("initial_loss", "warning", "loss", message, advice, round(told, 4), round(own, 4))
 
 
-@torch.no_grad()
-def told_and_own(model: nn.Module, batch: Any, loss_fn: Callable) -> tuple[float, float]:
-    """The loss that is minimised, and the cross-entropy of the labels, or else of the next ids, in evaluation mode.
+def told_and_own(trial: Trial) -> tuple[float, float]:
+    """The loss that is minimised, and the cross-entropy of the labels, or else of the next ids, in training mode.
     Raises ValueError where these are no ids and logits (B, T, V)."""
-    ids, labels = tokens_of(batch)
-    told, scores = float(loss_fn(model.eval(), batch)), logits(model, batch).float().cpu()
+    ids, labels = tokens_of(trial.batch)
+    told, scores = float(trial.told), trial.scores.float().cpu()
     if scores.ndim != 3 or scores.shape[:2] != ids.shape:
         raise ValueError("the batch and the logits are not those of a language model")
     if shifts_itself(ids, labels):
@@ -203,14 +258,14 @@ def shifts_itself(ids: Tensor, labels: Tensor | None) -> bool:
     return labels is None or bool(((labels == ids) | (labels == IGNORED)).all())
 
 
-def causality(model: nn.Module, batch: Any, loss_fn: Callable) -> Finding | None:
+def causality(trial: Trial) -> Finding | None:
     """Only a model that is trained on the next token must be causal, by its labels or by its very loss: a masked language
-    model may look ahead."""
-    told, own = told_and_own(model, batch, loss_fn)
-    ids, labels = tokens_of(batch)
+    model may look ahead. In float32, since grouped kernels and 16 bits are not exact."""
+    told, own = told_and_own(trial)
+    ids, labels = tokens_of(trial.batch)
     by_labels = labels is not None and agreement([Tokens(ids, labels)], 1) > SHIFTED
     if not by_labels and not (shifts_itself(ids, labels) and math.isclose(told, own, rel_tol=SAME_LOSS)):
         raise ValueError("it cannot be told whether looking ahead is meant; call check_causality")
+    model, vocab_size = trial.model.float().eval(), trial.scores.shape[-1]
     device = next(model.parameters()).device
-    vocab_size = logits_of(model, ids[:1, :2].to(device)).shape[-1]
     return check_causality(model, vocab_size, min(TOKENS, ids.shape[1]), device)

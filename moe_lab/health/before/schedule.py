@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+
+from torch.optim import Optimizer
 
 from ..findings import Finding
 from .plan import Plan
@@ -59,10 +60,12 @@ def schedule(plan: Plan) -> Iterator[Finding]:
             yield finding(severity, key, message, "lower it", every, steps)
 
 
-def first_update(plan: Plan, groups: list[dict[str, Any]]) -> Iterator[Finding]:
-    """Of optimizers that a scheduler has set up: whether the first update runs at the full LR although a warm-up is planned."""
+def first_update(plan: Plan, optimizers: Iterable[Optimizer]) -> Iterator[Finding]:
+    """Of optimizers that a scheduler has set up: whether the first update runs at the full LR although a warm-up is planned. An LR
+    that a loop sets, of its own `initial_lr`, is not known yet."""
     warmup = plan.number("warmup_steps") or 0
-    scheduled = [group for group in groups if "initial_lr" in group]  # torch's schedulers leave it there
+    wrapped = [o for o in optimizers if "step" in vars(o)]  # as torch's schedulers do, to count the steps
+    scheduled = [group for o in wrapped for group in o.param_groups if "initial_lr" in group]
     full = [g for g in scheduled if 0 < max(g["initial_lr"], g.get("max_lr", 0)) <= float(g["lr"]) * (1 + 1e-6)]
     if warmup > 1 and full:
         message = f"a warm-up of {warmup:g} steps is planned, and the first update runs at the full LR {float(full[0]['lr']):.3g}"

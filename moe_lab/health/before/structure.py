@@ -15,7 +15,6 @@ from ..during.intended import is_adam, keeps_lost_bits
 from ..during.tracking import is_master, storage
 from ..findings import Finding, several
 from ..measures import adam_ratio_bound, is_lost
-from ..random_state import RandomState
 from ..sampling import elements, plain, sample_positions
 from .plan import OFF, Plan
 
@@ -84,32 +83,27 @@ def cannot_move(model: nn.Module, optimizers: Sequence[Optimizer]) -> Finding | 
     return Finding("bf16_parameters", "error", several(stuck), message, advice, len(stuck), 0)
 
 
-def without_effect(model: nn.Module, batch: Any, loss_fn: Callable[[nn.Module, Any], Tensor]) -> Iterator[Finding]:
-    """Change a third of each tensor of the batch: a loss that stays the same to the bit does not know of it. A warning for what
-    looks like a mask."""
-    parts = (
-        dict(batch)
-        if isinstance(batch, Mapping)
-        else dict(enumerate(batch if isinstance(batch, (tuple, list)) else ()))
-    )
-    state = RandomState(model.parameters())
-
-    def loss_with(changed: dict) -> Tensor:
-        state.put_back()
-        return loss_fn(model, changed if isinstance(batch, Mapping) else type(batch)(changed.values()))
-
-    model.train()
-    with torch.no_grad():
-        told = loss_with(parts) if parts else None
-        for name, value in parts.items():
-            if not isinstance(value, Tensor) or value.ndim == 0 or value.numel() < 3:
-                continue
-            is_mask = bool(((value == 0) | (value == 1)).all())
-            other = 1 - value.int() if is_mask else value.flip(0).roll(1, -1) if value.ndim > 1 else value.roll(1)
-            third = (torch.arange(value.numel(), device=value.device) % 3 == 1).view(value.shape)
-            changed = torch.where(third, other.to(value.dtype), value)
-            if torch.equal(changed, value) or not torch.equal(loss_with(parts | {name: changed}), told):
-                continue
-            message = f"a third of {name!r} was changed and the loss is the same to the bit: nothing uses it"
-            advice = "follow it from the batch to the loss: it may be dropped on the way, or overwritten"
-            yield Finding("no_effect", "warning" if is_mask else "info", str(name), message, advice, 0, 0)
+def without_effect(batch: Any, loss: Callable[[Any], Tensor], told: Tensor, most: int) -> Iterator[Finding]:
+    """Change a third of each tensor of the batch: a loss that stays `told` to the bit does not know of it. A warning for what looks
+    like a mask. `loss(batch)` must be computed as `told` was, with the same random numbers. Raises ValueError after the findings
+    where there are more than `most` tensors, each of which takes a forward pass: masks come first."""
+    is_mapping, is_tuple = isinstance(batch, Mapping), isinstance(batch, (tuple, list))
+    parts = dict(batch if is_mapping else enumerate(batch if is_tuple else ()))
+    tensors = {n: v for n, v in parts.items() if isinstance(v, Tensor) and v.ndim and v.numel() > 2}
+    masks = {name for name, value in tensors.items() if ((value == 0) | (value == 1)).all()}
+    ordered = sorted(tensors, key=lambda name: name not in masks)
+    for name in ordered[:most]:
+        value, is_mask = tensors[name], name in masks
+        other = 1 - value.int() if is_mask else value.flip(0).roll(1, -1) if value.ndim > 1 else value.roll(1)
+        third = (torch.arange(value.numel(), device=value.device) % 3 == 1).view(value.shape)
+        changed = torch.where(third, other.to(value.dtype), value)
+        whole = parts | {name: changed}
+        if torch.equal(changed, value) or not torch.equal(
+            loss(whole if is_mapping else type(batch)(whole.values())), told
+        ):
+            continue
+        message = f"a third of {name!r} was changed and the loss is the same to the bit: nothing uses it"
+        advice = "follow it from the batch to the loss: it may be dropped on the way, or overwritten"
+        yield Finding("no_effect", "warning" if is_mask else "info", str(name), message, advice, 0, 0)
+    if rest := ordered[most:]:
+        raise ValueError(f"not tried, to save forward passes: {', '.join(map(str, rest))}")

@@ -1,0 +1,211 @@
+"""What one pass shows to who listens: each fault in a small model beside its healthy look-alikes."""
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from helpers import MECHANISMS, model_with, random_ids
+from test_examine import D, V, batch, loss_of
+from torch import Tensor, nn
+
+from moe_lab.failures.bugs import planted
+from moe_lab.health import check_causality, examine
+from moe_lab.model.attention import rotary
+
+
+def said(model: nn.Module, loss_fn=loss_of, given=None) -> list[tuple[str, str]]:
+    """Rule and place of what is at least a warning."""
+    found = examine(model, batch() if given is None else given, loss_fn).findings
+    return [(f.rule, f.where) for f in found if f.severity != "info"]
+
+
+class GatedConvolution(nn.Module):
+    """What takes a state space's place where its kernel is missing."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv, self.gate = nn.Conv1d(width, width, 4, padding=3, groups=width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.mT)[..., : x.shape[1]].mT * F.silu(self.gate(x))
+
+
+class MambaNorm(nn.Module):
+    """No memory, and none is promised: it has no matrix."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], self.weight)
+
+
+class MambaBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.mixer, self.mlp_of_mamba = (
+            MambaNorm(width),
+            nn.GRU(width, width, batch_first=True),
+            nn.Linear(width, width),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mixer(self.norm(x))[0]
+        return x + self.mlp_of_mamba(x)
+
+
+class TimeFirst(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lstm(x)[0]
+
+
+class TimeFirstLSTM(TimeFirst):
+    pass
+
+
+class Window(nn.Module):
+    """Attention to the last four tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        away = torch.arange(x.shape[1])[:, None] - torch.arange(x.shape[1])
+        return F.scaled_dot_product_attention(x, x, x, attn_mask=(away >= 0) & (away < 4))
+
+
+class Around(nn.Module):
+    """A language model around one mixing layer, held under a name of one's choice."""
+
+    def __init__(self, name: str, mixer: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head, self.name = nn.Embedding(V, D), nn.Linear(D, V, bias=False), name
+        self.add_module(name, mixer)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x, mixer = self.embedding(ids), getattr(self, self.name)
+        return self.head(x + (mixer(x.transpose(0, 1)).transpose(0, 1) if isinstance(mixer, TimeFirst) else mixer(x)))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "expected"),
+    [
+        ("mamba", GatedConvolution, [("short_memory", "mamba")]),
+        ("conv", GatedConvolution, []),
+        ("mixer", MambaBlock, []),
+        ("mamba_norm", MambaNorm, []),
+        ("mixer", TimeFirstLSTM, []),
+        ("attention", lambda width: Window(), []),
+    ],
+)
+def test_a_memory_that_ends_after_a_few_tokens(name: str, kind, expected: list) -> None:
+    torch.manual_seed(0)
+    assert said(Around(name, kind(D))) == expected
+
+
+def losses_of(model: nn.Module, ids: Tensor) -> Tensor:
+    return sum(model.losses(ids).values())
+
+
+@pytest.mark.parametrize("bug", [None, "B03", "B05", "B06", "B09", "B17"])
+def test_the_cases_bugs_one_by_one(bug: str | None) -> None:
+    """On the lab's model with every mechanism, off its start values."""
+    wanted = {
+        "B03": "scaled_copies",
+        "B05": "no_gradient",
+        "B06": "mode_mismatch",
+        "B09": "short_memory",
+        "B17": "rank_positions",
+    }
+    with planted(*([bug] if bug else [])):
+        found = said(model_with("all"), losses_of, random_ids(2, 33))
+    assert {rule for rule, _ in found} - {"initial_loss"} == ({wanted[bug]} if bug else set())
+
+
+@pytest.mark.parametrize("all_places", [True, False])
+def test_positions_of_a_model_that_makes_its_own_table(all_places: bool) -> None:
+    """A mixture of depths whose attention cuts a table to its input's length, or takes all tokens."""
+
+    class Chosen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.score, self.proj = nn.Linear(D, 1), nn.Linear(D, D)
+            self.cos, self.sin = (t[0, 0] for t in rotary(torch.arange(64).unsqueeze(0), D, 1e4))
+
+        def attend(self, x: Tensor) -> Tensor:
+            cos, sin = self.cos[: x.shape[1]], self.sin[: x.shape[1]]
+            a, b = self.proj(x).chunk(2, -1)
+            q = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+            return F.scaled_dot_product_attention(q, q, x, is_causal=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores = self.score(x)
+            best = scores.squeeze(-1).topk(3 * x.shape[1] // 4, dim=1).indices.sort(dim=1).values.unsqueeze(-1)
+            gate = scores.sigmoid()
+            if all_places:
+                return gate * self.attend(x)
+            index = best.expand(-1, -1, D)
+            return torch.zeros_like(x).scatter(1, index, gate.gather(1, best) * self.attend(x.gather(1, index)))
+
+    found = [pair for pair in said(Around("depth", Chosen())) if pair[0] == "rank_positions"]
+    assert found == ([] if all_places else [("rank_positions", "positions")])
+
+
+def test_a_text_that_reads_otherwise_alone_than_as_the_start_of_a_longer_one() -> None:
+    model = model_with("attention").eval()
+
+    def grows(ids: Tensor) -> Tensor:
+        return model(ids).logits * ids.shape[1] ** 0.5
+
+    finding = check_causality(grows, 257, 12)
+    assert (finding.rule, finding.severity, finding.where) == ("future_leak", "warning", "length")
+    assert "the first 6 tokens" in finding.message
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [2, 40])
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_lengths_beside_the_number_of_sequences_in_a_pass(name: str, length: int) -> None:
+    model = model_with(name).eval()
+    assert check_causality(lambda ids: model(ids).logits, 257, length) is None
+
+
+def test_a_loss_that_differs_by_itself_says_nothing_of_a_tensor() -> None:
+    """The part draws from another source than torch's."""
+
+    class Drawing(Around):
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids) * float(1 + 0.01 * numpy.random.rand())
+
+    model = Drawing("conv", GatedConvolution(D))
+    model.unused = nn.Linear(3, 3)
+    examination = examine(model, batch(), loss_of)
+    assert [f.rule for f in examination.findings if f.severity != "info"] == []
+    assert examination.not_checked["gradients"] == "two passes with torch's random numbers held give two losses"
+
+
+def llama() -> nn.Module:
+    sizes = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=2))
+
+
+@pytest.mark.parametrize("n_idle", [0, 9])
+@pytest.mark.parametrize("kind", ["own", "llama"])
+def test_it_costs_no_more_than_ten_forward_passes_and_one_backward_pass(kind: str, n_idle: int) -> None:
+    """In tokens, of a batch as large as causality's: 32 sequences of 32."""
+    model = Around("mamba", GatedConvolution(D)) if kind == "own" else llama()
+    for i in range(n_idle):
+        model.add_module(f"idle_{i}", nn.Linear(3, 3))
+    seen = [0]
+    handle = (model.embedding if kind == "own" else model.model.embed_tokens).register_forward_hook(
+        lambda module, args, output: seen.__setitem__(0, seen[0] + args[0].numel())
+    )
+    ids = torch.arange(32 * 33).view(32, 33) ** 2 % 31
+    given = (ids[:, :-1], ids[:, 1:]) if kind == "own" else {"input_ids": ids, "labels": ids}
+    examination = examine(model, given, loss_of if kind == "own" else None)
+    handle.remove()
+    assert 4 * ids.numel() < seen[0] <= 10 * ids.numel() and "causality" not in examination.not_checked
