@@ -23,7 +23,7 @@ from ..random_state import RandomState
 from ..sampling import tensor_kind
 from ..tokens import IGNORED, SHIFTED, Tokens, agreement
 from .data import check_data, tokens_of
-from .flow import check_causality, check_train_eval, logits_of
+from .flow import check_causality, check_train_eval
 from .listening import Listening
 from .plan import Plan
 from .preflight import entries_of, preflight

@@ -68,9 +68,9 @@ class Listening:
             c = (x * y).sum(1) / x.square().sum(1).clamp(min=1e-12)
             left = (y - c.unsqueeze(1) * x).norm(dim=1) / y.norm(dim=1).clamp(min=1e-12)
             copies = c[(left < 1e-3) & (y.norm(dim=1) > 0)]
-            if 0.02 <= len(copies) / len(c) <= 0.98 and float(copies.std(correction=0)) < 1e-3:
-                if abs(factor := float(copies.mean()) - 1) > 1e-2:
-                    self.factors[name] = factor + 1
+            is_some = 0.02 <= len(copies) / len(c) <= 0.98
+            if is_some and float(copies.std(correction=0)) < 1e-3 and abs(float(copies.mean()) - 1) > 1e-2:
+                self.factors[name] = float(copies.mean())
 
         return hook
 
@@ -97,7 +97,7 @@ class Listening:
         the first ones? By gradient, which shows what is too faint for a changed number."""
         for name, module, args, kwargs in self.calls.values():
             reach, asked = reach_of(module, args, kwargs)
-            if NEAR <= asked and reach < asked:
+            if asked >= NEAR and reach < asked:
                 kind = type(module).__name__
                 message = (
                     f"{name} ({kind}) hears the {reach} tokens before it and nothing of the others: it has no state"
@@ -113,10 +113,10 @@ def promising(named: Sequence[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.
         own = next((part for part in reversed(name.split(".")) if not part.isdigit()), "")
         words = " ".join(WORDS.sub("_", word).lower() for word in (own, type(module).__name__))
         is_ours = not type(module).__module__.startswith("torch.nn")
-        if id(module) not in inside and is_ours and PROMISES.search(words):
-            if any(p.ndim > 1 for p in module.parameters()) and not isinstance(module, nn.ModuleList):
-                inside |= {id(child) for child in module.modules()}
-                yield name, module
+        has_matrix = any(p.ndim > 1 for p in module.parameters())
+        if id(module) not in inside and is_ours and has_matrix and PROMISES.search(words):
+            inside |= {id(child) for child in module.modules()}
+            yield name, module
 
 
 def reach_of(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> tuple[int, int]:
