@@ -265,3 +265,20 @@ def test_dropout_is_no_difference_between_modes() -> None:
     model.dropout.p = 0.0
     finding = check_train_eval(modes[0], lambda x: 1.1 * model.eval()(x), ids)
     assert (finding.rule, finding.severity) == ("mode_mismatch", "info")
+
+
+def test_a_module_that_reads_its_childs_weights_by_hand_is_heard_too() -> None:
+    """As routers in float32 do; one that both modes call is well."""
+
+    class Router(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Linear(4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * nn.functional.linear(x, self.gate.weight).sigmoid()
+
+    router, x = Router(), torch.randn(3, 4)
+    assert check_train_eval(router, router, x) is None
+    finding = check_train_eval(router, lambda x: x, x)
+    assert (finding.rule, finding.severity) == ("mode_mismatch", "warning") and finding.where.startswith("Router")

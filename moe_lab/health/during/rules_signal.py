@@ -9,7 +9,7 @@ from .rule import Ill, by_kind, rule
 from .state import State
 from .tracking import Tracked
 
-FAINT = 1e-6  # gradient over weight, beside the median kind's: float32 shows no more of it beside them
+FAINT = 2.0**-23  # gradient over weight, beside the median kind's: float32 shows no more of it beside them
 WAIT, WAIT_READINGS = 15, 3  # updates and readings before a gradient is called faint: adapters start with exact zeros
 STARVED, STARVED_IN = 0.1, 50  # of an even load, and updates: some come back where a balancing term works
 COLLAPSED, COLLAPSED_IN = 0.9, 20  # share of the choices that fall on as many experts as a token chooses, and updates
