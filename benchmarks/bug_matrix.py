@@ -255,7 +255,8 @@ def measured(name: str, seed: int) -> list[dict[str, Any]]:
             ask("Watch", lambda: call_watch(run, RESUMED if resumed else 0))
             if not resumed and name != "B16":
                 ask("inspect_checkpoint", lambda: (call_inspect_micro_steps if name == "B07" else call_inspect)(run))
-            ask("examine, the shown loss", lambda: call_examine_the_shown_loss(run))
+            if name == "B22" or name.startswith("healthy"):
+                ask("examine, the shown loss", lambda: call_examine_the_shown_loss(run))
     return found
 
 
