@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -82,6 +83,54 @@ def backward_heard(hear: Callable[[Tensor], None]) -> Iterator[None]:
 def norms(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
     """The 2-norm of each tensor of one device, (M,), taken in `dtype`, in a few operations for all of them."""
     return torch.stack(torch._foreach_norm(list(tensors), 2, dtype))
+
+
+PRODUCTS = {"MmBackward0": (0, 1), "BmmBackward0": (0, 1), "AddmmBackward0": (1, 2), "BaddbmmBackward0": (1, 2)}
+REARRANGED = re.compile(
+    "(T|Permute|Transpose|Unsqueeze|Select|Expand|Clone|ToCopy|(UnsafeView|View|ReshapeAlias))Backward0"
+)
+
+
+def fan_ins(output: Tensor) -> dict[int, int]:
+    """Of each leaf that a product of the output's graph takes, possibly rearranged: which of its last two dimensions, -2 or -1,
+    the product sums over, by the leaf's id. x @ W sums over -2 of W, a linear layer over -1. Nothing is read from the device."""
+    found: dict[int, int] = {}
+    waiting, seen = [(output.grad_fn, None)], set()
+    while waiting:
+        node, way = waiting.pop()  # way: from the product, its argument and the nodes since
+        if node is None or (way is None and node in seen):
+            continue
+        seen.add(node)
+        leaf, name = getattr(node, "variable", None), node.name()
+        if leaf is not None and way and leaf.ndim > 1:
+            found[id(leaf)] = summed_over(leaf.ndim, *way)
+        places = PRODUCTS.get(name, ())
+        for i, (inner, _) in enumerate(node.next_functions):
+            if i in places:
+                waiting.append((inner, (places.index(i), [])))
+            else:
+                waiting.append((inner, (way[0], [node, *way[1]]) if way and REARRANGED.fullmatch(name) else None))
+    return found
+
+
+def summed_over(ndim: int, is_right: int, nodes: Sequence[Any]) -> int:
+    """The one of the last two dimensions that comes first in a right factor, or last in a left one."""
+    order: list[int | None] = list(range(-ndim, 0))
+    for node in nodes:
+        saved = {key: getattr(node, key) for key in dir(node) if key.startswith("_saved_dim")}
+        dims = [d - 2**64 if d >= 2**63 else d for v in saved.values() for d in (v if isinstance(v, tuple) else [v])]
+        kind = node.name().removesuffix("Backward0")
+        if kind == "Permute":
+            order = [order[d] for d in dims]
+        elif kind in ("T", "Transpose"):
+            a, b = dims or (0, 1)
+            order[a], order[b] = order[b], order[a]
+        elif kind == "Unsqueeze":
+            order.insert(dims[0] % (len(order) + 1), None)
+        elif kind == "Select":
+            order.pop(dims[0])
+    mine = [d for d in order if d in (-2, -1)]
+    return mine[0] if is_right else mine[-1]
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

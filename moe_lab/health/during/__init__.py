@@ -7,12 +7,14 @@ rules_updates.py what becomes of updates: order of events, broken gradients, los
 rules_signal.py  what lies outside of the optimizer, experts, terms without effect, faint gradients
 rules_flow.py    targets and data, looks into the future, updates in evaluation mode
 rules_ranks.py   ranks that train together and do not agree
+rules_steps.py   the step that arrives: matrix by matrix, its factor and its size; decay that is rounded away
 rules_loss.py    learning rates, measured steps against the usual ones; reach; the loss that comes of them
 rule.py          what a rule is: something to look for, and the words for it
 state.py         what is known of a training, which the rules see
 tracking.py      which tensors are followed, under which names and in which groups
 bank.py          their sampled elements: where they were, are, and were meant to go; who gets a gradient, and how large
 intended.py      what a step is meant to do: the optimizer's own, replayed in float32
+probes.py        what an optimizer does with made-up gradients: Adam's rule, laws of shapes, decay
 steps.py         what kind of step an optimizer takes, measured
 events.py        backward passes and steps: gradients that pile up, or go before the step
 ranks.py         what ranks that train together tell each other: do they agree?

@@ -18,6 +18,7 @@ from ..sampling import plain
 from ..torch_private import norms
 from .tracking import Tracked
 
+KEPT = 8  # norms of all gradients
 WIDE = (torch.float64, torch.complex128)
 
 
@@ -117,9 +118,14 @@ class Gradients:
     """Who has a gradient, how large, and which sampled elements; norms stay on their device until `fetch`."""
 
     def __init__(self) -> None:
-        self.waiting: list[tuple[list[Tracked], Tensor, Tensor | None]] = []
+        self.waiting: list[tuple[int, list[Tracked], Tensor, Tensor | None]] = []
+        self.squares: dict[int, float] = {}  # by update, the squared norm of all of them
 
-    def read(self, tensors: Sequence[Tracked], optimizer: Optimizer) -> None:
+    @property
+    def norms(self) -> list[float]:
+        return [math.sqrt(square) for square in self.squares.values()]
+
+    def read(self, tensors: Sequence[Tracked], optimizer: Optimizer, n: int) -> None:
         dense = []
         for t in tensors:
             if t.param.grad is None:
@@ -135,15 +141,17 @@ class Gradients:
             bank().touch(here)
             # the norm of a float16 gradient may be beyond float16
             sizes = norms([plain(t.param.grad) for t in here], torch.float32 if narrow else None)
-            self.waiting.append((here, sizes if scale is None else sizes / scale.to(sizes.device), skipped))
+            self.waiting.append((n, here, sizes if scale is None else sizes / scale.to(sizes.device), skipped))
 
     def fetch(self) -> None:
-        for tensors, sizes, skipped in self.waiting:
+        for n, tensors, sizes, skipped in self.waiting:
             if skipped is not None and skipped.item():
                 continue
             for t, norm in zip(tensors, sizes.tolist(), strict=True):
+                self.squares[n] = self.squares.get(n, 0.0) + norm**2
                 t.finite &= math.isfinite(norm)
                 t.grad_norm = max(t.grad_norm, norm if math.isfinite(norm) else 0.0)
                 t.with_gradient += norm != 0
                 t.zero_gradient += norm == 0
+        self.squares = dict(list(self.squares.items())[-KEPT:])
         self.waiting = []

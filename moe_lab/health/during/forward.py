@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..random_state import RandomState
-from ..torch_private import uncompiled
+from ..torch_private import fan_ins, uncompiled
 from .heard import Heard, tensors_of
 
 VARIANCE_ROWS = 256  # logits of as many positions: the variance is good to 1 %
@@ -51,6 +51,7 @@ class ForwardProbe:
         self.inputs: tuple[tuple, dict] | None = None
         self.precision: dict[str, Any] = {}  # the autocast under which they came
         self.logit_variance: Tensor | None = None
+        self.fan_ins: dict[int, int] = {}  # which dimension of a weight the first pass sums over, by its id
         self.answers: dict[Tensor, bool | None] = {}  # of `matters`: they stand when the inputs are gone
         linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
         embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
@@ -70,6 +71,9 @@ class ForwardProbe:
         self.handles = [self.model.register_forward_pre_hook(hook(self.keep_inputs), with_kwargs=True)]
         if self.table is not None:
             self.handles.append(self.table.register_forward_pre_hook(hook(self.keep_ids)))
+        for module in (self.model, self.head):
+            if module is not None:
+                self.handles.append(module.register_forward_hook(hook(self.keep_fan_ins)))
         if self.head is not None:
             self.handles.append(self.head.register_forward_hook(hook(self.keep_variance)))
         self.heard.listen(hook)
@@ -84,6 +88,10 @@ class ForwardProbe:
         """Models trained through a method of their own (`model.losses(ids)`) never run the hook above."""
         if self.inputs is None and args and isinstance(args[0], Tensor) and args[0].ndim == 2:
             self.inputs = (args[0].detach(),), {}
+
+    def keep_fan_ins(self, module: nn.Module, args: tuple, output: Any) -> None:
+        for tensor in () if self.fan_ins else tensors_of(output):
+            self.fan_ins |= fan_ins(tensor)
 
     def keep_variance(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Of the first head's first output, once, from some of its rows: all logits in float32 may not fit."""

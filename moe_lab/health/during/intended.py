@@ -16,7 +16,7 @@ import enum
 import re
 import types
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from ..findings import grouped
 from ..random_state import RandomState
 from ..torch_private import unhooked_step
-from .tracking import GroupState, Tracked
+from .tracking import GroupState, Tracked, is_master
 
 # What keeps lost bits for later: then a weight's own format says nothing about what is lost.
 KEEPS_BITS = re.compile(r"kahan|compensat|master|residual|shift", re.IGNORECASE)
@@ -40,7 +40,8 @@ SCALER = ("grad_scale", "found_inf", "defaults")  # attributes that torch itself
 
 def keeps_lost_bits(optimizer: Optimizer) -> bool:
     """Whether it has fp32 masters, Kahan compensation, or rounds stochastically; look after its first step."""
-    return keeps_bits(optimizer.state.values(), [vars(optimizer), *optimizer.param_groups])
+    named = keeps_bits(optimizer.state.values(), [vars(optimizer), *optimizer.param_groups])
+    return named or holds_masters(optimizer)
 
 
 def keeps_bits(states: Iterable[Mapping], options: Iterable[Mapping]) -> bool:
@@ -66,6 +67,8 @@ def duplicate(value: Any, tensors: bool = True) -> Any:
         return copied
     if type(value) in (list, tuple, set, frozenset, deque):
         return type(value)(duplicate(inner, tensors) for inner in value)
+    if isinstance(value, torch.Generator):
+        return torch.Generator(value.device).set_state(value.get_state())
     if isinstance(value, torch.dtype) and value.is_floating_point and value.itemsize < 4:
         return torch.float32  # of moments that are cast
     if isinstance(value, PLAIN):
@@ -127,22 +130,22 @@ def replay(tensors: Sequence[Tracked], whole: bool = False) -> Tensor:
     return advance(shadow_of(first.optimizer, first.group, weight, state), grad)
 
 
-def is_adam(optimizer: Optimizer, group: dict) -> bool:
-    """Whether a group's steps are Adam's (Kingma & Ba 2015, alg. 1), found by trying both on made-up gradients."""
-    try:
-        start = torch.zeros(16, device=group["params"][0].device)
-        lr = torch.ones_like(group["lr"]) if isinstance(group["lr"], Tensor) else 1.0
-        first = optimizer.defaults  # whole numbers may be counts: of a group that has not stepped yet
-        fresh = {k: first[k] if type(v) is int else v for k, v in group.items() if type(v) is not int or k in first}
-        shadow = shadow_of(optimizer, {**fresh, "lr": lr, "weight_decay": 0.0}, start.clone(), {})
-        adam = torch.optim.Adam([start], lr=1.0, betas=group["betas"])
-        for t in range(1, 9):
-            g = torch.sin(t * torch.arange(1.0, 17.0)).to(start.device)
-            if (advance(shadow, g.clone()).abs() - advance(adam, g).abs()).abs().max() > DISAGREE:
-                return False
-    except Exception:  # whatever a foreign step raises: then nothing is claimed of it
-        return False
-    return True
+def held_tensors(value: Any, depth: int = 4) -> Iterator[Tensor]:
+    """Tensors in lists and mappings, so deep."""
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from held_tensors(inner, depth - 1)
+
+
+def holds_masters(optimizer: Optimizer) -> bool:
+    """Whether wider copies of its 16-bit weights, of the smallest few, lie in an attribute of its own."""
+    weights = [p for group in optimizer.param_groups for p in group["params"] if p.dtype.itemsize < 4]
+    own = {key: value for key, value in vars(optimizer).items() if key not in ("param_groups", "state")}
+    held = [t for t in held_tensors(own) if t.dtype.itemsize >= 4]
+    smallest = sorted(weights, key=Tensor.numel)[:3]
+    return bool(smallest and held) and all(any(is_master(t, p) for t in held) for p in smallest)
 
 
 def family(t: Tracked) -> tuple[GroupState | None, int]:

@@ -33,6 +33,9 @@ class Rule(NamedTuple):
         facts = {"value": len(tensors), "limit": 0} if tensors else next(iter(ill.values()))
         words = {
             "n": len(tensors or ill),
+            "each": ", ".join(
+                str(fact["told"]) for fact in ill.values() if isinstance(fact, Mapping) and "told" in fact
+            ),
             "names": several([t.name for t in tensors] or list(ill)),
             "share": sum(t.param.numel() for t in tensors) / state.n_parameters,
             "updates": state.n_seen,

@@ -10,7 +10,7 @@ from statistics import fmean
 
 from ..conventions import Group, convention_of, judge
 from ..measures import adam_reach, trend
-from . import intended
+from .probes import is_adam
 from .rule import Ill, Rule, rule
 from .state import PRETRAINED, State
 from .steps import kind_of, matrix_shape
@@ -127,7 +127,7 @@ def reach(state: State) -> Ill:
         return {}
     found = []
     for group in state.groups:
-        if group.lrs and intended.is_adam(group.optimizer, group.group):
+        if group.lrs and is_adam(group.optimizer, group.group):
             lrs = [*group.lrs, *[group.peak] * max(0, state.budget - len(group.lrs))][: min(state.budget, 100_000)]
             found.append((adam_reach(lrs, group.group["betas"]), group.name))
     if not found:

@@ -41,25 +41,37 @@ def nonfinite_gradient(state: State) -> Ill:
 
 
 def lost_updates(state: State, limit: float, ulps: float) -> Ill:
-    """16-bit weights: realised against intended displacement, kind by kind, the worst first."""
+    """16-bit weights: realised against intended displacement, kind by kind, vectors (norms) and the worst first. Where one kind
+    proves that an optimizer loses what it intends, whatever else of it falls short is named with it."""
     window = state.step - state.window_start
     if window < LOST_UPDATES:
         return {}
-    kinds = by_kind(t for t in state.readings if t.intended_square and t.is_narrow)
+    kinds = by_kind(t for t in state.readings if t.intended_square and t.is_narrow and not explained(t))
     shares = {kind: share_of(mine) for kind, mine in kinds.items()}
-    sick = {k: s for k, s in shares.items() if s.rho + SIGMAS * s.error < limit and s.intended_ulps >= ulps}
+    low = {kind: share for kind, share in shares.items() if share.rho + SIGMAS * share.error < limit}
+    still = {
+        kind: sum(t.unchanged for t in kinds[kind]) / max(1, sum(t.n_touched for t in kinds[kind])) for kind in low
+    }
+    # of a kind that intends half an ULP and more, some elements would move by chance
+    proven = [k for k, share in low.items() if share.intended_ulps >= (LOST_ULPS[1] if still[k] == 1 else ulps)]
+    losing = {kinds[kind][0].optimizer for kind in proven}
+    sick = [kind for kind in low if kinds[kind][0].optimizer in losing]
+    sick.sort(key=lambda kind: (kinds[kind][0].param.ndim > 1, shares[kind].rho))
     common = {"limit": limit, "window": window, "n_sick": len(sick), "n_kinds": len(kinds)}
     return {
         kind: {
-            "value": share.rho,
-            "error": share.error,
-            "worst": kind,
-            "still": sum(t.unchanged for t in kinds[kind]) / max(1, sum(t.n_touched for t in kinds[kind])),
+            "value": shares[kind].rho,
+            "told": f"{kind} {shares[kind].rho:.0%} (± {shares[kind].error:.0%}; {still[kind]:.0%} of its elements never moved)",
             "dtype": str(kinds[kind][0].param.dtype).removeprefix("torch."),
             **common,
         }
-        for kind, share in sorted(sick.items(), key=lambda pair: pair[1].rho)
+        for kind in sick
     }
+
+
+def explained(t: Tracked) -> bool:
+    """Whether what a tensor lacks is its decay, which `lost_decay` names."""
+    return t.owner is not None and t.owner.decays is False and intended.keeps_lost_bits(t.optimizer)
 
 
 def badly_lost(state: State) -> Ill:
@@ -187,8 +199,8 @@ def in_most(looks: list[bool]) -> Ill:
 
 
 LOST = (
-    "{dtype} rounds updates away: {worst} realised {value:.0%} (± {error:.0%}) of the displacement its optimizer intended over "
-    "{window} updates, {still:.0%} of its elements never moved; {n_sick} of {n_kinds} kinds of tensor are below {limit:g}"
+    "{dtype} rounds updates away. Of the displacement that the optimizer intended over {window} updates less than {limit:.0%} "
+    "arrived in {n_sick} of {n_kinds} kinds of tensor: {each}"
 )
 KEEP_BITS = (
     "keep the parameters in float32 and compute under autocast; or use an optimizer with fp32 masters, Kahan "

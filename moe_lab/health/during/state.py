@@ -90,9 +90,10 @@ class State:
             group.loaded |= group.optimizer is optimizer and not self.n_seen
 
     def read_gradients(self, optimizer: Optimizer) -> None:
-        if self.counts[id(optimizer)] % READ_EVERY == 1:
+        n = self.counts[id(optimizer)]
+        if n % READ_EVERY == 1:
             owners = (optimizer, None) if optimizer is self.optimizers[0] else (optimizer,)
-            self.gradients.read([t for t in self.tracked if t.optimizer in owners], optimizer)
+            self.gradients.read([t for t in self.tracked if t.optimizer in owners], optimizer, n)
 
     def read(self) -> None:
         """Take in what is new, fetch what waits on the devices, and read the samples."""

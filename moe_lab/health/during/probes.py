@@ -1,0 +1,96 @@
+"""What an optimizer does with made-up gradients: each answer needs its class and options alone, and no step of the training."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..random_state import RandomState
+from .intended import DISAGREE, advance, shadow_of
+
+FLAT = 0.5  # smallest over largest singular value of an orthogonal step: Newton–Schulz leaves 0.6
+
+
+def fresh_shadow(optimizer: Optimizer, group: dict, weight: Tensor, lr: float = 1.0, **options: Any) -> Optimizer:
+    """An optimizer like it, of a made-up weight, that has not stepped yet. Raises whatever making one raises."""
+    lr = torch.full_like(group["lr"], lr) if isinstance(group["lr"], Tensor) else lr
+    first = optimizer.defaults  # whole numbers may be counts: of a group that has not stepped yet
+    fresh = {k: first[k] if type(v) is int else v for k, v in group.items() if type(v) is not int or k in first}
+    return shadow_of(optimizer, {**fresh, "lr": lr, **options}, weight, {})
+
+
+class Law(NamedTuple):
+    """What a step that leaves all singular values alike does with shapes, found on made-up gradients."""
+
+    tall: dict[
+        int, float
+    ]  # by dimensions, 2 or 3 for a stack: a tall matrix's singular values over a wide one's, 1 where alike
+    mixes: bool  # whether the gradient of one matrix of a stack turns the steps of others
+
+
+def law_of(optimizer: Optimizer, group: dict) -> Law | None:
+    """None where steps are not orthogonal, or cannot be tried."""
+    device = group["params"][0].device
+    random_state = RandomState([group["params"][0]])
+
+    def step(grad: Tensor) -> Tensor:
+        shadow = fresh_shadow(optimizer, group, torch.zeros(grad.shape, device=device))
+        return advance(shadow, grad.to(device)).cpu()
+
+    try:
+        generator = torch.Generator().manual_seed(0)
+        wide = torch.randn(16, 64, generator=generator) * torch.logspace(0, -1, 16)[:, None]
+        values = [torch.linalg.svdvals(step(grad)) for grad in (wide, wide.mT.contiguous())]
+        if any(s.min() < FLAT * s.max() for s in values):
+            return None
+        tall = {2: (values[1].mean() / values[0].mean()).item()}
+        # alike, as experts' gradients are: unlike ones are orthogonal to each other already
+        stack = torch.randn(24, 32, generator=generator) + torch.randn(8, 24, 32, generator=generator) / 2
+        changed = torch.cat([stack[:1].roll(1, 1), stack[1:]])
+        if all(p.ndim < 3 for p in group["params"]):
+            return Law(tall, False)  # stacks may be refused
+        tall[3] = (step(wide.mT.repeat(8, 1, 1)).norm() / step(wide.repeat(8, 1, 1)).norm()).item()
+        a, b = (step(grad)[1:].flatten() for grad in (stack, changed))
+        return Law(tall, bool(torch.cosine_similarity(a, b, dim=0) < 1 - DISAGREE))
+    except Exception:  # whatever a foreign step raises: then nothing is claimed of it
+        return None
+    finally:
+        random_state.put_back()
+
+
+def decay_arrives(optimizer: Optimizer, group: dict, dtype: torch.dtype, lr: float) -> bool | None:
+    """Whether a step without gradient moves any of many weights of this format, or keeps what it loses; None where it moves none
+    of float32 either, or cannot be tried."""
+    start = torch.linspace(1, 2, 2**16, device=group["params"][0].device).view(256, 256)
+    random_state = RandomState([start])
+    try:
+        arrived = []
+        for kind in (dtype, torch.float32):
+            weight = start.to(kind, copy=True)
+            shadow = fresh_shadow(optimizer, group, weight, lr)
+            moved = advance(shadow, torch.zeros_like(weight)).any()
+            kept = [v for v in shadow.state[weight].values() if isinstance(v, Tensor) and v.shape == weight.shape]
+            arrived.append(bool(moved) or any(bool(v.any()) for v in kept))
+        return arrived[0] if arrived[1] else None
+    except Exception:  # whatever a foreign step raises: then nothing is claimed of it
+        return None
+    finally:
+        random_state.put_back()
+
+
+def is_adam(optimizer: Optimizer, group: dict) -> bool:
+    """Whether a group's steps are Adam's (Kingma & Ba 2015, alg. 1), found by trying both on made-up gradients."""
+    try:
+        start = torch.zeros(16, device=group["params"][0].device)
+        shadow = fresh_shadow(optimizer, group, start.clone(), weight_decay=0.0)
+        adam = torch.optim.Adam([start], lr=1.0, betas=group["betas"])
+        for t in range(1, 9):
+            g = torch.sin(t * torch.arange(1.0, 17.0)).to(start.device)
+            if (advance(shadow, g.clone()).abs() - advance(adam, g).abs()).abs().max() > DISAGREE:
+                return False
+    except Exception:  # whatever a foreign step raises: then nothing is claimed of it
+        return False
+    return True

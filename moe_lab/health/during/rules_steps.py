@@ -1,0 +1,122 @@
+"""Rules about the step that arrives: its shape and its size by kind of tensor, and what decays."""
+
+from __future__ import annotations
+
+import math
+from statistics import median
+
+from torch import nn
+
+from .intended import keeps_lost_bits
+from .probes import decay_arrives, is_adam, law_of
+from .rule import Ill, by_kind, rule
+from .state import State
+from .steps import kind_of, matrix_shape
+from .tracking import LR_STEADY, GroupState, Tracked
+
+TALLER = 1.2  # size of a tall matrix's step over a wide one's, or the reverse, from which on an orientation is meant
+SAME_NORM, SMALLEST_CLIP = (
+    1e-3,
+    0.01,
+)  # relative spread of a clipped norm; a tenth of the least that anybody clips to, 0.1
+LOOKS = 4  # at the gradients, 5 updates apart
+LATE = 50  # updates until which lost updates would have been found
+STARVED = 0.2  # share of the smallest size that any convention gives an orthogonal step
+
+
+def members(state: State, group: GroupState) -> list[Tracked]:
+    return [t for t in state.tracked if t.owner is group and not t.is_master]
+
+
+def laws(state: State) -> list[tuple[GroupState, list[Tracked]]]:
+    """Groups with orthogonal steps, whose law was found once, and their matrices; convolutions are flattened on purpose."""
+    kernels = (nn.modules.conv._ConvNd,)
+    convolved = {id(p) for m in state.model.modules() if isinstance(m, kernels) for p in m.parameters(recurse=False)}
+    found = []
+    for group in state.groups if state.n_seen else ():
+        matrices = [t for t in members(state, group) if t.param.ndim in (2, 3) and id(t.param) not in convolved]
+        if matrices and group.law == "untried":
+            group.law = law_of(group.optimizer, group.group)
+        if matrices and group.law:
+            found.append((group, matrices))
+    return found
+
+
+@rule(
+    "warning",
+    "the steps of {n} stacks of matrices are not orthogonal matrix by matrix: {names}: the gradient of one turns the others' steps",
+    "orthogonalise over the last two dimensions, each expert's matrix by itself: neither over the stack's axis nor flattened",
+)
+def mixed_stack(state: State) -> Ill:
+    return by_kind(t for group, ts in laws(state) if group.law.mixes for t in ts if t.param.ndim == 3)
+
+
+@rule(
+    "warning",
+    "the optimizer scales {names} ({n}) as if inputs and outputs were the other way round",
+    "give it fan-out over fan-in as the model uses the weight: x @ W has its outputs in W's columns, a linear layer in its rows",
+)
+def turned_factor(state: State) -> Ill:
+    """The law makes tall matrices' steps larger, so takes rows for outputs, or the reverse; the graph says what is summed over."""
+    linear = {id(m.weight) for m in state.model.modules() if isinstance(m, nn.Linear)}
+    ill = []
+    for group, matrices in laws(state):
+        for t in (t for t in matrices if t.param.shape[-1] != t.param.shape[-2]):
+            tall = 1.0 if group.law.mixes and t.param.ndim == 3 else group.law.tall[t.param.ndim]
+            wrong = -2 if tall > TALLER else -1 if tall < 1 / TALLER else 0
+            fan_in = -1 if id(t.param) in linear else state.forward.fan_ins.get(id(t.param))
+            ill += [t] if fan_in == wrong else []
+    return by_kind(ill)
+
+
+@rule("warning", "{told}", "{cure}")
+def starved_steps(state: State) -> Ill:
+    """Gradients that arrive with one tiny norm; Adam's eps above its gradients; orthogonal steps smaller than any convention's."""
+    found = {}
+    norms = state.gradients.norms[-LOOKS:]
+    if len(norms) == LOOKS and 0 < max(norms) < SMALLEST_CLIP and max(norms) - min(norms) < SAME_NORM * max(norms):
+        told = f"the gradients of every update arrive with a norm of {norms[-1]:.2g}, neither more nor less"
+        cure = (
+            "look for clipping before GradScaler.unscale_ (the clip sees scaled gradients), or a max_norm far too small"
+        )
+        found["gradients"] = {"told": told, "cure": cure, "value": norms[-1], "limit": SMALLEST_CLIP}
+    for group in state.groups if state.n_seen >= LR_STEADY else ():
+        mine = members(state, group)
+        sizes = [t.grad_norm / math.sqrt(t.param.numel()) for t in mine if t.grad_norm]
+        eps = group.group.get("eps")
+        if sizes and isinstance(eps, float) and median(sizes) < eps and is_adam(group.optimizer, group.group):
+            told = f"{group.name}'s gradients have an RMS of {median(sizes):.1g}, below Adam's eps: steps are far below the LR"
+            cure = "look for a loss that is divided or unscaled twice, a clip before unscale_, or an eps meant for another scale"
+            found[group.name] = {"told": told, "cure": cure, "value": median(sizes), "limit": eps}
+        kind, seen = kind_of(mine)
+        shares = [step.rms * math.sqrt(max(s)) / least(s) for t, step in seen for s in [matrix_shape(t.param.shape)]]
+        if kind == "orthogonal" and median(shares) < STARVED:
+            told = f"{group.name}'s orthogonal steps are {1 / median(shares):.1f} times smaller than any convention makes them"
+            cure = "a clip over all gradients after orthogonalisation shrinks what has a norm by construction: clip before it"
+            found[group.name] = {"told": told, "cure": cure, "value": median(shares), "limit": STARVED}
+    return found
+
+
+def least(shape: tuple[int, int]) -> float:
+    """The smallest factor of an orthogonal step that is in use: 1, or sqrt(A / B)."""
+    return min(1.0, math.sqrt(shape[0] / shape[1]))
+
+
+@rule(
+    "warning",
+    "weight decay never arrives in {n} 16-bit tensors: each step of it is below half a unit in the last place: {names}",
+    "let it be part of the update that is rounded stochastically or kept in masters, or keep the parameters in float32",
+)
+def lost_decay(state: State) -> Ill:
+    """Where updates are lost as well, that is the finding: this is asked first only of what says that it keeps lost bits."""
+    ill, lost = [], "lost_updates" in {f.rule for f in state.findings}
+    for group in (g for g in state.groups if g.n >= LR_STEADY and g.is_steady):
+        narrow = [t for t in members(state, group) if t.is_narrow]
+        late = group.n >= LATE
+        if narrow and group.decays == "untried":
+            group.decays = decay_arrives(group.optimizer, group.group, narrow[0].param.dtype, group.peak)
+        ill += narrow if group.decays is False and (keeps_lost_bits(group.optimizer) or (late and not lost)) else []
+    return by_kind(ill)
+
+
+RULES = (mixed_stack, turned_factor, starved_steps)
