@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..during.intended import is_adam, keeps_lost_bits
+from ..during.intended import keeps_lost_bits
+from ..during.probes import is_adam
 from ..during.tracking import is_master, storage
 from ..findings import Finding, several
 from ..measures import adam_ratio_bound, is_lost
