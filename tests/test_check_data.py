@@ -8,6 +8,7 @@ from moe_lab.health import check_data
 
 WORDS = ["the", "model", "reads", "a", "line", "of", "text", "and", "then", "it", "learns", "nothing", "much"]
 PAD = 255
+PAD_RUN = 8
 
 
 def text(rows: int = 16, length: int = 64, seed: int = 0) -> Tensor:
@@ -122,3 +123,47 @@ def test_what_is_no_batch_of_tokens_is_refused_in_one_line(bad: list) -> None:
     with pytest.raises(ValueError, match="batch") as error:
         check_data(bad)
     assert "\n" not in str(error.value)
+
+
+def code(seed: int, rows: int = 8, length: int = 64) -> tuple[Tensor, Tensor]:
+    """Windows of indented lines, of which some end in blanks."""
+    generator = torch.Generator().manual_seed(seed)
+    words = [WORDS[i] for i in torch.randint(len(WORDS), (rows * length,), generator=generator)]
+    depth = torch.randint(4, 20, (len(words),), generator=generator).tolist()
+    lines = "\n".join(" " * n + word for n, word in zip(depth, words, strict=True)).encode()
+    ids = torch.frombuffer(bytearray(lines[: rows * (length + 1)]), dtype=torch.uint8).long().view(rows, -1)
+    return ids[:, :-1], ids[:, 1:]
+
+
+def test_indented_text_that_ends_in_blanks_is_not_padded() -> None:
+    ends = [ids[:, -PAD_RUN:].eq(32).all(1).float().mean() for ids, _ in map(code, range(20))]
+    assert max(ends) >= 0.25  # the look-alike looks alike
+    assert [said([code(seed)]) for seed in range(20)] == [[]] * 20
+    ids, labels = (x.clone() for x in code(0))
+    ids[::2, 16:], labels[::2, 15:] = 32, 32  # padded with blanks: longer than any indentation
+    assert said([(ids, labels)]) == ["padding_in_loss"]
+
+
+def documents(seed: int) -> list[Tensor]:
+    """64 rows in order: eight documents of eight windows, each with words of its own beside the common ones."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for document in range(8):
+        own = 100 + 20 * document + torch.randint(20, (8, 64), generator=generator)
+        common = torch.randint(100, (8, 64), generator=generator).square() // 100
+        rows += torch.where(torch.rand(8, 64, generator=generator) < 0.2, own, common)
+    return rows
+
+
+def test_neighbours_that_are_of_one_text() -> None:
+    rows = documents(0)
+    assert said([torch.stack(rows[i : i + 4]) for i in range(0, 64, 4)]) == ["one_text"]
+    for seed in range(5):
+        order = torch.randperm(64, generator=torch.Generator().manual_seed(seed)).tolist()
+        assert said([torch.stack([rows[i] for i in order[j : j + 4]]) for j in range(0, 64, 4)]) == []
+    assert said(batches(), vocab_size=256) == []  # one text, all of whose words come everywhere
+
+
+def test_validation_of_random_tokens() -> None:
+    (finding,) = check_data(batches(), 1024, validation=[torch.randint(1024, (16, 64)) for _ in range(4)])
+    assert (finding.rule, finding.where) == ("random_tokens", "validation")

@@ -373,3 +373,21 @@ def test_entries_keep_lines_and_comments(tmp_path: Path) -> None:
     assert {name: entry.value for name, entry in entries.items()} == {"a.b": ["1", "2"], "a.c": "", "d.e": "1.5"}
     assert (entries["a.b"].where, entries["a.b"].comments) == (f"{path}:4", ("above", "beside"))
     assert entries["d.e"].comments == ("last",)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("mod_enabled: true  # Disabled", True),
+        ("mod_enabled: false  # enabled now", True),
+        ("mod_enabled: false  # Disabled", False),
+        ("mod_enabled: true  # off by default upstream", False),
+        ("mod_enabled: true  # disabled in evaluation", False),
+        ("mod_enabled: true  # costs little", False),
+        ("n_layers: 3  # off", False),
+    ],
+)
+def test_a_switch_whose_comment_says_the_opposite(line: str, says: bool, tmp_path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(f"model:\n  # off\n  {line}\n")
+    assert [f.rule for f in preflight(path)] == (["comment_contradicts"] if says else [])

@@ -113,6 +113,8 @@ RULES: dict[str, tuple[str, str]] = {
     "constant_tokens": ("error", "one token is nearly all of the text"),
     "random_tokens": ("warning", "the tokens look random: a text repeats itself and compresses"),
     "repeated_data": ("warning", "rows that stood in an earlier place already"),
+    "one_text": ("warning", "neighbouring rows are of one text: an update sees one document alone"),
+    "comment_contradicts": ("warning", "a switch whose comment says the opposite of its value"),
     "label_shift": ("error", "labels are not the next token but another one"),
     "never_a_target": ("warning", "a token that follows others and is never asked for"),
     "padding_in_loss": ("warning", "the padding at a row's end is a target"),

@@ -11,6 +11,7 @@ from ctypes import string_at
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .findings import Finding, several
@@ -25,6 +26,8 @@ UNLIKELY = 1e-6  # chance that a token is never a target although its neighbours
 SHIFTED = 0.9  # share of labels that agree with the inputs at the best shift
 PADDED = 8  # equal tokens at a row's end from which on they look like padding
 ROWS_PADDED = 0.25  # share of the rows that end so: lines of code end in blanks less often
+MOST_ROWS, FEWEST_ROWS = 512, 32  # that are compared with their neighbours
+ALIKE = 6.0, 1.2  # standard deviations and times that neighbours are more alike than in 200 other orders
 SELDOM = 8  # times that a token must follow targets before its absence says anything
 ONE_END = 0.9  # share of one token right before it, from which on another one is the end, and this its padding
 
@@ -127,11 +130,16 @@ def never_a_target(labelled: Sequence[Tokens]) -> Finding | None:
 
 
 def padding_is_target(labelled: Sequence[Tokens]) -> Finding | None:
-    """Rows that end in a run of one token, and ask for it."""
+    """Rows that end in a run of one token, far longer than its runs elsewhere, and ask for it."""
+    runs, longest = [runs_of(ids) for ids, _ in labelled], Counter()  # of each token but at the ends
+    for (ids, _), (length, at_end) in zip(labelled, runs, strict=True):
+        for token in ids[:, -1].unique().tolist():
+            inner = length[(ids == token) & ~at_end]
+            longest[token] = max(longest[token], int(inner.max()) if len(inner) else 0)
     padded = asked = rows = 0
-    for ids, labels in labelled:
-        run = (ids == ids[:, -1:]).flip(1).long().cumprod(1).flip(1).bool()  # the equal tokens at the end
-        at_end = run & (run.sum(1, keepdim=True) >= PADDED) & ~run.all(1, keepdim=True)
+    for (ids, labels), (length, at_end) in zip(labelled, runs, strict=True):
+        least = torch.tensor([max(PADDED, 2 * longest[token] + 1) for token in ids[:, -1].tolist()])
+        at_end = at_end & ((length[:, -1] >= least) & ~at_end.all(1)).unsqueeze(1)
         rows += len(ids)
         padded += int(at_end.any(1).sum())
         asked += int((at_end[:, :-1] & (labels == ids)[:, 1:]).sum())  # but for the first, which may be the text's end
@@ -141,6 +149,38 @@ def padding_is_target(labelled: Sequence[Tokens]) -> Finding | None:
     message = f"{padded} of {rows} rows end in a run of one token, which is {asked / targets:.0%} of all targets"
     advice = "set the labels of padding to -100, but for the first end token"
     return Finding("padding_in_loss", "warning", "labels", message, advice, round(asked / targets, 3), 0.02)
+
+
+def runs_of(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, T): how many equal tokens end at each place, and whether the run is the row's last."""
+    places = torch.arange(ids.shape[1]).expand_as(ids)
+    is_new = torch.cat([torch.ones_like(ids[:, :1]), (ids[:, 1:] != ids[:, :-1]).long()], 1)
+    starts = (places * is_new).cummax(1).values
+    return places - starts + 1, starts == starts[:, -1:]
+
+
+def neighbours_alike(seen: Sequence[Tokens]) -> Finding | None:
+    """Do rows share more of their rarer tokens with the row right before than with others? Held against other orders of them."""
+    rows = [row for tokens in seen for row in tokens.ids][:MOST_ROWS]
+    has = torch.zeros(len(rows), max(int(row.max()) for row in rows) + 1)
+    for i, row in enumerate(rows):
+        has[i, row] = 1.0
+    has = has[:, (has.sum(0) > 1) & (has.sum(0) < len(rows) / 2)]  # those that tell texts apart
+    if len(rows) < FEWEST_ROWS or not has.any():
+        return None
+    alike = F.normalize(has, dim=1) @ F.normalize(has, dim=1).T
+    generator = torch.Generator().manual_seed(0)
+    orders = [torch.randperm(len(rows), generator=generator) for _ in range(200)]
+    by_chance = torch.stack([alike[order[1:], order[:-1]].mean() for order in orders])
+    mine = alike.diagonal(1).mean()
+    sigmas = float((mine - by_chance.mean()) / by_chance.std().clamp(min=1e-9))
+    if sigmas < ALIKE[0] or mine < ALIKE[1] * by_chance.mean():
+        return None
+    message = (
+        f"rows are {mine / by_chance.mean():.2g} times as like the row before as others: neighbours are of one text"
+    )
+    advice = "shuffle windows over all documents, or pack several into a batch: one update then sees one document alone"
+    return Finding("one_text", "warning", "data", message, advice, round(sigmas, 1), ALIKE[0])
 
 
 def uneven(labelled: Sequence[Tokens]) -> Finding | None:

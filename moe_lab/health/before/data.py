@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -10,7 +11,17 @@ import torch
 from torch import Tensor
 
 from ..findings import Finding
-from ..tokens import Tokens, labels_elsewhere, looks_random, never_a_target, padding_is_target, raw, rows_repeat, uneven
+from ..tokens import (
+    Tokens,
+    labels_elsewhere,
+    looks_random,
+    neighbours_alike,
+    never_a_target,
+    padding_is_target,
+    raw,
+    rows_repeat,
+    uneven,
+)
 
 LOOKED_AT = 64  # batches at most
 OVERLAP = 0.05  # share of the validation windows that also stand in training
@@ -45,11 +56,13 @@ def check_data(
     ids = torch.cat([tokens.ids.flatten() for tokens in seen])
     vocab_size = vocab_size or int(ids.max()) + 1
     labelled = [tokens for tokens in seen if tokens.labels is not None]
-    found = [looks_random(ids, vocab_size), rows_repeat(seen)]
+    found = [looks_random(ids, vocab_size), rows_repeat(seen) or neighbours_alike(seen)]
     if labelled:
         found += [labels_elsewhere(labelled), never_a_target(labelled), padding_is_target(labelled), uneven(labelled)]
     if validation is not None:
-        found.append(stands_in_both(seen, [tokens_of(batch) for batch in islice(validation, LOOKED_AT)]))
+        others = [tokens_of(batch) for batch in islice(validation, LOOKED_AT)]
+        random = looks_random(torch.cat([tokens.ids.flatten() for tokens in others]), vocab_size) if others else None
+        found += [random and replace(random, where="validation"), stands_in_both(seen, others)]
     return [finding for finding in found if finding is not None]
 
 

@@ -15,7 +15,7 @@ import torch
 from ..conventions import ADAMW_RMS, judge
 from ..findings import Finding, several
 from ..measures import adam_ratio_bound, predict_lost
-from .comments import contradictions
+from .comments import contradictions, switches
 from .plan import ALIASES, NOT_FROM_SCRATCH, Entry, Plan, as_number
 from .schedule import schedule
 
@@ -52,6 +52,7 @@ def preflight(
         *judged_rates(plan, n_parameters or plan.n_parameters()),
         *schedule(plan),
         *contradictions(plan),
+        *switches(plan),
         *dead_keys(plan, schema),
     ]
 
