@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 
 import peft
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.healthy_families import trained_on
 from benchmarks.healthy_language import TinyGPT, language, next_token, schedule_free, sharpness_aware
@@ -174,21 +175,34 @@ LOOPS: dict[str, Make] = {
 }
 
 
-def adapted(config: Callable[[], peft.PeftConfig], lr: float, seed: int) -> Program:
-    """A tiny Llama that has seen 150 batches of text, then an adapter of peft's on other text."""
+@cache
+def base() -> LlamaForCausalLM:
+    """A tiny Llama that has seen 150 batches of text."""
+    torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    base = LlamaForCausalLM(LlamaConfig(vocab_size=256, max_position_embeddings=128, **sizes, pad_token_id=0))
-    rows = Rows(seed)
-    warm = trained_on(base, lambda: dict.fromkeys(("input_ids", "labels"), rows()), 4e-3)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=256, max_position_embeddings=128, **sizes, pad_token_id=0))
+    rows = Rows(0)
+    warm = trained_on(model, lambda: dict.fromkeys(("input_ids", "labels"), rows()), 4e-3)
     for i in range(150):
         warm.step(i)
-    model = peft.get_peft_model(base, config()).train()
+    return model
+
+
+def capitals(ids: Tensor) -> Tensor:
+    """The same text in capitals: another domain, as fine-tuning has it."""
+    return ids.where((ids < ord("a")) | (ids > ord("z")), ids - 32)
+
+
+def adapted(config: Callable[[], peft.PeftConfig], lr: float, seed: int) -> Program:
+    """The base under one of peft's adapters."""
+    start, rows = copy.deepcopy(base()), Rows(seed)
+    torch.manual_seed(seed)
+    model = peft.get_peft_model(start, config()).train()
     optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     frozen = tuple(name for name, p in model.named_parameters() if not p.requires_grad)
-    other = Rows(seed + 1)
 
     def step(i: int) -> Tensor:
-        ids = other()
+        ids = capitals(rows())
         return update(optimizer, model(input_ids=ids, labels=ids).loss)
 
     return Program(model, [optimizer], step, options={"expect_frozen": frozen})
@@ -216,13 +230,9 @@ ADAPTERS: dict[str, tuple[Callable[[], peft.PeftConfig], float]] = {
 
 
 def fine_tuned(seed: int) -> Program:
-    """A whole model that is trained, at a tenth of the rate, on other text."""
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=256, n_positions=64, n_embd=64, n_layer=2, n_head=4))
-    rows, other = Rows(seed), Rows(seed + 1)
-    warm = trained_on(model, lambda: dict.fromkeys(("input_ids", "labels"), rows()), 4e-3)
-    for i in range(150):
-        warm.step(i)
-    return trained_on(model, lambda: dict.fromkeys(("input_ids", "labels"), other()), 4e-4)
+    """The whole base, at a tenth of the rate that it was trained with."""
+    rows = Rows(seed)
+    return trained_on(copy.deepcopy(base()), lambda: dict.fromkeys(("input_ids", "labels"), capitals(rows())), 4e-4)
 
 
 def distilled(seed: int) -> Program:

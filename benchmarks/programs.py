@@ -42,6 +42,8 @@ class Program(NamedTuple):
     step: Callable[[int], Tensor | float]  # makes update i (from 0) and returns its loss
     examined: tuple[Any, Callable | None] | None = None  # a batch and a loss, where examine knows the kind of model
     options: Mapping[str, Any] = {}  # of Watch
+    held_out: Callable[[], float] | None = None  # what the run achieved, where a training loss would not tell
+    config: Mapping[str, Any] | None = None  # for examine
 
 
 Make = Callable[[int], Program]  # of a seed
@@ -147,7 +149,7 @@ def watched(make: Make, seed: int, steps: int) -> dict[str, Any]:
     began = time.process_time()
     if program.examined:
         batch, loss_fn = program.examined
-        examination = examine(program.model, batch, loss_fn, program.optimizers)
+        examination = examine(program.model, batch, loss_fn, program.optimizers, program.config)
         found, not_checked = examination.findings, examination.not_checked
     examined_s = time.process_time() - began
     with Watch(program.model, program.optimizers, **program.options) as watch:
@@ -160,6 +162,7 @@ def watched(make: Make, seed: int, steps: int) -> dict[str, Any]:
         "findings": [["examine", *told(f)] for f in found] + [["watch", *told(f)] for f in watch.findings],
         "not_checked": sorted(not_checked),
         "losses": ends(losses),
+        "held_out": achieved(program),
         "updates": watch.step,
         "seconds": [round(examined_s, 2), round(time.process_time() - began, 2)],
     }
@@ -170,7 +173,12 @@ def trained(make: Make, seed: int, steps: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     warnings.simplefilter("ignore")
     program = make(seed)
-    return {"losses": ends([float(program.step(i)) for i in range(steps)])}
+    losses = [float(program.step(i)) for i in range(steps)]
+    return {"losses": ends(losses), "held_out": achieved(program)}
+
+
+def achieved(program: Program) -> float | None:
+    return number(program.held_out()) if program.held_out else None
 
 
 def told(finding: Any) -> list:
@@ -184,11 +192,12 @@ class Job(NamedTuple):
     seed: int
     compute: Callable[[], dict[str, Any]]
     sources: Sequence[Path]
+    own: str = ""  # source of its own, beside these files
 
     @property
     def key(self) -> str:
         content = "".join(path.read_text(encoding="utf-8") for path in self.sources)
-        return hashlib.sha256(f"{self.name} {self.seed} {content}".encode()).hexdigest()[:24]
+        return hashlib.sha256(f"{self.name} {self.seed} {self.own} {content}".encode()).hexdigest()[:24]
 
 
 def sources_of(*modules: str) -> list[Path]:

@@ -1,0 +1,367 @@
+"""The kinds of model that detection_rows.py makes sick: transformers' in tiny random form, and others in plain torch.
+
+A body is a model, its batches, its loss and a held-out loss on its task, the same for sick and healthy twins: what a fault costs is
+read there, and not from a training loss, which a fault may flatter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from benchmarks.healthy_families import WARMUP, small
+from benchmarks.healthy_language import TinyGPT
+from benchmarks.healthy_senses import STAGES, VIT, plain_cnn, sounds
+from benchmarks.programs import Masked, Pictures, Program, Rows
+
+N_TEST = 8  # held-out batches
+Batch = Any
+
+
+class Body(NamedTuple):
+    model: nn.Module
+    batches: Callable[[], Batch]
+    loss: Callable[[nn.Module, Batch], Tensor]
+    test: list[Batch]
+    lr: float = 2e-3
+    is_examined: bool = True  # whether examine knows this kind of batch and loss
+
+    def held_out(self) -> float:
+        """The loss on the same held-out batches for every twin, in evaluation mode; modes are put back."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(0)
+            told = [float(self.loss(self.model, batch)) for batch in self.test]
+        for module, mode in modes:
+            module.training = mode
+        return sum(told) / len(told)
+
+
+def own_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return model(**batch).loss
+
+
+def body(
+    model: nn.Module, batches: Callable[[int], Callable[[], Batch]], seed: int, loss: Callable = own_loss, **more: Any
+) -> Body:
+    test = batches(12345)
+    return Body(model.train(), batches(seed), loss, [test() for _ in range(N_TEST)], **more)
+
+
+def texts(seed: int, length: int = 64, batch: int = 8) -> Callable[[], Batch]:
+    rows = Rows(seed, batch, length)
+    return lambda: dict.fromkeys(("input_ids", "labels"), rows())
+
+
+def language_model(kind: str, seed: int, batches: Callable = texts, **changes: Any) -> Body:
+    """A family of causal language models, by its config's model type."""
+    config = small(kind)
+    for key, value in changes.items():
+        setattr(config, key, value)
+    return body(transformers.AutoModelForCausalLM.from_config(config), batches, seed)
+
+
+def bert(seed: int) -> Body:
+    return body(transformers.BertForMaskedLM(small("bert")), lambda s: Masked(s), seed)
+
+
+def t5(seed: int) -> Body:
+    """Bytes with holes in, whole ones out."""
+    config = transformers.T5Config(
+        vocab_size=256,
+        d_model=64,
+        d_kv=16,
+        d_ff=128,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+    )
+
+    def batches(seed: int) -> Callable[[], Batch]:
+        rows = Masked(seed)
+
+        def batch() -> Batch:
+            holes = rows()
+            whole = holes["input_ids"].where(holes["labels"] < 0, holes["labels"])
+            return {"input_ids": holes["input_ids"][:, :32], "labels": whole[:, :32].contiguous()}
+
+        return batch
+
+    return body(transformers.T5ForConditionalGeneration(config), batches, seed)
+
+
+def picture_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    shown = model(batch[0])
+    return F.cross_entropy(getattr(shown, "logits", shown), batch[1])
+
+
+def vit(seed: int) -> Body:
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**VIT))
+    return body(model, lambda s: Pictures(s), seed, picture_loss, is_examined=False)
+
+
+def cnn(seed: int) -> Body:
+    return body(plain_cnn(), lambda s: Pictures(s), seed, picture_loss, is_examined=False)
+
+
+def resnet(seed: int) -> Body:
+    config = transformers.ResNetConfig(**STAGES, embedding_size=16, layer_type="basic")
+    model = transformers.ResNetForImageClassification(config)
+    return body(model, lambda s: Pictures(s), seed, picture_loss, is_examined=False)
+
+
+def clip(seed: int) -> Body:
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "vocab_size": 64,
+    }
+    text |= {"max_position_embeddings": 8, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}
+    vision = {key: value for key, value in VIT.items() if key != "num_labels"}
+    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=32))
+
+    def batches(seed: int) -> Callable[[], Batch]:
+        pictures = Pictures(seed, batch=36)
+
+        def batch() -> Batch:
+            shown, classes = pictures()
+            ids = torch.stack([torch.ones_like(classes), classes + 10, torch.full_like(classes, 2)], 1)
+            return {"input_ids": ids, "pixel_values": shown, "return_loss": True}
+
+        return batch
+
+    return body(model, batches, seed, lr=1e-3, is_examined=False)
+
+
+def whisper(seed: int) -> Body:
+    """Spectra of two tones in; bytes that spell the pitch, an end token and padding out."""
+    sizes = {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+             "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "num_mel_bins": 40, "max_source_positions": 25,
+             "max_target_positions": 16, "vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+             "decoder_start_token_id": 3}  # fmt: skip
+
+    def batches(seed: int) -> Callable[[], Batch]:
+        heard = sounds(seed, length=50 * 40)
+
+        def batch() -> Batch:
+            waves, classes = next(heard)
+            spectra = torch.fft.rfft(waves.view(-1, 50, 40), n=80).abs()[..., :40].transpose(1, 2).log1p()
+            labels = torch.full((len(classes), 12), -100)
+            labels[:, :3] = torch.stack([classes + 10, classes // 2 + 30, torch.full_like(classes, 2)], 1)
+            return {"input_features": spectra, "labels": labels}
+
+        return batch
+
+    model = transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**sizes))
+    return body(model, batches, seed, is_examined=False)
+
+
+class LSTM(nn.Module):
+    def __init__(self, bidirectional: bool = False):
+        super().__init__()
+        width = 96 // (1 + bidirectional)
+        self.embed, self.head = nn.Embedding(256, 64), nn.Linear(96, 256)
+        self.cell = nn.LSTM(64, width, batch_first=True, bidirectional=bidirectional)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.cell(self.embed(ids))[0])
+
+
+class Convolved(nn.Module):
+    """Bytes through gated convolutions over time; `ahead`: how many later tokens a kernel of 5 covers."""
+
+    def __init__(self, ahead: int = 0):
+        super().__init__()
+        self.embed, self.head, self.pad = nn.Embedding(256, 64), nn.Linear(64, 256), (4 - ahead, ahead)
+        self.convs = nn.ModuleList(nn.Conv1d(64, 128, 5) for _ in range(3))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids).transpose(1, 2)
+        for conv in self.convs:
+            x = x + F.glu(conv(F.pad(x, self.pad)), 1)
+        return self.head(x.transpose(1, 2))
+
+
+def pairs(seed: int, length: int = 65, batch: int = 8) -> Callable[[], Batch]:
+    """Ids and the next ones, (B, T) each."""
+    rows = Rows(seed, batch, length)
+
+    def batch_of() -> Batch:
+        ids = rows()
+        return ids[:, :-1], ids[:, 1:]
+
+    return batch_of
+
+
+def pair_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]).float().flatten(0, 1), batch[1].flatten())
+
+
+def of_pairs(model: nn.Module, seed: int, lr: float = 2e-3, batches: Callable = pairs) -> Body:
+    return body(model, batches, seed, pair_loss, lr=lr)
+
+
+def rnn(seed: int, **model: Any) -> Body:
+    return of_pairs(LSTM(**model), seed, 4e-3)
+
+
+def gpt(seed: int, **model: Any) -> Body:
+    """The tiny GPT in plain torch."""
+    return of_pairs(TinyGPT(**model), seed)
+
+
+def convolved(seed: int, **model: Any) -> Body:
+    return of_pairs(Convolved(**model), seed)
+
+
+class Denoiser(nn.Module):
+    """Noise (B, 144) from noisy glyphs and their time (B, 1) through a table of sines."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time = nn.Linear(16, 64)
+        self.inside, self.middle, self.outside = nn.Linear(144, 256), nn.Linear(256, 256), nn.Linear(256, 144)
+        self.shift = nn.Linear(64, 256)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        angles = t * math.pi * 2.0 ** torch.arange(8) / 4
+        told = F.silu(self.time(torch.cat([angles.sin(), angles.cos()], 1).to(x.dtype)))
+        hidden = F.silu(self.inside(x) + self.shift(told))
+        return self.outside(F.silu(self.middle(hidden)))
+
+
+def diffusion(seed: int) -> Body:
+    def batches(seed: int) -> Callable[[], Batch]:
+        pictures, noise = Pictures(seed, size=12), torch.Generator().manual_seed(seed)
+
+        def batch() -> Batch:
+            x = pictures()[0].flatten(1)
+            t, e = torch.rand(len(x), 1, generator=noise), torch.randn(x.shape, generator=noise)
+            return (t * math.pi / 2).cos() * x + (t * math.pi / 2).sin() * e, t, e
+
+        return batch
+
+    loss = lambda model, batch: F.mse_loss(model(*batch[:2]), batch[2])  # noqa: E731
+    return body(Denoiser(), batches, seed, loss, is_examined=False)
+
+
+def bandit(seed: int) -> Body:
+    """REINFORCE with a baseline on a contextual bandit; held out: what the greedy policy leaves of the best reward."""
+    worth = torch.randn(8, 4, generator=torch.Generator().manual_seed(7))
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        logits = model(batch[0])
+        if not model.training:
+            gained = batch[0] @ worth
+            return (gained.max(1).values - gained.gather(1, logits.argmax(1, keepdim=True)).squeeze(1)).mean()
+        chosen = torch.distributions.Categorical(logits=logits)
+        action = (logits.detach().softmax(1).cumsum(1) < batch[1]).sum(1).clamp(max=3)
+        gained = (batch[0] @ worth).gather(1, action[:, None]).squeeze(1)
+        advantage = (gained - gained.mean()) / gained.std()
+        return -(chosen.log_prob(action) * advantage).mean() - 0.01 * chosen.entropy().mean()
+
+    def batches(seed: int) -> Callable[[], Batch]:
+        noise = torch.Generator().manual_seed(seed)
+        return lambda: (torch.randn(64, 8, generator=noise), torch.rand(64, 1, generator=noise))
+
+    model = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 4))
+    return body(model, batches, seed, loss, lr=3e-3, is_examined=False)
+
+
+# ---- the loop --------------------------------------------------------------------------------------------------------
+
+
+def adamw(model: nn.Module, lr: float, **options: Any) -> AdamW:
+    """Decoupled decay of matrices alone."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.1}]
+    groups += [{"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
+    return AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95), **options)
+
+
+class Loop:
+    """An update as it should be; a sick row replaces one of the parts by another, from an update on if it is told so."""
+
+    def __init__(
+        self, body: Body, optimizers: list[Optimizer] | None = None, n_accum: int = 1, clip: float | None = 1.0
+    ):
+        self.body, self.n_accum, self.max_norm = body, n_accum, clip
+        self.optimizers = optimizers or [adamw(body.model, body.lr)]
+        self.lrs = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
+        self.warmup = WARMUP
+        self.forward = body.loss
+
+    def batch(self) -> Batch:
+        return self.body.batches()
+
+    def schedule(self, i: int) -> None:
+        for o, lrs in zip(self.optimizers, self.lrs, strict=True):
+            for group, lr in zip(o.param_groups, lrs, strict=True):
+                group["lr"] = lr * min(1.0, (i + 1) / self.warmup)
+
+    def clear(self, i: int) -> None:
+        for o in self.optimizers:
+            o.zero_grad()
+
+    def backward(self, i: int) -> Tensor:
+        total = 0.0
+        for _ in range(self.n_accum):
+            loss = self.forward(self.body.model, self.batch()) / self.n_accum
+            loss.backward()
+            total = total + loss.detach()
+        return total
+
+    def clip(self, i: int) -> None:
+        if self.max_norm:
+            nn.utils.clip_grad_norm_(self.body.model.parameters(), self.max_norm)
+
+    def step(self, i: int) -> None:
+        for o in self.optimizers:
+            o.step()
+
+    def update(self, i: int) -> Tensor:
+        self.schedule(i)
+        self.clear(i)
+        loss = self.backward(i)
+        self.clip(i)
+        self.step(i)
+        return loss
+
+    def program(self, held_out: Callable[[], float] | None = None, examined: Any = None, **options: Any) -> Program:
+        if examined is None and self.body.is_examined:
+            examined = (self.batch(), self.forward)
+        return Program(self.body.model, self.optimizers, self.update, examined, options, held_out or self.body.held_out)
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    name: str
+    sickness: str  # the class
+    kind: str  # of model
+    right: tuple[str, ...]  # ids of the rules that name its cause
+    make: Callable[[int, bool], Program]  # of a seed, and whether it is sick
+    trigger: int  # the update at which the fault begins
+
+
+def row(table: list[Row], sickness: str, kind: str, *right: str, trigger: int = 0) -> Callable:
+    """Enter a function `(seed, sick) -> Program` into a table; its docstring names it."""
+
+    def enter(make: Callable[[int, bool], Program]) -> Callable:
+        name = " ".join(make.__doc__.split()).removesuffix(".")
+        table.append(Row(name, sickness, kind, right, make, trigger))
+        return make
+
+    return enter

@@ -1,0 +1,347 @@
+"""Sick rows whose fault is in the loop: the order of events, learning rates over time, the size of the step, schedules on paper.
+
+Each function makes a program of a seed, sick or healthy; the decorator says the class, the kind of model, and which rules would
+name the cause. None of them re-enacts an incident that the rules were written with.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Muon, lr_scheduler
+
+from benchmarks.detection_bodies import (
+    Loop,
+    Row,
+    adamw,
+    bandit,
+    bert,
+    cnn,
+    convolved,
+    diffusion,
+    gpt,
+    language_model,
+    resnet,
+    rnn,
+    row,
+    t5,
+    texts,
+    vit,
+    whisper,
+)
+from benchmarks.programs import Program
+
+ROWS: list[Row] = []
+ORDER, RATES, SIZE, PAPER = "order of events", "LR over time", "size of the step", "schedules on paper"
+
+# ---- order of events -------------------------------------------------------------------------------------------------
+
+
+@row(ROWS, ORDER, "ViT", "stale_gradients")
+def cleared_by_another(seed: int, sick: bool) -> Program:
+    """gradients are cleared on a rebuilt optimizer's predecessor, which holds copies"""
+    loop = Loop(vit(seed))
+    other = adamw(copy.deepcopy(loop.body.model), 1e-3)
+    if sick:
+        loop.clear = lambda i: other.zero_grad()
+    return loop.program()
+
+
+@row(ROWS, ORDER, "GPT", "stale_gradients")
+def cleared_seldom(seed: int, sick: bool) -> Program:
+    """the condition of an accumulation of 8 was left around zero_grad, and every batch steps"""
+    loop = Loop(gpt(seed))
+    if sick:
+        loop.clear = lambda i: Loop.clear(loop, i) if i % 8 == 0 else None
+    return loop.program()
+
+
+@row(ROWS, ORDER, "Mixtral", "cleared_gradients")
+def cleared_between(seed: int, sick: bool) -> Program:
+    """zero_grad stands inside the loop over 8 micro-batches: seven of eight are thrown away"""
+    loop = Loop(language_model("mixtral", seed, partial(texts, batch=2)), n_accum=8)
+    if sick:
+
+        def backward(i: int) -> Tensor:
+            loop.n_accum, total = 1, 0.0
+            for _ in range(8):
+                Loop.clear(loop, i)
+                total = total + Loop.backward(loop, i) / 8
+            return total
+
+        loop.backward = backward
+    return loop.program()
+
+
+@row(ROWS, ORDER, "LSTM", "repeated_steps", "stale_gradients")
+def two_steps(seed: int, sick: bool) -> Program:
+    """the framework steps, and the script does too: two updates of each gradient"""
+    loop = Loop(rnn(seed))
+    if sick:
+        loop.step = lambda i: [Loop.step(loop, i) for _ in range(2)]
+    return loop.program()
+
+
+@row(ROWS, ORDER, "T5", "no_updates")
+def never_steps(seed: int, sick: bool) -> Program:
+    """`if step % accumulation == accumulation`: never true"""
+    loop = Loop(t5(seed))
+    if sick:
+        loop.step = lambda i: Loop.step(loop, i) if i % 4 == 4 else None
+    return loop.program()
+
+
+@row(ROWS, ORDER, "Whisper", "no_updates", "nonfinite_loss", "nonfinite_gradient")
+def skipped_quietly(seed: int, sick: bool) -> Program:
+    """a row without targets makes the mean NaN, and a guard skips each such update without a word"""
+    loop = Loop(whisper(seed))
+    if sick:
+
+        def forward(model: nn.Module, batch: dict) -> Tensor:
+            logits = model(**batch).logits
+            each = nn.functional.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="none").sum(1)
+            n = (batch["labels"] >= 0).sum(1) * (torch.arange(len(each)) > 0)
+            return (each * (n > 0) / n).mean()
+
+        loop.forward = forward
+        loop.step = lambda i: Loop.step(loop, i) if finite(loop) else None
+    return loop.program()
+
+
+def finite(loop: Loop) -> bool:
+    return all(bool(p.grad.isfinite().all()) for p in loop.body.model.parameters() if p.grad is not None)
+
+
+@row(ROWS, ORDER, "convolutions", "cleared_gradients", trigger=40)
+def cleared_after_validation(seed: int, sick: bool) -> Program:
+    """from update 40 on a validation between the backward pass and the step clears the gradients"""
+    loop = Loop(convolved(seed))
+    if sick:
+        loop.clip = lambda i: Loop.clip(loop, i) if i < 40 else loop.body.model.zero_grad()
+    return loop.program()
+
+
+# ---- learning rates over time ----------------------------------------------------------------------------------------
+
+
+@row(ROWS, RATES, "Llama", "lr_spent")
+def cosine_per_micro_batch(seed: int, sick: bool) -> Program:
+    """a cosine over 100 updates that steps with each of 8 micro-batches: it is over at update 12"""
+    loop = Loop(language_model("llama", seed, partial(texts, batch=2)), n_accum=8)
+    cosine = lr_scheduler.CosineAnnealingLR(loop.optimizers[0], 100)
+
+    def schedule(i: int) -> None:
+        for _ in range(8 if sick and 0 < i <= 12 else 1 if not sick and i else 0):
+            cosine.step()
+
+    loop.schedule = schedule
+    return loop.program(budget=100)
+
+
+@row(ROWS, RATES, "BERT", "lr_spent", "lr_too_low")
+def warm_up_in_samples(seed: int, sick: bool) -> Program:
+    """a warm-up meant in samples counts updates: the rate never leaves the ground"""
+    loop = Loop(bert(seed))
+    loop.warmup = 20_000 if sick else 10
+    return loop.program(budget=100)
+
+
+@row(ROWS, RATES, "ViT", "lr_overwritten", trigger=30)
+def one_rate_for_all(seed: int, sick: bool) -> Program:
+    """from update 30 on a schedule writes the backbone's rate to the head's group, a hundredth of it"""
+    body = vit(seed)
+    head = [p for name, p in body.model.named_parameters() if "classifier" in name]
+    rest = [p for name, p in body.model.named_parameters() if "classifier" not in name]
+    loop = Loop(body, [AdamW([{"params": rest, "lr": 5e-5}, {"params": head, "lr": 5e-3}])])
+
+    def schedule(i: int) -> None:
+        Loop.schedule(loop, i)
+        if sick and i >= 30:
+            for group in loop.optimizers[0].param_groups:
+                group["lr"] = 5e-5
+
+    loop.schedule = schedule
+    return loop.program()
+
+
+@row(ROWS, RATES, "GPT", "lr_spent", "lr_overwritten", trigger=22)
+def plateau_the_wrong_way(seed: int, sick: bool) -> Program:
+    """ReduceLROnPlateau waits for a loss that rises: the rate is cut tenfold every few updates"""
+    loop = Loop(gpt(seed))
+    plateau = lr_scheduler.ReduceLROnPlateau(
+        loop.optimizers[0], "max" if sick else "min", patience=20 if not sick else 10
+    )
+    loop.schedule = lambda i: None
+
+    def step(i: int) -> None:
+        Loop.step(loop, i)
+        plateau.step(loop.told)
+
+    loop.step = step
+    loop.backward = lambda i: keep_told(loop, i)
+    return loop.program(budget=400)
+
+
+def keep_told(loop: Loop, i: int) -> Tensor:
+    loop.told = Loop.backward(loop, i)
+    return loop.told
+
+
+@row(ROWS, RATES, "CNN", "lr_spent", trigger=20)
+def decay_per_update(seed: int, sick: bool) -> Program:
+    """a decay of 0.8 an epoch is applied after every update"""
+    loop = Loop(cnn(seed), clip=None)
+    decay = lr_scheduler.ExponentialLR(loop.optimizers[0], 0.8)
+    loop.schedule = lambda i: decay.step() if i and (sick or i % 50 == 0) else None
+    return loop.program(budget=400)
+
+
+@row(ROWS, RATES, "policy", "lr_overwritten", "lr_too_high", trigger=50)
+def resumed_hot(seed: int, sick: bool) -> Program:
+    """a resume at update 50 brings back the optimizer of another run, with a rate 100 times as high"""
+    loop = Loop(bandit(seed))
+    loop.schedule = lambda i: None
+
+    def update(i: int) -> Tensor:
+        if i == 50:
+            state = copy.deepcopy(loop.optimizers[0].state_dict())
+            for group in state["param_groups"]:
+                group["lr"] *= 100 if sick else 1
+            loop.optimizers[0].load_state_dict(state)
+        return Loop.update(loop, i)
+
+    loop.update = update
+    return loop.program()
+
+
+@row(ROWS, RATES, "T5", "lr_overwritten", "lr_spent", trigger=40)
+def restored_warm_up(seed: int, sick: bool) -> Program:
+    """at update 40 a restored scheduler writes the first rate of the warm-up, and is never stepped again"""
+    loop = Loop(t5(seed))
+    loop.schedule = lambda i: Loop.schedule(loop, 0 if sick and i >= 40 else i)
+    loop.warmup = 20
+    return loop.program(budget=400)
+
+
+# ---- size of the step that arrives -----------------------------------------------------------------------------------
+
+
+@row(ROWS, SIZE, "Llama", "muon_convention", "lr_too_low")
+def muon_at_adams_rate(seed: int, sick: bool) -> Program:
+    """Muon, whose steps have the RMS of an orthogonal matrix, at AdamW's 3e-4"""
+    body = language_model("llama", seed)
+    hidden = [p for p in body.model.model.layers.parameters() if p.ndim == 2]
+    rest = [p for p in body.model.parameters() if all(p is not q for q in hidden)]
+    return Loop(body, [Muon(hidden, lr=3e-4 if sick else 0.02, weight_decay=0.0), AdamW(rest, lr=2e-3)]).program()
+
+
+@row(ROWS, SIZE, "BERT", "small_steps")
+def eps_too_large(seed: int, sick: bool) -> Program:
+    """Adam's epsilon is 0.1, a hundred times the gradients: steps are a fraction of the rate"""
+    body = bert(seed)
+    return Loop(body, [adamw(body.model, body.lr, eps=0.1 if sick else 1e-8)]).program()
+
+
+@row(ROWS, SIZE, "Mixtral", "small_steps")
+def unscaled_twice(seed: int, sick: bool) -> Program:
+    """gradients are divided by a loss scale of 2^20 that the loss never had"""
+    loop = Loop(language_model("mixtral", seed))
+    if sick:
+
+        def clip(i: int) -> None:
+            for p in loop.body.model.parameters():
+                if p.grad is not None:
+                    p.grad /= 2.0**20
+            Loop.clip(loop, i)
+
+        loop.clip = clip
+    return loop.program()
+
+
+@row(ROWS, SIZE, "ResNet", "small_steps", "lr_too_low", "constant_steps")
+def clipped_to_nothing(seed: int, sick: bool) -> Program:
+    """SGD with the gradients clipped at 1e-3, a thousandth of their norm"""
+    body = resnet(seed)
+    return Loop(body, [SGD(body.model.parameters(), lr=0.05, momentum=0.9)], clip=1e-3 if sick else 1.0).program()
+
+
+@row(ROWS, SIZE, "LSTM", "lr_too_high")
+def hot(seed: int, sick: bool) -> Program:
+    """Adam at 40 times a good rate"""
+    body = rnn(seed)
+    return Loop(body, [Adam(body.model.parameters(), lr=0.16 if sick else 4e-3)]).program()
+
+
+@row(ROWS, SIZE, "Mamba", "lost_updates")
+def rounded_away(seed: int, sick: bool) -> Program:
+    """all parameters in bfloat16 at 3e-5, in the healthy twin float32"""
+    body = language_model("mamba", seed)
+    if sick:
+        body.model.bfloat16()
+    return Loop(body, [AdamW(body.model.parameters(), lr=3e-5, weight_decay=0.0)]).program()
+
+
+@row(ROWS, SIZE, "diffusion", "lost_updates")
+def half_precision(seed: int, sick: bool) -> Program:
+    """a denoiser whose parameters were cast to bfloat16, with its usual 2e-4"""
+    body = diffusion(seed)
+    if sick:
+        body.model.bfloat16()
+        to = lambda batch: tuple(x.bfloat16() for x in batch)  # noqa: E731
+        body = body._replace(loss=lambda model, batch: denoising(model, to(batch)))
+    return Loop(body, [Adam(body.model.parameters(), lr=2e-4)]).program()
+
+
+def denoising(model: nn.Module, batch: tuple) -> Tensor:
+    return nn.functional.mse_loss(model(*batch[:2]).float(), batch[2].float())
+
+
+@row(ROWS, SIZE, "CNN", "lr_too_low", "small_steps")
+def cold(seed: int, sick: bool) -> Program:
+    """SGD at Adam's rate: 1e-4 in place of 0.05"""
+    body = cnn(seed)
+    return Loop(body, [SGD(body.model.parameters(), lr=1e-4 if sick else 0.05, momentum=0.9)]).program()
+
+
+# ---- schedules on paper ----------------------------------------------------------------------------------------------
+
+
+def on_paper(seed: int, sick: bool, body=gpt, **changes) -> Program:
+    """The training is well; the config that goes with it is not."""
+    paper = {
+        "steps": 2000,
+        "gradient_accumulation_steps": 4,
+        "warmup_steps": 100,
+        "log_interval": 10,
+        "save_interval": 500,
+    }
+    paper |= {"eval_interval": 100, "max_lr": 2e-3, "min_lr_ratio": 0.1, "decay_steps": 2000}
+    program = Loop(body(seed)).program()
+    return program._replace(config={"training": paper | (changes if sick else {})})
+
+
+@row(ROWS, PAPER, "GPT", "never_happens")
+def never_saves(seed: int, sick: bool) -> Program:
+    """a save interval beyond the last step"""
+    return on_paper(seed, sick, save_interval=5000)
+
+
+@row(ROWS, PAPER, "LSTM", "schedule_mismatch")
+def warm_up_beyond(seed: int, sick: bool) -> Program:
+    """a warm-up longer than the training"""
+    return on_paper(seed, sick, rnn, warmup_steps=4000)
+
+
+@row(ROWS, PAPER, "convolutions", "never_happens")
+def never_evaluates(seed: int, sick: bool) -> Program:
+    """evaluations every 3000 of 2000 steps"""
+    return on_paper(seed, sick, convolved, eval_interval=3000)
+
+
+@row(ROWS, PAPER, "GPT", "schedule_mismatch")
+def decays_early(seed: int, sick: bool) -> Program:
+    """a decay over a tenth of the steps"""
+    return on_paper(seed, sick, decay_steps=200)
