@@ -14,7 +14,7 @@ import inspect
 import json
 from collections.abc import Iterable, Sequence
 from functools import partial
-from itertools import combinations
+from itertools import combinations, product
 from statistics import fmean
 from typing import Any
 
@@ -29,22 +29,15 @@ BODIES = ("detection_bodies", "healthy_families", "healthy_language", "healthy_s
 
 
 def jobs(half: str | None) -> Iterable[Job]:
-    split = halves()
-    for row in ROWS:
-        if half not in (None, split[row.name]):
-            continue
+    split, sources = halves(), sources_of(*BODIES)
+    rows = [row for row in ROWS if half in (None, split[row.name])]
+    for seed, row, sick in product(SEEDS, rows, (True, False)):  # the first seed of all rows first
+        run, files = (watched, sources + HEALTH) if seed in WATCHED else (trained, sources)
+        name = f"{row.name}: {'sick' if sick else 'healthy'}"
         # a row's own function, and not its whole file: another row may change
-        sources = sources_of(*BODIES)
-        for sick in (True, False):
-            make = partial(row.make, sick=sick)
-            name = f"{row.name}: {'sick' if sick else 'healthy'}"
-            for seed in SEEDS:
-                if seed in WATCHED:
-                    yield Job(
-                        name, seed, partial(watched, make, seed, STEPS), sources + HEALTH, inspect.getsource(row.make)
-                    )
-                else:
-                    yield Job(name, seed, partial(trained, make, seed, STEPS), sources, inspect.getsource(row.make))
+        yield Job(
+            name, seed, partial(run, partial(row.make, sick=sick), seed, STEPS), files, inspect.getsource(row.make)
+        )
 
 
 def p_worse(sick: Sequence[float], healthy: Sequence[float]) -> float:

@@ -125,7 +125,7 @@ def trained_on(model: nn.Module, batches: Callable[[], dict[str, Tensor]], lr: f
 
 
 def causal(kind: str, name: str, seed: int) -> Program:
-    rows, ahead = Rows(seed, length=65), int(kind in UNSHIFTED)
+    rows, ahead = Rows(seed, batch=4, length=65), int(kind in UNSHIFTED)
 
     def batch() -> dict[str, Tensor]:
         ids = rows()
@@ -135,7 +135,7 @@ def causal(kind: str, name: str, seed: int) -> Program:
 
 
 def masked(kind: str, name: str, seed: int) -> Program:
-    return trained_on(built(kind, name), Masked(seed), OTHER_LRS.get(f"masked {kind}", LR))
+    return trained_on(built(kind, name), Masked(seed, batch=8), OTHER_LRS.get(f"masked {kind}", LR))
 
 
 def sequences(kind: str, name: str, seed: int) -> Program:

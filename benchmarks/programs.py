@@ -152,7 +152,7 @@ def watched(make: Make, seed: int, steps: int) -> dict[str, Any]:
         examination = examine(program.model, batch, loss_fn, program.optimizers, program.config)
         found, not_checked = examination.findings, examination.not_checked
     examined_s = time.process_time() - began
-    with Watch(program.model, program.optimizers, **program.options) as watch:
+    with Watch(program.model, program.optimizers, quiet=True, **program.options) as watch:
         losses = []
         for i in range(steps):
             loss = program.step(i)
