@@ -167,7 +167,7 @@ def labels_of_others(seed: int, sick: bool) -> Program:
     return changed(vit(seed), sick, lambda batch: (batch[0], batch[1][torch.randperm(32, generator=noise)]))
 
 
-@row(ROWS, DATA, "CNN", "loss_not_falling", "lr_too_high", trigger=40)
+@row(ROWS, DATA, "CNN", "loss_not_falling", trigger=40)
 def labels_lost_midway(seed: int, sick: bool) -> Program:
     """from update 40 on, at a new shard, labels belong to other pictures"""
     noise, seen = torch.Generator().manual_seed(seed), iter(range(10**6))
@@ -178,7 +178,7 @@ def labels_lost_midway(seed: int, sick: bool) -> Program:
     return changed(cnn(seed), sick, change)
 
 
-@row(ROWS, DATA, "BERT", "never_a_target", "label_shift", "targets_visible")
+@row(ROWS, DATA, "BERT", "label_shift")
 def nothing_hidden(seed: int, sick: bool) -> Program:
     """the places that are asked for were never replaced by the mask: the answer stands in the input"""
 
@@ -203,7 +203,7 @@ def stuck_shard(seed: int, sick: bool) -> Program:
     return changed(body, sick, change)
 
 
-@row(ROWS, DATA, "LSTM", "initial_loss", "loss_scale")
+@row(ROWS, DATA, "LSTM", "initial_loss")
 def summed(seed: int, sick: bool) -> Program:
     """the loss is a sum over the tokens of a batch, under a clip and a decay that are meant for means"""
     loop = Loop(rnn(seed), clip=None)

@@ -76,7 +76,7 @@ def cleared_between(seed: int, sick: bool) -> Program:
     return loop.program()
 
 
-@row(ROWS, ORDER, "LSTM", "repeated_steps", "stale_gradients")
+@row(ROWS, ORDER, "LSTM", "stale_gradients")
 def two_steps(seed: int, sick: bool) -> Program:
     """the framework steps, and the script does too: two updates of each gradient"""
     loop = Loop(rnn(seed))
@@ -238,14 +238,14 @@ def muon_at_adams_rate(seed: int, sick: bool) -> Program:
     return Loop(body, [Muon(hidden, lr=3e-4 if sick else 0.02, weight_decay=0.0), AdamW(rest, lr=2e-3)]).program()
 
 
-@row(ROWS, SIZE, "BERT", "small_steps")
+@row(ROWS, SIZE, "BERT", "starved_steps")
 def eps_too_large(seed: int, sick: bool) -> Program:
     """Adam's epsilon is 0.1, a hundred times the gradients: steps are a fraction of the rate"""
     body = bert(seed)
     return Loop(body, [adamw(body.model, body.lr, eps=0.1 if sick else 1e-8)]).program()
 
 
-@row(ROWS, SIZE, "Mixtral", "small_steps")
+@row(ROWS, SIZE, "Mixtral", "starved_steps")
 def unscaled_twice(seed: int, sick: bool) -> Program:
     """gradients are divided by a loss scale of 2^20 that the loss never had"""
     loop = Loop(language_model("mixtral", seed))
@@ -261,7 +261,7 @@ def unscaled_twice(seed: int, sick: bool) -> Program:
     return loop.program()
 
 
-@row(ROWS, SIZE, "ResNet", "small_steps", "lr_too_low", "constant_steps")
+@row(ROWS, SIZE, "ResNet", "starved_steps", "lr_too_low")
 def clipped_to_nothing(seed: int, sick: bool) -> Program:
     """SGD with the gradients clipped at 1e-3, a thousandth of their norm"""
     body = resnet(seed)
@@ -299,7 +299,7 @@ def denoising(model: nn.Module, batch: tuple) -> Tensor:
     return nn.functional.mse_loss(model(*batch[:2]).float(), batch[2].float())
 
 
-@row(ROWS, SIZE, "CNN", "lr_too_low", "small_steps")
+@row(ROWS, SIZE, "CNN", "lr_too_low", "starved_steps")
 def cold(seed: int, sick: bool) -> Program:
     """SGD at Adam's rate: 1e-4 in place of 0.05"""
     body = cnn(seed)
@@ -323,25 +323,25 @@ def on_paper(seed: int, sick: bool, body=gpt, **changes) -> Program:
     return program._replace(config={"training": paper | (changes if sick else {})})
 
 
-@row(ROWS, PAPER, "GPT", "never_happens")
+@row(ROWS, PAPER, "GPT", "schedule")
 def never_saves(seed: int, sick: bool) -> Program:
     """a save interval beyond the last step"""
     return on_paper(seed, sick, save_interval=5000)
 
 
-@row(ROWS, PAPER, "LSTM", "schedule_mismatch")
+@row(ROWS, PAPER, "LSTM", "schedule")
 def warm_up_beyond(seed: int, sick: bool) -> Program:
     """a warm-up longer than the training"""
     return on_paper(seed, sick, rnn, warmup_steps=4000)
 
 
-@row(ROWS, PAPER, "convolutions", "never_happens")
+@row(ROWS, PAPER, "convolutions", "schedule")
 def never_evaluates(seed: int, sick: bool) -> Program:
     """evaluations every 3000 of 2000 steps"""
     return on_paper(seed, sick, convolved, eval_interval=3000)
 
 
-@row(ROWS, PAPER, "GPT", "schedule_mismatch")
+@row(ROWS, PAPER, "GPT", "schedule")
 def decays_early(seed: int, sick: bool) -> Program:
     """a decay over a tenth of the steps"""
     return on_paper(seed, sick, decay_steps=200)

@@ -124,7 +124,7 @@ def generative(seed: int, cut: bool = False, twice: bool = False) -> Program:
     return Program(model, [og, od], update, held_out=held_out)
 
 
-@row(ROWS, SIGNAL, "BERT", "no_gradient", "faint_gradient", "dead_units")
+@row(ROWS, SIGNAL, "BERT", "no_gradient", "faint_gradient")
 def dead_units(seed: int, sick: bool) -> Program:
     """the feed-forward units start below zero everywhere, and their ReLU passes nothing"""
     loop = Loop(bert(seed))
@@ -145,7 +145,7 @@ def closed_gates(seed: int, sick: bool) -> Program:
     return loop.program()
 
 
-@row(ROWS, SIGNAL, "policy", "no_gradient", "constant_term")
+@row(ROWS, SIGNAL, "policy", "no_gradient")
 def wrong_head(seed: int, sick: bool) -> Program:
     """the last hidden layer is read out through `.data`"""
     loop = Loop(bandit(seed))
@@ -197,25 +197,25 @@ def switched(seed: int, **model) -> Body:
     return of_pairs(Switch(**model), seed)._replace(loss=loss)
 
 
-@row(ROWS, EXPERTS, "switch", "no_gradient", "untaught_router")
+@row(ROWS, EXPERTS, "switch", "no_gradient")
 def untaught_router(seed: int, sick: bool) -> Program:
     """the chosen expert's output is not multiplied by the router's probability, and there is no balance loss"""
     return Loop(switched(seed, weighed=not sick, balance=0.0 if sick else 0.01)).program()
 
 
-@row(ROWS, EXPERTS, "switch", "starved_experts")
+@row(ROWS, EXPERTS, "switch", "collapsed_experts", "starved_experts")
 def one_for_all(seed: int, sick: bool) -> Program:
     """a bias of 8 on the first expert, and no balance loss"""
     return Loop(switched(seed, biased=sick, balance=0.0 if sick else 0.01)).program()
 
 
-@row(ROWS, EXPERTS, "switch", "starved_experts")
+@row(ROWS, EXPERTS, "switch", "collapsed_experts", "starved_experts")
 def unbalanced_on_purpose(seed: int, sick: bool) -> Program:
     """the balance loss has the wrong sign"""
     return Loop(switched(seed, balance=-0.5 if sick else 0.01)).program()
 
 
-@row(ROWS, EXPERTS, "Mixtral", "starved_experts")
+@row(ROWS, EXPERTS, "Mixtral", "collapsed_experts", "starved_experts")
 def routers_start_large(seed: int, sick: bool) -> Program:
     """the router's weights were drawn a hundred times too large along one direction that all tokens share"""
     loop = Loop(language_model("mixtral", seed))
@@ -259,7 +259,7 @@ def centred_kernels(seed: int, sick: bool) -> Program:
     return leaking(convolved(seed), convolved(seed, ahead=2), sick)
 
 
-@row(ROWS, FLOW, "CNN", "eval_mode", "mode_mismatch", trigger=5)
+@row(ROWS, FLOW, "CNN", "evaluation_mode", trigger=5)
 def left_in_evaluation(seed: int, sick: bool) -> Program:
     """a validation at update 5 leaves the model in evaluation mode: batch norm's statistics stay young"""
     loop = Loop(cnn(seed))
@@ -273,7 +273,7 @@ def left_in_evaluation(seed: int, sick: bool) -> Program:
     return loop.program()
 
 
-@row(ROWS, FLOW, "T5", "eval_mode", trigger=0)
+@row(ROWS, FLOW, "T5", "evaluation_mode")
 def never_in_training(seed: int, sick: bool) -> Program:
     """a model from from_pretrained is in evaluation mode, and nobody calls train(): its dropout never acts"""
     loop = Loop(t5(seed))
@@ -282,7 +282,7 @@ def never_in_training(seed: int, sick: bool) -> Program:
     return loop.program()
 
 
-@row(ROWS, FLOW, "GPT", "residual_growth", "scaled_copies")
+@row(ROWS, FLOW, "GPT", "scaled_copies")
 def skips_twice(seed: int, sick: bool) -> Program:
     """each block adds its input a second time: the stream doubles from block to block"""
     loop = Loop(gpt(seed))
@@ -292,7 +292,7 @@ def skips_twice(seed: int, sick: bool) -> Program:
     return loop.program()
 
 
-@row(ROWS, FLOW, "ResNet", "mode_mismatch", "eval_mode")
+@row(ROWS, FLOW, "ResNet", "mode_mismatch", "evaluation_mode")
 def frozen_statistics(seed: int, sick: bool) -> Program:
     """batch norm keeps a momentum of 1e-4: in evaluation it uses the statistics of a fresh model"""
     loop = Loop(resnet(seed))
@@ -415,7 +415,7 @@ def new_head(seed: int, sick: bool) -> Program:
     """the classifier is replaced after the optimizer was built"""
     loop = Loop(vit(seed))
     if sick:
-        loop.body.model.classifier = nn.Linear(64, 36)
+        loop.body.model.classifier = nn.Linear(64, 10)
     return loop.program()
 
 
@@ -446,7 +446,7 @@ def hidden_in_a_list(seed: int, sick: bool) -> Program:
     return Loop(loop_body, [adamw(loop_body.model, loop_body.lr)]).program()
 
 
-@row(ROWS, STRUCTURE, "CNN", "frozen_tensor", "stale_parameters", "not_in_optimizer", trigger=30)
+@row(ROWS, STRUCTURE, "CNN", "frozen_tensor", "not_in_optimizer", trigger=30)
 def best_weights_restored(seed: int, sick: bool) -> Program:
     """at update 30 the loop goes on with a copy of the model that it kept: the optimizer moves the old one"""
     loop = Loop(cnn(seed))

@@ -111,15 +111,16 @@ def glyphs() -> tuple[Tensor, Tensor]:
 
 
 class Pictures:
-    """Glyphs and their classes, normalised: (B, C, size, size) and (B,)."""
+    """Glyphs and their classes, normalised: (B, C, size, size) and (B,); of the first `n_classes` letters."""
 
-    def __init__(self, seed: int, batch: int = 32, channels: int = 1, size: int = 24):
+    def __init__(self, seed: int, batch: int = 32, channels: int = 1, size: int = 24, n_classes: int = 36):
         self.generator = torch.Generator().manual_seed(seed + 1000)
-        self.batch, self.channels, self.size = batch, channels, size
+        self.batch, self.channels, self.size, self.n_classes = batch, channels, size, n_classes
 
     def __call__(self) -> tuple[Tensor, Tensor]:
         pictures, classes = glyphs()
-        rows = torch.randint(len(pictures), (self.batch,), generator=self.generator)
+        fonts = torch.randint(len(pictures) // 36, (self.batch,), generator=self.generator)
+        rows = 36 * fonts + torch.randint(self.n_classes, (self.batch,), generator=self.generator)
         shown = (pictures[rows] - 0.13) / 0.29
         if self.size != 24:
             shown = nn.functional.interpolate(shown, (self.size, self.size), mode="bilinear")
