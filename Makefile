@@ -10,10 +10,10 @@ PARAMS ?=
 # Two tests at a time, each with one thread: more threads make small tensors slower.
 TWO := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: help setup test-setup run test lab notebooks outputs claims docs-table bench record seeds detection healthy watch-cost studies ward true-size mutants health-wheel browser format
+.PHONY: help setup test-setup run test lab notebooks outputs claims docs-table bench record seeds detection healthy operators tools watch-cost studies ward true-size mutants health-wheel browser format
 
 help:
-	@echo "make setup | run | test | lab | notebooks | outputs | claims | docs-table | bench | record | seeds | detection | healthy | watch-cost | studies | ward | true-size | mutants | health-wheel | format; see README.md"
+	@echo "make setup | run | test | lab | notebooks | outputs | claims | docs-table | bench | record | seeds | detection | healthy | operators | tools | watch-cost | studies | ward | true-size | mutants | health-wheel | format; see README.md"
 
 # Once: the stamp is newer than what it was made from, so a second call installs nothing.
 setup: .venv/installed
@@ -86,13 +86,28 @@ record: setup
 seeds: setup
 	$(BIN)/python -m benchmarks.seeds
 
-# Does the watch name each sickness by step 100, and keep quiet about healthy runs?
-detection: setup
+# Does health name each sickness by step 100? Half an hour of one core; finished runs are kept in .cache
+detection: test-setup
 	$(BIN)/python -m benchmarks.detection
 
 # Does health keep quiet about some hundreds of trainings that are well? A quarter of an hour of one core
 healthy: test-setup
 	$(BIN)/python -m benchmarks.healthy
+
+# Other tools for sick trainings on the same rows, in an environment of their own (2 GB); after `make detection`
+TOOLS := torch-audit==0.3.0 torchdiag==0.1.0 traintools==0.6.2 training-doctor==0.1.0 trainpulse==0.4.0 trainspotter==0.2.6 \
+	trainproof==0.22.0 traincheck==0.2.0 defaultplusplus==0.4.1
+.cache/tools/installed: pyproject.toml constraints.txt Makefile
+	$(PYTHON) -m venv .cache/tools
+	.cache/tools/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[lab,test]" $(TOOLS)
+	@touch $@
+
+tools: .cache/tools/installed
+	.cache/tools/bin/python -m benchmarks.tools
+
+# The mutation operators of one of them on three families of transformers
+operators: .cache/tools/installed
+	.cache/tools/bin/python -m benchmarks.operators
 
 # What the watch costs the default run; on an idle machine
 watch-cost: setup

@@ -9,7 +9,13 @@ measure.py         pairs in turn, intervals, peak memory, the CPU's kind
 seeds.py           the default run over three seeds: `make seeds`
 watch_cost.py      what a Watch costs the default run: `make watch-cost`
 detection.py       does the watch name each sickness: `make detection`
-detection_rows.py  the trainings that it watches
+detection_rows.py  all of its rows, and in which half each stands
+detection_bodies.py  the kinds of model, the loop, and what a row is
+detection_loops.py  rows whose fault is in the loop
+detection_models.py  rows whose fault is in the model or beside it
+detection_data.py  rows whose fault is in targets and data
+operators.py       mutation operators that we did not write: `make operators`
+tools.py           other tools on the judged rows: `make tools`
 programs.py        what a training is to those who watch it; data; tables of runs that are kept by content
 healthy.py         does health keep quiet about trainings that are well: `make healthy`
 healthy_families.py  every family of transformers that runs here in tiny form

@@ -86,7 +86,9 @@ def small(kind: str) -> Any:
     cls = CONFIG_MAPPING[kind]
     defaults = cls()
     known = {name for name in SMALL if hasattr(defaults, name)} - fixed_properties(cls)
-    sizes = {name: SMALL[name] for name in known} | PLAIN | EXTRA.get(kind, {})
+    # experts without their balance loss collapse: it is in the loss where the router's logits are asked for
+    balanced = {"output_router_logits": True} if hasattr(defaults, "output_router_logits") else {}
+    sizes = {name: SMALL[name] for name in known} | balanced | PLAIN | EXTRA.get(kind, {})
     return cls(**sizes)
 
 

@@ -1,0 +1,144 @@
+"""A judge that we did not write: the mutation operators that defaultplusplus ships for transformers models. `make operators`.
+
+Each operator is applied, at the strongest value of its grid and to all layers, to three families in tiny random form, trained for 100
+updates; examine and a Watch look on at their defaults. An operator *acts* if the run's losses differ from the unharmed run's of the
+same seed, and does *harm* if a one-sided permutation test over five seeds shows a worse held-out loss. *Named*: a finding of at least
+`warning` that the unharmed run does not have; RIGHT says, component by component, which rules would name the cause, and was written
+before the first run. Runs in the environment of `make tools`; writes benchmarks/operators.json.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import product
+from typing import Any
+
+import defaultplusplus
+import torch
+from defaultplusplus.deform.operator_impls.registry import get_injector
+from defaultplusplus.deform.operators import OPERATORS
+
+from benchmarks.detection import BODIES, HARM, STEPS, alarms, p_worse
+from benchmarks.detection_bodies import Body, Loop, bert, language_model
+from benchmarks.programs import HEALTH, Job, Program, kept, sources_of, trained, watched
+from moe_lab.config import ROOT
+from moe_lab.failures.results import provenance, write_json
+
+FAMILIES = {"bert": ("encoder", bert), "gpt2": ("decoder", None), "llama": ("decoder", None)}
+SEEDS = (0, 1, 2, 3, 4)
+CUT = ("no_gradient", "faint_gradient")
+RIGHT = {
+    "embedding": (*CUT, "initial_loss", "broken_tie"),
+    "masking": ("future_leak", "no_effect"),
+    "qkv": (*CUT, "frozen_module", "frozen_tensor"),
+    "score": (*CUT, "mode_mismatch"),
+    "positional": (*CUT, "no_effect", "rough_positions"),
+    "kernel": ("mode_mismatch",),
+    "variant": (*CUT, "future_leak"),
+    "kv_cache": ("future_leak", "mode_mismatch"),
+    "ffn": (*CUT,),
+    "layernorm": (*CUT, "initial_loss"),
+    "residual": (*CUT, "scaled_copies", "loss_not_falling", "mode_mismatch"),
+    "output": (*CUT, "initial_loss", "label_shift", "loss_not_falling"),
+}
+
+
+def family(name: str, seed: int) -> Body:
+    """With an attention in plain operations and a mask that is passed on: operators change what they are handed."""
+    _, make = FAMILIES[name]
+    body = make(seed) if make else language_model(name, seed)
+    body.model.set_attn_implementation("eager")
+
+    def batches() -> dict[str, torch.Tensor]:
+        batch = body.batches()
+        return batch | {"attention_mask": torch.ones_like(batch["input_ids"])}
+
+    return body._replace(batches=batches)
+
+
+def mutated(name: str, operator: str | None, seed: int) -> Program:
+    """A family's healthy training, or the same with an operator's injector entered after the model was built."""
+    body = family(name, seed)
+    if operator:
+        grid = OPERATORS[operator].param_grid
+        get_injector(operator, param_value=grid[-1] if grid else None)(body.model).__enter__()
+    return Loop(body).program()
+
+
+def job(name: str, operator: str | None, seed: int) -> Job:
+    sources = sources_of("operators", *BODIES)
+    run, files = (watched, sources + HEALTH) if seed == 0 else (trained, sources)
+    return Job(f"{name} {operator}", seed, partial(run, partial(mutated, name, operator), seed, STEPS), files)
+
+
+def computed() -> dict[str, list[dict[str, Any]]]:
+    """Runs by family and operator: one seed of each, and the others of those that change anything."""
+    pairs = [
+        (name, operator)
+        for name, (scope, _) in FAMILIES.items()
+        for operator in (None, *(key for key, o in OPERATORS.items() if o.scope in ("both", scope)))
+    ]
+    results = {run["name"]: [run] for run in kept([job(*pair, 0) for pair in pairs], "operators, seed 0")}
+    acting = [pair for pair in pairs if pair[1] is None or acts(results, *pair)]
+    for run in kept([job(*pair, seed) for pair, seed in product(acting, SEEDS[1:])], "operators, the other seeds"):
+        results[run["name"]].append(run)
+    return results
+
+
+def acts(results: dict[str, list[dict[str, Any]]], name: str, operator: str) -> bool:
+    mine, other = results[f"{name} {operator}"][0], results[f"{name} None"][0]
+    return "failed" not in mine and (mine["losses"], mine["held_out"]) != (other["losses"], other["held_out"])
+
+
+def judged(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """A line an operator and family."""
+    lines = []
+    for label, runs in results.items():
+        name, operator = label.split()
+        if operator == "None":
+            continue
+        well = results[f"{name} None"]
+        component = OPERATORS[operator].component.value
+        line = {"family": name, "operator": operator, "component": component, "action": OPERATORS[operator].action}
+        if failed := [run["failed"] for run in runs if "failed" in run]:
+            lines.append(line | {"outcome": "does not apply", "why": failed[0]})
+            continue
+        if not acts(results, name, operator):
+            lines.append(line | {"outcome": "no effect"})
+            continue
+        p = p_worse([run["held_out"] for run in runs], [run["held_out"] for run in well])
+        usual = {finding[1] for finding in alarms(well[0])}
+        said = [finding[1] for finding in alarms(runs[0]) if finding[1] not in usual]
+        outcome = "harm" if p <= HARM else "latent"
+        named = next((rule for rule in said if rule in RIGHT[component]), None)
+        lines.append(line | {"outcome": outcome, "p": round(p, 4), "said": sorted(set(said)), "named": named})
+    return lines
+
+
+def summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {"operators": len(OPERATORS), "version": defaultplusplus.__version__}
+    for outcome in ("harm", "latent", "no effect", "does not apply"):
+        mine = [line for line in lines if line["outcome"] == outcome]
+        found[outcome] = {
+            "pairs": len(mine),
+            "operators": len({line["operator"] for line in mine}),
+            "named": sum(bool(line.get("named")) for line in mine),
+            "said_anything": sum(bool(line.get("said")) for line in mine),
+        }
+    return found
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    lines = judged(computed())
+    for line in lines:
+        print(
+            f"{line['family']:6} {line['operator']} {line['outcome']:15} {line.get('said', '')} {line['action'][:60]}"
+        )
+    print(summary(lines))
+    made = provenance() | {"updates": STEPS}
+    write_json(ROOT / "benchmarks" / "operators.json", {"provenance": made, "summary": summary(lines), "pairs": lines})
+
+
+if __name__ == "__main__":
+    main()

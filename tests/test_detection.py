@@ -1,0 +1,82 @@
+"""The evidence's own arithmetic: the split, the permutation test, what counts as named."""
+
+from __future__ import annotations
+
+from itertools import permutations
+from statistics import fmean
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from benchmarks import programs
+from benchmarks.detection import p_worse, told_of
+from benchmarks.detection_rows import CLASSES, HALVES, ROWS, halves
+
+
+def test_each_class_has_rows_in_both_halves_and_each_row_one_name() -> None:
+    split = halves()
+    assert len(split) == len(ROWS) >= 40
+    assert len({row.kind for row in ROWS}) >= 12
+    for sickness in CLASSES:
+        counts = [sum(split[row.name] == half for row in ROWS if row.sickness == sickness) for half in HALVES]
+        assert abs(counts[0] - counts[1]) <= 1 and min(counts) >= 1
+
+
+def test_the_permutation_test_agrees_with_counting_all_orders() -> None:
+    sick, healthy = [3.0, 2.0, 4.0], [1.0, 2.5, 2.0]
+    told = fmean(sick) - fmean(healthy)
+    orders = list(permutations(sick + healthy))
+    share = sum(fmean(order[:3]) - fmean(order[3:]) >= told - 1e-12 for order in orders) / len(orders)
+    assert p_worse(sick, healthy) == pytest.approx(share)
+    assert p_worse([5.0, 6, 7, 8, 9], [0.0, 1, 2, 3, 4]) == pytest.approx(1 / 252)
+    assert p_worse([None] * 5, [0.0, 1, 2, 3, 4]) == pytest.approx(1 / 252)  # a run that broke is worse than any
+    assert p_worse([1.0] * 5, [1.0] * 5) == 1.0
+
+
+def run_of(*findings: tuple) -> dict:
+    return {"findings": [["watch", rule, severity, step, "where", 1.0, "message"] for rule, severity, step in findings]}
+
+
+def test_the_first_finding_must_name_the_cause() -> None:
+    right = told_of(run_of(("reach", "info", 10), ("stale_gradients", "error", 10)), ("stale_gradients",), 0)
+    assert right["right"] and right["delay"] == 10
+    second = told_of(run_of(("initial_loss", "warning", 10), ("stale_gradients", "error", 20)), ("stale_gradients",), 0)
+    assert not second["right"] and second["named"] == ["watch", "stale_gradients", "error", 20]
+    assert told_of(run_of(), ("stale_gradients",), 0) == {"first": None, "right": False, "named": None, "delay": None}
+
+
+def test_a_fault_that_begins_mid_run_is_not_named_before_it() -> None:
+    early = told_of(run_of(("lr_spent", "warning", 20)), ("lr_spent",), 40)
+    assert not early["right"]
+    late = told_of(run_of(("lr_spent", "warning", 60)), ("lr_spent",), 40)
+    assert late["right"] and late["delay"] == 20
+
+
+def test_twins_share_start_and_batches() -> None:
+    row = next(row for row in ROWS if row.name.startswith("the framework steps"))
+    losses = []
+    for sick in (True, False):
+        torch.manual_seed(0)
+        losses.append(float(row.make(0, sick).step(0)))
+    assert losses[0] == losses[1]
+
+
+def test_a_row_is_computed_once_for_each_content_of_its_sources(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(programs, "CACHE", tmp_path)
+    monkeypatch.setenv("JOBS", "1")
+    source = tmp_path / "source.py"
+    source.write_text("1")
+    ran = tmp_path / "ran"
+
+    def work() -> dict:
+        ran.write_text(ran.read_text() + "x" if ran.exists() else "x")
+        return {"value": 1}
+
+    for _ in range(2):
+        assert programs.kept([programs.Job("name", 0, work, [source])], "test")[0]["value"] == 1
+    assert ran.read_text() == "x"
+    source.write_text("2")
+    programs.kept([programs.Job("name", 0, work, [source])], "test")
+    assert ran.read_text() == "xx"
