@@ -172,13 +172,28 @@ def refuse_bad_input(model: nn.Module, optimizers: list[Any], expect_frozen: Seq
 
 
 def innermost(optimizer: Any) -> list[Any]:
-    """The optimizers inside of wrappers that hold one as `.optimizer` and take no step hooks themselves, as accelerate's, or
-    several as `.optimizers`, which step together."""
-    together = getattr(optimizer, "optimizers", None)
-    if isinstance(together, list | tuple) and together:
-        return [inner for one in together for inner in innermost(one)]
-    wraps = not has_step_hooks(optimizer) and hasattr(optimizer, "optimizer")
-    return innermost(optimizer.optimizer) if wraps else [optimizer]
+    """The optimizers inside of a wrapper, whoever wrote it: what its attributes hold, alone or in a list, and can step. One that
+    takes step hooks itself is no wrapper; what holds none is given back."""
+    if isinstance(optimizer, Optimizer) and has_step_hooks(optimizer):
+        return [optimizer]
+    held = [v for value in attributes(optimizer) for v in (value if isinstance(value, list | tuple) else [value])]
+    steps = [v for v in held if hasattr(v, "step") and hasattr(v, "zero_grad") and v is not optimizer]
+    return list({id(inner): inner for v in steps for inner in innermost(v)}.values()) or [optimizer]
+
+
+def module_of(model: Any) -> nn.Module:
+    """The module, or the one that a wrapper which is no module holds. Raises ValueError where there is not one."""
+    modules = [model] if isinstance(model, nn.Module) else [v for v in attributes(model) if isinstance(v, nn.Module)]
+    if len(modules) != 1:
+        kind = type(model).__name__
+        raise ValueError(
+            f"model={kind} is no torch.nn.Module, and holds {len(modules)} of them; pass the module itself"
+        )
+    return modules[0]
+
+
+def attributes(thing: Any) -> list[Any]:
+    return list(getattr(thing, "__dict__", {}).values())
 
 
 def storage(p: Tensor) -> tuple:

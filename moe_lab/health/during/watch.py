@@ -19,13 +19,13 @@ from ..findings import Finding
 from ..torch_private import is_nested_step
 from .forward import Hook
 from .intended import N_MATRICES
-from .published import LAST_WORDS, Published
+from .published import LAST_WORDS, STANDS, Published
 from .report import closing, table, unchecked
 from .rule import Rule
 from .rules import ALL, AT_START
 from .rules_updates import N_LOSSES
 from .state import WINDOW, State
-from .tracking import Tracked, innermost, refuse_bad_input
+from .tracking import Tracked, innermost, module_of, refuse_bad_input
 
 CHECK_EVERY = 10  # updates between checks of the rules: the only transfers from the device
 LISTENED = 20  # updates during which forward and backward passes are listened to
@@ -65,6 +65,11 @@ class Watch:
     ):
         given = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
         optimizers = [inner for o in given for inner in innermost(o)]
+        wrappers = [
+            *(o for o in given if not isinstance(o, Optimizer)),
+            *([] if isinstance(model, nn.Module) else [model]),
+        ]
+        model = module_of(model)
         refuse_bad_input(model, optimizers, expect_frozen)
         self.published = Published(log, start_step, quiet)
         self.findings: list[Finding] = self.published.findings
@@ -75,6 +80,9 @@ class Watch:
         self.next_check = (start_step // CHECK_EVERY + 1) * CHECK_EVERY
         self.attach()
         self.hear_ranks()
+        for kind in {type(wrapper).__name__: None for wrapper in wrappers}:
+            message = f"{kind} is unknown here: what it holds is watched, and not what it does itself"
+            self.published.add(Finding("not_measured", "info", kind, message, STANDS, step=self.step), [kind])
         self.apply(AT_START)
 
     # ---- what a caller uses ------------------------------------------------------------------------------------------
