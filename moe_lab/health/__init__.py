@@ -27,10 +27,12 @@ HOMES = {
     "check_causality": "before.flow",
     "check_data": "before.data",
     "check_train_eval": "before.flow",
+    "dry_run": "before.trying",
     "examine": "before.examine",
     "inspect_checkpoint": "after.inspection",
     "preflight": "before.preflight",
     "start_sample": "sampling",
+    "unread_keys": "before.trying",
 }
 __all__ = list(HOMES)
 

@@ -126,6 +126,7 @@ RULES: dict[str, tuple[str, str]] = {
     "mode_mismatch": ("warning", "modules that compute in training only, or in evaluation only"),
     "evaluation_mode": ("error", "updates in evaluation mode: dropout is off, batch norms keep old statistics"),
     "scaled_copies": ("error", "tokens that a sublayer leaves alone come out multiplied"),
+    "not_linear": ("warning", "a tensor that is no matrix of any product gets orthogonal steps"),
     "short_memory": ("warning", "a module that promises memory, whose output depends on the nearest tokens alone"),
     "rank_positions": ("warning", "tokens that were chosen get their ranks as positions, not their places"),
     "unexpected_tensors": ("warning", "a checkpoint whose tensors are not those of a known run"),

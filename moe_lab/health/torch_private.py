@@ -113,6 +113,24 @@ def fan_ins(output: Tensor) -> dict[int, int]:
     return found
 
 
+def takers(output: Tensor) -> dict[int, set[str]]:
+    """Of each leaf of the output's graph the nodes that take it, possibly rearranged, by the leaf's id: a convolution of several
+    groups is called `grouped`."""
+    found: dict[int, set[str]] = {}
+    waiting, seen = [(output.grad_fn, "")], set()
+    while waiting:
+        node, by = pair = waiting.pop()
+        if node is None or pair in seen:
+            continue
+        seen.add(pair)
+        if (leaf := getattr(node, "variable", None)) is not None:
+            found.setdefault(id(leaf), set()).add(by)
+        elif not REARRANGED.fullmatch(node.name()):
+            by = "grouped" if getattr(node, "_saved_groups", 1) > 1 else node.name()
+        waiting += [(inner, by) for inner, _ in node.next_functions]
+    return found
+
+
 def summed_over(ndim: int, is_right: int, nodes: Sequence[Any]) -> int:
     """The one of the last two dimensions that comes first in a right factor, or last in a left one."""
     order: list[int | None] = list(range(-ndim, 0))

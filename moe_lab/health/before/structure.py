@@ -12,13 +12,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..during.intended import keeps_lost_bits
-from ..during.probes import is_adam
+from ..during.probes import is_adam, law_of
 from ..during.tracking import is_master, storage
 from ..findings import Finding, several
 from ..measures import adam_ratio_bound, is_lost
 from ..sampling import elements, plain, sample_positions
+from ..torch_private import takers
 from .plan import OFF, Plan
 
+ALONE = {
+    *(f"{name}Backward0" for name in ("Exp", "Softplus", "Sigmoid", "Embedding")),
+    "grouped",
+}  # who takes no matrix
 TIE = re.compile(r"(?:^|_)(?:tie|tied|tying)(?:_|$)")
 
 
@@ -82,6 +87,23 @@ def cannot_move(model: nn.Module, optimizers: Sequence[Optimizer]) -> Finding | 
     message = f"{len(stuck)} 16-bit tensors can never move: a step of at most {max(steps):.1e} is rounded away: {several(stuck)}"
     advice = "keep the parameters in float32 and compute under autocast"
     return Finding("bf16_parameters", "error", several(stuck), message, advice, len(stuck), 0)
+
+
+def not_linear(
+    model: nn.Module, loss: Tensor, names: Mapping[int, str], optimizers: Sequence[Optimizer]
+) -> Finding | None:
+    """Tensors whose steps are orthogonal, and that no product of the loss's graph takes: each of their elements, or rows, stands for
+    itself. `names`: by the id of the optimizers' tensors; the graph is of `model`, which may be a copy."""
+    used, mine = takers(loss), dict(model.named_parameters())
+    groups = [(o, group) for o in optimizers for group in o.param_groups]
+    held = [p for o, group in groups if law_of(o, group) for p in group["params"] if id(p) in names and p.ndim > 1]
+    by = {names[id(p)]: used.get(id(mine[names[id(p)]]), set()) for p in held}
+    wrong = [name for name, nodes in by.items() if nodes and nodes <= ALONE]
+    if not wrong:
+        return None
+    message = f"{len(wrong)} tensors get orthogonal steps and are no matrix of any product: {several(wrong)}"
+    advice = "choose Muon's tensors by their module, not by their number of dimensions; give these to AdamW"
+    return Finding("not_linear", "warning", wrong[0], message, advice, len(wrong), 0)
 
 
 def without_effect(batch: Any, loss: Callable[[Any], Tensor], told: Tensor, most: int) -> Iterator[Finding]:
