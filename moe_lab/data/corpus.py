@@ -195,7 +195,9 @@ def reading(data: DataConfig) -> Iterator[None]:
     except Exception as error:  # hub, network and file formats raise their own kinds, and all are about the source
         reason = " ".join(str(error).split())[:300]
         message = f"data.source={data.source} cannot be read ({type(error).__name__}: {reason})"
-        raise ConfigError(f"{message}; check the name, data.subset, data.data_files and the network") from error
+        raise ConfigError(
+            f"{message}; check the name, data.subset, data.data_files and the network, or give a text of your own: data.source=FOLDER"
+        ) from error
 
 
 def split(documents: dict[str, str], by_text: bool) -> tuple[list[str], list[str]]:
