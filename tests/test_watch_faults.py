@@ -179,7 +179,7 @@ def test_nor_can_a_function_that_tells_of_a_failure(tmp_path) -> None:
             trained(during=during, log=log)
 
     functions = reached(failing)
-    assert {"Published.add_failure", "Watch.close", "ForwardProbe.close", "Published.note"} <= {
+    assert {"Published.add_failure", "Watch.close", "Listener.close", "Published.note"} <= {
         f.__qualname__ for f in functions
     }
     for function in functions:

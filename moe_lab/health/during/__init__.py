@@ -19,6 +19,7 @@ steps.py         what kind of step an optimizer takes, measured
 events.py        backward passes and steps: gradients that pile up, or go before the step
 ranks.py         what ranks that train together tell each other: do they agree?
 doctor.py        doctor train.py: a script is watched without an edit
+listener.py      hooks that no error gets past, and parts that listen through them
 forward.py       what forward passes tell: vocabulary, the logits' variance, which tensors matter
 outside.py       copies that follow the weights, tables of positions, buffers that count
 routing.py       choices among experts, and scalars that may be terms of the loss

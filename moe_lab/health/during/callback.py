@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .forward import Hook
+from .listener import Hook
 from .watch import Watch
 
 NEEDS = "HealthCallback needs transformers 4.46 or later: pip install 'transformers>=4.46' accelerate"

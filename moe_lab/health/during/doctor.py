@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ..torch_private import backward_heard, has_step_hooks
-from .forward import Hook
+from .listener import Hook
 from .watch import Watch, has_closure
 
 MOST_ACCUMULATED = 500  # losses without an update after which it is said that there is none

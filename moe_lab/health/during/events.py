@@ -2,43 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ..sampling import plain
-from .forward import Hook
+from .listener import Listener
 from .tracking import Scalars, Tracked
 
 
-class Events:
+class Events(Listener):
     """Listens to the backward passes at one small tensor; nothing is fetched from its device before a check."""
 
-    def __init__(self) -> None:
+    where, what = "gradients", "the order of backward passes and updates is not looked at"
+
+    def __init__(self, tensors: Sequence[Tracked]) -> None:
+        super().__init__()
+        self.tensors = tensors
         self.n_losses = self.n_observed = 0  # since the last update, and in all: losses may come in bunches
         self.probe: Tracked | None = None
-        self.handles: list = []
         self.incoming: Tensor | None = None  # what the present backward pass brings
-        self.least: Tensor | None = (
-            None  # since the last update, the least that lay there before a pass, over what it brought
-        )
+        # since the last update, the least that lay there before a pass, over what it brought
+        self.least: Tensor | None = None
         self.waiting = Scalars(), Scalars()
         self.left: list[float] = []  # of each update, that least
         self.gone: list[float] = []  # of each update, 1 where a gradient had arrived and there is none at the step
 
-    def listen(self, tensors: Sequence[Tracked], failed: Callable[[Exception], None]) -> None:
-        trained = [t for t in tensors if t.owner and t.param.requires_grad and not t.is_master]
-        trained = [
-            t for t in trained if t.param.is_leaf and not hasattr(t.param, "to_local")
-        ]  # sharded: another gets it
-        self.probe = min(trained, key=lambda t: t.param.numel(), default=None)
+    def hooks(self, hook: Callable) -> Iterator[Any]:
+        trained = [t for t in self.tensors if t.owner and t.param.requires_grad and not t.is_master]
+        whole = [t for t in trained if t.param.is_leaf and not hasattr(t.param, "to_local")]  # sharded: another gets it
+        self.probe = min(whole, key=lambda t: t.param.numel(), default=None)
         if self.probe is not None:
-            p, hook = self.probe.param, partial(Hook, failed=failed)
-            self.handles = [p.register_hook(hook(self.arrives))]
-            self.handles.append(p.register_post_accumulate_grad_hook(hook(self.accumulated)))
+            yield self.probe.param.register_hook(hook(self.arrives))
+            yield self.probe.param.register_post_accumulate_grad_hook(hook(self.accumulated))
 
     def arrives(self, gradient: Tensor | None) -> None:
         """None comes of an autograd.Function that returns it; of sparse gradients nothing is told."""
@@ -69,7 +68,5 @@ class Events:
         self.left += left
         self.gone += gone
 
-    def close(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles, self.incoming, self.least = [], None, None
+    def forget(self) -> None:
+        self.incoming = self.least = None

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,40 +13,20 @@ from torch.func import functional_call
 from ..random_state import RandomState
 from ..torch_private import fan_ins, uncompiled
 from .heard import Heard, tensors_of
+from .listener import Hook, Listener
 
 VARIANCE_ROWS = 256  # logits of as many positions: the variance is good to 1 %
 
 
-class Hook:
-    """What the watch registers with torch. No error of the watch gets past it: the hook falls silent, and `failed` is called.
-
-    It stays behind when its module is copied or saved: there it becomes a function that does nothing.
-    """
-
-    def __init__(self, function: Callable, failed: Callable[[Exception], None]):
-        self.function, self.failed = function, failed
-        self.is_silent = False
-
-    @torch.no_grad()
-    def __call__(self, *args: Any) -> None:
-        if self.is_silent:
-            return
-        try:
-            self.function(*args)
-        except Exception as error:
-            self.is_silent = True
-            self.failed(error)
-
-    def __reduce__(self) -> tuple:
-        return getattr, (nullcontext(), "__exit__")  # takes anything, returns None, and is in every Python
-
-
-class ForwardProbe:
+class ForwardProbe(Listener):
     """Listens to a model's forward passes, and can repeat the last one with a tensor changed."""
 
+    where = "the forward pass"
+    what = "forward passes are no longer listened to: the first loss and missing gradients are judged by less"
+
     def __init__(self, model: nn.Module, is_new: bool):
+        super().__init__()
         self.model = model
-        self.handles: list = []
         self.inputs: tuple[tuple, dict] | None = None
         self.precision: dict[str, Any] = {}  # the autocast under which they came
         self.logit_variance: Tensor | None = None
@@ -61,22 +40,18 @@ class ForwardProbe:
         self.table = max(tables or embeddings, key=lambda m: m.num_embeddings, default=None)
         self.vocab_size = self.table and self.table.num_embeddings
         head = next((m for m in linears if m.out_features == self.vocab_size), None)
-        self.head = (
-            head if is_new else None
-        )  # of a model that has been trained the variance says nothing about a first loss
+        self.head = head if is_new else None  # a trained model's variance says nothing about a first loss
         self.heard = Heard(model, self.table, head)
 
-    def listen(self, failed: Callable[[Exception], None]) -> None:
-        hook = partial(Hook, failed=failed)
-        self.handles = [self.model.register_forward_pre_hook(hook(self.keep_inputs), with_kwargs=True)]
-        if self.table is not None:
-            self.handles.append(self.table.register_forward_pre_hook(hook(self.keep_ids)))
-        for module in (self.model, self.head):
-            if module is not None:
-                self.handles.append(module.register_forward_hook(hook(self.keep_fan_ins)))
+    def hooks(self, hook: Callable) -> Iterator[Any]:
+        yield self.model.register_forward_pre_hook(hook(self.keep_inputs), with_kwargs=True)
         if self.head is not None:
-            self.handles.append(self.head.register_forward_hook(hook(self.keep_variance)))
-        self.heard.listen(hook)
+            yield self.head.register_forward_hook(hook(self.keep_variance))
+        if self.table is not None:
+            yield self.table.register_forward_pre_hook(hook(self.keep_ids))
+            yield from self.heard.hooks(hook)
+        for module in filter(None, (self.model, self.head)):
+            yield module.register_forward_hook(hook(self.keep_fan_ins))
 
     def keep_inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.inputs = tuple(map(detached, args)), {k: detached(v) for k, v in kwargs.items()}
@@ -136,10 +111,12 @@ class ForwardProbe:
         values = [(t, t.clone(), t._version) for t in tensors]
         copies = {key: buffer.clone() for key, buffer in model.named_buffers()}
         precision = {**self.precision, "enabled": False} if exact else self.precision
+        Hook.is_repeating = True
         try:
             with torch.autocast(**precision) if self.precision else nullcontext():
                 return functional_call(model, {**copies, **changed}, *self.inputs)
         finally:
+            Hook.is_repeating = False
             random_state.put_back()
             for module, held in kept:
                 vars(module).clear()
@@ -148,10 +125,8 @@ class ForwardProbe:
                 if tensor._version != version:
                     tensor.copy_(value)
 
-    def close(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.heard.close()
+    def forget(self) -> None:
+        self.heard.forget()
         self.inputs = None
 
 

@@ -50,7 +50,6 @@ class Heard:
 
     def __init__(self, model: nn.Module, table: nn.Module | None, head: nn.Module | None):
         self.model, self.table, self.head = model, table, head
-        self.handles: list = []
         self.update, self.n_heard, self.vocab_size = 1, 0, 0
         self.is_inside = False  # of the model's own forward pass, which may do more than its head
         self.ids: list[Tensor] = []  # what the table was asked for in this pass: the last is a decoder's
@@ -64,19 +63,15 @@ class Heard:
         self.is_time_first = False
         self.was_tried, self.leak = False, None  # whether the model sees the future
 
-    def listen(self, hook: Callable) -> None:
-        if self.table is None:
-            return
-        self.handles = [self.model.register_forward_pre_hook(hook(self.begin))]
-        self.handles.append(self.table.register_forward_pre_hook(hook(self.note_ids)))
+    def hooks(self, hook: Callable) -> Iterator[Any]:
+        yield self.model.register_forward_pre_hook(hook(self.begin))
+        yield self.table.register_forward_pre_hook(hook(self.note_ids))
         if self.head is not None:
-            self.handles.append(self.head.register_forward_hook(hook(partial(self.note_scores, hook))))
-        self.handles.append(self.model.register_forward_hook(hook(partial(self.end, hook))))
+            yield self.head.register_forward_hook(hook(partial(self.note_scores, hook)))
+        yield self.model.register_forward_hook(hook(partial(self.end, hook)))
 
-    def close(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles, self.ids, self.scores, self.waiting, self.passes = [], [], None, [], []
+    def forget(self) -> None:
+        self.ids, self.scores, self.waiting, self.passes = [], None, [], []
 
     # ---- hooks -------------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ import types
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from ..findings import grouped
 from ..measures import ulp
 from ..sampling import plain
 from ..torch_private import is_in_backward
-from .forward import Hook
+from .listener import Listener
 from .routing import Routing, Terms
 from .tracking import Tracked, storage
 
@@ -37,17 +38,20 @@ def is_16_bit(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.dtype.itemsize == 2
 
 
-class Outside:
+class Outside(Listener):
     """All of it, with the choices among experts and the scalars on the way."""
 
+    where, what = "modules", "experts, counts and scalars are not looked at"
+
     def __init__(self, model: nn.Module):
+        super().__init__()
         self.model = model
         self.copies, self.counts, self.routing, self.terms = Copies(), Counts(model), Routing(model), Terms(model)
         self.positions: dict[str, float] | None = None  # by table, how far the last ones are off
 
-    def listen(self, failed: Callable[[Exception], None]) -> None:
+    def hooks(self, hook: Callable) -> Iterator[Any]:
         for part in (self.counts, self.routing, self.terms):
-            part.listen(failed)
+            yield from part.hooks(hook)
 
     def before_update(self, n: int) -> None:
         """Before update n of those seen, from 1."""
@@ -63,10 +67,6 @@ class Outside:
             self.copies.look(self.model, tracked, step, n_seen)
             if self.positions is None:
                 self.positions = rough_positions(self.model, longest)
-
-    def close(self) -> None:
-        for part in (self.counts, self.routing, self.terms):
-            part.close()
 
 
 class Copies:
@@ -185,22 +185,19 @@ class Counts:
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self.handles: list = []
         self.changing: set[tuple[int, str]] = set()  # module and name of those that were seen to change
         self.before: dict[tuple[int, str], Tensor] = {}
         self.added: dict[tuple[int, str], list[Tensor]] = {}  # by passes forward since the last update
         self.waiting: list[tuple[str, Tensor]] = []
         self.doubled: dict[str, list[bool]] = {}
 
-    def listen(self, failed: Callable[[Exception], None]) -> None:
-        hook = partial(Hook, failed=failed)
+    def hooks(self, hook: Callable) -> Iterator[Any]:
         for name, module in self.model.named_modules():
             own = [key for key, b in module.named_buffers(recurse=False) if 1 < b.numel() <= COUNTED]
             if own:
-                self.handles.append(module.register_forward_pre_hook(hook(partial(self.begin, own))))
+                yield module.register_forward_pre_hook(hook(partial(self.begin, own)))
                 # a recomputed pass stops by an exception once it has what is needed
-                end = hook(partial(self.end, name, own))
-                self.handles.append(module.register_forward_hook(end, always_call=True))
+                yield module.register_forward_hook(hook(partial(self.end, name, own)), always_call=True)
 
     def begin(self, own: Sequence[str], module: nn.Module, args: tuple) -> None:
         for key in own:
@@ -226,11 +223,6 @@ class Counts:
         for name, again in self.waiting:
             self.doubled.setdefault(name, []).append(bool(again))
         self.waiting = []
-
-    def close(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
 
 
 ROUGH = 0.05  # radians of error in an angle, 25 times the rounding of its cosine in bfloat16

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..torch_private import is_in_backward, uncompiled
-from .forward import Hook
 
 LOOK_EVERY = 5  # updates between looks
 READINGS = 40  # of the scalars, at most
@@ -59,19 +58,17 @@ class Routing:
         found = {} if any(map(is_elsewhere, model.modules())) else expert_modules(model)
         self.modules = [(module, Experts(name, sizes)) for name, (module, sizes) in found.items()]
         self.active: list[Choices] = []
-        self.handles: list = []
         self.update = 1  # that comes next
 
     @property
     def experts(self) -> list[Experts]:
         return [experts for _, experts in self.modules if experts.loads]
 
-    def listen(self, failed: Callable[[Exception], None]) -> None:
-        hook = partial(Hook, failed=failed)
+    def hooks(self, hook: Callable) -> Iterator[Any]:
         for module, experts in self.modules:
             count = hook(partial(self.count, experts))
-            self.handles.append(module.register_forward_pre_hook(hook(partial(self.begin, experts, count))))
-            self.handles.append(module.register_forward_hook(hook(self.end), always_call=True))
+            yield module.register_forward_pre_hook(hook(partial(self.begin, experts, count)))
+            yield module.register_forward_hook(hook(self.end), always_call=True)
 
     def begin(self, experts: Experts, count: Callable, module: nn.Module, args: tuple) -> None:
         if self.update % LOOK_EVERY != 1 or not module.training or (experts.n_looks >= UNSEEN and not experts.loads):
@@ -98,11 +95,6 @@ class Routing:
             experts.loads += [Load(step, counts.tolist(), k) for step, counts, k in experts.waiting]
             del experts.loads[:-KEPT]
             experts.waiting = []
-
-    def close(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
 
 
 def is_elsewhere(module: nn.Module) -> bool:
@@ -160,12 +152,10 @@ class Terms:
         self.given: dict[str, Tensor] = {}
         self.waiting: list[dict[str, Tensor]] = []
         self.values: dict[str, list[float]] = {}
-        self.handles: list = []
 
-    def listen(self, failed: Callable[[Exception], None]) -> None:
+    def hooks(self, hook: Callable) -> Iterator[Any]:
         for name, module in self.modules.items():
-            hook = Hook(partial(self.keep, name), failed)
-            self.handles.append(module.register_forward_hook(hook))
+            yield module.register_forward_hook(hook(partial(self.keep, name)))
 
     def keep(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
         self.given |= {key: value.detach() for key, value in scalars_of(output, name)}
@@ -186,8 +176,3 @@ class Terms:
             for name, value in given.items():
                 self.values.setdefault(name, []).append(value.item())
         self.waiting = []
-
-    def close(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []

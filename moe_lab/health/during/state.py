@@ -41,14 +41,14 @@ class State:
         self.model, self.optimizers, self.budget = model, optimizers, budget
         self.frozen_on_purpose, self.start_step = frozen_on_purpose, start_step
         self.findings = findings  # made so far, by the watch
-        self.observed, self.events, self.ranks = Scalars(), Events(), Ranks(model)
+        self.tracked: list[Tracked] = []
+        self.observed, self.events, self.ranks = Scalars(), Events(self.tracked), Ranks(model)
         self.losses: list[float] = []  # the first HISTORY and at least as many of the last
         self.counts = Counter({id(o): start_step for o in optimizers})  # of the run's updates
         self.window_start = self.last_read = start_step
         self.gradients, self.replays, self.steps = Gradients(), Replays(n_matrices), Steps()
         self.modes: list[bool] = []  # the last few times: whether any module was in training mode
         self.has_trained = False  # … it ever was
-        self.tracked: list[Tracked] = []
         self.banks: list[Bank] = []
         self.groups: list[GroupState] = []
         self.signature: tuple = ()

@@ -8,7 +8,6 @@ and an error of the watch ends the watch, with a finding, and not the training.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,8 +16,8 @@ from torch.optim import Optimizer
 
 from ..findings import Finding
 from ..torch_private import is_nested_step
-from .forward import Hook
 from .intended import N_MATRICES
+from .listener import Hook
 from .published import LAST_WORDS, STANDS, Published
 from .report import closing, table, unchecked
 from .rule import Rule
@@ -29,7 +28,6 @@ from .tracking import Tracked, innermost, module_of, refuse_bad_input
 
 CHECK_EVERY = 10  # updates between checks of the rules: the only transfers from the device
 LISTENED = 20  # updates during which forward and backward passes are listened to
-UNHEARD = "forward passes are no longer listened to: the first loss and missing gradients are judged by less"
 
 
 class Watch:
@@ -140,14 +138,9 @@ class Watch:
         self.handles += [o.register_step_post_hook(after) for o in self.state.optimizers]
         loaded = Hook(self.state.note_loaded, self.stop)
         self.handles += [o.register_load_state_dict_post_hook(loaded) for o in self.state.optimizers]
-        forward, events = self.state.forward, self.state.events
-        outside = self.state.outside
-        what = "experts, counts and scalars are not looked at"
-        outside.listen(partial(self.fail, where="modules", what=what, stop=outside.close))
-        if self.state.n_seen < LISTENED:
-            forward.listen(partial(self.fail, where="the forward pass", what=UNHEARD, stop=forward.close))
-            what = "the order of backward passes and updates is not looked at"
-            events.listen(self.state.tracked, partial(self.fail, where="gradients", what=what, stop=events.close))
+        self.state.outside.listen(self.fail)
+        for part in (self.state.forward, self.state.events) if self.state.n_seen < LISTENED else ():
+            part.listen(self.fail)
 
     def close(self) -> None:
         """Detach from model and optimizers. Findings stay."""
@@ -158,9 +151,8 @@ class Watch:
         for handle in self.handles:
             handle.remove()
         self.handles = []
-        self.state.forward.close()
-        self.state.events.close()
-        self.state.outside.close()
+        for part in (self.state.forward, self.state.events, self.state.outside):
+            part.close()
 
     def __enter__(self) -> Watch:
         return self
