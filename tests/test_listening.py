@@ -207,17 +207,18 @@ class CutOff(Around):
         return super().forward(ids) * (1 + sum(p.square().mean() for p in self.parts.parameters()).detach())
 
 
+@pytest.mark.parametrize("size", [(32, 32), (4, 64)])
 @pytest.mark.parametrize("kind", ["own", "cut off", "llama"])
-def test_it_costs_no_more_than_ten_forward_passes_and_one_backward_pass(kind: str) -> None:
-    """In tokens, of a batch as large as causality's: 32 sequences of 32."""
+def test_it_costs_no_more_than_ten_forward_passes_and_one_backward_pass(kind: str, size: tuple) -> None:
+    """In tokens."""
     model = {"own": lambda: Around("mamba", GatedConvolution(D)), "cut off": CutOff, "llama": llama}[kind]()
     seen = []
     table = next(m for m in model.modules() if isinstance(m, nn.Embedding))
     table.register_forward_hook(lambda module, args, output: seen.append(args[0].numel()))
-    ids = torch.arange(32 * 33).view(32, 33) ** 2 % 31
+    ids = torch.arange(size[0] * (size[1] + 1)).view(size[0], -1) ** 2 % 31
     given = {"input_ids": ids, "labels": ids} if kind == "llama" else (ids[:, :-1], ids[:, 1:])
     not_checked = examine(model, given, None if kind == "llama" else loss_of).not_checked
-    assert 4 * 32 * 32 < sum(seen) <= 10 * 32 * 32
+    assert 4 * size[0] * size[1] < sum(seen) <= 10 * size[0] * size[1]
     assert set(not_checked) == {"config", "optimizers"} | (
         {"gradients", "arguments without effect"} if kind == "cut off" else set()
     )

@@ -144,7 +144,7 @@ def padding_is_target(labelled: Sequence[Tokens]) -> Finding | None:
         padded += int(at_end.any(1).sum())
         asked += int((at_end[:, :-1] & (labels == ids)[:, 1:]).sum())  # but for the first, which may be the text's end
     targets = sum(int((labels != IGNORED).sum()) for _, labels in labelled)
-    if padded < ROWS_PADDED * rows or asked <= 0.02 * targets:
+    if padded < max(2, ROWS_PADDED * rows) or asked <= 0.02 * targets:
         return None
     message = f"{padded} of {rows} rows end in a run of one token, which is {asked / targets:.0%} of all targets"
     advice = "set the labels of padding to -100, but for the first end token"

@@ -36,7 +36,7 @@ NEXT_TOKEN = (
 SAME_LOSS = 1e-4  # share of the loss, by which two ways to sum it may differ
 FIRST_LOSS = 0.2  # nats; auxiliary terms and tied embeddings move a first loss by less
 SPARE = 4  # of ten forward passes, when loss, modes and causality have theirs: for tensors without a gradient, then arguments
-TOKENS = 32  # length at which causality is tried
+TOKENS, SHORTEST = 32, 8  # lengths at which causality is tried
 CUT_OFF = (
     "learning is cut off: look for detach, no_grad, an integer index, or a backward or checkpointing that returns None"
 )
@@ -75,8 +75,8 @@ def examine(
 
     `batch` is what the model is trained on: ids (B, T), (ids, labels), or keyword arguments of its forward pass;
     `loss_fn(model, batch)` the scalar that is minimised, by default what the forward pass returns as `loss`. Returns the
-    findings, and which checks did not run and why. Works on a copy of the model; costs one backward pass and some 40 forward
-    passes, most of one short sequence. The random state is put back. Raises what copying the model raises.
+    findings, and which checks did not run and why. Works on a copy of the model; costs one backward pass and at most ten forward
+    passes of the batch, and says what it did not try for that. The random state is put back. Raises what copying the model raises.
     """
     examination = Examination()
     ask = examination.ask
@@ -271,4 +271,5 @@ def causality(trial: Trial) -> Finding | None:
         raise ValueError("it cannot be told whether looking ahead is meant; call check_causality")
     model, vocab_size = trial.model.float().eval(), trial.scores.shape[-1]
     device = next(model.parameters()).device
-    return check_causality(model, vocab_size, min(TOKENS, ids.shape[1]), device)
+    length = min(TOKENS, ids.shape[1], max(SHORTEST, math.isqrt(ids.numel())))  # its square is no more than a batch
+    return check_causality(model, vocab_size, length, device)
