@@ -3,14 +3,17 @@
 import asyncio
 import base64
 import io
+import itertools
 import re
 import threading
+import time
 
 import numpy as np
 import pytest
 from browser.fake_trainer import FakeTrainer, eval_row, step_row
 from checks.figures_05 import time_figure
 from IPython.core.interactiveshell import InteractiveShell
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from tiny_run import tiny, without_times
 
@@ -20,7 +23,7 @@ from moe_lab.health.findings import Finding
 from moe_lab.show import dashboard, live
 from moe_lab.show.front import is_interactive
 from moe_lab.show.live import LivePair, LiveRun, observing
-from moe_lab.show.plots import smooth, training_figure
+from moe_lab.show.plots import pair_figure, smooth, training_figure
 from moe_lab.show.style import GREY, INK, LARGEST_SVG, LETTERS, SERIES, new_figure, png, to_html
 from moe_lab.train.record import RECORD, append_jsonl, read_record
 
@@ -412,3 +415,29 @@ def test_a_pair_can_be_stopped(headless, tmp_path) -> None:
     pair.trainers[0].listeners.append(lambda row: row["step"] == 2 and pair.stop())
     asyncio.run(pair.start().finished())
     assert pair.state() == "interrupted" and max(trainer.step for trainer in pair.trainers) == 2
+
+
+def test_what_either_watch_of_a_pair_finds_is_told_once(headless, tmp_path, capsys) -> None:
+    config = tiny(tmp_path)
+    pair = LivePair({name: Trainer(config, tmp_path / name) for name in "ab"}, until=4)
+
+    def find(name: str, rule: str) -> None:
+        pair.watches[name].findings.append(Finding(rule, "info", "loss", f"planted in {name}", "", step=1))
+        time.sleep(0.3)  # until it is told
+
+    finds = {1: ("b", "lr_too_low"), 2: ("a", "no_gradient")}
+    pair.trainers[0].listeners.append(lambda row: "loss" in row and row["step"] in finds and find(*finds[row["step"]]))
+    asyncio.run(pair.start().finished())
+    told = [line.partition(" (step")[0] for line in capsys.readouterr().err.splitlines() if "planted" in line]
+    assert told == ["b info: lr_too_low: planted in b", "a info: no_gradient: planted in a"]
+
+
+def test_words_at_one_step_stand_beside_each_other() -> None:
+    marks = {name: [(3, f"error: {rule}", INK) for rule in ("lost_updates", "no_gradient")] for name in "ab"}
+    rows = {name: [step_row(step) for step in range(1, 7)] for name in "ab"}
+    figure, _ = pair_figure(rows, FLOORS, of_steps(6), marks)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    places = [text.get_window_extent(renderer) for text in figure.axes[0].texts if "error: " in text.get_text()]
+    assert len(places) == 4
+    for place, other in itertools.combinations(places, 2):
+        assert place.x1 <= other.x0 or other.x1 <= place.x0

@@ -106,26 +106,27 @@ class Live:
 
     async def finished(self) -> Any:
         """Await the end in a cell: the controls work meanwhile, and Interrupt stops the run gracefully."""
-        tenths, spoken, told_of = 0, time.monotonic(), 0  # headless: tenths of the run, when, and findings
+        tenths, spoken = 0, time.monotonic()  # headless: tenths of the run, and when
+        told_of: dict[str, int] = {}  # findings of each watch
         try:
             with Waiting() as waiting:
                 while not self.training.done():
                     await asyncio.sleep(0.05)
                     if waiting.asked_again(self._cell):
                         self.stop()
-                    tenth, news = int(10 * self.share()), self.findings()
+                    tenth = int(10 * self.share())
                     silent = self.is_evaluating() and time.monotonic() - spoken > SILENT_S
                     if not self.controls and (tenth > tenths or silent):
                         tenths, spoken = tenth, time.monotonic()
                         print(f"{10 * tenth:3d} %  {self.status()}", file=sys.stderr, flush=True)
                     if not self.controls:
-                        told_of = self._tell(news, told_of)
+                        self._tell(told_of)
         except (asyncio.CancelledError, KeyboardInterrupt):
             self.stop()
         for thread in self._threads:  # a second Interrupt gives up waiting
             thread.join()
         if not self.controls:
-            self._tell(self.findings(), told_of)
+            self._tell(told_of)
         self._close()  # again, from this cell: headless clients drop what a thread sends after its cell is over
         return self.training.result()
 
@@ -183,10 +184,11 @@ class Live:
 
     # ---- output ----
 
-    def _tell(self, news: Sequence[tuple[str, Finding]], n_told: int) -> int:
-        for name, finding in news[n_told:]:
-            print(" ".join(f"{name} {finding}".split()), file=sys.stderr, flush=True)
-        return len(news)
+    def _tell(self, n_told: dict[str, int]) -> None:
+        for name, watch in self.watches.items():
+            for finding in list(watch.findings)[n_told.get(name, 0) :]:
+                n_told[name] = n_told.get(name, 0) + 1
+                print(" ".join(f"{name} {finding}".split()), file=sys.stderr, flush=True)
 
     def _bundle(self) -> dict[str, str]:
         bundle = to_html(*self.figure())

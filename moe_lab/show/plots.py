@@ -126,7 +126,6 @@ def pair_figure(
         loss.plot(evaluated_at, evaluated, color=colour, linestyle="", marker=marker, markersize=4)
         moved = column(some, "norm_deviation")
         norm.plot(*moved, color=colour, linewidth=1.8, linestyle=line)
-        draw_marks(loss, [(step, f"{name}: {text}", colour) for step, text, _ in marks.get(name, ())], named=True)
         everything += [losses, evaluated]
         labels += [(value, f"{name} {value:.2f}", colour) for value in smooth(losses)[-1:] if math.isfinite(value)]
         norms += [(math.log10(max(value, 1e-5)), f"{name} {value:.2g}", colour) for value in moved[1][-1:]]
@@ -135,6 +134,8 @@ def pair_figure(
             words += [f"{text} at step {step}" for step, text, _ in marks.get(name, ())]
             texts.append(f"{name}: step {steps[-1]:.0f}, {', '.join(words)}.")
     set_loss_limits(loss, np.concatenate(everything), floors)
+    colours = dict(zip(rows, (colour for colour, _, _ in SERIES), strict=False))
+    draw_marks(loss, [(s, f"{n}: {text}", colours[n]) for n in rows for s, text, _ in marks.get(n, ())], named=True)
     label_right(loss, labels + draw_floors(loss, floors))
     norm.set_ylim(-2e-5, None)
     for row, (_, text, colour) in enumerate(sorted(norms, reverse=True)):
@@ -143,12 +144,16 @@ def pair_figure(
 
 
 def draw_marks(axes: Axes, marks: Sequence[Mark], named: bool) -> None:
-    """A line at the step of each."""
+    """A line at the step of each, with its words left of it; those of one step stand beside each other."""
+    there: dict[int, int] = {}
     for step, text, colour in marks:
         axes.axvline(step, color=colour, linestyle=":", linewidth=1)
         if named:
+            there[step] = there.get(step, -1) + 1
             style = {"rotation": 90, "ha": "right", "va": "top", "fontsize": 7.5, "color": colour}
-            axes.text(step, 0.99, text, transform=axes.get_xaxis_transform(), **style)
+            style["bbox"] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5}
+            place = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points"}
+            axes.annotate(text, (step, 0.99), (-2 - 10 * there[step], 0), **place, **style)
 
 
 def set_loss_limits(axes: Axes, losses: np.ndarray, floors: Mapping[str, float]) -> None:
