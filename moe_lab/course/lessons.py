@@ -14,6 +14,7 @@ import functools
 import html
 import json
 import random
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -143,7 +144,7 @@ def reveal(question: Question, **measured: Any) -> None:
         print("you did not guess")
     else:
         print("✓ as you predicted" if guess == right else f"✗ you predicted: {guess}")
-    print(question.tempts)
+    print(textwrap.fill(question.tempts, 100))
 
 
 def score() -> None:
