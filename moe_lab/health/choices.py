@@ -1,48 +1,45 @@
-"""Discrete choices of a forward pass (top-k, sort), recorded once and held in later passes.
+"""Discrete choices of a forward pass (top-k, sort, a maximum, a draw), heard where they are made, and held in later passes.
 
 A top-k over time is moved by later tokens. With its indices held, what still hears the future does so by something else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-TOP_K = (torch.topk, Tensor.topk)  # values, indices = f(x, k, dim=-1, …)
-SORT = (torch.sort, Tensor.sort)  # values, indices = f(x, dim=-1, …)
-ARGSORT = (torch.argsort, Tensor.argsort)  # indices = f(x, dim=-1, …)
+ORDERS = {"topk": 2, "sort": 1, "argsort": 1}  # → the place of the dimension among the arguments
 
 
-class HeldChoices(TorchFunctionMode):
-    """`with choices:` around a first pass records, around later ones after `hold()` gives the same indices again."""
+class Choices(TorchDispatchMode):
+    """While it is active, `chosen(scores, indices)` is called at each operation of these names, and may give other indices."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: Collection[str], chosen: Callable[[Tensor, Tensor], Tensor | None]):
         super().__init__()
-        self.recorded: list[Tensor] = []
-        self.at: int | None = None  # None while recording
+        self.names, self.chosen = names, chosen
 
-    def hold(self) -> HeldChoices:
-        self.at = 0
-        return self
-
-    def __torch_function__(
-        self, func: Callable, types: Sequence, args: tuple = (), kwargs: Mapping | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None) -> Any:
+        kwargs, name = kwargs or {}, func.overloadpacket.__name__
         answer = func(*args, **kwargs)
-        is_choice = func in TOP_K + SORT + ARGSORT and args and args[0].is_floating_point()
-        if not is_choice:
+        if name not in self.names:
             return answer
-        if self.at is None:
-            self.recorded.append(answer if func in ARGSORT else answer[1])
-            return answer
-        index, self.at = self.recorded[self.at], self.at + 1
-        if func in ARGSORT:
-            return index
-        place = 2 if func in TOP_K else 1
-        dim = kwargs.get("dim", args[place] if len(args) > place else -1)
-        return type(answer)((args[0].gather(dim, index), index))
+        is_index = isinstance(answer, Tensor)
+        index = self.chosen(args[0], answer if is_index else answer[1])
+        if index is None or is_index:
+            return answer if index is None else index
+        place = ORDERS[name]
+        return args[0].gather(kwargs.get("dim", args[place] if len(args) > place else -1), index), index
+
+
+def recorded(made: list[Tensor]) -> Choices:
+    """Adds the indices of every order of numbers to `made`."""
+    return Choices(ORDERS, lambda scores, index: made.append(index) if scores.is_floating_point() else None)
+
+
+def held(made: Sequence[Tensor]) -> Choices:
+    """Gives the indices that were made, one after the other."""
+    given = iter(made)
+    return Choices(ORDERS, lambda scores, index: next(given) if scores.is_floating_point() else None)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..before.flow import LEAK, OVER_TIME
-from ..choices import HeldChoices
+from ..choices import held, recorded
 from ..findings import Finding
 from ..tokens import IGNORED
 from .forward import ForwardProbe, is_sharded
@@ -34,9 +34,8 @@ def future_leak(forward: ForwardProbe) -> Finding | None:
     if cut >= ids.shape[1] or not len(asked):
         return None
     changed = ids.clone()
-    others = ids.flatten()[
-        torch.randint(ids.numel(), (ids.shape[1] - cut,), generator=torch.Generator().manual_seed(0))
-    ]
+    places = torch.randint(ids.numel(), (ids.shape[1] - cut,), generator=torch.Generator().manual_seed(0))
+    others = ids.flatten()[places]
     changed[row, cut:] = torch.where(others == ids[row, cut:], ids[row, cut:].roll(1), others)
     read = partial(logits, forward, row=row, asked=asked)
     try:
@@ -45,17 +44,17 @@ def future_leak(forward: ForwardProbe) -> Finding | None:
         moved = float((after - before).abs().max())
         if not moved > limit:
             return None
-        choices = HeldChoices()
-        again = read(ids, choices)
+        made: list[Tensor] = []
+        again = read(ids, recorded(made))
         if float((again - before).abs().max()) > limit:
             return None
-        held = float((read(changed, choices.hold()) - before).abs().max())
+        otherwise = float((read(changed, held(made)) - before).abs().max())
     except Exception:
         return None
     message = (
         f"tokens changed from position {cut} on move the logits of targets before it by {moved:.2g} (limit {limit:.1g})"
     )
-    if held > limit:
+    if otherwise > limit:
         return Finding("future_leak", "error", "logits", message, OVER_TIME, moved, limit)
     message += ", and do not where the indices of every top-k and sort are held: it chooses over time"
     return Finding("future_leak", "info", "choices", message, BY_CHOICE, moved, limit)

@@ -8,7 +8,7 @@ target, a row of zeros is no target, and w is the weight of that token in the lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import is_dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -182,10 +182,19 @@ def compared(scores: Tensor, gradient: Tensor, target: Tensor) -> Tensor:
     return torch.stack([loss, weight * size, 1 - explained, 1 - weight * both.sum() / whole, least.sign()])
 
 
-def tensors_of(output: Any) -> list[Tensor]:
-    """The tensors of a model's answer, in their order."""
+def named_tensors(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a model's answer and their places in it, in their order."""
+    if is_dataclass(output) and not isinstance(output, Mapping):
+        output = {key: getattr(output, key, None) for key in output.__dataclass_fields__}
     if isinstance(output, Tensor):
-        return [output]
-    parts = output.values() if isinstance(output, dict) else vars(output).values() if is_dataclass(output) else output
-    is_many = hasattr(parts, "__iter__") and not isinstance(parts, str)
-    return [t for part in parts for t in tensors_of(part)] if is_many else []
+        yield name, output
+    elif isinstance(output, Mapping):
+        for key, part in output.items():
+            yield from named_tensors(part, f"{name}.{key}")
+    elif hasattr(output, "__iter__") and not isinstance(output, str):
+        for n, part in enumerate(output):
+            yield from named_tensors(part, f"{name}[{n}]")
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    return [tensor for _, tensor in named_tensors(output)]

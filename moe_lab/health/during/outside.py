@@ -78,17 +78,15 @@ class Copies:
 
     def __init__(self) -> None:
         self.followed: list[tuple[weakref.ref, Tracked]] = []
-        self.before: dict[
-            int, tuple
-        ] = {}  # by the weight: the copy, its sample and version, and the update of the last look
+        # by the weight: the copy, its sample and version, and the update of the last look
+        self.before: dict[int, tuple] = {}
         self.search_at = 1  # updates seen
         self.pairs: list[Tensor] = []  # (n, 2): ULPs away, and the share of the way made until the next look
         self.n_still = 0  # looks at copies that stood still altogether, though they were written to in each update
 
     def look(self, model: nn.Module, tracked: Sequence[Tracked], step: int, n_seen: int) -> None:
-        if n_seen >= self.search_at or any(
-            copy() is None for copy, _ in self.followed
-        ):  # or others are put in their place
+        # or others are put in their place
+        if n_seen >= self.search_at or any(copy() is None for copy, _ in self.followed):
             self.search_at = max(self.search_at, 10 * n_seen)
             near = [t for t in (*model.parameters(), *model.buffers(), *in_reach([model])) if is_16_bit(t)]
             self.followed = [(weakref.ref(copy), t) for copy, t in copies_of(tracked, near)]
@@ -130,14 +128,10 @@ def in_reach(left_out: Sequence[object]) -> Iterator[Tensor]:
             if frame.f_code.co_flags & inspect.CO_OPTIMIZED and isinstance(kept, dict):
                 kept.clear()  # before Python 3.13 a function's is a copy that would stay and keep all of it alive
         frame = frame.f_back
-    seen = {id(thing) for thing in left_out} | {id(things)}
+    seen, passed_by = {id(thing) for thing in left_out} | {id(things)}, (type, types.ModuleType, Optimizer)
     for thing in things:  # which grows meanwhile: the nearest come first
         kind = type(thing)
-        if (
-            id(thing) in seen
-            or issubclass(kind, (type, types.ModuleType, Optimizer))
-            or str(kind.__module__).startswith(ours)
-        ):
+        if id(thing) in seen or issubclass(kind, passed_by) or str(kind.__module__).startswith(ours):
             continue
         seen.add(id(thing))
         if issubclass(kind, Tensor):

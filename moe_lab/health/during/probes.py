@@ -25,9 +25,8 @@ def fresh_shadow(optimizer: Optimizer, group: dict, weight: Tensor, lr: float = 
 class Law(NamedTuple):
     """What a step that leaves all singular values alike does with shapes, found on made-up gradients."""
 
-    tall: dict[
-        int, float
-    ]  # by dimensions, 2 or 3 for a stack: a tall matrix's singular values over a wide one's, 1 where alike
+    # by dimensions, 2 or 3 for a stack: a tall matrix's singular values over a wide one's, 1 where alike
+    tall: dict[int, float]
     mixes: bool  # whether the gradient of one matrix of a stack turns the steps of others
 
 

@@ -4,15 +4,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..choices import Choices
 from ..torch_private import is_in_backward, uncompiled
+from .heard import named_tensors
 
 LOOK_EVERY = 5  # updates between looks
 READINGS = 40  # of the scalars, at most
@@ -35,20 +36,6 @@ class Experts:
         self.waiting: list[tuple[int, Tensor, int]] = []
         self.loads: list[Load] = []
         self.n_looks = 0
-
-
-class Choices(TorchDispatchMode):
-    """While it is active, counts whatever is chosen among E: a top-k, a maximum, a draw over a last dimension of that size."""
-
-    def __init__(self, count: Callable):
-        super().__init__()
-        self.count = count
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func.overloadpacket.__name__ in CHOICES:
-            self.count(args[0], out)
-        return out
 
 
 class Routing:
@@ -74,12 +61,11 @@ class Routing:
         if self.update % LOOK_EVERY != 1 or not module.training or (experts.n_looks >= UNSEEN and not experts.loads):
             return
         if not (is_in_backward() or torch.compiler.is_compiling()):
-            self.active.append(Choices(count))
+            self.active.append(Choices(CHOICES, count))
             self.active[-1].__enter__()
             experts.n_looks += 1
 
-    def count(self, experts: Experts, scores: Tensor, chosen: Any) -> None:
-        chosen = chosen if isinstance(chosen, Tensor) else chosen[1]
+    def count(self, experts: Experts, scores: Tensor, chosen: Tensor) -> None:
         # over another dimension the answer has another shape
         if scores.ndim and scores.shape[-1] in experts.sizes and scores.shape[:-1] in (chosen.shape[:-1], chosen.shape):
             k = chosen.shape[-1] if chosen.ndim == scores.ndim and chosen.shape != scores.shape[:-1] else 1
@@ -128,19 +114,13 @@ def expert_modules(model: nn.Module) -> dict[str, tuple[nn.Module, set[int]]]:
     return found
 
 
-def scalars_of(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+def scalars_of(given: Any, name: str) -> dict[str, Tensor]:
     """Single numbers with a gradient behind them, in what a forward pass gives or a module keeps."""
-    if isinstance(value, Tensor):
-        if value.numel() == 1 and value.grad_fn is not None and value.dtype.itemsize >= 4:
-            yield name, value
-    elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from scalars_of(inner, f"{name}.{key}")
-    elif isinstance(value, tuple | list):
-        for n, inner in enumerate(value):
-            yield from scalars_of(inner, f"{name}[{n}]")
-    elif hasattr(value, "__dataclass_fields__"):
-        yield from scalars_of({k: getattr(value, k) for k in value.__dataclass_fields__}, name)
+    return {
+        key: value.detach()
+        for key, value in named_tensors(given, name)
+        if value.numel() == 1 and value.grad_fn is not None and value.dtype.itemsize >= 4
+    }
 
 
 class Terms:
@@ -158,7 +138,7 @@ class Terms:
             yield module.register_forward_hook(hook(partial(self.keep, name)))
 
     def keep(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
-        self.given |= {key: value.detach() for key, value in scalars_of(output, name)}
+        self.given |= scalars_of(output, name)
 
     def before_update(self, n: int) -> None:
         if n % LOOK_EVERY != 1 or n > LOOK_EVERY * READINGS:
@@ -166,7 +146,7 @@ class Terms:
             return
         for name, module in self.model.named_modules():
             kept = {key: value for key, value in vars(module).items() if isinstance(value, Tensor)}
-            self.given |= {key.removeprefix("."): v.detach() for key, v in scalars_of(kept, name)}
+            self.given |= {key.removeprefix("."): value for key, value in scalars_of(kept, name).items()}
         if self.given:
             self.waiting.append(self.given)
         self.given = {}

@@ -15,10 +15,8 @@ from .steps import kind_of, matrix_shape
 from .tracking import LR_STEADY, GroupState, Tracked
 
 TALLER = 1.2  # size of a tall matrix's step over a wide one's, or the reverse, from which on an orientation is meant
-SAME_NORM, SMALLEST_CLIP = (
-    1e-3,
-    0.01,
-)  # relative spread of a clipped norm; a tenth of the least that anybody clips to, 0.1
+SAME_NORM = 1e-3  # relative spread of a clipped norm
+SMALLEST_CLIP = 0.01  # a tenth of the least that anybody clips to
 LOOKS = 4  # at the gradients, 5 updates apart
 LATE = 50  # updates until which lost updates would have been found
 STARVED = 0.2  # share of the smallest size that any convention gives an orthogonal step
