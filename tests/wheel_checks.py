@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -164,6 +165,18 @@ def torchs_private_interfaces_are_there() -> None:
     model.bias.sum().backward()
     assert [float(root) for root in heard][1:] == [3.0, 5.0] and scaler.get_scale() == 8.0
     assert private.uncompiled(torch.compile(model)) is model and private.uncompiled(model) is model
+    linear, right, x = nn.Linear(3, 2), nn.Parameter(torch.ones(3, 5)), torch.ones(4, 3)
+    assert private.fan_ins(linear(x))[id(linear.weight)] == -1 and private.fan_ins(x @ right) == {id(right): -2}
+    assert (private.summed_over(2, 0, []), private.summed_over(2, 1, [])) == (-1, -2)
+    assert private.takers(x @ right)[id(right)] == {"MmBackward0"}
+    inside: list[bool] = []
+    right.register_hook(lambda grad: inside.append(private.is_in_backward()))
+    (x @ right).sum().backward()
+    assert inside == [True] and not private.is_in_backward()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    private.meeting_store().set("place", "value")
+    assert private.meeting_store().get("place") == b"value"
+    dist.destroy_process_group()
 
 
 def main(readme: Path) -> None:
