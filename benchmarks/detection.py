@@ -25,19 +25,22 @@ from moe_lab.failures.results import provenance, write_json
 
 STEPS, WATCHED, SEEDS = 100, (0, 1, 2), (0, 1, 2, 3, 4)
 HARM = 0.05  # p of the permutation test
+ON_PAPER = "schedules on paper"  # the class whose schedules nothing runs: the training is the twin's
 BODIES = ("detection_bodies", "healthy_families", "healthy_language", "healthy_senses", "healthy_kinds")
 
 
 def jobs(half: str | None) -> Iterable[Job]:
-    split, sources = halves(), sources_of(*BODIES)
+    split, sources, seen = halves(), sources_of(*BODIES), set()
     rows = [row for row in ROWS if half in (None, split[row.name])]
     for seed, row, sick in product(SEEDS, rows, (True, False)):  # the first seed of all rows first
+        name = row.twins[not sick]
+        if (name, seed) in seen or (row.sickness == ON_PAPER and seed not in WATCHED):
+            continue
+        seen.add((name, seed))
         run, files = (watched, sources + HEALTH) if seed in WATCHED else (trained, sources)
-        name = f"{row.name}: {'sick' if sick else 'healthy'}"
         # a row's own function, and not its whole file: another row may change
-        yield Job(
-            name, seed, partial(run, partial(row.make, sick=sick), seed, STEPS), files, inspect.getsource(row.make)
-        )
+        own = "" if row.plain and not sick else inspect.getsource(row.make)
+        yield Job(name, seed, partial(run, partial(row.make, sick=sick), seed, STEPS), files, own)
 
 
 def p_worse(sick: Sequence[float], healthy: Sequence[float]) -> float:
@@ -77,12 +80,12 @@ def judged(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """A line a row."""
     lines, split = [], halves()
     for row in ROWS:
-        if f"{row.name}: sick" not in results:
+        if row.twins[0] not in results:
             continue
-        sick, healthy = results[f"{row.name}: sick"], results[f"{row.name}: healthy"]
+        sick, healthy = (results[name] for name in row.twins)
         achieved = [[run.get("held_out") for run in runs] for runs in (sick, healthy)]
         p = p_worse(*achieved)
-        on_paper = row.sickness == "schedules on paper"  # nothing runs the schedule
+        on_paper = row.sickness == ON_PAPER
         lines.append(
             {
                 "row": row.name,

@@ -39,7 +39,7 @@ def changed(body: Body, sick: bool, change: Callable[[Batch], Batch]) -> Program
     return Loop(body._replace(batches=lambda batches=body.batches: change(batches())) if sick else body).program()
 
 
-@row(ROWS, DATA, "Llama", "random_tokens", "loss_not_falling")
+@row(ROWS, DATA, "Llama", "random_tokens", "loss_not_falling", plain=True)
 def numbered_anew(seed: int, sick: bool) -> Program:
     """each worker numbers the bytes in an order of its own (a salted hash): ids mean nothing across rows"""
     noise = torch.Generator().manual_seed(seed)
@@ -60,13 +60,13 @@ def first_batches_only(seed: int, sick: bool) -> Program:
     return changed(body, sick, lambda batch: kept[next(turn) % 4])
 
 
-@row(ROWS, DATA, "LSTM", "label_shift")
+@row(ROWS, DATA, "LSTM", "label_shift", plain=True)
 def not_shifted(seed: int, sick: bool) -> Program:
     """labels are the inputs themselves: the model learns to copy"""
     return changed(rnn(seed), sick, lambda batch: (batch[0], batch[0]))
 
 
-@row(ROWS, DATA, "convolutions", "label_shift")
+@row(ROWS, DATA, "convolutions", "label_shift", plain=True)
 def shifted_twice(seed: int, sick: bool) -> Program:
     """the data set shifts, and the loss does once more: the second next token is asked for"""
 
@@ -76,7 +76,7 @@ def shifted_twice(seed: int, sick: bool) -> Program:
     return changed(convolved(seed), sick, change)
 
 
-@row(ROWS, DATA, "Mamba", "label_shift")
+@row(ROWS, DATA, "Mamba", "label_shift", plain=True)
 def shifted_before_the_model(seed: int, sick: bool) -> Program:
     """labels are shifted by the collator although the model shifts them itself"""
 
@@ -107,7 +107,7 @@ def padding_is_learned(seed: int, sick: bool) -> Program:
     return Loop(body._replace(batches=filled(seed, 0.6, masked=not sick))).program()
 
 
-@row(ROWS, DATA, "Whisper", "padding_in_loss")
+@row(ROWS, DATA, "Whisper", "padding_in_loss", plain=True)
 def padded_labels(seed: int, sick: bool) -> Program:
     """labels are padded with the padding token in place of -100"""
 
@@ -117,14 +117,14 @@ def padded_labels(seed: int, sick: bool) -> Program:
     return changed(whisper(seed), sick, change)
 
 
-@row(ROWS, DATA, "Mamba", "constant_tokens", "padding_in_loss")
+@row(ROWS, DATA, "Mamba", "constant_tokens", "padding_in_loss", plain=True)
 def nearly_empty(seed: int, sick: bool) -> Program:
     """a broken filter leaves a few letters a row, the rest is filled up, and the filling is a target"""
     body = language_model("mamba", seed)
     return Loop(body._replace(batches=filled(seed, 0.06, masked=False)) if sick else body).program()
 
 
-@row(ROWS, DATA, "Llama", "never_a_target")
+@row(ROWS, DATA, "Llama", "never_a_target", plain=True)
 def spaces_masked(seed: int, sick: bool) -> Program:
     """the end of a line doubles as padding, and the collator masks the padding: it is never asked for"""
 
@@ -160,14 +160,14 @@ def mean_of_means(seed: int, sick: bool) -> Program:
     return loop.program()
 
 
-@row(ROWS, DATA, "ViT", "loss_not_falling")
+@row(ROWS, DATA, "ViT", "loss_not_falling", plain=True)
 def labels_of_others(seed: int, sick: bool) -> Program:
     """pictures are shuffled in the collator, and their labels are not"""
     noise = torch.Generator().manual_seed(seed)
     return changed(vit(seed), sick, lambda batch: (batch[0], batch[1][torch.randperm(32, generator=noise)]))
 
 
-@row(ROWS, DATA, "CNN", "loss_not_falling", trigger=40)
+@row(ROWS, DATA, "CNN", "loss_not_falling", trigger=40, plain=True)
 def labels_lost_midway(seed: int, sick: bool) -> Program:
     """from update 40 on, at a new shard, labels belong to other pictures"""
     noise, seen = torch.Generator().manual_seed(seed), iter(range(10**6))
@@ -178,7 +178,7 @@ def labels_lost_midway(seed: int, sick: bool) -> Program:
     return changed(cnn(seed), sick, change)
 
 
-@row(ROWS, DATA, "BERT", "label_shift")
+@row(ROWS, DATA, "BERT", "label_shift", plain=True)
 def nothing_hidden(seed: int, sick: bool) -> Program:
     """the places that are asked for were never replaced by the mask: the answer stands in the input"""
 
@@ -189,7 +189,7 @@ def nothing_hidden(seed: int, sick: bool) -> Program:
     return changed(bert(seed), sick, change)
 
 
-@row(ROWS, DATA, "T5", "repeated_data", trigger=30)
+@row(ROWS, DATA, "T5", "repeated_data", trigger=30, plain=True)
 def stuck_shard(seed: int, sick: bool) -> Program:
     """from update 30 on a worker gives its last four batches again and again"""
     body, seen = t5(seed), iter(range(10**6))

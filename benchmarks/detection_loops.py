@@ -40,7 +40,7 @@ ORDER, RATES, SIZE, PAPER = "order of events", "LR over time", "size of the step
 # ---- order of events -------------------------------------------------------------------------------------------------
 
 
-@row(ROWS, ORDER, "ViT", "stale_gradients")
+@row(ROWS, ORDER, "ViT", "stale_gradients", plain=True)
 def cleared_by_another(seed: int, sick: bool) -> Program:
     """gradients are cleared on a rebuilt optimizer's predecessor, which holds copies"""
     loop = Loop(vit(seed))
@@ -50,7 +50,7 @@ def cleared_by_another(seed: int, sick: bool) -> Program:
     return loop.program()
 
 
-@row(ROWS, ORDER, "GPT", "stale_gradients")
+@row(ROWS, ORDER, "GPT", "stale_gradients", plain=True)
 def cleared_seldom(seed: int, sick: bool) -> Program:
     """the condition of an accumulation of 8 was left around zero_grad, and every batch steps"""
     loop = Loop(gpt(seed))
@@ -85,7 +85,7 @@ def two_steps(seed: int, sick: bool) -> Program:
     return loop.program()
 
 
-@row(ROWS, ORDER, "T5", "no_updates")
+@row(ROWS, ORDER, "T5", "no_updates", plain=True)
 def never_steps(seed: int, sick: bool) -> Program:
     """`if step % accumulation == accumulation`: never true"""
     loop = Loop(t5(seed))
@@ -94,7 +94,7 @@ def never_steps(seed: int, sick: bool) -> Program:
     return loop.program()
 
 
-@row(ROWS, ORDER, "Whisper", "no_updates", "nonfinite_loss", "nonfinite_gradient")
+@row(ROWS, ORDER, "Whisper", "no_updates", "nonfinite_loss", "nonfinite_gradient", plain=True)
 def skipped_quietly(seed: int, sick: bool) -> Program:
     """a row without targets makes the mean NaN, and a guard skips each such update without a word"""
     loop = Loop(whisper(seed))
@@ -115,7 +115,7 @@ def finite(loop: Loop) -> bool:
     return all(bool(p.grad.isfinite().all()) for p in loop.body.model.parameters() if p.grad is not None)
 
 
-@row(ROWS, ORDER, "convolutions", "cleared_gradients", trigger=40)
+@row(ROWS, ORDER, "convolutions", "cleared_gradients", trigger=40, plain=True)
 def cleared_after_validation(seed: int, sick: bool) -> Program:
     """from update 40 on a validation between the backward pass and the step clears the gradients"""
     loop = Loop(convolved(seed))

@@ -62,7 +62,7 @@ def detach(module: nn.Module) -> None:
 # ---- dead or missing signal ------------------------------------------------------------------------------------------
 
 
-@row(ROWS, SIGNAL, "ViT", "no_gradient")
+@row(ROWS, SIGNAL, "ViT", "no_gradient", plain=True)
 def patches_without_gradient(seed: int, sick: bool) -> Program:
     """the patch embedding runs as preprocessing, under no_grad"""
     loop = Loop(vit(seed))
@@ -71,7 +71,7 @@ def patches_without_gradient(seed: int, sick: bool) -> Program:
     return loop.program()
 
 
-@row(ROWS, SIGNAL, "Whisper", "no_gradient")
+@row(ROWS, SIGNAL, "Whisper", "no_gradient", plain=True)
 def deaf(seed: int, sick: bool) -> Program:
     """the encoder's states are detached before the decoder sees them"""
     loop = Loop(whisper(seed))
@@ -80,7 +80,7 @@ def deaf(seed: int, sick: bool) -> Program:
     return loop.program()
 
 
-@row(ROWS, SIGNAL, "CLIP", "no_gradient")
+@row(ROWS, SIGNAL, "CLIP", "no_gradient", plain=True)
 def one_tower(seed: int, sick: bool) -> Program:
     """the text tower is used through features that were computed without a graph"""
     loop = Loop(clip(seed))
@@ -89,7 +89,7 @@ def one_tower(seed: int, sick: bool) -> Program:
     return loop.program()
 
 
-@row(ROWS, SIGNAL, "GAN", "no_gradient")
+@row(ROWS, SIGNAL, "GAN", "no_gradient", plain=True)
 def generator_cut_off(seed: int, sick: bool) -> Program:
     """the generator's loss is computed on the detached pictures that were made for the discriminator"""
     return generative(seed, sick)
@@ -135,7 +135,7 @@ def dead_units(seed: int, sick: bool) -> Program:
     return loop.program()
 
 
-@row(ROWS, SIGNAL, "Llama", "faint_gradient", "no_gradient")
+@row(ROWS, SIGNAL, "Llama", "faint_gradient", "no_gradient", plain=True)
 def closed_gates(seed: int, sick: bool) -> Program:
     """attention is multiplied by a constant gate of 1e-7, as a layer scale that was never opened"""
     loop = Loop(language_model("llama", seed))
@@ -145,7 +145,7 @@ def closed_gates(seed: int, sick: bool) -> Program:
     return loop.program()
 
 
-@row(ROWS, SIGNAL, "policy", "no_gradient")
+@row(ROWS, SIGNAL, "policy", "no_gradient", plain=True)
 def wrong_head(seed: int, sick: bool) -> Program:
     """the last hidden layer is read out through `.data`"""
     loop = Loop(bandit(seed))
@@ -154,7 +154,7 @@ def wrong_head(seed: int, sick: bool) -> Program:
     return loop.program()
 
 
-@row(ROWS, SIGNAL, "Mamba", "no_gradient")
+@row(ROWS, SIGNAL, "Mamba", "no_gradient", plain=True)
 def cut_from_the_middle(seed: int, sick: bool) -> Program:
     """from update 0 the second block sees a detached copy of the first one's output"""
     loop = Loop(language_model("mamba", seed))
@@ -197,19 +197,19 @@ def switched(seed: int, **model) -> Body:
     return of_pairs(Switch(**model), seed)._replace(loss=loss)
 
 
-@row(ROWS, EXPERTS, "switch", "no_gradient")
+@row(ROWS, EXPERTS, "switch", "no_gradient", plain=True)
 def untaught_router(seed: int, sick: bool) -> Program:
     """the chosen expert's output is not multiplied by the router's probability, and there is no balance loss"""
     return Loop(switched(seed, weighed=not sick, balance=0.0 if sick else 0.01)).program()
 
 
-@row(ROWS, EXPERTS, "switch", "collapsed_experts", "starved_experts")
+@row(ROWS, EXPERTS, "switch", "collapsed_experts", "starved_experts", plain=True)
 def one_for_all(seed: int, sick: bool) -> Program:
     """a bias of 8 on the first expert, and no balance loss"""
     return Loop(switched(seed, biased=sick, balance=0.0 if sick else 0.01)).program()
 
 
-@row(ROWS, EXPERTS, "switch", "collapsed_experts", "starved_experts")
+@row(ROWS, EXPERTS, "switch", "collapsed_experts", "starved_experts", plain=True)
 def unbalanced_on_purpose(seed: int, sick: bool) -> Program:
     """the balance loss has the wrong sign"""
     return Loop(switched(seed, balance=-0.5 if sick else 0.01)).program()
@@ -259,7 +259,7 @@ def centred_kernels(seed: int, sick: bool) -> Program:
     return leaking(convolved(seed), convolved(seed, ahead=2), sick)
 
 
-@row(ROWS, FLOW, "CNN", "evaluation_mode", trigger=5)
+@row(ROWS, FLOW, "CNN", "evaluation_mode", trigger=5, plain=True)
 def left_in_evaluation(seed: int, sick: bool) -> Program:
     """a validation at update 5 leaves the model in evaluation mode: batch norm's statistics stay young"""
     loop = Loop(cnn(seed))
@@ -273,7 +273,7 @@ def left_in_evaluation(seed: int, sick: bool) -> Program:
     return loop.program()
 
 
-@row(ROWS, FLOW, "T5", "evaluation_mode")
+@row(ROWS, FLOW, "T5", "evaluation_mode", plain=True)
 def never_in_training(seed: int, sick: bool) -> Program:
     """a model from from_pretrained is in evaluation mode, and nobody calls train(): its dropout never acts"""
     loop = Loop(t5(seed))
@@ -282,7 +282,7 @@ def never_in_training(seed: int, sick: bool) -> Program:
     return loop.program()
 
 
-@row(ROWS, FLOW, "GPT", "scaled_copies")
+@row(ROWS, FLOW, "GPT", "scaled_copies", plain=True)
 def skips_twice(seed: int, sick: bool) -> Program:
     """each block adds its input a second time: the stream doubles from block to block"""
     loop = Loop(gpt(seed))
@@ -292,7 +292,7 @@ def skips_twice(seed: int, sick: bool) -> Program:
     return loop.program()
 
 
-@row(ROWS, FLOW, "ResNet", "mode_mismatch", "evaluation_mode")
+@row(ROWS, FLOW, "ResNet", "mode_mismatch", "evaluation_mode", plain=True)
 def frozen_statistics(seed: int, sick: bool) -> Program:
     """batch norm keeps a momentum of 1e-4: in evaluation it uses the statistics of a fresh model"""
     loop = Loop(resnet(seed))
@@ -329,7 +329,7 @@ def average_in_16_bits(seed: int, sick: bool) -> Program:
     return Program(both, loop.optimizers, step, None, {"expect_frozen": ("ema.",)}, held_out)
 
 
-@row(ROWS, NUMBERS, "Mamba", "delta_start")
+@row(ROWS, NUMBERS, "Mamba", "delta_start", plain=True)
 def blanket_init(seed: int, sick: bool) -> Program:
     """one init for all linear layers, biases to zero, after the model's own: the time steps start at 0.7"""
     loop = Loop(language_model("mamba", seed))
@@ -382,7 +382,7 @@ def counted_twice(seed: int, sick: bool) -> Program:
     return Loop(body(model, lambda s: Pictures(s), seed, picture_loss, is_examined=False)).program()
 
 
-@row(ROWS, NUMBERS, "T5", "nonfinite_gradient", trigger=50)
+@row(ROWS, NUMBERS, "T5", "nonfinite_gradient", trigger=50, plain=True)
 def hidden_nan(seed: int, sick: bool) -> Program:
     """from update 50 on now and then a gradient is NaN, clipping spreads it, and the log shows the last finite loss"""
     loop = Loop(t5(seed))
@@ -410,7 +410,7 @@ def untied_by_a_copy(seed: int, sick: bool) -> Program:
     return Loop(loop_body).program()
 
 
-@row(ROWS, STRUCTURE, "ViT", "not_in_optimizer")
+@row(ROWS, STRUCTURE, "ViT", "not_in_optimizer", plain=True)
 def new_head(seed: int, sick: bool) -> Program:
     """the classifier is replaced after the optimizer was built"""
     loop = Loop(vit(seed))
@@ -419,7 +419,7 @@ def new_head(seed: int, sick: bool) -> Program:
     return loop.program()
 
 
-@row(ROWS, STRUCTURE, "Llama", "frozen_module")
+@row(ROWS, STRUCTURE, "Llama", "frozen_module", plain=True)
 def frozen_by_a_substring(seed: int, sick: bool) -> Program:
     """all whose name holds a `1` are frozen, for layer 1 alone was meant: the second of two layers"""
     loop_body = language_model("llama", seed)
@@ -428,13 +428,13 @@ def frozen_by_a_substring(seed: int, sick: bool) -> Program:
     return Loop(loop_body, [adamw(loop_body.model, loop_body.lr)]).program()
 
 
-@row(ROWS, STRUCTURE, "GAN", "updated_twice")
+@row(ROWS, STRUCTURE, "GAN", "updated_twice", plain=True)
 def two_owners(seed: int, sick: bool) -> Program:
     """the generator's optimizer holds the discriminator, too: it learns to be fooled"""
     return generative(seed, twice=sick)
 
 
-@row(ROWS, STRUCTURE, "BERT", "not_in_optimizer")
+@row(ROWS, STRUCTURE, "BERT", "not_in_optimizer", plain=True)
 def hidden_in_a_list(seed: int, sick: bool) -> Program:
     """the layers are kept in a plain list: the model works, and its parameters() do not hold them"""
     loop_body = bert(seed)
@@ -446,7 +446,7 @@ def hidden_in_a_list(seed: int, sick: bool) -> Program:
     return Loop(loop_body, [adamw(loop_body.model, loop_body.lr)]).program()
 
 
-@row(ROWS, STRUCTURE, "CNN", "frozen_tensor", "not_in_optimizer", trigger=30)
+@row(ROWS, STRUCTURE, "CNN", "frozen_tensor", "not_in_optimizer", trigger=30, plain=True)
 def best_weights_restored(seed: int, sick: bool) -> Program:
     """at update 30 the loop goes on with a copy of the model that it kept: the optimizer moves the old one"""
     loop = Loop(cnn(seed))
