@@ -97,6 +97,7 @@ def judged(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
                 "is_sick": p <= HARM,
                 "on_paper": on_paper,
                 "p": round(p, 4),
+                "commits": sorted({run["commit"] for run in (*sick, *healthy)}),
                 "held_out": achieved,
                 "failed": sorted({run["failed"] for run in (*sick, *healthy) if "failed" in run}),
                 "seeds": [told_of(run, row.right, row.trigger) for run in sick[: len(WATCHED)]],
@@ -131,7 +132,7 @@ def kind_of(line: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--half", choices=HALVES, help="only one half of the rows; prints, and writes nothing")
+    parser.add_argument("--half", choices=HALVES, help="only one half of the rows; the other's lines stay as they are")
     half = parser.parse_args().half
     results: dict[str, list[dict[str, Any]]] = {}
     for run in kept(jobs(half), "detection"):
@@ -150,11 +151,12 @@ def main() -> None:
         if any(line["twin_alarms"]):
             print(f"      twin: {line['twin_alarms']}")
     print(json.dumps(summary(lines), indent=2))
-    if half is None:
-        made = provenance() | {"updates": STEPS}
-        write_json(
-            ROOT / "benchmarks" / "detection.json", {"provenance": made, "summary": summary(lines), "rows": lines}
-        )
+    path = ROOT / "benchmarks" / "detection.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    others = [line for line in before.get("rows", ()) if half not in (None, line["half"])]
+    lines = sorted(lines + others, key=lambda line: HALVES.index(line["half"]))
+    made = provenance() | {"updates": STEPS}
+    write_json(path, {"provenance": made, "summary": summary(lines), "rows": lines})
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 The README's table of notebooks and each notebook's card come from the minutes that were measured, its lines of `make bench` from
 benchmarks/results.json, as do those of docs/records.md, whose list comes from benchmarks/records.json; the tables of health's
-own README from its rules and from benchmarks/watch_cost.json; those of docs/health.md from benchmarks/detection.json. What
+own README from its rules and from benchmarks/watch_cost.json; those of docs/health.md in evidence_tables.py. What
 was learned from them is written by hand, beside the marks. The course's pages: benchmarks/course_pages.py.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import nbformat
 
-from benchmarks import course_pages, outputs
+from benchmarks import course_pages, evidence_tables, outputs
 from moe_lab.config import ROOT
 from moe_lab.course.machine import read_minutes
 from moe_lab.course.runner import all_notebooks
@@ -61,26 +61,6 @@ def cost() -> list[str]:
         f"bytes (`make watch-cost`, commit {origin['commit']}, torch {origin['torch']}, {origin['threads']} threads of a "
         f"{origin['machine']} CPU).",
     ]
-
-
-def detection() -> list[str]:
-    """How the watch did on the detection runs, half by half."""
-    found = measured("detection")
-    commits = " and ".join(dict.fromkeys(run["commit"] for run in found["runs"]))
-    lines = [f"{found['provenance']['steps']} updates each, commits {commits}, torch {found['provenance']['torch']}."]
-    for half, counts in found["summary"].items():
-        lines += ["", f"**{half}**: {counts['right_cause']} of {counts['sick_runs']} sick runs named rightly; of "
-                  f"{counts['healthy_runs']} healthy runs {counts['with_error']} with an error and "
-                  f"{counts['with_warning']} with a warning.", ""]  # fmt: skip
-        lines += ["| run | sickness | first finding, by seed |", "| --- | --- | --- |"]
-        rows: dict[tuple, list[str]] = {}
-        for run in (run for run in found["runs"] if run["half"] == half):
-            first = run["first"]
-            named = f"`{first[0]}` ({first[1]}, step {first[2]})" if first else "none"
-            rows.setdefault((run["row"], run["sickness"] or "healthy"), []).append(named)
-        for (row, sickness), by_seed in rows.items():
-            lines.append(f"| {row} | {sickness} | {by_seed[0] if len(set(by_seed)) == 1 else '; '.join(by_seed)} |")
-    return lines
 
 
 def disputed() -> list[str]:
@@ -182,7 +162,7 @@ def records() -> list[str]:
 
 def generated_pages() -> dict[Path, str]:
     """What the pages with generated parts should hold now (the README's table of notebooks and minutes apart)."""
-    marks = {HEALTH_README: (rules, sicknesses, cost), HEALTH_PAGE: (disputed, detection)}
+    marks = {HEALTH_README: (rules, sicknesses, cost), HEALTH_PAGE: (disputed, *evidence_tables.ALL)}
     marks |= {README: (bench,), RECORDS_PAGE: (records, parts)} | course_pages.PARTS
     pages = {}
     for path, several in marks.items():

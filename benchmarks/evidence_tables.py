@@ -1,0 +1,138 @@
+"""The tables of docs/health.md: from detection.json, healthy.json, operators.json and tools.json, by docs_table.py."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from moe_lab.config import ROOT
+
+NOT_YET = "Not measured yet: `make {}`."
+
+
+def kept(name: str) -> dict[str, Any] | None:
+    path = ROOT / "benchmarks" / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def origin(found: dict[str, Any]) -> str:
+    made = found["provenance"]
+    return f"{made['updates']} updates, commit {made['commit']}, torch {made['torch']}."
+
+
+def kind_of(line: dict[str, Any]) -> str:
+    return "on paper" if line["on_paper"] else "sick" if line["is_sick"] else "latent"
+
+
+def told(seed: dict[str, Any]) -> str:
+    """What was said first, and the right thing if that came later."""
+    if seed["first"] is None:
+        return "nothing"
+    who, rule, _, step = seed["first"]
+    when = who if step is None else f"step {step}"
+    later = "" if seed["right"] or seed["named"] is None else f", then `{seed['named'][1]}`"
+    return f"`{rule}` ({when}){later}"
+
+
+def detection() -> list[str]:
+    found = kept("detection")
+    if found is None:
+        return [NOT_YET.format("detection")]
+    lines = [origin(found)]
+    for half, counts in found["summary"].items():
+        lines += ["", f"**{half}**: first finding right in "]
+        parts = [
+            f"{c['right_first']} of {c['runs']} {kind} runs ({c['rows']} rows)"
+            for kind, c in counts.items()
+            if kind != "twins"
+        ]
+        twins = counts["twins"]
+        lines[-1] += (
+            "; ".join(parts) + f". Of {twins['runs']} runs of healthy twins {twins['with_alarm']} had an alarm."
+        )
+        lines += ["", "| fault | kind of model | is | p | right | first finding, by seed | delay |", "| --- " * 7 + "|"]
+        for line in (line for line in found["rows"] if line["half"] == half):
+            seeds = list(dict.fromkeys(map(told, line["seeds"])))
+            delays = (
+                [str(seed["delay"]) for seed in line["seeds"] if seed["delay"] is not None] if line["trigger"] else []
+            )
+            right = f"{sum(seed['right'] for seed in line['seeds'])} of {len(line['seeds'])}"
+            cells = [
+                line["row"],
+                line["kind"],
+                kind_of(line),
+                f"{line['p']:.3f}",
+                right,
+                "; ".join(seeds),
+                ", ".join(delays),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def healthy() -> list[str]:
+    found = kept("healthy")
+    if found is None:
+        return [NOT_YET.format("healthy")]
+    counts = found["summary"]
+    share = counts["silent"] / counts["programs"]
+    lines = [
+        f"{origin(found)} Of {counts['programs']} programs {counts['silent']} were silent ({share:.1%}), {counts['with_warning']} "
+        f"had a warning and {counts['with_error']} an error; {counts['left_out']} families of transformers do not run here in "
+        "tiny form.",
+        "",
+        "| program | alarms |",
+        "| --- | --- |",
+    ]
+    for row in found["programs"]:
+        alarms = [f for f in row.get("findings", ()) if f[2] != "info"]
+        if alarms:
+            said = "; ".join(f"`{f[1]}` ({f[2]}, {'examine' if f[3] is None else f'step {f[3]}'})" for f in alarms)
+            lines.append(f"| {row['name']} | {said} |")
+    return lines
+
+
+def operators() -> list[str]:
+    found = kept("operators")
+    if found is None:
+        return [NOT_YET.format("operators")]
+    counts = found["summary"]
+    lines = [
+        f"{origin(found)} defaultplusplus {counts['version']} ships {counts['operators']} operators.",
+        "",
+        "| outcome | pairs of operator and family | operators | cause named | anything said |",
+        "| --- " * 5 + "|",
+    ]
+    for outcome in ("harm", "latent", "no effect", "does not apply"):
+        c = counts[outcome]
+        said = (str(c["named"]), str(c["said_anything"])) if outcome in ("harm", "latent") else ("", "")
+        lines.append(f"| {outcome} | {c['pairs']} | {c['operators']} | {said[0]} | {said[1]} |")
+    missed = [f"{p['operator']} ({p['family']})" for p in found["pairs"] if p["outcome"] == "harm" and not p["named"]]
+    return [*lines, "", "With harm and not named: " + (", ".join(missed) or "none") + "."]
+
+
+def tools() -> list[str]:
+    found = kept("tools")
+    if found is None:
+        return [NOT_YET.format("tools")]
+    lines = [
+        origin(found),
+        "",
+        "| tool | version | caught, of the sick rows | of the latent ones | false alarms on the twins | seconds a run |",
+        "| --- " * 6 + "|",
+    ]
+    for tool, line in found["tools"].items():
+        seconds = "" if line["seconds"] is None else f"{line['seconds']:.2f}"
+        shown = (f"{line['caught']} of {line['sick']}", f"{line['caught_latent']} of {line['latent']}")
+        cells = [
+            tool,
+            found["provenance"]["versions"].get(tool, ""),
+            *shown,
+            f"{line['false_alarms']} of {line['tried']}",
+            seconds,
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+ALL = (detection, healthy, operators, tools)
