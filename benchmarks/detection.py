@@ -21,6 +21,7 @@ from typing import Any
 from benchmarks.detection_rows import HALVES, ROWS, halves
 from benchmarks.programs import HEALTH, Job, kept, sources_of, trained, watched
 from moe_lab.config import ROOT
+from moe_lab.data.prepare import CACHE
 from moe_lab.failures.results import provenance, write_json
 
 STEPS, WATCHED, SEEDS = 100, (0, 1, 2), (0, 1, 2, 3, 4)
@@ -41,6 +42,12 @@ def jobs(half: str | None) -> Iterable[Job]:
         # a row's own function, and not its whole file: another row may change
         own = "" if row.plain and not sick else inspect.getsource(row.make)
         yield Job(name, seed, partial(run, partial(row.make, sick=sick), seed, STEPS), files, own)
+
+
+def finished(jobs: Iterable[Job]) -> list[dict[str, Any]]:
+    """Rows of these jobs that were computed before from the same files."""
+    paths = [CACHE / "evidence" / f"{job.key}.json" for job in jobs]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
 
 
 def p_worse(sick: Sequence[float], healthy: Sequence[float]) -> float:
@@ -80,11 +87,12 @@ def judged(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """A line a row."""
     lines, split = [], halves()
     for row in ROWS:
-        if row.twins[0] not in results:
+        if any(name not in results for name in row.twins):
             continue
         sick, healthy = (results[name] for name in row.twins)
         achieved = [[run.get("held_out") for run in runs] for runs in (sick, healthy)]
-        p = p_worse(*achieved)
+        n = min(map(len, achieved))  # seeds that are finished: three tell, if all are worse than all
+        p = p_worse(*(values[:n] for values in achieved)) if n >= 3 and row.sickness != ON_PAPER else None
         on_paper = row.sickness == ON_PAPER
         lines.append(
             {
@@ -94,9 +102,10 @@ def judged(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
                 "kind": row.kind,
                 "right": list(row.right),
                 "trigger": row.trigger,
-                "is_sick": p <= HARM,
+                "is_sick": p is not None and p <= HARM,
                 "on_paper": on_paper,
-                "p": round(p, 4),
+                "p": p and round(p, 4),
+                "n_seeds": n,
                 "commits": sorted({run["commit"] for run in (*sick, *healthy)}),
                 "held_out": achieved,
                 "failed": sorted({run["failed"] for run in (*sick, *healthy) if "failed" in run}),
@@ -112,7 +121,7 @@ def summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
     for half in HALVES:
         mine = [line for line in lines if line["half"] == half]
         found[half] = {}
-        for kind in ("sick", "latent", "on paper"):
+        for kind in ("sick", "latent", "untried", "on paper"):
             some = [line for line in mine if kind == kind_of(line)]
             seeds = [seed for line in some for seed in line["seeds"]]
             found[half][kind] = {
@@ -127,15 +136,19 @@ def summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def kind_of(line: dict[str, Any]) -> str:
-    return "on paper" if line["on_paper"] else "sick" if line["is_sick"] else "latent"
+    """Harm is asked of five seeds, or of the three that are finished; of less it is not known."""
+    if line["on_paper"]:
+        return "on paper"
+    return "untried" if line["p"] is None else "sick" if line["is_sick"] else "latent"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--half", choices=HALVES, help="only one half of the rows; the other's lines stay as they are")
-    half = parser.parse_args().half
+    parser.add_argument("--finished", action="store_true", help="only of runs that are finished; computes nothing")
+    half, only_finished = (args := parser.parse_args()).half, args.finished
     results: dict[str, list[dict[str, Any]]] = {}
-    for run in kept(jobs(half), "detection"):
+    for run in finished(jobs(half)) if only_finished else kept(jobs(half), "detection"):
         results.setdefault(run["name"], []).append(run)
     lines = judged(results)
     for line in lines:
@@ -144,7 +157,7 @@ def main() -> None:
             "{} @{}".format(*(seed["first"][i] for i in (1, 3))) if seed["first"] else "-" for seed in line["seeds"]
         )
         print(
-            f"{line['half'][:5]} {kind_of(line):8} p={line['p']:.3f} {marks} {line['kind']:13} {line['row'][:60]:60} {firsts}"
+            f"{line['half'][:5]} {kind_of(line):8} p={line['p']} {marks} {line['kind']:13} {line['row'][:60]:60} {firsts}"
         )
         for message in line["failed"]:
             print(f"      failed: {message}")

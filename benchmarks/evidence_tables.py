@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from benchmarks.detection import kind_of
 from moe_lab.config import ROOT
 
 NOT_YET = "Not measured yet: `make {}`."
@@ -18,10 +19,6 @@ def kept(name: str) -> dict[str, Any] | None:
 def origin(found: dict[str, Any]) -> str:
     made = found["provenance"]
     return f"{made['updates']} updates, commit {made['commit']}, torch {made['torch']}."
-
-
-def kind_of(line: dict[str, Any]) -> str:
-    return "on paper" if line["on_paper"] else "sick" if line["is_sick"] else "latent"
 
 
 def told(seed: dict[str, Any]) -> str:
@@ -61,7 +58,7 @@ def detection() -> list[str]:
                 line["row"],
                 line["kind"],
                 kind_of(line),
-                f"{line['p']:.3f}",
+                "" if line["p"] is None else f"{line['p']:.3f}",
                 right,
                 "; ".join(seeds),
                 ", ".join(delays),

@@ -2,7 +2,7 @@
 
 Programs that were not written for it, each trained for 60 updates under examine (where it knows the kind of model) and a Watch at
 its defaults. An alarm is a finding of at least `warning`. Writes benchmarks/healthy.json; with a part of some names, as in
-`python -m benchmarks.healthy "causal llama"`, it runs those alone, prints all that was said, and writes nothing.
+`python -m benchmarks.healthy "causal llama"`, it runs those alone, prints all that was said, and writes nothing; `--finished` computes nothing and tells of runs that are finished.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks import healthy_families, healthy_kinds, healthy_language, healthy_loops, healthy_senses
+from benchmarks.detection import finished
 from benchmarks.programs import HEALTH, Job, Make, kept, sources_of, watched
 from moe_lab.config import ROOT
 from moe_lab.failures.results import provenance, write_json
@@ -54,8 +55,10 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def main() -> None:
-    part = " ".join(sys.argv[1:])
-    rows = kept(jobs(part), "healthy")
+    words = sys.argv[1:]
+    only_finished = words[:1] == ["--finished"]
+    part = " ".join(words[only_finished:])
+    rows = finished(jobs(part)) if only_finished else kept(jobs(part), "healthy")
     for row in rows:
         if "failed" in row:
             print(f"left out: {row['name']}: {row['failed']}")
