@@ -179,6 +179,10 @@ class Unscaled(GPT2LMHeadModel):
         return output
 
 
+class Divided(Unscaled):
+    accepts_loss_kwargs = False  # so Trainer divides
+
+
 def trained(folder: Path, kind=GPT2LMHeadModel, dtype=torch.float32, callbacks=None, **options) -> Trainer:
     torch.manual_seed(0)
     model = kind(GPT2Config(vocab_size=256, n_positions=64, n_embd=32, n_layer=2, n_head=4)).to(dtype)
@@ -223,6 +227,9 @@ def test_a_loss_that_is_n_times_too_large_is_named(tmp_path) -> None:
     assert serious(trainer)[0] == ("initial_loss", 10)
     assert "4 times too large" in callback_of(trainer).findings[0].message
     assert serious(trained(tmp_path, Unscaled, max_steps=20)) == []  # nothing accumulates: the same model is right
+    divided = trained(tmp_path, Divided, gradient_accumulation_steps=4, max_steps=20)
+    losses = [row["loss"] for row in divided.state.log_history if "loss" in row]
+    assert serious(divided) == [] and callback_of(divided).watch.state.losses == pytest.approx(losses, abs=1e-5)
 
 
 def test_a_loss_made_outside_of_the_model_is_taken_from_a_log_of_every_step(tmp_path, monkeypatch) -> None:

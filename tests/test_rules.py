@@ -34,6 +34,41 @@ def test_an_unknown_optimizer_that_moves_nothing_gets_a_warning() -> None:
     assert said(run(torch.bfloat16, 0.02)) == []
 
 
+HOPELESS = "no step that Adam can make"
+
+
+def never_moving(
+    lr: float, kept: bool = True, rising: bool = False, dtype=torch.bfloat16, push: float = 0.0
+) -> list[tuple[str, int]]:
+    """Where, and at which update, a toy's 16-bit tensors are called beyond reach; `kept`: by a scheduler, the peak is known."""
+    model = toy(dtype=dtype)
+    optimizers = adamw(model, lr=lr, weight_decay=0.0)
+    group = optimizers[0].param_groups[0]
+    if kept:
+        group["initial_lr"] = lr
+
+    def warm_up(step: int) -> None:
+        group["lr"] = lr * (step + 1) / 30 if rising else lr
+        model.norm.weight.data.add_(push)
+
+    watch = watched(model, optimizers, 30, before_step=warm_up)
+    return [(f.where, f.step) for f in watch.findings if HOPELESS in f.message]
+
+
+def test_16_bit_weights_that_no_step_can_move_are_named_at_the_first_look() -> None:
+    assert never_moving(2e-4) == [("norm.weight", 10)]
+    assert never_moving(2e-4, rising=True) == [("norm.weight", 10)]
+    assert never_moving(2e-4, kept=False) == [("norm.weight", 20)]  # constant so far: once it is known for the peak
+    assert never_moving(2e-4, dtype=torch.float32) == []
+
+
+def test_16_bit_weights_that_a_later_rate_may_move_are_left_to_the_window() -> None:
+    assert never_moving(0.01) == []
+    assert never_moving(7e-4, kept=False, rising=True) == []  # a warm-up by hand that passes through small rates
+    assert never_moving(2e-4, push=0.05) == []  # something else moves them
+    assert never_moving(5e-4) == []  # most steps are lost, and the largest that Adam can make would not be
+
+
 def test_a_tensor_that_is_put_back_is_frozen() -> None:
     model = toy()
     kept = model.up.weight.detach().clone()

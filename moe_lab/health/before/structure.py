@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,12 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..during.intended import keeps_lost_bits
-from ..during.probes import is_adam, law_of
+from ..during.probes import law_of, unmovable
 from ..during.tracking import is_master, storage
 from ..findings import Finding, several
-from ..measures import adam_ratio_bound, is_lost
-from ..sampling import elements, plain, sample_positions
 from ..torch_private import takers
 from .plan import OFF, Plan
 
@@ -64,24 +60,12 @@ def stale(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> Finding | No
 
 
 def cannot_move(model: nn.Module, optimizers: Sequence[Optimizer]) -> Finding | None:
-    """16-bit tensors under torch's own Adam, which keeps nothing of what rounding loses: is the largest step that any gradients
-    can give at the peak LR (`adam_ratio_bound`), decay included, rounded away in every sampled element?"""
-    names, stuck, steps = {id(p): name for name, p in model.named_parameters()}, [], []
-    for optimizer in optimizers:
-        if not type(optimizer).__module__.startswith("torch.optim") or keeps_lost_bits(optimizer):
-            continue
-        for group in optimizer.param_groups:
-            narrow = [p for p in group["params"] if id(p) in names and p.dtype in (torch.bfloat16, torch.float16)]
-            peak = max(float(group.get(key) or 0.0) for key in ("lr", "initial_lr", "max_lr"))
-            if not (narrow and peak and "betas" in group and is_adam(optimizer, group)):
-                continue
-            bound = peak * adam_ratio_bound(math.inf, group["betas"])
-            for p in narrow:
-                w = elements(plain(p), sample_positions(p.shape).to(p.device)).float()
-                step = bound + peak * group.get("weight_decay", 0.0) * w.abs()
-                if (is_lost(w, step, p.dtype) & is_lost(w, -step, p.dtype)).all():
-                    stuck.append(names[id(p)])
-                    steps.append(bound)
+    """16-bit tensors that no gradient can move at the peak LR (`unmovable`)."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = [
+        pair for o in optimizers for group in o.param_groups for pair in unmovable(o, group) if id(pair[0]) in names
+    ]
+    stuck, steps = [names[id(p)] for p, _ in found], [step for _, step in found]
     if not stuck:
         return None
     message = f"{len(stuck)} 16-bit tensors can never move: a step of at most {max(steps):.1e} is rounded away: {several(stuck)}"

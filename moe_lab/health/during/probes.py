@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..measures import adam_ratio_bound, is_lost
 from ..random_state import RandomState
-from .intended import DISAGREE, advance, shadow_of
+from ..sampling import elements, plain, sample_positions
+from .intended import DISAGREE, advance, keeps_lost_bits, shadow_of
 
 FLAT = 0.5  # smallest over largest singular value of an orthogonal step: Newton–Schulz leaves 0.6
 
@@ -93,3 +97,21 @@ def is_adam(optimizer: Optimizer, group: dict) -> bool:
     except Exception:  # whatever a foreign step raises: then nothing is claimed of it
         return False
     return True
+
+
+def unmovable(optimizer: Optimizer, group: Mapping[str, Any]) -> list[tuple[Tensor, float]]:
+    """16-bit tensors of a group under torch's own Adam, which keeps nothing of what rounding loses, in which the largest step
+    that any gradients can give at the peak LR (`adam_ratio_bound`), decay included, is rounded away in every sampled element;
+    each with that step."""
+    narrow = [p for p in group["params"] if p.dtype in (torch.bfloat16, torch.float16)]
+    peak = max(float(group.get(key) or 0.0) for key in ("lr", "initial_lr", "max_lr"))
+    torchs = type(optimizer).__module__.startswith("torch.optim") and not keeps_lost_bits(optimizer)
+    if not (narrow and peak and torchs and "betas" in group and is_adam(optimizer, group)):
+        return []
+    bound, found = peak * adam_ratio_bound(math.inf, group["betas"]), []
+    for p in narrow:
+        w = elements(plain(p), sample_positions(p.shape).to(p.device)).float()
+        step = bound + peak * group.get("weight_decay", 0.0) * w.abs()
+        if (is_lost(w, step, p.dtype) & is_lost(w, -step, p.dtype)).all():
+            found.append((p, bound))
+    return found

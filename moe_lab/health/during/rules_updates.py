@@ -9,6 +9,7 @@ import torch
 
 from ..measures import share_of
 from . import intended
+from .probes import unmovable
 from .rule import Ill, Rule, by_kind, rule
 from .state import State
 from .steps import kind_of
@@ -17,6 +18,7 @@ from .tracking import Tracked
 LOST_ERROR, LOST_WARNING = 0.5, 0.95  # ρ, realised over intended displacement
 LOST_UPDATES = 20  # updates before ρ is judged
 LOST_ULPS = 1.0, 0.5  # intended displacement, in ULPs of the weight, from which on it is an error, a warning
+LOST_READINGS = 2  # with a gradient, 5 updates apart, before a tensor that can never move is named
 SIGMAS = 3.0  # standard errors that a reading must be past its limit
 FROZEN_READINGS = 5  # readings with a gradient, 5 updates apart
 FROZEN_ULPS = 4.0  # expected travel of a tensor that is called frozen
@@ -72,6 +74,15 @@ def lost_updates(state: State, limit: float, ulps: float) -> Ill:
 def explained(t: Tracked) -> bool:
     """Whether what a tensor lacks is its decay, which `lost_decay` names."""
     return t.owner is not None and t.owner.decays is False and intended.keeps_lost_bits(t.optimizer)
+
+
+def never_moves(state: State) -> Ill:
+    """16-bit weights that stand still and, by the bound on Adam's steps at the peak LR, always will: no window is waited for. The
+    peak is known where a scheduler has kept it, or once the LR no longer rises."""
+    still = [t for t in state.readings if t.is_narrow and t.owner and t.is_still and t.with_gradient >= LOST_READINGS]
+    known = {t.owner: None for t in still if t.group.get("initial_lr") or t.owner.is_steady}
+    stuck = {id(p) for group in known for p, _ in unmovable(group.optimizer, group.group)}
+    return by_kind(t for t in still if id(t.param) in stuck)
 
 
 def badly_lost(state: State) -> Ill:
@@ -206,6 +217,8 @@ KEEP_BITS = (
     "keep the parameters in float32 and compute under autocast; or use an optimizer with fp32 masters, Kahan "
     "summation or stochastic rounding"
 )
+NEVER = "{n} 16-bit tensors stand still, and no step that Adam can make at its peak learning rate moves them: all is rounded away: {names}"
+ASK_FOR_FLOAT32 = f"a checkpoint is loaded in its own format unless one asks for float32; {KEEP_BITS}"
 CUT_OFF = "{n} tensors shape the output but got no gradient in {updates} updates: {names}"
 FIND_CUT = (
     "learning is cut off there: an autograd.Function whose backward returns None for them, reentrant checkpointing under frozen "
@@ -222,6 +235,7 @@ RULES = (
     stale_gradients,
     cleared_gradients,
     nonfinite_gradient,
+    Rule("lost_updates", "error", never_moves, NEVER, ASK_FOR_FLOAT32),
     Rule("lost_updates", "error", badly_lost, LOST, KEEP_BITS),
     Rule("lost_updates", "warning", partly_lost, LOST, KEEP_BITS),
     Rule("no_gradient", "error", partial(no_gradient, matters=True), CUT_OFF, FIND_CUT),
