@@ -16,7 +16,7 @@ def C18(
     return (
         "does not hold",
         "the flag casts no weight: a bfloat16 checkpoint is loaded in bfloat16 unless one asks for float32, is trained in it, and "
-        f"the norms of a two-layer GPT-2 of width 64 stood at exactly 1 for {updates} updates at 2e-3, one seed; weights that come "
+        f"the norms of a two-layer GPT-2 of width 64 stood at exactly 1 for {updates} updates at 2.5e-4, one seed; weights that come "
         "in float32 are safe. By its source accelerate makes them float32 under FSDP, which nobody ran here",
     )
 
