@@ -10,6 +10,7 @@ import pytest
 import torch
 from checks import exercises_02
 from checks.exercises_07 import FAULTS, RIGHT
+from checks.runs_06 import small_config
 from checks.surface import shapley
 from helpers import solved
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -147,6 +148,27 @@ WRONG = {
         (lambda config: config.with_(optimizer={"adamw_lr_ratio": 2.0}), "which group gains most"),
         (lambda config: config.with_(model={"d_model": 128}), "the optimizer alone"),
         (lambda config: {"embedding_lr_ratio": 1.0}, "return a config"),
+    ],
+    "06.diagnoses": [
+        ({"A": set()}, "answer with a dict of A, B, C, D"),
+        ({"A": "B05", "B": "", "C": "", "D": ""}, "give a set of ids each"),
+        ({"A": {"B05"}, "B": {"B17"}, "C": set(), "D": set()}, "only B03 to B06"),
+        ({"A": {"B05"}, "B": {"B03"}, "C": {"B04"}, "D": {"B06"}}, "B: B03 is not there"),
+        ({"A": {"B05"}, "B": set(), "C": {"B04"}, "D": {"B06"}}, "D: something is missing"),
+    ],
+    "06.settings": [
+        (small_config(), "leave the accumulation at 4"),
+        (small_config().with_(training={"gradient_accumulation_steps": 4, "log_interval": 1}), "an interval of 1"),
+        (small_config().with_(training={"gradient_accumulation_steps": 4, "log_interval": 10}), "it logs nothing"),
+        (small_config().with_(training={"gradient_accumulation_steps": 4, "log_interval": 21}), "find an interval"),
+        ({"log_interval": 9}, "give a config"),
+    ],
+    "06.worth": [
+        (lambda losses, bug: (0.7, 0.1), "in the wrong order"),
+        (lambda losses, bug: (-0.1, -0.7), "the loss before the repair"),
+        (lambda losses, bug: (0.1, 0.7), "read all of them off"),
+        (lambda losses, bug: (0.4, 0.4), "first: from all bugs"),
+        (lambda losses, bug: (0.4,), "return two numbers"),
     ],
     "04a.shares": [
         (lambda none, muon, adamw, both: (muon - none, adamw - none), "positive"),

@@ -20,14 +20,14 @@ NAMES: dict[str, set[str]] = {
     "B06": {"mode_mismatch"},
     "B07": {"step_counters", "schedule"},
     "B08": {"random_tokens"},
-    "B09": set(),
+    "B09": {"short_memory"},
     "B10": {"weight_decay_on_norms"},
     "B11": {"padding_in_loss"},
     "B12": {"initial_loss"},
     "B13": {"lr_baked_in", "lr_overwritten"},
     "B15": {"collapsed_experts"},
     "B16": {"never_moved"},
-    "B17": set(),
+    "B17": {"rank_positions"},
     "B18": {"schedule"},
     "B19": {"delta_start"},
     "B20": {"unread_key"},
@@ -50,21 +50,24 @@ def column(call: str) -> str:
 
 
 def named(found: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """By bug: the calls that name it in every seed, each with its highest severity."""
-    seeds = {row["seed"] for row in found["rows"]}
+    """By bug: the calls that name it in every seed that was run, each with its highest severity. Bugs that were not run are left out."""
     told: dict[str, dict[str, str]] = {}
     for id, rules in NAMES.items():
         rows = [row for row in found["rows"] if row["row"] == id]
-        told[id] = {}
-        for call in CALLS:
-            by_seed: dict[int, list[str]] = {seed: [] for seed in seeds}
+        for call in CALLS if rows else ():
+            by_seed: dict[int, list[str]] = {row["seed"]: [] for row in rows}
             for row in rows:
                 if column(row["call"]) == call:
                     by_seed[row["seed"]] += [f["severity"] for f in row["findings"] if f["rule"] in rules]
-            if rows and all(by_seed.values()):
+            told.setdefault(id, {})
+            if all(by_seed.values()):
                 every = [severity for severities in by_seed.values() for severity in severities]
                 told[id][call] = min(every, key=SEVERITIES.index)
     return told
+
+
+def n_runs(found: Mapping[str, Any]) -> int:
+    return len({(row["row"], row["seed"]) for row in found["rows"]})
 
 
 def healthy(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
