@@ -23,7 +23,7 @@ VALUE = re.compile(rf"<!-- ({ID}) ([\w.]+)(:\S+)? -->(.*?)<!-- / -->")
 MEASURED = re.compile(
     r"±\s*\d|(?<![\w.^-])\d+\.\d*[1-9]\d*(?![\w.]*[\d(]| [mb]illion)|\d\s*%|\b\d[\d,]*\s+(?:nats?|tokens/s|GFLOP/s|bits per byte)\b"
 )
-COMMITTED = {"load_results", "load_true_width", "collect", "read_verdicts"}
+COMMITTED = {"load_results", "load_true_size", "load_true_width", "collect", "read_verdicts"}
 CARD = ("Question", "Afterwards you can", "Minutes to read", "Minutes to run", "Hardware", "Read first")
 UNTIMED = re.compile(r"Exercises|Recap|What would break|Would you know|Terms|Answer|Next", re.IGNORECASE)
 
@@ -256,7 +256,7 @@ def parts(page: Page) -> Iterator[str]:
     recap = re.search(r"^## Recap\s*\n(.*?)(?=\n\*\*|\n#|\Z)", everything, re.DOTALL | re.MULTILINE)
     if not recap or len(re.findall(r"^\d\. ", recap[1], re.MULTILINE)) != 5:
         yield "no recap of five numbered lines under `## Recap`"
-    recall = re.search(r"would you know(.*?)(?=\n##|\Z)", everything, re.DOTALL | re.IGNORECASE)
+    recall = re.search(r"would you know\?\*\*(.*?)(?=\n##|\Z)", everything, re.DOTALL | re.IGNORECASE)
     if not recall or recall[1].count("<details") < 3:
         yield "no three folded answers under `Would you know?`"
     for name in ("What would break", "**Terms**", "**Next**", "**Answer"):
