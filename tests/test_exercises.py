@@ -204,6 +204,17 @@ WRONG = {
             "add up to",
         ),
     ],
+    "09.settings": [
+        ("precision.parameters=float32", "a list of texts"),
+        (["model.d_ff=1024", "precision.parameters=float32"], "the model must stay"),
+        (["training.activation_checkpointing=true"], "that is the sickness"),
+        (["precision.parameters=float32"], "can be computed again"),
+    ],
+    "09.tokens": [
+        (100_000, "a power of two"),
+        (65_536, "Muon still makes"),
+        (262_144, "would do"),
+    ],
     "05.diagnosis": [
         ("not_in_optimizer", "a pair"),
         (("no_gradient", "4.weight"), "gradients do arrive"),

@@ -32,7 +32,7 @@ def check_settings(settings: Sequence[str]) -> None:
 
 
 @exercise
-def check_batch(tokens: int) -> None:
+def check_tokens(tokens: int) -> None:
     """The smallest power of two of tokens an update at which Muon makes less than a tenth of the arithmetic."""
 
     def share(n: int) -> float:
