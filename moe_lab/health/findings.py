@@ -76,7 +76,7 @@ RULES: dict[str, tuple[str, str]] = {
         "a table of positions or frequencies in 16 bits, in which late positions run together",
     ),
     "counted_twice": ("warning", "a buffer that a forward pass adds to is added to again when the pass is recomputed"),
-    "collapsed_experts": ("error", "as few experts as a token chooses take nearly all tokens"),
+    "collapsed_experts": ("warning", "as few experts as a token chooses take nearly all tokens"),
     "starved_experts": ("info", "experts that get less than a tenth of their share of the tokens"),
     "constant_term": (
         "warning",

@@ -59,7 +59,7 @@ def loads(state: State, updates: int) -> dict[str, tuple[list[int], int]]:
 
 
 @rule(
-    "error",
+    "warning",
     "{names} has collapsed: the {k} busiest of its {of} experts take {value:.0%} of the tokens' choices",
     BALANCE,
 )
