@@ -48,7 +48,7 @@ def test_what_was_found_before_is_not_found_again(tmp_path) -> None:
     watch, *_ = run(resumed, 60, 24, model, optimizer)
     after = rows(resumed)
     assert after[: len(before)] == before and [f.to_dict() for f in watch.findings] == after
-    assert len({(row["rule"], row["severity"]) for row in after}) == len(after)
+    assert len({(row["rule"], row["severity"], row["where"]) for row in after}) == len(after)
     assert [row for row in rows(whole) if row["step"] <= 24] == before
 
 

@@ -28,6 +28,7 @@ class ForwardProbe(Listener):
         super().__init__()
         self.model = model
         self.inputs: tuple[tuple, dict] | None = None
+        self.in_training = False  # the mode in which they came
         self.precision: dict[str, Any] = {}  # the autocast under which they came
         self.logit_variance: Tensor | None = None
         self.fan_ins: dict[int, int] = {}  # which dimension of a weight the first pass sums over, by its id
@@ -50,19 +51,21 @@ class ForwardProbe(Listener):
         if self.table is not None:
             yield self.table.register_forward_pre_hook(hook(self.keep_ids))
             yield from self.heard.hooks(hook)
-        for module in filter(None, (self.model, self.head)):
+        for module in (m for m in (self.model, self.head) if m is not None):  # a compiled one may have no len()
             yield module.register_forward_hook(hook(self.keep_fan_ins))
 
     def keep_inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.inputs = tuple(map(detached, args)), {k: detached(v) for k, v in kwargs.items()}
+        self.in_training = module.training
         kind = next((p.device.type for p in self.model.parameters()), "cpu")
         self.precision = {"device_type": kind, "enabled": torch.is_autocast_enabled(kind)}
         self.precision["dtype"] = torch.get_autocast_dtype(kind)
 
     def keep_ids(self, module: nn.Module, args: tuple) -> None:
         """Models trained through a method of their own (`model.losses(ids)`) never run the hook above."""
-        if self.inputs is None and args and isinstance(args[0], Tensor) and args[0].ndim == 2:
-            self.inputs = (args[0].detach(),), {}
+        is_news = self.inputs is None or (module.training and not self.in_training)
+        if is_news and args and isinstance(args[0], Tensor) and args[0].ndim == 2:
+            self.inputs, self.in_training = ((args[0].detach(),), {}), module.training
 
     def keep_fan_ins(self, module: nn.Module, args: tuple, output: Any) -> None:
         for tensor in () if self.fan_ins else tensors_of(output):

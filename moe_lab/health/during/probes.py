@@ -45,7 +45,7 @@ def law_of(optimizer: Optimizer, group: dict) -> Law | None:
 
     try:
         generator = torch.Generator().manual_seed(0)
-        wide = torch.randn(16, 64, generator=generator) * torch.logspace(0, -1, 16)[:, None]
+        wide = torch.randn(16, 64, generator=generator) * 10 ** torch.linspace(0, -1, 16)[:, None]
         values = [torch.linalg.svdvals(step(grad)) for grad in (wide, wide.mT.contiguous())]
         if any(s.min() < FLAT * s.max() for s in values):
             return None

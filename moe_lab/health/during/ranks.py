@@ -51,7 +51,7 @@ def seen_here(state: State) -> dict:
     """Numbers of this rank: of whole tensors' samples, of the last batch's tokens, and which loss was the first that is not finite."""
     whole = [t for t in state.tracked if not hasattr(t.param, "to_local") and not t.is_master]
     samples = [t.sample(t.param).float() for t in whole[:: -(-len(whole) // TENSORS) or 1]]
-    args, kwargs = state.forward.inputs or ((), {})
+    args, kwargs = (state.forward.in_training and state.forward.inputs) or ((), {})  # evaluations may well be shared
     ids = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
     bad = [i for i, loss in enumerate(state.losses) if not math.isfinite(loss)]
     before = state.events.n_observed - len(state.losses)  # losses that are not kept
