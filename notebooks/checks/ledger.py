@@ -107,8 +107,14 @@ def commits(folder: Path) -> dict[str, str | None]:
 
 def judged_again(id: str, numbers: Mapping[str, Any]) -> tuple[str, str]:
     """Outcome and sentence that the claim's rule makes of recorded numbers: no run, no time."""
-    spreads = {name: Spread(**value) for name, value in numbers.items() if is_spread(value) and "sd" in value}
-    return case.verdict_of(id)[1](**{**numbers, **spreads})
+    return case.verdict_of(id)[1](**{name: restored(value) for name, value in numbers.items()})
+
+
+def restored(value: Any) -> Any:
+    """A recorded number, or a mapping of them, with its spreads as such."""
+    if is_spread(value) and "sd" in value:
+        return Spread(**value)
+    return {name: restored(one) for name, one in value.items()} if isinstance(value, Mapping) else value
 
 
 def is_spread(value: Any) -> bool:
