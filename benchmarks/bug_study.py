@@ -26,70 +26,16 @@ from moe_lab.failures.results import RESULTS
 from moe_lab.sections import ConfigError, suggestion
 from moe_lab.train.command import exit_code
 
+sys.path.insert(0, str(ROOT / "notebooks"))
+from checks.study_06 import ALONE, FACTORS, replay_name, subset_name
+
 NAME, UPDATES = "bugs_64", 150
 MOD = ("B03", "B04", "B05", "B06", "B17")
 MAMBA = ("B09", "B19")
 DAY = (*MOD, *MAMBA, "B10", "B18", "B21", "B24")  # in the code of that day; B08 stands beside them
-ALONE = (
-    "B01",
-    "B02",
-    "B03",
-    "B04",
-    "B05",
-    "B06",
-    "B08",
-    "B09",
-    "B10",
-    "B11",
-    "B15",
-    "B17",
-    "B18",
-    "B19",
-    "B21",
-    "B24",
-)
 PLAYERS = {"B01": ("B01",), "B02": ("B02",), "MoD": MOD, "B21": ("B21",)}  # B08 is a gate, and stands apart
 OFF = {"MoD off": {"mod_enabled": False}, "Mamba off": {"mamba_enabled": False}}
 OFF["both off"] = OFF["MoD off"] | OFF["Mamba off"]
-FACTORS = ("precision", "rate", "shape", "mixtures")  # of the commit, B14
-
-# Written and committed before the first run of seeds 1 to 3; nats of validation loss above the healthy arm, or as said. B08
-# was to be a fifth player; its subsets were left out for want of time.
-PREDICTED = {
-    "alone": {
-        "B01": 0.05,
-        "B02": 2.0,
-        "B03": 0.0,
-        "B04": 0.7,
-        "B05": 0.25,
-        "B06": 0.3,
-        "B08": 2.6,
-        "B09": 0.0,
-        "B10": 0.0,
-        "B11": 0.75,
-        "B15": 0.0,
-        "B17": 0.0,
-        "B18": 0.0,
-        "B19": 0.0,
-        "B21": 1.8,
-        "B24": 0.0,
-    },
-    "B01 with B02, beyond their sum": 0.3,
-    "MoD's five together": 0.9,
-    "all of that day without B08": 2.5,
-    "all of that day with B08": 2.6,
-    "Shapley shares": {"B08": 1.2, "B02": 0.6, "B21": 0.5, "MoD": 0.25, "B01": 0.05},
-    "the commit's gain": {"all four": 0.8, "rate": 0.45, "mixtures": 0.35, "precision": 0.1, "shape": -0.1},
-    "the commit's gain with B08": 0.05,
-    "after both fixes, what gains": {
-        "MoD off": 0.3,
-        "Mamba off": 0.0,
-        "both off": 0.3,
-        "a fitting rate": 1.0,
-        "B21": 0.3,
-    },
-    "the same with B08": {"MoD off": 0.0, "Mamba off": 0.0, "both off": 0.0},
-}
 
 
 def healthy() -> Config:
@@ -122,10 +68,6 @@ def arm(bugs: Sequence[str], config: Config | None = None) -> Arm:
     if "B02" in bugs:
         config = at_rate(config, 3e-4)
     return Arm(config, bugs=tuple(sorted(set(bugs) - {"B01", "B02"})))
-
-
-def subset_name(players: Sequence[str]) -> str:
-    return " + ".join(players) or "healthy"
 
 
 def replayed(changed: Sequence[str], bugs: Sequence[str]) -> Arm:
@@ -166,10 +108,6 @@ def arms() -> dict[str, Arm]:
     for changed in ((), FACTORS, ("precision", "rate")):
         made[replay_name(changed) + " + B08"] = replayed(changed, (*DAY, "B08"))
     return made
-
-
-def replay_name(changed: Sequence[str]) -> str:
-    return "commit: " + (", ".join(changed) or "nothing")
 
 
 def experiment(names: Sequence[str] = ()) -> Experiment:
