@@ -61,11 +61,12 @@ class SharedReadings(Readings):
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
+        self.device = self.norms[0].device
         self.norms = [p for p in self.norms if local(p).numel()]
 
     def norm_deviation(self) -> Tensor:
         apart = [(local(p).detach().float() - 1).abs().max() for p in self.norms]
-        most = torch.stack(apart).max() if apart else torch.zeros((), device=torch.get_default_device())
+        most = torch.stack(apart).max() if apart else torch.zeros((), device=self.device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
         return most
 
@@ -105,10 +106,11 @@ class RankTrainer(Trainer):
         self.group = dist.new_group(backend="gloo")  # for decisions: on the CPU, so that no device waits for them
         agree_on(config, self.n_ranks, self.group)
         if self.rank == 0:
-            prepare(config.data, config.model)
+            dataset = prepare(config.data, config.model)
         dist.barrier(group=self.group)  # the others find the tokens made
+        if self.rank > 0:
+            dataset = prepare(config.data, config.model, progress=False)
         device = own_device(config)
-        dataset = prepare(config.data, config.model, progress=False)
         model = build_model(replace(config.model, vocab_size=dataset.vocab_size), config.training.seed, device)
         sample = start_sample(model)  # of whole tensors
         if strategy == "fsdp":
@@ -154,12 +156,13 @@ class RankTrainer(Trainer):
         self.controls.saved = whole.name
 
     def latest_checkpoint(self) -> tuple[Path, dict[str, Any]]:
-        return latest_checkpoint(self.root)
+        self.resumed_from, state = latest_checkpoint(self.root)
+        return self.resumed_from, state
 
     def restore(self, stored: dict[str, Any]) -> None:
         model, optimizers = get_state_dict(self.model, self.optimizers)
         parts = {"model": model, "optimizers": optimizers}
-        dcp.load(parts, checkpoint_id=latest_checkpoint(self.root)[0])
+        dcp.load(parts, checkpoint_id=self.resumed_from)
         options = [[dict(group) for group in optimizer.param_groups] for optimizer in self.optimizers]
         set_state_dict(
             self.model, self.optimizers, model_state_dict=parts["model"], optim_state_dict=parts["optimizers"]
@@ -170,16 +173,20 @@ class RankTrainer(Trainer):
         ckpt.restore_place(self, stored)
 
 
+def whole_checkpoints(run_dir: Path) -> list[Path]:
+    """Their folders, the highest step last; one that is still being written is none."""
+    folders = [path.parent for path in (run_dir / ckpt.FOLDER).glob(f"*/{PLAIN}") if path.parent.suffix != ".part"]
+    return sorted(folders, key=lambda folder: ckpt.load_checkpoint(folder / PLAIN)["step"])
+
+
 def latest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any]]:
     """The newest whole checkpoint of many ranks, and what it holds beside tensors. Raises RunError if there is none."""
-    folders = [path.parent for path in (run_dir / ckpt.FOLDER).glob(f"*/{PLAIN}") if path.parent.suffix != ".part"]
+    folders = whole_checkpoints(run_dir)
     if not folders:
         raise RunError(
             f"{run_dir}: nothing to resume from, {ckpt.FOLDER}/ holds no checkpoint of many ranks; start in a new directory"
         )
-    states = [(ckpt.load_checkpoint(folder / PLAIN), folder) for folder in folders]
-    state, folder = max(states, key=lambda pair: pair[0]["step"])
-    return folder, state
+    return folders[-1], ckpt.load_checkpoint(folders[-1] / PLAIN)
 
 
 def shard(model: LanguageModel) -> None:
@@ -250,9 +257,9 @@ def train(args: argparse.Namespace) -> int:
     except RuntimeError as error:
         if isinstance(error, RunError) or not is_about_ranks(error):
             raise
-        last = max((path.parent.name for path in (args.run_dir / ckpt.FOLDER).glob(f"*/{PLAIN}")), default="none")
+        last = [folder.name for folder in whole_checkpoints(args.run_dir)][-1:] or ["none"]
         raise RunError(
-            f"rank {rank}: another rank is gone; last whole checkpoint: {last}; go on with --resume"
+            f"rank {rank}: another rank is gone; last whole checkpoint: {last[0]}; go on with --resume"
         ) from error
     finally:
         dist.destroy_process_group()
