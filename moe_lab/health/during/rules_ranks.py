@@ -30,7 +30,8 @@ def copies(state: State) -> bool:
 )
 def ranks_apart(state: State) -> Ill:
     told = state.ranks.heard.get(max(state.ranks.heard, default=0), [])
-    others = apart(told) if told and copies(state) and not any(facts["first_nonfinite"] for facts in told) else []
+    finite = all(facts["first_nonfinite"] is None for facts in told)
+    others = apart(told) if told and copies(state) and finite else []
     return {several(list(map(str, others))): {"value": len(others), "limit": 0}} if others else {}
 
 
