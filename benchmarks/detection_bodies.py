@@ -19,7 +19,7 @@ from torch.optim import AdamW, Optimizer
 
 from benchmarks.healthy_families import WARMUP, small
 from benchmarks.healthy_language import TinyGPT
-from benchmarks.healthy_senses import STAGES, VIT, plain_cnn, sounds
+from benchmarks.healthy_senses import STAGES, VIT, plain_cnn, sounds, tiny_clip
 from benchmarks.programs import Masked, Pictures, Program, Rows
 
 N_TEST = 8  # held-out batches
@@ -122,16 +122,7 @@ def resnet(seed: int) -> Body:
 
 
 def clip(seed: int) -> Body:
-    text = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "vocab_size": 64,
-    }
-    text |= {"max_position_embeddings": 8, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}
-    vision = {key: value for key, value in VIT.items() if key != "num_labels"}
-    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=32))
+    model = tiny_clip()
 
     def batches(seed: int) -> Callable[[], Batch]:
         pictures = Pictures(seed, batch=36)

@@ -121,8 +121,7 @@ def whisper(seed: int) -> Program:
     return Program(model, [optimizer], step)
 
 
-def clip(seed: int) -> Program:
-    """Glyphs and the letters that they show."""
+def tiny_clip() -> transformers.CLIPModel:
     text = {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -132,8 +131,12 @@ def clip(seed: int) -> Program:
     }
     text |= {"max_position_embeddings": 8, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}
     vision = {key: value for key, value in VIT.items() if key != "num_labels"}
-    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=32)
-    model, pictures = transformers.CLIPModel(config).train(), Pictures(seed, batch=36)
+    return transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=32))
+
+
+def clip(seed: int) -> Program:
+    """Glyphs and the letters that they show."""
+    model, pictures = tiny_clip().train(), Pictures(seed, batch=36)
     optimizer = AdamW(model.parameters(), lr=1e-3)
 
     def step(i: int) -> Tensor:
