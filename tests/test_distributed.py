@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from moe_lab import Trainer, load_config
+from moe_lab.connect.distributed import leave
 from moe_lab.optim import Muon
 from moe_lab.optim.sharded import is_sharded, n_rows
 from moe_lab.train.record import read_record
@@ -206,6 +207,7 @@ def rank(number: int, n_ranks: int, store: str, result: str) -> None:
     else:
         raise AssertionError("columns on several ranks were taken")
     dist.destroy_process_group()
+    leave(0)
 
 
 @pytest.mark.parametrize("n_ranks", [2, 3])

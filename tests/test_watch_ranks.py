@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from moe_lab.connect.distributed import leave
 from moe_lab.health import Watch
 
 VOCAB, UPDATES = 64, 30
@@ -66,6 +67,7 @@ def work(rank: int, folder: str) -> None:
     found = {case: train(rank, case) for case in (*SICK, *HEALTHY)}
     Path(folder, f"found_{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
+    leave(0)
 
 
 @pytest.fixture(scope="module")
