@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -189,7 +190,8 @@ def test_a_module_an_error_of_the_script_and_ctrl_c(tmp_path: Path) -> None:
     failed = subprocess.run([*python, "-m", "package.fit", "a"], **options, timeout=100)
     assert (failed.returncode, failed.stdout) == (1, "done ['a'] __main__\n")
     assert "after 40 updates" in failed.stderr and failed.stderr.endswith("ZeroDivisionError: division by zero\n")
-    endless = subprocess.Popen([*python, "endless.py"], **options)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs start deaf to it
+    endless = subprocess.Popen([*python, "endless.py"], **options, preexec_fn=heard)
     for _ in range(20):  # updates
         assert endless.stdout.readline() == "up\n"
     endless.send_signal(signal.SIGINT)

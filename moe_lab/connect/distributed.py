@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -250,11 +251,12 @@ def train(args: argparse.Namespace) -> int:
                         bar.set_postfix_str(f"loss {row['loss']:.3f}")
 
                 trainer.listeners.append(show)
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # after `fit`, which obeys it: what ends says why
                 status = trainer.fit()["status"]
         if rank == 0:
             print(f"{status}: {trainer.step} steps on {trainer.n_ranks} ranks in {trainer.root}")
         return int(any(finding.severity == "error" for finding in watch.findings))
-    except RuntimeError as error:
+    except (RuntimeError, dcp.CheckpointException) as error:
         if isinstance(error, RunError) or not is_about_ranks(error):
             raise
         last = [folder.name for folder in whole_checkpoints(args.run_dir)][-1:] or ["none"]
@@ -265,7 +267,7 @@ def train(args: argparse.Namespace) -> int:
         dist.destroy_process_group()
 
 
-def is_about_ranks(error: RuntimeError) -> bool:
+def is_about_ranks(error: BaseException) -> bool:
     """Whether it was raised because a rank does not answer. Gloo has no class of its own for that."""
     words = ("gloo", "connection", "nccl", "peer", "socket")
     return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -108,8 +109,8 @@ def begin(trainer: Trainer) -> None:
         raise RunError(f"{run_dir}: {trainer.step} steps are done and training.steps={trainer.n_steps}; ask for more")
     folder = run_dir / ckpt.FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    for unfinished in folder.glob("*.part"):
-        unfinished.unlink()  # a save that a kill cut short
+    for unfinished in folder.glob("*.part"):  # a save that a kill cut short; of many ranks, a folder
+        shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
     ckpt.check_disk(trainer, training.keep_checkpoints + 1)
     trainer.initial_sample = trainer.initial_sample or start_sample(trainer.model)
     torch.manual_seed(training.seed)  # for whatever draws beside dropout, such as stochastic rounding
