@@ -11,8 +11,6 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from tqdm import tqdm
-
 from moe_lab.config import SECTIONS, ConfigError, load_config
 from moe_lab.course import case
 from moe_lab.course.notebook import new_run_dir
@@ -24,8 +22,8 @@ from moe_lab.health.during.watch import Watch
 from moe_lab.health.findings import SEVERITIES, Finding, counts
 from moe_lab.model.count import count_parameters
 from moe_lab.plan import lines
-from moe_lab.train import RunError, Trainer
-from moe_lab.train.command import exit_code
+from moe_lab.train import Trainer
+from moe_lab.train.command import exit_code, fit_watched
 from moe_lab.train.device import choose_threads
 from moe_lab.train.record import FINDINGS, commit
 
@@ -44,37 +42,12 @@ def run(args: argparse.Namespace) -> int:
     for finding in before:
         print(line_of(finding), file=sys.stderr)
     with trainer.opened():  # from here on no other process writes there
-        status, findings = fit_watched(trainer)
+        status, findings = fit_watched(trainer, Watch)
     print(f"{status}: {trainer.step} steps in {trainer.run_dir}; see record.jsonl and summary.json")
     print(
         counts(finding.severity for finding in findings) + (f": see {trainer.run_dir / FINDINGS}" if findings else "")
     )
     return int(any(finding.severity == "error" for finding in before + findings))
-
-
-def fit_watched(trainer: Trainer) -> tuple[str, list[Finding]]:
-    """`trainer.fit()` under a Watch, with a progress bar on stderr: how it ended, what was found."""
-    plan = {"budget": trainer.n_steps, "start_step": trainer.step, "log": trainer.run_dir / FINDINGS, "quiet": True}
-    try:
-        watch = Watch(trainer.model, trainer.optimizers, **plan)
-    except ValueError as error:
-        raise RunError(str(error)) from error
-    shown: list[Finding] = []
-    with watch, tqdm(total=trainer.n_steps, initial=trainer.step, unit="step") as bar:
-
-        def show(row: dict) -> None:
-            for finding in watch.findings[len(shown) :]:
-                bar.write(str(finding), file=sys.stderr)
-                shown.append(finding)
-            if "loss" in row:
-                watch.observe(loss=row["loss"])
-                bar.update(row["step"] - bar.n)
-                bar.set_postfix_str(f"loss {row['loss']:.3f}")
-            else:
-                bar.write(f"step {row['step']}: validation loss {row['validation_loss']:.4f}", file=sys.stderr)
-
-        trainer.listeners.append(show)
-        return trainer.fit()["status"], watch.findings
 
 
 def preflight_of(path: str) -> list[Finding]:

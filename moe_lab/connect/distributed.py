@@ -27,20 +27,19 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from moe_lab.config import Config, ConfigError, load_config, to_dict, to_yaml
 from moe_lab.data import prepare
 from moe_lab.health import Watch, start_sample
+from moe_lab.health.findings import counts
 from moe_lab.model import LanguageModel, build_model
 from moe_lab.optim.sharded import local
 from moe_lab.train import RunError, Trainer
 from moe_lab.train import checkpoint as ckpt
-from moe_lab.train.command import exit_code
+from moe_lab.train.command import exit_code, fit_watched
 from moe_lab.train.controls import Controls
 from moe_lab.train.device import pick_device
 from moe_lab.train.readings import Readings
-from moe_lab.train.record import FINDINGS
 
 STRATEGIES = ("ddp", "fsdp")
 PLAIN = "state.pt"  # beside the tensors of a checkpoint: what every rank needs of it, readable alone
@@ -240,22 +239,14 @@ def train(args: argparse.Namespace) -> int:
     try:
         trainer = RankTrainer(config, args.run_dir, args.strategy, args.resume)
         with trainer.opened():
-            plan = {"budget": trainer.n_steps, "start_step": trainer.step, "log": trainer.run_dir / FINDINGS}
-            bar = tqdm(total=trainer.n_steps, initial=trainer.step, unit="step", disable=rank > 0)
-            with Watch(trainer.model, trainer.optimizers, quiet=rank > 0, **plan) as watch, bar:
-
-                def show(row: dict) -> None:
-                    if "loss" in row:
-                        watch.observe(loss=row["loss"])
-                        bar.update(row["step"] - bar.n)
-                        bar.set_postfix_str(f"loss {row['loss']:.3f}")
-
-                trainer.listeners.append(show)
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # after `fit`, which obeys it: what ends says why
-                status = trainer.fit()["status"]
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # after `fit`, which obeys it: what ends says why
+            status, findings = fit_watched(trainer, Watch, speaks=rank == 0)
         if rank == 0:
-            print(f"{status}: {trainer.step} steps on {trainer.n_ranks} ranks in {trainer.root}")
-        return int(any(finding.severity == "error" for finding in watch.findings))
+            found = counts(finding.severity for finding in findings)
+            print(
+                f"{status}: {trainer.step} steps on {trainer.n_ranks} ranks in {trainer.root}; this rank's watch: {found}"
+            )
+        return int(any(finding.severity == "error" for finding in findings))
     except (RuntimeError, dcp.CheckpointException) as error:
         if isinstance(error, RunError) or not is_about_ranks(error):
             raise

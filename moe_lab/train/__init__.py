@@ -8,7 +8,7 @@ controls.py    what a person or a signal may ask for while a run goes on
 checkpoint.py  a run's state, written whole or not at all, and read back
 directory.py   who may write in a run's directory, what a run begins with, which config resumes, and load_run
 record.py      JSON lines: record, findings; the summary
-command.py     how a command ends
+command.py     how a command trains, and how it ends
 """
 
 from moe_lab.train.checkpoint import RunError
