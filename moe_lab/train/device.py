@@ -6,10 +6,9 @@ import contextlib
 import ctypes
 import os
 import platform
-import time
 import timeit
-from pathlib import Path
 
+import psutil
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -95,20 +94,9 @@ def choose_threads(config: Config) -> str | None:
     return f"this machine is busy: others take {taken:.1f} of its {cores} cores; computing with {threads}"
 
 
-def cores_taken(seconds: float = 0.2) -> float:
-    """How many cores all processes took while this one slept; where Linux does not say it, the load of the last minute."""
-    stat = Path("/proc/stat")
-    if not stat.exists():
-        return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-
-    def times() -> list[int]:
-        return [int(word) for word in stat.read_text().split("\n", 1)[0].split()[1:9]]
-
-    before = times()
-    time.sleep(seconds)
-    spent = [after - earlier for after, earlier in zip(times(), before, strict=True)]
-    idle = spent[3] + spent[4]  # idle, and waiting for a disk
-    return (1 - idle / max(1, sum(spent))) * (os.cpu_count() or 1)
+def cores_taken() -> float:
+    """How many cores all processes took while this one slept for a moment."""
+    return psutil.cpu_percent(interval=0.2) / 100 * (os.cpu_count() or 1)
 
 
 def bfloat16_products(model: nn.Module, compute: str, device: torch.device) -> contextlib.AbstractContextManager:
