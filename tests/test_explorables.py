@@ -6,12 +6,11 @@ import re
 import IPython.display
 import pytest
 import torch
-from checks import figures_02
+from checks import explore_03, figures_02
 from helpers import tiny
 from matplotlib.figure import Figure
 
 from moe_lab import build_model
-from moe_lab.show import explorables
 from moe_lab.show.explorables import Choice, Slider, explore
 from moe_lab.show.style import new_figure
 
@@ -19,7 +18,7 @@ from moe_lab.show.style import new_figure
 @pytest.mark.parametrize("weight", [0.001, 0.02, 0.25, 1.0, 1.0078125, 3.0, 7.9])
 @pytest.mark.parametrize("update", [-0.1, -2.5e-3, -(2**-9), -3e-4, 1e-6, 2**-8, 0.0035, 0.05])
 def test_a_sum_is_rounded_as_torch_rounds_it(weight, update) -> None:
-    s = explorables.add_in_bf16(weight, update)
+    s = explore_03.add_in_bf16(weight, update)
     kept = torch.tensor(weight).bfloat16()
     torch_s = kept.clone().add_(torch.tensor(update, dtype=torch.float32))  # computed in float32, stored in bf16
     assert s.weight == kept.item() and s.result == torch_s.item()
@@ -28,24 +27,24 @@ def test_a_sum_is_rounded_as_torch_rounds_it(weight, update) -> None:
 
 
 def test_the_stretch_that_rounds_back_ends_at_the_known_thresholds() -> None:
-    s = explorables.add_in_bf16(1.0, -3e-4)
+    s = explore_03.add_in_bf16(1.0, -3e-4)
     assert (1 - s.low, s.high - 1) == (2**-9, 2**-8)
 
 
 def test_the_numbers_of_an_interval_are_those_of_bf16() -> None:
-    assert explorables.bf16_between(0.99, 1.02) == [0.9921875, 0.99609375, 1.0, 1.0078125, 1.015625]
-    numbers = explorables.bf16_between(-1.0, 1.0)
+    assert explore_03.bf16_between(0.99, 1.02) == [0.9921875, 0.99609375, 1.0, 1.0078125, 1.015625]
+    numbers = explore_03.bf16_between(-1.0, 1.0)
     assert numbers == sorted(set(numbers)) and numbers[0] == -1.0 and 0.0 in numbers
     assert len(numbers) == 2 * 0x3F80 + 1  # the bits of 1.0 count the positive ones up to it
 
 
-@pytest.mark.parametrize("positions", [[(1.0, -3e-4)], explorables.POSITIONS, [(0.001, -0.1), (8.0, 3e-6)]], ids=len)
+@pytest.mark.parametrize("positions", [[(1.0, -3e-4)], explore_03.POSITIONS, [(0.001, -0.1), (8.0, 3e-6)]], ids=len)
 def test_each_line_is_drawn_and_told(positions) -> None:
-    figure, text, caption = explorables.number_line(positions)
+    figure, text, caption = explore_03.number_line(positions)
     assert isinstance(figure, Figure) and len(figure.axes) == len(positions) == len(text.splitlines())
     assert caption not in text
     for line, (weight, update) in zip(text.splitlines(), positions, strict=True):
-        assert ("lost" in line) == explorables.add_in_bf16(weight, update).lost
+        assert ("lost" in line) == explore_03.add_in_bf16(weight, update).lost
 
 
 class Page:
@@ -66,14 +65,14 @@ class Page:
 
 def test_headless_the_number_line_shows_the_chosen_positions(monkeypatch) -> None:
     page = Page(monkeypatch, live="0")
-    explorables.explore_number_line()
+    explore_03.explore_number_line()
     (picture,) = page.shown
-    assert picture["text/plain"].splitlines()[:4] == explorables.number_line()[1].splitlines()
+    assert picture["text/plain"].splitlines()[:4] == explore_03.number_line()[1].splitlines()
 
 
 def test_sliders_redraw_the_same_figure(monkeypatch) -> None:
     page = Page(monkeypatch, live="1")
-    explorables.explore_number_line()
+    explore_03.explore_number_line()
     box, _names, first = page.shown
     assert ": lost" in first["text/plain"]
     weight, update, way = box.children

@@ -8,6 +8,7 @@ import struct
 
 import pytest
 import torch
+from checks.true_width import load_true_width
 from helpers import refused, seeded
 from tiny_run import write_text
 from torch import nn
@@ -18,7 +19,6 @@ from benchmarks.true_width.shadow import Shadow, part_of, share
 from benchmarks.true_width.true_width import command, line_at, matching_factor, result_path
 from moe_lab.config import ConfigError
 from moe_lab.failures import experiments
-from moe_lab.failures.results import load_true_width
 from moe_lab.health.measures import predict_lost
 from moe_lab.model import build_model
 from moe_lab.train.command import exit_code

@@ -23,7 +23,6 @@ from moe_lab.show.style import (
     label_right,
     new_axes,
     new_figure,
-    row_axes,
 )
 
 Rows = Sequence[Mapping[str, Any]]
@@ -233,17 +232,6 @@ def draw_load(axes: Axes, load: np.ndarray) -> list[str]:
             axes.text(expert, layer, f"{value:.1f}", ha="center", va="center", fontsize=8, color=colour)
     layer, expert = np.unravel_index(load.argmax(), load.shape)
     return [f"busiest expert: MoE layer {layer}, expert {expert}, {load.max():.2f} times the even share"]
-
-
-def dot_chart(rows: Sequence[tuple[float, str, str, str]], title: str, unit: str) -> Axes:
-    """A line and a dot a row, from the top down: its value, its name, its colour and its marker."""
-    axes = row_axes([name for _, name, _, _ in rows], title, unit)
-    for place, (value, _, colour, marker) in enumerate(rows):
-        axes.plot([0, value], [place, place], color=colour, linewidth=2, alpha=0.4)
-        axes.plot(value, place, marker=marker, color=colour, markersize=8)
-        axes.annotate(f"{value:.2f}", (value, place), (9, -3), textcoords="offset points", fontsize=9, color=INK)
-    axes.set_xlim(0, 1.1 * max([1.0, *(value for value, *_ in rows)]))
-    return axes
 
 
 def beside(loss: float, floor: float) -> str:

@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 
 from moe_lab.failures.results import Results
 from moe_lab.health.during.rules_updates import LOST_ERROR, LOST_WARNING
-from moe_lab.show.plots import dot_chart
 from moe_lab.show.style import (
     BLUE,
     GREEN,
@@ -82,8 +81,13 @@ def arrived_bars(shares: Mapping[str, float]) -> Drawn:
     signs = dict.fromkeys(lost, (VERMILION, "X")) | dict.fromkeys(some, (INK, "^"))
     few, most = f"{100 * LOST_ERROR:g} %", f"{100 * LOST_WARNING:g} %"
     title = f"Share of the intended displacement that arrived (✕ under {few}, ▲ under {most}, ● the rest)"
-    rows = [(share, name, *signs.get(name, (BLUE, "o"))) for share, name in entries]
-    axes = dot_chart(rows, title, "realised / intended, no unit")
+    axes = row_axes([name for _, name in entries], title, "realised / intended, no unit")
+    for place, (share, name) in enumerate(entries):
+        colour, marker = signs.get(name, (BLUE, "o"))
+        axes.plot([0, share], [place, place], color=colour, linewidth=2, alpha=0.4)
+        axes.plot(share, place, marker=marker, color=colour, markersize=8)
+        axes.annotate(f"{share:.2f}", (share, place), (9, -3), textcoords="offset points", fontsize=9, color=INK)
+    axes.set_xlim(0, 1.1 * max([1.0, *shares.values()]))
     for limit in (LOST_ERROR, LOST_WARNING):
         axes.axvline(limit, color=GREY, linewidth=0.5, linestyle="--", zorder=0)
     listed = ", ".join(f"{name} {share:.2f}" for share, name in entries)

@@ -36,7 +36,7 @@ class Move(NamedTuple):
 
 EXPLORABLES = {
     "number line": (
-        "from moe_lab.show.explorables import explore_number_line\nexplore_number_line()",
+        "from checks.explore_03 import explore_number_line\nexplore_number_line()",
         Move("up", "click", r"^1 \+ 0\.0003.*lost"),
         Move("down", "Space", r"^1 − 0\.0003.*lost"),
         Move("update", "PageUp*12", r"^1 − 0\.00[4-9].*lands on 0\.99"),

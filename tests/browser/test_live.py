@@ -16,9 +16,11 @@ from playwright.sync_api import Page
 
 NOTEBOOK_03 = Path(__file__).parents[2] / "notebooks" / "03_bf16_underflow.ipynb"
 LINE = "explore_number_line()"  # a cell of notebook 03
-CELLS = """from moe_lab import Trainer
+CELLS = """import sys
+sys.path.insert(0, {notebooks!r})
+from checks.explore_03 import explore_number_line
+from moe_lab import Trainer
 from moe_lab.show import dashboard, live
-from moe_lab.show.explorables import explore_number_line
 from moe_lab.course import notebook
 from moe_lab.train.record import read_jsonl
 dashboard.REDRAW_S = 0.2
@@ -54,7 +56,7 @@ def click(page: Page, label: str) -> None:
 @pytest.mark.timeout(240)
 def test_buttons_and_sliders_act_and_the_saved_notebook_stays_readable(tmp_path: Path) -> None:
     line = next(cell.source for cell in nbformat.read(NOTEBOOK_03, 4).cells if cell.source == LINE)
-    cells = CELLS.format(run_dir=str(tmp_path / "run"), line=line).split("\n---\n")
+    cells = CELLS.format(run_dir=str(tmp_path / "run"), line=line, notebooks=str(NOTEBOOK_03.parent)).split("\n---\n")
     write_notebook(tmp_path / "live.ipynb", *cells)
     with jupyter_lab(tmp_path) as address, browser_page() as (page, crashes):
         page.goto(f"{address}/doc/tree/live.ipynb?reset")
