@@ -33,6 +33,7 @@ from moe_lab.data import prepare
 from moe_lab.health import Watch, start_sample
 from moe_lab.health.findings import counts
 from moe_lab.model import LanguageModel, build_model
+from moe_lab.optim.groups import groups_of, pass_options
 from moe_lab.optim.sharded import local
 from moe_lab.train import RunError, Trainer
 from moe_lab.train import checkpoint as ckpt
@@ -163,13 +164,11 @@ class RankTrainer(Trainer):
         model, optimizers = get_state_dict(self.model, self.optimizers)
         parts = {"model": model, "optimizers": optimizers}
         dcp.load(parts, checkpoint_id=self.resumed_from)
-        options = [[dict(group) for group in optimizer.param_groups] for optimizer in self.optimizers]
+        given = [dict(group) for group in groups_of(self.optimizers)]
         set_state_dict(
             self.model, self.optimizers, model_state_dict=parts["model"], optim_state_dict=parts["optimizers"]
         )
-        for optimizer, given in zip(self.optimizers, options, strict=True):
-            for group, values in zip(optimizer.param_groups, given, strict=True):
-                group.update({key: value for key, value in values.items() if key != "params"})
+        pass_options(given, groups_of(self.optimizers))
         ckpt.restore_place(self, stored)
 
 

@@ -1,6 +1,6 @@
 """Which optimizer updates which tensor, and which tensors decay."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
@@ -64,3 +64,9 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig, max_lr: float) -
 
 def groups_of(optimizers: list[Optimizer]) -> Iterator[dict]:
     return (group for optimizer in optimizers for group in optimizer.param_groups)
+
+
+def pass_options(source: Iterable[dict], target: Iterable[dict]) -> None:
+    """Copy every option of each group but its parameters."""
+    for given, taken in zip(source, target, strict=True):
+        taken.update({key: value for key, value in given.items() if key != "params"})

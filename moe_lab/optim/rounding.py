@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from moe_lab.config import OptimizerConfig
-from moe_lab.optim.groups import build_optimizers
+from moe_lab.optim.groups import build_optimizers, pass_options
 
 # What each mode keeps of a parameter beside the inner optimizer's own state.
 MODES = {"masters": "master", "kahan": "compensation", "stochastic": None}
@@ -146,12 +146,6 @@ class Rounded(Optimizer):
     def __getstate__(self) -> dict[str, Any]:  # for copy.deepcopy; torch's own keeps groups and state alone
         own = {name: getattr(self, name) for name in ("inner", "mode", "work")}
         return super().__getstate__() | own
-
-
-def pass_options(source: list[dict], target: list[dict]) -> None:
-    """Copy every option of each group but its parameters."""
-    for given, taken in zip(source, target, strict=True):
-        taken.update({key: value for key, value in given.items() if key != "params"})
 
 
 def wrapped(mode: str, model: nn.Module, config: OptimizerConfig, max_lr: float) -> list[Optimizer]:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from moe_lab.config import ConfigError, to_dict
 from moe_lab.health.sampling import WHOLE
+from moe_lab.optim.groups import groups_of, pass_options
 from moe_lab.train.device import is_out_of_memory
 from moe_lab.train.record import replacing
 
@@ -158,14 +159,13 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
     """
     restore_place(trainer, state)
     trainer.model.load_state_dict(state["model_state_dict"])
+    given = [dict(group) for group in groups_of(trainer.optimizers)]
     for optimizer, stored in zip(trainer.optimizers, state["optimizer_state_dict"], strict=True):
-        given = [dict(group) for group in optimizer.param_groups]
-        for group, options in zip(stored["param_groups"], given, strict=True):
-            if "fused" in options:  # then the counts are taken to the device, where a fused step looks for them
-                group["fused"] = options["fused"]
+        for group, own in zip(stored["param_groups"], optimizer.param_groups, strict=True):
+            if "fused" in own:  # then the counts are taken to the device, where a fused step looks for them
+                group["fused"] = own["fused"]
         optimizer.load_state_dict(stored)
-        for group, options in zip(optimizer.param_groups, given, strict=True):
-            group.update(options)
+    pass_options(given, groups_of(trainer.optimizers))
 
 
 def restore_place(trainer: Trainer, state: dict[str, Any]) -> None:
