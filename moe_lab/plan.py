@@ -48,9 +48,7 @@ class Memory(NamedTuple):
     optimizer: float
     activations: float  # what the blocks' forward pass keeps, copies of weights in the compute format among them
     logits: float  # and gradients of the heads, which wait for the backward pass
-    recomputed: (
-        float  # what the backward pass needs beside these: a block's forward pass once more, gradients on their way
-    )
+    recomputed: float  # what the backward pass needs beside these: a block's forward pass again, gradients on their way
     gathered: float  # FSDP's: the largest block's weights and gradients, whole
 
 

@@ -108,9 +108,7 @@ def test_flops_are_those_that_torch_counts(changes: dict) -> None:
         output = model(ids)
         (output.logits.sum() + output.future_logits.sum()).backward()
     scores = 6 * config.n_layers * config.d_model * length
-    norms = (
-        6 * (2 * config.n_layers + 1) * config.d_model
-    )  # their weights are counted with the rest, and are no matrices
+    norms = 6 * (2 * config.n_layers + 1) * config.d_model  # their weights are counted with the rest
     assert (
         flops(config, 2 * length, length) - 2 * length * (scores + norms)
         == counter.get_flop_counts()["Global"][torch.ops.aten.mm]

@@ -241,9 +241,7 @@ def test_micro_batches_whose_means_count_alike_whatever_their_targets() -> None:
 
 
 def test_losses_that_are_no_likelihood_are_left_alone() -> None:
-    def rewarded(
-        model: Callable, step: int
-    ) -> Tensor:  # the same rollouts several times, with advantages of both signs
+    def rewarded(model: Callable, step: int) -> Tensor:  # rollouts several times, with advantages of both signs
         ids = batch(step // 6)
         loss = F.cross_entropy(model(ids[:, :-1]).transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
         return (loss * torch.linspace(-1, 1, B)).mean()

@@ -107,9 +107,7 @@ def update_states(optimizer: torch.optim.Optimizer) -> list[dict[str, torch.Tens
 
 
 def test_operations_are_those_of_an_update(update: Update, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        muon, "fast_dtype", lambda device: torch.bfloat16
-    )  # where that is slow, fewer products are made
+    monkeypatch.setattr(muon, "fast_dtype", lambda device: torch.bfloat16)  # elsewhere fewer products are made
     planned = plan.flops(update.config)
     with Counted() as passes:
         update.passes()

@@ -123,9 +123,8 @@ class RankTrainer(Trainer):
             self.compiled = DistributedDataParallel(Reporting(self.model))
 
     def micro_batches(self) -> list[Tensor]:
-        place = (
-            f"{self.config.training.seed} {self.step} {self.rank}"  # each rank drops other units, also after a resume
-        )
+        # each rank drops other units, also after a resume
+        place = f"{self.config.training.seed} {self.step} {self.rank}"
         self.dropout_noise.manual_seed(int(hashlib.sha256(place.encode()).hexdigest()[:8], 16))
         return super().micro_batches()[self.rank :: self.n_ranks]  # all ranks draw all, so they stand at the same place
 

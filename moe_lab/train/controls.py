@@ -26,9 +26,7 @@ class Controls:
         self.lr_scale = 1.0
         self.evaluated = 1.0  # share of the validation targets scored by an evaluation; 1: none is going on
         self.saved = ""  # the file of the last checkpoint
-        self.acts: dict[
-            str, Callable[[], None]
-        ] = {}  # what else may be asked for, by its name: done between two updates
+        self.acts: dict[str, Callable[[], None]] = {}  # what else may be asked for, by name: done between two updates
         self.looks = False  # whether somebody looks, and so does not want to wait for the next `log_interval`
 
     def ask(self, action: str, **value: float) -> None:
