@@ -1,12 +1,17 @@
 """The order of zero_grad, backward, clip and step: each mistake beside loops that only look like it."""
 
+import gc
+import weakref
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 from toy import adamw, said, toy
 
-from moe_lab.health import Watch
+from moe_lab.health import Finding, Watch
 
 EVENTS = {"no_updates", "stale_gradients", "cleared_gradients"}
 
@@ -16,15 +21,19 @@ def loss_of(model: nn.Module) -> torch.Tensor:
     return F.cross_entropy(model(ids).float().flatten(0, -2), ids.flatten())
 
 
-def found(loop, n: int = 20) -> set[str]:
-    """The rules about events that speak while `loop(model, optimizer, i)` is called n times."""
+def seen(loop, n: int = 20, begins: int = 0) -> list[Finding]:
+    """What the rules about events say while `loop(model, optimizer, i)` is called n times, and a sound loop before that."""
     torch.manual_seed(0)
     model = toy()
     (optimizer,) = adamw(model)
     with Watch(model, optimizer) as watch:
         for i in range(n):
-            watch.observe(loss=loop(model, optimizer, i))
-    return EVENTS & set(said(watch))
+            watch.observe(loss=(loop if i >= begins else sound)(model, optimizer, i))
+    return [f for f in watch.findings if f.rule in EVENTS]
+
+
+def found(loop, n: int = 20) -> set[str]:
+    return {finding.rule for finding in seen(loop, n)}
 
 
 def sound(model, optimizer, i, set_to_none: bool = True):
@@ -46,8 +55,10 @@ def accumulated(model, optimizer, i):
 
 
 def as_a_discriminator(model, optimizer, i):
-    """The generator's backward pass fills its gradients as well; they go before its own."""
-    loss_of(model).backward()
+    """The generator's backward pass fills its gradients as well; they go before its own. Nobody watches the generator."""
+    scale = nn.Parameter(torch.ones(()))
+    (scale * loss_of(model)).backward()
+    torch.optim.SGD([scale], lr=0.1).step()
     return sound(model, optimizer, i)
 
 
@@ -65,7 +76,82 @@ def closure(model, optimizer, i):
     return optimizer.step(again)
 
 
-@pytest.mark.parametrize("loop", [sound, zeros, accumulated, as_a_discriminator, closure])
+def perturbed(model, optimizer, i):
+    """Sharpness-aware: the first pass's gradient moves the weights to where the second is taken."""
+    optimizer.zero_grad()
+    loss_of(model).backward()
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    steps = [0.05 * p.grad / (p.grad.norm() + 1e-9) for p in parameters]
+    for p, step in zip(parameters, steps, strict=True):
+        p.data.add_(step)
+    optimizer.zero_grad()
+    loss = loss_of(model)
+    loss.backward()
+    for p, step in zip(parameters, steps, strict=True):
+        p.data.sub_(step)
+    optimizer.step()
+    return loss
+
+
+def one_by_one(model, optimizer, i):
+    """Each loss's gradient by itself, put together by hand, as against conflicts of tasks."""
+    parts = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        parts.append([p.grad.clone() for p in model.parameters()])
+    for p, *grads in zip(model.parameters(), *parts, strict=True):
+        p.grad = sum(grads)
+    optimizer.step()
+    return loss
+
+
+def made_by_hand(model, optimizer, i):
+    """Of every other update the gradients come of no backward pass, as in evolution strategies."""
+    if i % 2:
+        return sound(model, optimizer, i)
+    for p in model.parameters():
+        p.grad = 0.01 * torch.randn_like(p)
+    optimizer.step()
+    return loss_of(model)
+
+
+class Attacked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+def test_adversarial_training_throws_the_gradients_of_its_attack_away() -> None:
+    torch.manual_seed(0)
+    model = Attacked()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Watch(model, optimizer) as watch:
+        for _ in range(30):
+            x, y = torch.randn(8, 4, requires_grad=True), torch.randint(2, (8,))
+            F.cross_entropy(model(x), y).backward()
+            optimizer.zero_grad()
+            F.cross_entropy(model((x + 0.1 * x.grad.sign()).detach()), y).backward()
+            optimizer.step()
+    assert not EVENTS & set(said(watch))
+
+
+def skipped_at_first(model, optimizer, i):
+    """A scaler that has to find its scale."""
+    for _ in range(10 if i == 0 else 0):
+        optimizer.zero_grad()
+        loss_of(model).backward()
+    return sound(model, optimizer, i)
+
+
+SOUND = [sound, zeros, accumulated, as_a_discriminator, closure, perturbed, one_by_one, made_by_hand, skipped_at_first]
+
+
+@pytest.mark.parametrize("loop", SOUND)
 def test_sound_orders_are_silent(loop) -> None:
     assert found(loop, n=64) == set()
 
@@ -102,20 +188,82 @@ def never_cleared(model, optimizer, i):
     return loss
 
 
-@pytest.mark.parametrize("set_to_none", [True, False])
-def test_gradients_that_go_before_the_step(set_to_none: bool) -> None:
-    def loop(model, optimizer, i):
-        loss = loss_of(model)
-        loss.backward()
+def gone(model, optimizer, i, set_to_none: bool = True):
+    loss = loss_of(model)
+    loss.backward()
+    optimizer.zero_grad(set_to_none=set_to_none)
+    optimizer.step()
+    return loss
+
+
+def cleared_between(model, optimizer, i, set_to_none: bool = True):
+    for _ in range(4):
         optimizer.zero_grad(set_to_none=set_to_none)
-        optimizer.step()
-        return loss
+        loss = loss_of(model)
+        (loss / 4).backward()
+    optimizer.step()
+    return loss
 
-    assert found(loop) == {"cleared_gradients"}
+
+def stepped_twice(model, optimizer, i):
+    loss = sound(model, optimizer, i)
+    nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    optimizer.step()
+    return loss
 
 
-def test_gradients_that_pile_up() -> None:
-    assert found(never_cleared) == {"stale_gradients"}
+ILL = [(gone, "cleared_gradients", "gone when"), (cleared_between, "cleared_gradients", "the last one alone")]
+ILL += [(partial(loop, set_to_none=False), *told) for loop, *told in ILL]
+ILL += [(never_cleared, "stale_gradients", "still there"), (stepped_twice, "stale_gradients", "used already")]
+
+
+@pytest.mark.parametrize("begins", [0, 35])
+@pytest.mark.parametrize(("loop", "rule", "told"), ILL)
+def test_each_mistake_is_named_whenever_it_begins(loop, rule: str, told: str, begins: int) -> None:
+    (finding,) = seen(loop, begins + 20, begins)
+    assert finding.rule == rule and told in finding.message and begins < finding.step <= begins + 25
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.generator, self.discriminator = toy(seed=1), toy(seed=2)
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_the_parts_of_a_gan_clear_what_the_other_one_left(both: bool) -> None:
+    """The generator's pass fills the discriminator's gradients, and is not for them."""
+    torch.manual_seed(0)
+    pair = Pair()
+    (a,), (b,) = adamw(pair.generator), adamw(pair.discriminator)
+    with Watch(pair if both else pair.discriminator, [a, b] if both else [b]) as watch:
+        for _ in range(30):
+            a.zero_grad()
+            (loss_of(pair.generator) + loss_of(pair.discriminator)).backward()
+            if both:
+                b.zero_grad()
+                loss_of(pair.discriminator).backward()
+                a.step()
+            else:
+                a.step()
+                b.zero_grad()
+                loss_of(pair.discriminator).backward()
+            b.step()
+    assert not EVENTS & set(said(watch))
+
+
+def test_one_of_two_optimizers_never_steps() -> None:
+    torch.manual_seed(0)
+    model = toy()
+    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == many] for many in (True, False))
+    optimizers = [torch.optim.AdamW(part, lr=0.01) for part in (matrices, vectors)]
+    with Watch(model, optimizers) as watch:
+        for _ in range(60):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            loss_of(model).backward()
+            optimizers[0].step()
+    assert "no_updates" in said(watch)
 
 
 def test_the_missing_gradient_is_not_blamed_on_the_model() -> None:
@@ -160,8 +308,16 @@ def test_a_report_after_no_update_is_no_all_clear(capsys) -> None:
 def test_nothing_stays_behind() -> None:
     model = toy()
     (optimizer,) = adamw(model)
+    before = len(_global_optimizer_pre_hooks)
     with Watch(model, optimizer):
-        for i in range(30):
-            sound(model, optimizer, i)
-            if i == 25:  # it listens for 20 updates
-                assert not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters())
+        sound(model, optimizer, 0)
+    assert not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters())
+    assert len(_global_optimizer_pre_hooks) == before
+
+
+def test_a_watch_that_was_never_closed_keeps_nothing_alive() -> None:
+    model = toy()
+    watch, gone = Watch(model, adamw(model)), weakref.ref(model)
+    del model, watch
+    gc.collect()
+    assert gone() is None

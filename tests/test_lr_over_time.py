@@ -1,7 +1,9 @@
 """Learning rates over time: groups that became one, an old LR that a resume brings back, LRs that are spent, and look-alikes."""
 
 import copy
+import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -53,6 +55,71 @@ def test_groups_that_keep_their_own(lrs) -> None:
 
 def test_groups_that_were_never_apart() -> None:
     assert not LRS & set(said(with_lrs(lambda step: (0.004, 0.004), 0.01, 0.01)))
+
+
+def both_at(step: int, n: int = 30) -> tuple:
+    return (0.0002, 0.0002) if step >= n else (0.02, 0.0002)
+
+
+def test_a_rate_that_takes_another_group_s_mid_run() -> None:
+    found = finding(with_lrs(both_at, second=0.0002, n=60), "lr_overwritten")
+    assert (found.step, found.where) == (40, "adamw[0], adamw[1]")
+    decayed = with_lrs(lambda step: (max(0.0002, 0.02 * 0.85**step), 0.0002), second=0.0002, n=60)
+    assert not LRS & set(said(decayed))  # it arrives by a decay of its own
+
+
+def one_group(lrs: Callable[[int], float], n: int = 60, **options) -> Watch:
+    return with_lrs(lambda step: (lrs(step), lrs(step)), 0.004, 0.004, n, **options)
+
+
+def warm(step: int, n: int = 20) -> float:
+    return 0.004 * min(1, (step + 1) / n)
+
+
+@pytest.mark.parametrize(
+    ("lrs", "told"),
+    [
+        (lambda step: 0.004 if step < 30 else 0.4, 40),  # a hundred times as much
+        (lambda step: warm(step) if step < 35 else warm(0), 50),  # back at the warm-up's first, for good
+        (lambda step: warm(step) if step < 35 else warm(step - 35), None),  # a warm restart
+        (lambda step: 0.0004 if step < 30 else 0.004, None),  # a first phase at a tenth (He et al. 2016)
+        (lambda step: 0.004 * 0.1 ** (step // 20), None),  # steps down
+        (lambda step: 0.0004 if 30 <= step < 33 else 0.004, None),  # a few updates lower
+        (lambda step: max(1e-5, 0.004 * (1 - step % 30 / 30)), None),  # restarts
+    ],
+)
+def test_rates_that_jump(lrs, told) -> None:
+    found = [f.step for f in one_group(lrs).findings if f.rule == "lr_overwritten"]
+    assert found == ([] if told is None else [told])
+
+
+@pytest.mark.parametrize(("factor", "is_told"), [(5.0, True), (0.1, False)])
+def test_a_state_that_is_loaded_mid_run_and_raises_the_rate(factor: float, is_told: bool) -> None:
+    """Lowering it is what one does after a loss has spiked."""
+    model = toy()
+    (optimizer,) = adamw(model, lr=0.004)
+    with Watch(model, optimizer) as watch:
+        train(watch, model, [optimizer], 15)
+        state = copy.deepcopy(optimizer.state_dict())
+        state["param_groups"][0]["lr"] *= factor
+        optimizer.load_state_dict(state)
+        train(watch, model, [optimizer], 15, start=15)
+    assert ("lr_overwritten" in said(watch)) == is_told
+
+
+@pytest.mark.parametrize(
+    ("n_warm", "n", "budget", "told"),
+    [(20_000, 30, 100, True), (20_000, 60, None, True), (60, 30, 100, False), (2000, 60, None, False)],
+)
+def test_a_warm_up_beyond_the_budget(n_warm: int, n: int, budget: int | None, told: bool) -> None:
+    assert ("lr_spent" in said(one_group(partial(warm, n=n_warm), n, budget=budget))) == told
+
+
+def test_a_slow_start_that_bends_upwards_is_none() -> None:
+    def cosine(step: int) -> float:
+        return 0.002 * (1 - math.cos(math.pi * min(1, step / 80)))
+
+    assert not LRS & set(said(one_group(cosine, 60, budget=100)))
 
 
 def resumed(

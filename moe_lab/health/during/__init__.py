@@ -8,6 +8,7 @@ rules_signal.py  what lies outside of the optimizer, experts, terms without effe
 rules_flow.py    targets and data, looks into the future, updates in evaluation mode
 rules_ranks.py   ranks that train together and do not agree
 rules_steps.py   the step that arrives: matrix by matrix, its factor and its size; decay that is rounded away
+rules_lr.py      learning rates over time: asked for, had at first, now
 rules_loss.py    learning rates, measured steps against the usual ones; reach; the loss that comes of them
 rule.py          what a rule is: something to look for, and the words for it
 state.py         what is known of a training, which the rules see
@@ -16,7 +17,7 @@ bank.py          their sampled elements: where they were, are, and were meant to
 intended.py      what a step is meant to do: the optimizer's own, replayed in float32
 probes.py        what an optimizer does with made-up gradients: Adam's rule, laws of shapes, decay
 steps.py         what kind of step an optimizer takes, measured
-events.py        backward passes and steps: gradients that pile up, or go before the step
+events.py        backward passes and steps: gradients that pile up, go before the step, or serve twice
 ranks.py         what ranks that train together tell each other: do they agree?
 doctor.py        doctor train.py: a script is watched without an edit
 listener.py      hooks that no error gets past, and parts that listen through them

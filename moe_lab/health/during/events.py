@@ -1,72 +1,151 @@
-"""What happens between two updates, and to which gradients: do they arrive, pile up, or go before the step?"""
+"""What happens between two updates, and to which gradients: do they arrive, pile up, go before the step, or serve twice?"""
 
 from __future__ import annotations
 
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ..sampling import plain
+from ..findings import grouped
+from .heard import tensors_of
 from .listener import Listener
-from .tracking import Scalars, Tracked
+from .tracking import Tracked
+
+KEPT, LOOKS = 20, 8  # updates of an optimizer that are looked back at, at most and at least
+N_HEARD = 8  # optimizers that are listened to
+Truth = bool | Tensor  # one bool, on its device until `fetch`
+
+
+class Ear:
+    """One small tensor, and what was heard there since the last update of its optimizer."""
+
+    def __init__(self, t: Tracked):
+        self.t, self.last = t, None  # last: the gradient that the last pass left
+        self.begin()
+
+    def begin(self) -> None:
+        self.n = self.n_others = 0  # backward passes, and updates of other optimizers
+        self.clean: Truth = False  # whether a pass found nothing before it
+        self.thrown: Truth = True  # … each but the first did, although one had come before, to the same weights
+        self.some: Truth = False  # whether the last pass left something
+        self.kept: Tensor | None = None  # of the weights then
+        self.is_told, self.at = (
+            False,
+            0,
+        )  # whether the present pass tells, and how many steps there had been before the last
+
+    @property
+    def nothing(self) -> Truth:
+        """Whether no gradient is there now."""
+        gradient = self.t.param.grad
+        return gradient is None or (self.t.sample(gradient) == 0).all()
 
 
 class Events(Listener):
-    """Listens to the backward passes at one small tensor; nothing is fetched from its device before a check."""
+    """Listens to the backward passes at two small tensors of each optimizer, and to all steps; what needs a look at numbers stays
+    on its device until a check."""
 
     where, what = "gradients", "the order of backward passes and updates is not looked at"
 
-    def __init__(self, tensors: Sequence[Tracked]) -> None:
+    def __init__(self, model: nn.Module, tensors: Sequence[Tracked]) -> None:
         super().__init__()
-        self.tensors = tensors
+        self.model, self.tensors = model, tensors
         self.n_losses = self.n_observed = 0  # since the last update, and in all: losses may come in bunches
-        self.probe: Tracked | None = None
-        self.incoming: Tensor | None = None  # what the present backward pass brings
-        # since the last update, the least that lay there before a pass, over what it brought
-        self.least: Tensor | None = None
-        self.waiting = Scalars(), Scalars()
-        self.left: list[float] = []  # of each update, that least
-        self.gone: list[float] = []  # of each update, 1 where a gradient had arrived and there is none at the step
+        self.ears: list[Ear] = []
+        self.held: list[Callable] = []  # hooks
+        self.n_steps = 0  # of any optimizer
+        # whether cleared gradients had their use: one that is not watched steps, or inputs get some, to be attacked by
+        self.had_use = False
+        self.waiting: list[tuple[int, dict[str, list[Truth]]]] = []
+        self.looks: dict[int, deque[dict[str, bool]]] = {}  # by optimizer, what its last updates were like
 
     def hooks(self, hook: Callable) -> Iterator[Any]:
         trained = [t for t in self.tensors if t.owner and t.param.requires_grad and not t.is_master]
         whole = [t for t in trained if t.param.is_leaf and not hasattr(t.param, "to_local")]  # sharded: another gets it
-        self.probe = min(whole, key=lambda t: t.param.numel(), default=None)
-        if self.probe is not None:
-            yield self.probe.param.register_hook(hook(self.arrives))
-            yield self.probe.param.register_post_accumulate_grad_hook(hook(self.accumulated))
+        mine = list(grouped(whole, lambda t: id(t.optimizer)).values())[:N_HEARD]
+        halves = [half for ts in mine for half in (ts[: len(ts) // 2], ts[len(ts) // 2 :]) if half]
+        self.ears = [Ear(min(half, key=lambda t: t.param.numel())) for half in halves]
+        for ear in self.ears:
+            yield ear.t.param.register_hook(self.weakly(hook(partial(self.arrives, ear))))
+            yield ear.t.param.register_post_accumulate_grad_hook(self.weakly(hook(partial(self.accumulated, ear))))
+        yield register_optimizer_step_pre_hook(self.weakly(hook(self.any_step)))
+        yield self.model.register_forward_pre_hook(hook(self.enters), with_kwargs=True)
 
-    def arrives(self, gradient: Tensor | None) -> None:
+    def weakly(self, hook: Callable) -> Callable:
+        """What torch keeps outside of any garbage collector's reach must not keep a watch that was never closed, and its model."""
+        self.held.append(hook)
+        reference = weakref.ref(hook)
+        return lambda *args: (hook := reference()) and hook(*args)
+
+    def any_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        self.n_steps += 1
+        self.had_use |= all(optimizer is not t.optimizer for t in self.tensors)
+
+    def enters(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.had_use |= any(t.requires_grad for t in tensors_of([args, kwargs]))
+
+    def arrives(self, ear: Ear, gradient: Tensor | None) -> None:
         """None comes of an autograd.Function that returns it; of sparse gradients nothing is told."""
-        told = gradient is not None and not gradient.is_sparse
-        self.incoming = plain(gradient).clone() if told else None
-
-    def accumulated(self, p: Tensor) -> None:
-        if self.incoming is None:
+        ear.is_told = gradient is not None and not gradient.is_sparse
+        if not ear.is_told:
             return
-        before, brought = (plain(p.grad) - self.incoming).float().norm(), self.incoming.float().norm()
-        left = torch.where(brought > 0, before / brought, 0.0)  # a pass that brings nothing tells nothing
-        self.least = left if self.least is None else torch.minimum(left, self.least)
+        nothing = ear.nothing
+        ear.clean = ear.clean | nothing
+        if ear.n and ear.at != self.n_steps:  # a step came between: of another optimizer, as a generator's
+            ear.thrown = False
+        elif ear.n and ear.thrown is not False:  # where the weights have moved, the gradient had its use, as in SAM
+            ear.thrown = ear.thrown & ear.some & nothing & (ear.t.sample(ear.t.param) == ear.kept).all()
+
+    def accumulated(self, ear: Ear, p: Tensor) -> None:
+        if ear.is_told:
+            ear.n, ear.at, ear.last = ear.n + 1, self.n_steps, p.grad
+            ear.some = p.grad is not None and (ear.t.sample(p.grad) != 0).any()
+            ear.kept = ear.t.sample(p)
 
     def observe(self) -> None:
         self.n_losses, self.n_observed = self.n_losses + 1, self.n_observed + 1
 
-    def before_update(self, optimizer: Optimizer) -> None:
+    def before_update(self, optimizer: Optimizer, has_gradients: bool) -> None:
+        """`has_gradients`: now, and not made in the step."""
         self.n_losses = 0
-        if self.least is not None and optimizer is self.probe.optimizer:
-            gradient = self.probe.param.grad
-            nothing = torch.ones_like(self.least).bool() if gradient is None else (plain(gradient) == 0).all()
-            for scalars, value in zip(self.waiting, (self.least, nothing & (self.incoming != 0).any()), strict=True):
-                scalars.add(value.float())
-            self.least = None
+        mine = [ear for ear in self.ears if ear.t.optimizer is optimizer]
+        heard = [ear for ear in mine if ear.n]
+        look: dict[str, list[Truth]] = {"stale": [ear.clean ^ True for ear in heard]}
+        if has_gradients and heard:
+            look["gone"] = [ear.nothing & (ear.some if ear.n else True) for ear in mine]
+            # a gradient that somebody put there may be made of all of them
+            look["thrown"] = [ear.n > 1 and ear.t.param.grad is ear.last and ear.thrown for ear in heard]
+        elif has_gradients:
+            left = [ear for ear in mine if ear.t.param.grad is not None]
+            look["twice"] = [ear.t.param.grad is ear.last and ear.nothing ^ True for ear in left]
+        if mine:
+            self.waiting.append((id(optimizer), look))
+        for ear in self.ears:
+            ear.n_others += 1
+        for ear in mine:
+            ear.begin()
 
     def fetch(self) -> None:
-        left, gone = (scalars.fetch() for scalars in self.waiting)
-        self.left += left
-        self.gone += gone
+        values = [value for _, look in self.waiting for many in look.values() for value in many]
+        known = dict(zip(map(id, values), values, strict=True))
+        for alike in grouped([v for v in values if isinstance(v, Tensor)], lambda v: v.device).values():
+            known.update(zip(map(id, alike), torch.stack(alike).tolist(), strict=True))
+        for optimizer, look in self.waiting:
+            kinds = {kind: bool(many) and all(known[id(v)] for v in many) for kind, many in look.items()}
+            self.looks.setdefault(optimizer, deque(maxlen=KEPT)).append(kinds)
+        self.waiting = []
+
+    def share(self, kind: str, last: int = KEPT) -> list[float]:
+        """Of each optimizer's last updates, the share that were of this kind; none before there are a few."""
+        recent = [list(looks)[-last:] for looks in self.looks.values()]
+        return [sum(look.get(kind, False) for look in looks) / len(looks) for looks in recent if len(looks) >= LOOKS]
 
     def forget(self) -> None:
-        self.incoming = self.least = None
+        self.ears, self.waiting, self.held = [], [], []

@@ -5,24 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from itertools import combinations
 from statistics import fmean
 
 from ..conventions import Group, convention_of, judge
 from ..measures import adam_reach, trend
 from .probes import is_adam
 from .rule import Ill, Rule, rule
+from .rules_lr import LR_LATE
 from .state import PRETRAINED, State
 from .steps import kind_of, matrix_shape
-from .tracking import HISTORY, LR_STEADY, SPENT, GroupState
+from .tracking import HISTORY, LR_STEADY, GroupState
 
 SIGMAS = 3.0  # standard errors of a difference of losses
 START_OFF = 0.2  # nats between the first loss and ln V + var/2; nats by which a loss rose
 LR_ACTED = 30.0  # updates' worth of peak LR before the loss must have fallen
 AT_LN_V = 0.05  # nats from ln V, where each token is as likely as any other
-LR_LATE = 0.2  # share of the peak LR below which the loss need not fall
 LEARNED = 1 / 3  # share of an untrained model's loss that is gone when an LR is first judged: no low one
-SAME_LR = 1e-3  # relative distance up to which two learning rates are one
 MOST_ACCUMULATED = 64  # the largest factor that a first loss is tried with
 
 # findings that ask how far weights move: without one of them, how far they can is noise
@@ -69,50 +67,6 @@ def learning_rates(state: State, name: str) -> Ill:
         if finding.rule == name and (hot or low_too):
             ill |= dict.fromkeys(finding.where.split(", "), finding.to_dict())
     return ill
-
-
-def merged(state: State) -> Ill:
-    """Groups that were made with different LRs and have one and the same, before any decay ends."""
-    found = {}
-    known = [g for g in state.groups if g.asked and len(g.recent) == LR_STEADY and g.last >= LR_LATE * g.peak > 0]
-    for a, b in combinations(known, 2):
-        apart = max(a.asked, b.asked) / min(a.asked, b.asked)
-        if apart > 1 + SAME_LR and all(map(partial(math.isclose, rel_tol=SAME_LR), a.recent, b.recent)):
-            facts = {"a": a.asked, "b": b.asked, "where": f"{a.name}, {b.name}", "value": a.last, "limit": apart}
-            found[facts["where"]] = facts
-    return found
-
-
-def brought_back(state: State) -> Ill:
-    """Groups whose state was loaded, and which have stepped at one LR ever since: not the one that they were made with."""
-    found = {}
-    for g in (g for g in state.groups if g.loaded and g.asked and g.n >= LR_STEADY):
-        planned = float(g.group.get("initial_lr", g.last))
-        constant = math.isclose(min(g.lrs[:LR_STEADY]), max(g.lrs[:LR_STEADY]), rel_tol=SAME_LR)
-        if constant and not any(math.isclose(lr, g.asked, rel_tol=SAME_LR) for lr in (planned, g.last)):
-            found[g.name] = {"where": g.name, "value": g.last, "limit": g.asked}
-    return found
-
-
-@rule(
-    "warning",
-    "the learning rate of {where} {what}",
-    "is the scheduler stepped once an update, and not once a micro-batch or process? Was its length given in updates?",
-)
-def lr_spent(state: State) -> Ill:
-    """All LRs near zero before half of the budget, or at zero for LR_STEADY updates."""
-    groups = [g for g in state.groups if len(g.recent) == LR_STEADY]
-    if not groups or len(groups) < len(state.groups):
-        return {}
-    where = ", ".join(g.name for g in groups)
-    if not any(lr for g in groups for lr in g.recent):
-        what = f"was 0 in the last {LR_STEADY} updates"
-        return {"zero": {"where": where, "what": what, "value": 0.0, "limit": max(g.peak for g in groups)}}
-    first = max(g.spent_at for g in groups) + state.start_step
-    if state.budget is None or not all(g.spent_at for g in groups) or first >= state.budget / 2:
-        return {}
-    what = f"was below {SPENT:.0%} of its peak by update {first} of {state.budget}"
-    return {"early": {"where": where, "what": what, "value": first, "limit": state.budget / 2}}
 
 
 @rule(
@@ -223,22 +177,12 @@ def initial_loss(state: State, multiplied: bool) -> Ill:
 
 ROSE = "the loss rose from {first:.2f} to {last:.2f}"
 
-MERGED = "{where} were made with learning rates of {a:.3g} and {b:.3g}, and both step at {value:.3g}"
-SCALE = "a scheduler writes one number over all groups: let it scale each group's own, or give it a list"
-BROUGHT = "{where} was made with a learning rate of {limit:.3g}; since its state was loaded it steps at {value:.3g}"
-SET_AGAIN = (
-    "load_state_dict brings the checkpoint's LR back: set lr, initial_lr and the scheduler's base again after it"
-)
-
 FIRST = "the first loss is {value:.3f}; {shown} {limit:.3f}{factor}"
 DIVIDED = (
     "look for a division by the accumulation that is done twice or not at all, padding in the loss, or a wrong init"
 )
 
 RULES = (
-    Rule("lr_overwritten", "warning", merged, MERGED, SCALE),
-    Rule("lr_overwritten", "warning", brought_back, BROUGHT, SET_AGAIN),
-    lr_spent,
     *(
         Rule(name, "warning", partial(learning_rates, name=name), "{message}", "{advice}")
         for name in ("muon_convention", "lr_too_low", "lr_too_high")

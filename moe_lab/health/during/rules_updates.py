@@ -7,8 +7,10 @@ from functools import partial
 
 import torch
 
+from ..findings import grouped
 from ..measures import share_of
 from . import intended
+from .events import LOOKS
 from .probes import unmovable
 from .rule import Ill, Rule, by_kind, rule
 from .state import State
@@ -28,8 +30,7 @@ BIAS_ELEMENTS = 30  # moved elements before the bias is judged
 WAIT = 15  # updates before a missing gradient is judged: zero-initialised and adapter matrices start with exact zeros
 WAIT_READINGS = 3  # readings of the gradients until then, 5 updates apart
 N_LOSSES = 50  # without an update: more than micro-batches are accumulated, if each were observed
-LEFT_OVER = 1e-3  # of what a backward pass brings: cleared gradients leave exactly nothing
-LOOKS, MOST = 8, 0.8  # updates, and the share of them, from which on an order of events is a habit
+MOST, OFTEN = 0.8, 0.2  # share of the last updates from which on an order of events is a habit, or no accident
 UNREPLAYED = 50  # updates before 16-bit weights under an unknown optimizer are judged
 
 
@@ -178,37 +179,56 @@ def direction_bias(state: State) -> Ill:
 
 @rule(
     "error",
-    "{value} losses and not one update since",
+    "{value} {what} and not one update since",
     "a GradScaler that meets an infinite gradient skips every step; else the optimizer that steps is another one",
 )
 def no_updates(state: State) -> Ill:
+    """Losses without an update; or an optimizer that backward passes reach and that does not step, while another does."""
     n = min(state.events.n_losses, state.events.n_observed - state.n_seen)
-    return {"updates": {"value": n, "limit": N_LOSSES}} if n >= N_LOSSES else {}
+    if n >= N_LOSSES:
+        return {"updates": {"value": n, "limit": N_LOSSES, "what": "losses"}}
+    found = {}
+    for optimizer, ears in grouped(state.events.ears, lambda ear: ear.t.optimizer).items():
+        n = min(ear.n for ear in ears)
+        if n >= N_LOSSES and ears[0].n_others >= N_LOSSES:
+            name = type(optimizer).__name__
+            found[name] = {"value": n, "limit": N_LOSSES, "what": f"backward passes reached the tensors of {name}"}
+    return found
 
 
-@rule(
-    "error",
-    "in {value:.0%} of the updates the gradients of earlier ones were still there when the backward pass began",
-    "call zero_grad() once an update, before its first backward pass, on the optimizer that steps",
-)
+@rule("error", "in {value:.0%} of the updates {told}", "{cure}")
 def stale_gradients(state: State) -> Ill:
-    return in_most([left > LEFT_OVER for left in state.events.left[1:]])
+    """Left over from earlier updates, or used for one and then for another. Where no pass is heard any more, as under a captured
+    graph, nothing is known of the second."""
+    left = max(state.events.share("stale", LOOKS), default=0.0)
+    twice = max((share for share in state.events.share("twice") if share <= MOST), default=0.0)
+    if left > MOST:
+        return {"order": {"value": left, "limit": MOST, "told": LEFT, "cure": CLEAR_ONCE}}
+    return {"twice": {"value": twice, "limit": OFTEN, "told": TWICE, "cure": STEP_ONCE}} if twice > OFTEN else {}
 
 
-@rule(
-    "error",
-    "in {value:.0%} of the updates a gradient arrives and is gone when the optimizer steps",
-    "zero_grad() stands between the backward pass and step(): move it before the backward pass",
-)
+@rule("error", "in {value:.0%} of the updates {told}", "{cure}")
 def cleared_gradients(state: State) -> Ill:
-    return in_most([gone > 0 for gone in state.events.gone])
+    """Before the step, or between micro-batches: there the pass was for nothing, unless another optimizer uses it."""
+    gone, thrown = max(state.events.share("gone"), default=0.0), state.events.share("thrown")
+    if gone > OFTEN:
+        return {"order": {"value": gone, "limit": OFTEN, "told": GONE, "cure": CLEAR_BEFORE}}
+    if state.events.had_use or min(thrown, default=0.0) <= OFTEN:
+        return {}
+    return {"between": {"value": min(thrown), "limit": OFTEN, "told": THROWN, "cure": CLEAR_AFTER}}
 
 
-def in_most(looks: list[bool]) -> Ill:
-    share = sum(looks) / max(len(looks), 1)
-    return {"order": {"value": share, "limit": MOST}} if len(looks) >= LOOKS and share > MOST else {}
-
-
+LEFT = "the gradients of earlier ones were still there when the backward pass began"
+CLEAR_ONCE = "call zero_grad() once an update, before its first backward pass, on the optimizer that steps"
+TWICE = "the optimizer steps on gradients that it has used already, with no backward pass in between"
+STEP_ONCE = "something else calls step(), too: a trainer, a wrapper or a callback; let one of them do it"
+GONE = "a gradient arrives and is gone when the optimizer steps"
+CLEAR_BEFORE = (
+    "zero_grad() stands between the backward pass and step(), or a validation in between calls it: move it before the "
+    "backward pass"
+)
+THROWN = "several backward passes come, and each finds the one before cleared: the step has the last one alone"
+CLEAR_AFTER = "zero_grad() stands in the loop over micro-batches: call it once, before the first or after the step"
 LOST = (
     "{dtype} rounds updates away. Of the displacement that the optimizer intended over {window} updates less than {limit:.0%} "
     "arrived in {n_sick} of {n_kinds} kinds of tensor: {each}"

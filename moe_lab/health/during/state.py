@@ -42,7 +42,7 @@ class State:
         self.frozen_on_purpose, self.start_step = frozen_on_purpose, start_step
         self.findings = findings  # made so far, by the watch
         self.tracked: list[Tracked] = []
-        self.observed, self.events, self.ranks = Scalars(), Events(self.tracked), Ranks(model)
+        self.observed, self.events, self.ranks = Scalars(), Events(model, self.tracked), Ranks(model)
         self.losses: list[float] = []  # the first HISTORY and at least as many of the last
         self.counts = Counter({id(o): start_step for o in optimizers})  # of the run's updates
         self.window_start = self.last_read = start_step
@@ -62,7 +62,7 @@ class State:
         if not self.n_seen:  # weights may have been loaded since the watch was made: what moves counts from here
             self.banks = banks_of(self.tracked)
         self.counts[id(optimizer)] += 1
-        self.events.before_update(optimizer)
+        self.events.before_update(optimizer, has_gradients)
         if optimizer is self.optimizers[0]:
             self.outside.before_update(self.counts[id(optimizer)] - self.start_step)
         for group in self.groups:
@@ -85,9 +85,10 @@ class State:
             self.read_gradients(optimizer)
 
     def note_loaded(self, optimizer: Optimizer) -> None:
-        """Called after a state was loaded: before the first update it may bring an old LR back."""
-        for group in self.groups:
-            group.loaded |= group.optimizer is optimizer and not self.n_seen
+        """Called after a state was loaded: it may bring an old LR back."""
+        for group in (g for g in self.groups if g.optimizer is optimizer):
+            group.loaded |= not self.n_seen
+            group.loaded_at = self.counts[id(optimizer)] - self.start_step
 
     def read_gradients(self, optimizer: Optimizer) -> None:
         n = self.counts[id(optimizer)]

@@ -19,6 +19,7 @@ from ..torch_private import has_step_hooks
 HISTORY = 1000  # learning rates and losses kept one by one: a long training costs no more than a short one
 SPENT = 0.01  # share of the peak LR from which on it is near zero
 LR_STEADY = 10  # updates without a rise before an LR is called the peak
+JUMP = 3.0  # factor between the LRs of two updates beyond which no schedule's slope makes it
 
 
 class Scalars:
@@ -62,6 +63,10 @@ class GroupState:
         self.lrs: list[float] = []  # of the first HISTORY updates
         self.recent: deque[float] = deque(maxlen=LR_STEADY)  # of the last ones
         self.n, self.total, self.last, self.peak = 0, 0.0, 0.0, 0.0  # of all of them
+        self.jump: tuple[int, float, float, float] | None = (
+            None  # the last: update, LR before and from it on, peak before
+        )
+        self.loaded_at = -1  # update after which a state was loaded
         self.risen_at = self.spent_at = 0  # updates: of the last rise; of the first one near zero after it, 0 for none
 
     @property
@@ -75,6 +80,8 @@ class GroupState:
 
     def fetch(self) -> None:
         for lr in self.waiting.fetch():
+            if self.n >= LR_STEADY and self.last and lr and not 1 / JUMP < lr / self.last < JUMP:
+                self.jump = self.n + 1, self.last, lr, self.peak
             self.n, self.total, self.last = self.n + 1, self.total + lr, lr
             self.recent.append(lr)
             if self.n <= HISTORY:

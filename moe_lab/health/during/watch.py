@@ -27,7 +27,7 @@ from .state import WINDOW, State
 from .tracking import Tracked, innermost, module_of, refuse_bad_input
 
 CHECK_EVERY = 10  # updates between checks of the rules: the only transfers from the device
-LISTENED = 20  # updates during which forward and backward passes are listened to
+LISTENED = 20  # updates during which all of a forward pass is listened to
 
 
 class Watch:
@@ -138,9 +138,10 @@ class Watch:
         self.handles += [o.register_step_post_hook(after) for o in self.state.optimizers]
         loaded = Hook(self.state.note_loaded, self.stop)
         self.handles += [o.register_load_state_dict_post_hook(loaded) for o in self.state.optimizers]
-        self.state.outside.listen(self.fail)
-        for part in (self.state.forward, self.state.events) if self.state.n_seen < LISTENED else ():
+        for part in (self.state.outside, self.state.events):
             part.listen(self.fail)
+        if self.state.n_seen < LISTENED:
+            self.state.forward.listen(self.fail)
 
     def close(self) -> None:
         """Detach from model and optimizers. Findings stay."""
@@ -192,7 +193,6 @@ class Watch:
             self.check()
             if self.state.n_seen >= LISTENED:
                 self.state.forward.close()
-                self.state.events.close()
 
     # ---- rules, and what fails ---------------------------------------------------------------------------------------
 

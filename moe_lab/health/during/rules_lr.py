@@ -1,0 +1,116 @@
+"""Rules about learning rates over time: what was asked for, what the first updates had, and what they have now."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from itertools import combinations
+
+from .rule import Ill, Rule, rule
+from .state import State
+from .tracking import LR_STEADY, SPENT
+
+SAME_LR = 1e-3  # relative distance up to which two learning rates are one
+LR_LATE = 0.2  # share of the peak LR below which it is late in a decay, or early in a warm-up
+UP, UP_LOADED = 20.0, 3.0  # over all there was, at once, and where a state was loaded (a first phase may have a tenth)
+CLEAR, LONG = 50, 10_000  # updates after which, without a budget, a warm-up is called too long, and from where on
+
+
+def merged(state: State) -> Ill:
+    """Groups that were made with different LRs and have one and the same, before any decay ends; or it was a jump, and no decay,
+    that brought one down to the other."""
+    found = {}
+    known = [g for g in state.groups if g.asked and len(g.recent) == LR_STEADY and g.last]
+    for a, b in combinations(known, 2):
+        at_work = [g.last >= LR_LATE * g.peak for g in (a, b)]
+        if not all(at_work) and not (any(at_work) and (a.jump or b.jump)):
+            continue
+        apart = max(a.asked, b.asked) / min(a.asked, b.asked)
+        if apart > 1 + SAME_LR and all(map(partial(math.isclose, rel_tol=SAME_LR), a.recent, b.recent)):
+            facts = {"a": a.asked, "b": b.asked, "where": f"{a.name}, {b.name}", "value": a.last, "limit": apart}
+            found[facts["where"]] = facts
+    return found
+
+
+def brought_back(state: State) -> Ill:
+    """Groups whose state was loaded, and which have stepped at one LR ever since: not the one that they were made with."""
+    found = {}
+    for g in (g for g in state.groups if g.loaded and g.asked and g.n >= LR_STEADY):
+        planned = float(g.group.get("initial_lr", g.last))
+        constant = math.isclose(min(g.lrs[:LR_STEADY]), max(g.lrs[:LR_STEADY]), rel_tol=SAME_LR)
+        if constant and not any(math.isclose(lr, g.asked, rel_tol=SAME_LR) for lr in (planned, g.last)):
+            found[g.name] = {"where": g.name, "value": g.last, "limit": g.asked}
+    return found
+
+
+@rule(
+    "warning",
+    "the learning rate of {where} {what}",
+    "is the scheduler stepped once an update, and not once a micro-batch or process? Was its length given in updates?",
+)
+def lr_spent(state: State) -> Ill:
+    """All LRs near zero before half of the budget, or at zero for LR_STEADY updates."""
+    groups = [g for g in state.groups if len(g.recent) == LR_STEADY]
+    if not groups or len(groups) < len(state.groups):
+        return {}
+    where = ", ".join(g.name for g in groups)
+    if not any(lr for g in groups for lr in g.recent):
+        what = f"was 0 in the last {LR_STEADY} updates"
+        return {"zero": {"where": where, "what": what, "value": 0.0, "limit": max(g.peak for g in groups)}}
+    first = max(g.spent_at for g in groups) + state.start_step
+    if state.budget is None or not all(g.spent_at for g in groups) or first >= state.budget / 2:
+        return {}
+    what = f"was below {SPENT:.0%} of its peak by update {first} of {state.budget}"
+    return {"early": {"where": where, "what": what, "value": first, "limit": state.budget / 2}}
+
+
+def rising_for_good(state: State) -> Ill:
+    """A straight warm-up that ends beyond the budget; without one, beyond what any published one takes."""
+    ends, far = [], state.budget or LONG
+    for g in state.groups:
+        planned = max(g.asked or 0.0, float(g.group.get("initial_lr") or 0.0))
+        slope = (g.last - g.recent[0]) / (LR_STEADY - 1) if len(g.recent) == LR_STEADY else 0.0
+        is_straight = slope > 0 and math.isclose(g.last - g.lrs[0], slope * (len(g.lrs) - 1), rel_tol=0.1)
+        if not is_straight or g.risen_at < g.n or g.last > LR_LATE * planned or g.n < (20 if state.budget else CLEAR):
+            return {}
+        ends.append(round(g.n + (planned - g.last) / slope) + state.start_step)
+    if not ends or min(ends) <= far:
+        return {}
+    where = ", ".join(g.name for g in state.groups)
+    return {"late": {"where": where, "value": min(ends), "limit": far, "now": state.groups[0].last}}
+
+
+def jumped(state: State) -> Ill:
+    """A group whose LR is at once far above all that it had and was made with, or back at the first one of its warm-up for good.
+    A restart goes back to where it was, and rises or falls from there."""
+    found = {}
+    for g in (g for g in state.groups if g.jump):
+        n, before, after, peak = g.jump
+        factor = after / max(peak, g.asked or 0.0)
+        back = len(g.lrs) > LR_STEADY and g.lrs[0] < before and math.isclose(after, g.lrs[0], rel_tol=SAME_LR)
+        stays = g.n - n >= LR_STEADY - 1 and all(math.isclose(lr, after, rel_tol=SAME_LR) for lr in g.recent)
+        if factor > (UP_LOADED if g.loaded_at == n - 1 else UP) or (back and stays):
+            found[g.name] = {"where": g.name, "value": after, "limit": before, "at": n + state.start_step}
+    return found
+
+
+MERGED = "{where} were made with learning rates of {a:.3g} and {b:.3g}, and both step at {value:.3g}"
+SCALE = "a scheduler writes one number over all groups: let it scale each group's own, or give it a list"
+BROUGHT = "{where} was made with a learning rate of {limit:.3g}; since its state was loaded it steps at {value:.3g}"
+SET_AGAIN = (
+    "load_state_dict brings the checkpoint's LR back: set lr, initial_lr and the scheduler's base again after it"
+)
+JUMPED = "the learning rate of {where} was {limit:.3g} and is {value:.3g} from update {at} on: no schedule goes there at once"
+OTHER_RUN = "look for a state or a scheduler of another run, or of this one's start, that was loaded then, or a second scheduler"
+RISING = (
+    "the learning rate of {where} is {now:.2g} and still rises as slowly as to arrive at update {value}, beyond {limit}"
+)
+UNITS = "is the warm-up's length given in updates, and not in samples or micro-batches? A Watch that is told its budget knows more"
+
+RULES = (
+    Rule("lr_overwritten", "warning", jumped, JUMPED, OTHER_RUN),
+    Rule("lr_overwritten", "warning", merged, MERGED, SCALE),
+    Rule("lr_overwritten", "warning", brought_back, BROUGHT, SET_AGAIN),
+    lr_spent,
+    Rule("lr_spent", "warning", rising_for_good, RISING, UNITS),
+)
