@@ -136,6 +136,25 @@ def test_set_up_and_config_are_part_of_it() -> None:
     assert found["not_in_optimizer"] == "error"
 
 
+class InAList(Tiny):
+    """Its block is in a list beside its own."""
+
+    def __init__(self, hidden: bool = True):
+        super().__init__()
+        self.more = [nn.Linear(V, V, bias=False)]
+        self.known = None if hidden else self.more[0]
+
+    def forward(self, *args, **kwargs):
+        return self.more[0](super().forward(*args, **kwargs))
+
+
+def test_layers_that_parameters_does_not_hold() -> None:
+    for hidden in (True, False):
+        model = InAList(hidden)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        assert ("not_in_optimizer" in said(model, optimizer=optimizer)) == hidden
+
+
 class Masked(Tiny):
     """Takes a mask; `uses` it or drops it on the way."""
 

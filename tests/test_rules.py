@@ -1,5 +1,7 @@
 """Each rule: a training in which it must speak, and ones in which it must not."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -125,6 +127,73 @@ def test_what_no_optimizer_holds() -> None:
     some = [p for name, p in model.named_parameters() if not name.startswith("head")]
     assert said(Watch(model, AdamW(some)), "error") == ["not_in_optimizer"]
     assert said(Watch(model, AdamW(some), expect_frozen=["head."]), "error") == []
+
+
+class InLists(Toy):
+    """Layers in a list within a dict; `registered`: the module knows them as well."""
+
+    def __init__(self, registered: bool = False):
+        super().__init__()
+        self.layers = {"all": [nn.Linear(16, 16, bias=False) for _ in range(2)]}
+        self.known = nn.ModuleList(self.layers["all"]) if registered else None
+
+    def forward(self, ids):
+        x = self.embedding(ids)
+        for layer in self.layers["all"]:
+            x = x + layer(x)
+        return self.head(x + self.down(F.gelu(self.up(self.norm(x)))))
+
+
+def test_layers_in_a_list() -> None:
+    model = toy(kind=InLists)
+    watch = watched(model, adamw(model), 20)
+    found = finding(watch, "not_in_optimizer")
+    assert found.severity == "error" and found.step == 10 and "layers['all'][0].weight and 1 more" in found.message
+    model = toy(kind=InLists, registered=True)
+    assert said(watched(model, adamw(model), 20)) == []
+    model = toy(kind=InLists)
+    given = [*model.parameters(), *(layer.weight for layer in model.layers["all"])]
+    assert said(watched(model, [AdamW(given, lr=0.01)], 20)) == []
+    model = toy(kind=InLists)
+    elsewhere = AdamW([layer.weight for layer in model.layers["all"]], lr=0.01)  # that nobody watches
+    assert said(watched(model, adamw(model), 20, before_step=lambda step: elsewhere.step())) == []
+    teacher = toy(seed=3)
+    model = toy()
+    model.teacher = [teacher]  # hidden on purpose, and not taught
+    assert said(watched(model, adamw(model), 20)) == []
+
+
+def test_parameters_that_are_replaced_mid_run() -> None:
+    model = toy()
+    (optimizer,) = adamw(model)
+    with Watch(model, optimizer) as watch:
+        train(watch, model, [optimizer], 15)
+        for module in model.modules():
+            for name, p in list(module._parameters.items()):
+                if p is not None:
+                    setattr(module, name, nn.Parameter(p.detach().clone()))
+        train(watch, model, [optimizer], 15, start=15)
+    assert said(watch)[0] == "not_in_optimizer" and finding(watch, "not_in_optimizer").step == 20
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_an_average_that_the_model_keeps_of_itself_is_neither_frozen_nor_forgotten(requires_grad: bool) -> None:
+    model = toy()
+    trained = [*model.parameters()]
+    model.kept = nn.ModuleDict({"average": copy.deepcopy(model).requires_grad_(requires_grad)})
+
+    def follow(step: int) -> None:
+        for p, mean in zip(trained, model.kept.parameters(), strict=True):
+            mean.data.lerp_(p.data, 0.01)
+
+    assert said(watched(model, [AdamW(trained, lr=0.01)], 30, before_step=follow)) == []
+
+
+def test_a_layer_that_began_as_a_copy_of_another_is_forgotten_all_the_same() -> None:
+    model = toy()
+    model.more = copy.deepcopy(model.up)
+    model.more.requires_grad_(False)
+    assert "frozen_module" in said(Watch(model, AdamW([p for p in model.parameters() if p.requires_grad])))
 
 
 def test_frozen_parts() -> None:

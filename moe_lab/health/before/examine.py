@@ -28,7 +28,7 @@ from .listening import Listening
 from .plan import Plan
 from .preflight import entries_of, preflight
 from .schedule import first_update
-from .structure import broken_tie, cannot_move, not_linear, stale, without_effect
+from .structure import broken_tie, cannot_move, not_linear, outside_of_parameters, stale, without_effect
 
 NEXT_TOKEN = (
     0.05  # share by which a loss may differ from the next-token loss and still be one, auxiliary terms included
@@ -100,6 +100,7 @@ def examine(
         ask("data", lambda: check_data([batch]))
         ask("gradients", lambda: silent_parts(trial))
         if optimizer is not None:
+            ask("layers in lists", lambda: outside_of_parameters(trial, unwrapped(model), optimizers))
             names = {id(p): name for name, p in unwrapped(model).named_parameters()}
             ask("orthogonal steps", lambda: trial.heard and not_linear(trial.model, trial.value, names, optimizers))
         ask("residual stream", lambda: trial.heard.scaled_copies())

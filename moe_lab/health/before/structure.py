@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..during.probes import law_of, unmovable
-from ..during.tracking import is_master, storage
+from ..during.tracking import is_master, storage, unregistered
 from ..findings import Finding, several
 from ..torch_private import takers
 from .plan import OFF, Plan
@@ -57,6 +57,19 @@ def stale(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> Finding | No
     message = f"{len(foreign)} tensors of the optimizer are not the model's, and {len(lost)} of the model's, of their shapes, are in none"
     advice = "make the optimizer after the model is moved, wrapped, converted, resized or given adapters, from its own parameters"
     return Finding("not_in_optimizer", "error", several(lost), message, advice, len(foreign), 0)
+
+
+def outside_of_parameters(trial: Any, model: nn.Module, optimizers: Sequence[Optimizer]) -> Finding | None:
+    """Tensors that the loss's gradient reaches, that parameters() does not hold, and that are in no optimizer."""
+    held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+    named = {name: p for name, p in unregistered(model).items() if id(p) not in held}
+    copies = unregistered(trial.model) if named and trial.heard else {}
+    lost = [name for name in named if name in copies and copies[name].grad is not None]
+    if not lost:
+        return None
+    message = f"{len(lost)} tensors get gradients and are not among the model's parameters(): {several(lost)}"
+    advice = "keep layers in an nn.ModuleList or ModuleDict: a plain list hides them from parameters(), to() and state_dict()"
+    return Finding("not_in_optimizer", "error", several(lost), message, advice, len(lost), 0)
 
 
 def cannot_move(model: nn.Module, optimizers: Sequence[Optimizer]) -> Finding | None:

@@ -153,7 +153,7 @@ def copies_of(tracked: Sequence[Tracked], tensors: Sequence[Tensor]) -> list[tup
     """Those that lie on the way from where a trained matrix was to where it is, and are not its own memory."""
     matrices = [t for t in tracked if t.owner and t.bank and t.param.ndim > 1 and not t.constant]
     by_shape = grouped(matrices, lambda t: tuple(t.param.shape))
-    own, found = {storage(t.param) for t in tracked}, {}
+    own, found = {storage(t.param) for t in tracked if t.owner}, {}
     for tensor in tensors:
         shape = tuple(tensor.shape)
         if shape in by_shape and tensor.layout is torch.strided and not tensor.is_meta and storage(tensor) not in own:

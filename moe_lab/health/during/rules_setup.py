@@ -26,8 +26,23 @@ ON_PURPOSE = 0.5  # share of the parameters from which on frozen ones look like 
     "add them to a parameter group, or set requires_grad=False and name them in expect_frozen",
 )
 def not_in_optimizer(state: State) -> Ill:
-    trainable = [t for t in state.tracked if t.owner is None and t.param.requires_grad]
+    """A copy that the model keeps of itself is meant, unless gradients reach it. Tensors that were replaced are another matter."""
+    present = set(map(id, state.model.parameters()))
+    trainable = [t for t in state.tracked if t.owner is None and t.param.requires_grad and id(t.param) in present]
+    trainable = [t for t in trainable if t.name not in state.copied or t.with_gradient]
     return by_kind(t for t in trainable if t.name not in state.frozen_on_purpose)
+
+
+def outside_of_parameters(state: State) -> Ill:
+    """Tensors that get gradients, that parameters() does not hold, and that nobody moves: known after the first updates."""
+    owned = {id(p) for group in state.groups for p in group.group["params"]}
+    named = (
+        {name: pair for name, pair in state.unregistered.items() if id(pair[0]) not in owned} if state.n_seen else {}
+    )
+    still = [
+        n for n, (p, then) in named.items() if p.grad is not None and bool((p.flatten()[: len(then)] == then).all())
+    ]
+    return {name: {"value": len(still), "limit": 0} for name in still}
 
 
 @rule("error", "{names} is in two optimizers and moves twice a step", "take it out of one of them")
@@ -38,7 +53,8 @@ def updated_twice(state: State) -> Ill:
 
 def frozen(state: State, on_purpose: bool) -> Ill:
     """Frozen tensors by name, none if their share of the parameters looks meant and `on_purpose` is not, or the reverse."""
-    found = {name: p for name, p in state.model.named_parameters() if not p.requires_grad}
+    named = state.model.named_parameters()
+    found = {name: p for name, p in named if not p.requires_grad and name not in state.copied}
     share = sum(p.numel() for p in found.values()) / state.n_parameters
     if (share > ON_PURPOSE) != on_purpose:
         return {}
@@ -95,11 +111,16 @@ def is_decay_rates(p: Tensor) -> bool:
     return bool((values.float() - wanted).abs().max() < 0.02)
 
 
+UNREGISTERED = (
+    "{n} tensors get gradients and are not among the model's parameters(), so no optimizer moves them: {names}"
+)
+REGISTER = "keep layers in an nn.ModuleList or ModuleDict: a plain list or dict hides them from parameters(), to() and state_dict()"
 FROZEN = "{n} tensors have requires_grad=False ({value:.0%} of the parameters is frozen): {names}"
 UNFREEZE = "name them in expect_frozen if that is meant; else set requires_grad=True before the optimizer is built"
 
 RULES = (
     not_in_optimizer,
+    Rule("not_in_optimizer", "error", outside_of_parameters, UNREGISTERED, REGISTER),
     updated_twice,
     Rule("frozen_module", "warning", partial(frozen, on_purpose=False), FROZEN, UNFREEZE),
     Rule("frozen_module", "info", partial(frozen, on_purpose=True), FROZEN + ", as under adapters", UNFREEZE),

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from ..findings import Finding
 from ..measures import expected_start
+from ..sampling import WHOLE
 from .bank import Bank, Gradients, banks_of
 from .events import Events
 from .forward import ForwardProbe
@@ -17,7 +18,7 @@ from .intended import Replays
 from .outside import Outside
 from .ranks import Ranks
 from .steps import Steps
-from .tracking import HISTORY, GroupState, Scalars, Tracked, track
+from .tracking import HISTORY, GroupState, Scalars, Tracked, copied, track, unregistered
 
 READ_EVERY = 5  # updates between looks at the gradients
 MODES = 3  # such looks in a row that tell a mode
@@ -52,6 +53,8 @@ class State:
         self.banks: list[Bank] = []
         self.groups: list[GroupState] = []
         self.signature: tuple = ()
+        self.copied = copied(model, optimizers)
+        self.unregistered = {name: (p, p.detach().flatten()[:WHOLE].clone()) for name, p in unregistered(model).items()}
         self.follow()
         self.forward, self.outside = ForwardProbe(model, is_new=not start_step), Outside(model)
 
