@@ -75,7 +75,11 @@ class Events(Listener):
         for ear in self.ears:
             yield ear.t.param.register_hook(self.weakly(hook(partial(self.arrives, ear))))
             yield ear.t.param.register_post_accumulate_grad_hook(self.weakly(hook(partial(self.accumulated, ear))))
-        yield register_optimizer_step_pre_hook(self.weakly(hook(self.any_step)))
+        for_all = hook(self.any_step)
+        for_all.failed = partial(
+            for_all.failed, stop=self.ignore
+        )  # torch goes through these hooks: none may be taken out now
+        yield register_optimizer_step_pre_hook(self.weakly(for_all))
         yield self.model.register_forward_pre_hook(hook(self.enters), with_kwargs=True)
 
     def weakly(self, hook: Callable) -> Callable:
@@ -87,6 +91,9 @@ class Events(Listener):
     def any_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         self.n_steps += 1
         self.had_use |= all(optimizer is not t.optimizer for t in self.tensors)
+
+    def ignore(self) -> None:
+        self.had_use = True
 
     def enters(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.had_use |= any(t.requires_grad for t in tensors_of([args, kwargs]))
