@@ -10,9 +10,13 @@ seeds.py           the default run over three seeds: `make seeds`
 watch_cost.py      what a Watch costs the default run: `make watch-cost`
 detection.py       does the watch name each sickness: `make detection`
 detection_rows.py  all of its rows, and in which half each stands
-detection_bodies.py  the kinds of model, the loop, and what a row is
+detection_bodies.py  the kinds of model
+detection_kinds.py  the rarer ones
+detection_twins.py  the loop, and what a row is
 detection_loops.py  rows whose fault is in the loop
-detection_models.py  rows whose fault is in the model or beside it
+detection_schedules.py  rows whose fault is in the learning rates, or in schedules on paper
+detection_models.py  rows whose fault is in the model
+detection_structure.py  rows whose fault is beside the model
 detection_data.py  rows whose fault is in targets and data
 operators.py       mutation operators that we did not write: `make operators`
 tools.py           other tools on the judged rows: `make tools`

@@ -4,7 +4,8 @@ Every row of detection_rows.py is a training of 100 updates beside its healthy t
 with examine before where it knows the kind of model. Five seeds of both tell whether the fault does harm: on the same held-out
 batches, by a one-sided permutation test (126 of 252 ways to label ten runs, and p ≤ 0.05). A row with harm is sick, one without is
 latent and counts apart. The rows are in two halves: what the rules are fixed with (`--half calibration`), and what judges them.
-Writes benchmarks/detection.json.
+A second set judges too (`--half second`): its harm is measured first and with nobody watching (`--half second --harm`); the runs
+that are watched later must come to the same numbers. Writes benchmarks/detection.json.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from itertools import combinations, product
 from statistics import fmean
 from typing import Any
 
-from benchmarks.detection_rows import HALVES, ROWS, halves
+from benchmarks.detection_rows import HALVES, ROWS, SECOND, halves
 from benchmarks.programs import HEALTH, Job, kept, sources_of, trained, watched
 from moe_lab.config import ROOT
 from moe_lab.data.prepare import CACHE
@@ -27,18 +28,23 @@ from moe_lab.failures.results import provenance, write_json
 STEPS, WATCHED, SEEDS = 100, (0, 1, 2), (0, 1, 2, 3, 4)
 HARM = 0.05  # p of the permutation test
 ON_PAPER = "schedules on paper"  # the class whose schedules nothing runs: the training is the twin's
-BODIES = ("detection_bodies", "healthy_families", "healthy_language", "healthy_senses", "healthy_kinds")
+OUT = ROOT / "benchmarks" / "detection.json"
+BODIES = ("detection_bodies", "detection_kinds", "detection_twins")
+BODIES += ("healthy_families", "healthy_language", "healthy_senses", "healthy_kinds")
 
 
-def jobs(half: str | None) -> Iterable[Job]:
+def jobs(half: str | None, harm: bool = False) -> Iterable[Job]:
+    """Three seeds of each row are watched, and two more only trained; with `harm` all five are only trained. Of the second set,
+    whose harm is known, no more than three are run."""
     split, sources, seen = halves(), sources_of(*BODIES), set()
     rows = [row for row in ROWS if half in (None, split[row.name])]
     for seed, row, sick in product(SEEDS, rows, (True, False)):  # the first seed of all rows first
-        name = row.twins[not sick]
-        if (name, seed) in seen or (row.sickness == ON_PAPER and seed not in WATCHED):
+        name, is_watched = row.twins[not sick], seed in WATCHED and not harm
+        is_idle = not is_watched and (row.sickness == ON_PAPER or (split[row.name] == SECOND and not harm))
+        if (name, seed) in seen or is_idle:
             continue
         seen.add((name, seed))
-        run, files = (watched, sources + HEALTH) if seed in WATCHED else (trained, sources)
+        run, files = (watched, sources + HEALTH) if is_watched else (trained, sources)
         # a row's own function, and not its whole file: another row may change
         own = "" if row.plain and not sick else inspect.getsource(row.make)
         yield Job(name, seed, partial(run, partial(row.make, sick=sick), seed, STEPS), files, own)
@@ -83,17 +89,15 @@ def told_of(run: dict[str, Any], right: Sequence[str], trigger: int) -> dict[str
     }
 
 
-def judged(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """A line a row."""
+def judged(results: dict[str, list[dict[str, Any]]], before: dict[str, Any], harm: bool) -> list[dict[str, Any]]:
+    """A line a row. `before`: the lines of earlier runs, from which the second set's harm is taken."""
     lines, split = [], halves()
     for row in ROWS:
         if any(name not in results for name in row.twins):
             continue
         sick, healthy = (results[name] for name in row.twins)
-        achieved = [[run.get("held_out") for run in runs] for runs in (sick, healthy)]
-        n = min(map(len, achieved))  # seeds that are finished: three tell, if all are worse than all
-        p = p_worse(*(values[:n] for values in achieved)) if n >= 3 and row.sickness != ON_PAPER else None
         on_paper = row.sickness == ON_PAPER
+        achieved = [[run.get("held_out") for run in runs] for runs in (sick, healthy)]
         lines.append(
             {
                 "row": row.name,
@@ -102,18 +106,37 @@ def judged(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
                 "kind": row.kind,
                 "right": list(row.right),
                 "trigger": row.trigger,
-                "is_sick": p is not None and p <= HARM,
                 "on_paper": on_paper,
-                "p": p and round(p, 4),
-                "n_seeds": n,
                 "commits": sorted({run["commit"] for run in (*sick, *healthy)}),
-                "held_out": achieved,
                 "failed": sorted({run["failed"] for run in (*sick, *healthy) if "failed" in run}),
-                "seeds": [told_of(run, row.right, row.trigger) for run in sick[: len(WATCHED)]],
-                "twin_alarms": [[f[:4] for f in alarms(run)] for run in healthy[: len(WATCHED)]],
             }
         )
+        if split[row.name] == SECOND and not harm and not on_paper:
+            lines[-1] |= measured_harm(before.get(row.name), row.name, achieved)
+        else:
+            lines[-1] |= harm_of(achieved, on_paper)
+        some = 0 if harm else len(WATCHED)
+        lines[-1]["seeds"] = [told_of(run, row.right, row.trigger) for run in sick[:some]]
+        lines[-1]["twin_alarms"] = [[f[:4] for f in alarms(run)] for run in healthy[:some]]
     return lines
+
+
+def harm_of(achieved: list[list[float | None]], on_paper: bool) -> dict[str, Any]:
+    """What the held-out losses of the sick and of the healthy runs say; three seeds tell, if all are worse than all."""
+    n = min(map(len, achieved))
+    p = p_worse(*(values[:n] for values in achieved)) if n >= 3 and not on_paper else None
+    return {"is_sick": p is not None and p <= HARM, "p": p and round(p, 4), "n_seeds": n, "held_out": achieved}
+
+
+def measured_harm(line: dict[str, Any] | None, name: str, achieved: list[list[float | None]]) -> dict[str, Any]:
+    """The harm that was measured before any watch was run, and whether the watched runs come to the same numbers, as they must.
+    Raises ValueError if it was not measured."""
+    if line is None:
+        raise ValueError(
+            f"{OUT.name}: no harm of the row «{name}»: python -m benchmarks.detection --half {SECOND} --harm"
+        )
+    same = all(known[: len(now)] == now for known, now in zip(line["held_out"], achieved, strict=True))
+    return {key: line[key] for key in ("is_sick", "p", "n_seeds", "held_out")} | {"same_numbers": same}
 
 
 def summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
@@ -146,11 +169,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--half", choices=HALVES, help="only one half of the rows; the other's lines stay as they are")
     parser.add_argument("--finished", action="store_true", help="only of runs that are finished; computes nothing")
-    half, only_finished = (args := parser.parse_args()).half, args.finished
+    parser.add_argument("--harm", action="store_true", help="only whether the faults do harm: no watch is run")
+    half, only_finished, harm = (args := parser.parse_args()).half, args.finished, args.harm
+    if harm and half != SECOND:
+        parser.error(f"--harm is for --half {SECOND}: the other rows' harm comes with their watched runs")
+    file = json.loads(OUT.read_text(encoding="utf-8")) if OUT.exists() else {}
+    before = file.get("rows", [])
     results: dict[str, list[dict[str, Any]]] = {}
-    for run in finished(jobs(half)) if only_finished else kept(jobs(half), "detection"):
+    for run in finished(jobs(half, harm)) if only_finished else kept(jobs(half, harm), "detection"):
         results.setdefault(run["name"], []).append(run)
-    lines = judged(results)
+    lines = judged(results, {line["row"]: line for line in before}, harm)
+    show(lines)
+    lines = sorted(
+        lines + [line for line in before if half not in (None, line["half"])],
+        key=lambda line: HALVES.index(line["half"]),
+    )
+    print(json.dumps(summary(lines), indent=2))
+    made = file["provenance"] if harm and file else provenance() | {"updates": STEPS}  # lines have their own commits
+    write_json(OUT, {"provenance": made, "summary": summary(lines), "rows": lines})
+
+
+def show(lines: list[dict[str, Any]]) -> None:
     for line in lines:
         marks = "".join(".X"[not seed["right"]] for seed in line["seeds"])
         firsts = ", ".join(
@@ -161,15 +200,10 @@ def main() -> None:
         )
         for message in line["failed"]:
             print(f"      failed: {message}")
+        if not line.get("same_numbers", True):
+            print("      the watched runs came to other numbers than those that nobody watched")
         if any(line["twin_alarms"]):
             print(f"      twin: {line['twin_alarms']}")
-    print(json.dumps(summary(lines), indent=2))
-    path = ROOT / "benchmarks" / "detection.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    others = [line for line in before.get("rows", ()) if half not in (None, line["half"])]
-    lines = sorted(lines + others, key=lambda line: HALVES.index(line["half"]))
-    made = provenance() | {"updates": STEPS}
-    write_json(path, {"provenance": made, "summary": summary(lines), "rows": lines})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """The kinds of model that detection_rows.py makes sick: transformers' in tiny random form, and others in plain torch.
+The rarer ones are in detection_kinds.py.
 
 A body is a model, its batches, its loss and a held-out loss on its task, the same for sick and healthy twins: what a fault costs is
 read there, and not from a training loss, which a fault may flatter.
@@ -15,12 +16,11 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
 
-from benchmarks.healthy_families import WARMUP, small
+from benchmarks.healthy_families import small
 from benchmarks.healthy_language import TinyGPT
 from benchmarks.healthy_senses import STAGES, VIT, plain_cnn, sounds, tiny_clip
-from benchmarks.programs import Masked, Pictures, Program, Rows
+from benchmarks.programs import Masked, Pictures, Rows
 
 N_TEST = 8  # held-out batches
 Batch = Any
@@ -234,12 +234,16 @@ class Denoiser(nn.Module):
         return self.outside(F.silu(self.middle(hidden)))
 
 
-def diffusion(seed: int) -> Body:
-    def batches(seed: int) -> Callable[[], Batch]:
-        pictures, noise = Pictures(seed, size=12), torch.Generator().manual_seed(seed)
+def diffusion(seed: int, seeded: bool = False) -> Body:
+    """`seeded`: noise and times are drawn with one seed in each batch of training."""
+
+    def batches(at: int) -> Callable[[], Batch]:
+        pictures, noise = Pictures(at, size=12), torch.Generator().manual_seed(at)
 
         def batch() -> Batch:
             x = pictures()[0].flatten(1)
+            if seeded and at == seed:
+                noise.manual_seed(0)
             t, e = torch.rand(len(x), 1, generator=noise), torch.randn(x.shape, generator=noise)
             return (t * math.pi / 2).cos() * x + (t * math.pi / 2).sin() * e, t, e
 
@@ -270,97 +274,3 @@ def bandit(seed: int) -> Body:
 
     model = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 4))
     return body(model, batches, seed, loss, lr=3e-3, is_examined=False)
-
-
-# ---- the loop --------------------------------------------------------------------------------------------------------
-
-
-def adamw(model: nn.Module, lr: float, **options: Any) -> AdamW:
-    """Decoupled decay of matrices alone."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.1}]
-    groups += [{"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
-    return AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95), **options)
-
-
-class Loop:
-    """An update as it should be; a sick row replaces one of the parts by another, from an update on if it is told so."""
-
-    def __init__(
-        self, body: Body, optimizers: list[Optimizer] | None = None, n_accum: int = 1, clip: float | None = 1.0
-    ):
-        self.body, self.n_accum, self.max_norm = body, n_accum, clip
-        self.optimizers = optimizers or [adamw(body.model, body.lr)]
-        self.lrs = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
-        self.warmup = WARMUP
-        self.forward = body.loss
-
-    def batch(self) -> Batch:
-        return self.body.batches()
-
-    def schedule(self, i: int) -> None:
-        for o, lrs in zip(self.optimizers, self.lrs, strict=True):
-            for group, lr in zip(o.param_groups, lrs, strict=True):
-                group["lr"] = lr * min(1.0, (i + 1) / self.warmup)
-
-    def clear(self, i: int) -> None:
-        for o in self.optimizers:
-            o.zero_grad()
-
-    def backward(self, i: int) -> Tensor:
-        total = 0.0
-        for _ in range(self.n_accum):
-            loss = self.forward(self.body.model, self.batch()) / self.n_accum
-            loss.backward()
-            total = total + loss.detach()
-        return total
-
-    def clip(self, i: int) -> None:
-        if self.max_norm:
-            nn.utils.clip_grad_norm_(self.body.model.parameters(), self.max_norm)
-
-    def step(self, i: int) -> None:
-        for o in self.optimizers:
-            o.step()
-
-    def update(self, i: int) -> Tensor:
-        self.schedule(i)
-        self.clear(i)
-        loss = self.backward(i)
-        self.clip(i)
-        self.step(i)
-        return loss
-
-    def program(self, held_out: Callable[[], float] | None = None, examined: Any = None, **options: Any) -> Program:
-        if examined is None and self.body.is_examined:
-            examined = (self.batch(), self.forward)
-        return Program(self.body.model, self.optimizers, self.update, examined, options, held_out or self.body.held_out)
-
-
-# ---- rows ------------------------------------------------------------------------------------------------------------
-
-
-class Row(NamedTuple):
-    name: str
-    sickness: str  # the class
-    kind: str  # of model
-    right: tuple[str, ...]  # ids of the rules that name its cause
-    make: Callable[[int, bool], Program]  # of a seed, and whether it is sick
-    trigger: int  # the update at which the fault begins
-    plain: bool  # whether the healthy twin is the kind's plain training, which other rows share
-
-    @property
-    def twins(self) -> tuple[str, str]:
-        """Names of the sick runs, and of the healthy ones."""
-        return f"{self.name}: sick", f"{f'plain {self.kind}' if self.plain else self.name}: healthy"
-
-
-def row(table: list[Row], sickness: str, kind: str, *right: str, trigger: int = 0, plain: bool = False) -> Callable:
-    """Enter a function `(seed, sick) -> Program` into a table; its docstring names it."""
-
-    def enter(make: Callable[[int, bool], Program]) -> Callable:
-        name = " ".join(make.__doc__.split()).removesuffix(".")
-        table.append(Row(name, sickness, kind, right, make, trigger, plain))
-        return make
-
-    return enter

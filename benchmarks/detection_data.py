@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from benchmarks.detection_bodies import (
     Batch,
     Body,
-    Loop,
-    Row,
     bert,
     cnn,
     convolved,
@@ -22,12 +20,12 @@ from benchmarks.detection_bodies import (
     pair_loss,
     pairs,
     rnn,
-    row,
     t5,
     texts,
     vit,
     whisper,
 )
+from benchmarks.detection_twins import Loop, Row, row
 from benchmarks.programs import IGNORED, Program
 
 ROWS: list[Row] = []

@@ -1,23 +1,26 @@
-"""All rows of the detection table, and in which half each stands: calibration, or judged."""
+"""All rows of the detection table, and in which part each stands: calibration, judged, or the second judged set."""
 
 from __future__ import annotations
 
 import hashlib
 
-from benchmarks import detection_data, detection_loops, detection_models
-from benchmarks.detection_bodies import Row
+from benchmarks import detection_data, detection_loops, detection_models, detection_schedules, detection_structure
+from benchmarks.detection_twins import Row
 
-HALVES = ("calibration", "judged")
-TABLES = (detection_loops, detection_models, detection_data)
-ROWS: list[Row] = [row for table in TABLES for row in table.ROWS]
-CLASSES = tuple(dict.fromkeys(row.sickness for row in ROWS))
+SECOND = "second"  # judges too, with rows that were written after the first judged half had been looked at
+HALVES = ("calibration", "judged", SECOND)
+TABLES = (detection_loops, detection_schedules, detection_models, detection_structure, detection_data)
+FIRST: list[Row] = [row for table in TABLES for row in table.ROWS]
+LAST: list[Row] = []
+ROWS: list[Row] = FIRST + LAST
+CLASSES = tuple(dict.fromkeys(row.sickness for row in FIRST))
 
 
 def halves() -> dict[str, str]:
-    """Row → half. Within a class the rows take turns, in the order of a hash of their names: nobody chose."""
-    split = {}
+    """Row → half. Within a class the first rows take turns, in the order of a hash of their names: nobody chose."""
+    split = {row.name: SECOND for row in LAST}
     for sickness in CLASSES:
-        names = [row.name for row in ROWS if row.sickness == sickness]
+        names = [row.name for row in FIRST if row.sickness == sickness]
         for i, name in enumerate(sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())):
             split[name] = HALVES[i % 2]
     return split

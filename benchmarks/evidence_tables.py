@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 from benchmarks.detection import kind_of
@@ -37,6 +38,10 @@ def detection() -> list[str]:
         return [NOT_YET.format("detection")]
     lines = [origin(found)]
     for half, counts in found["summary"].items():
+        rows = [line for line in found["rows"] if line["half"] == half]
+        if not any(line["seeds"] for line in rows):
+            lines += harm(half, rows)
+            continue
         lines += ["", f"**{half}**: first finding right in "]
         parts = [
             f"{c['right_first']} of {c['runs']} {kind} runs ({c['rows']} rows)"
@@ -48,7 +53,7 @@ def detection() -> list[str]:
             "; ".join(parts) + f". Of {twins['runs']} runs of healthy twins {twins['with_alarm']} had an alarm."
         )
         lines += ["", "| fault | kind of model | is | p | right | first finding, by seed | delay |", "| --- " * 7 + "|"]
-        for line in (line for line in found["rows"] if line["half"] == half):
+        for line in rows:
             seeds = list(dict.fromkeys(map(told, line["seeds"])))
             delays = (
                 [str(seed["delay"]) for seed in line["seeds"] if seed["delay"] is not None] if line["trigger"] else []
@@ -64,6 +69,20 @@ def detection() -> list[str]:
                 ", ".join(delays),
             ]
             lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def harm(half: str, rows: list[dict[str, Any]]) -> list[str]:
+    """The lines of a half on which no watch was run yet."""
+    if not rows:
+        return ["", f"**{half}**: not run yet."]
+    counts = Counter(map(kind_of, rows))
+    told = ", ".join(f"{n} {kind}" for kind, n in counts.items())
+    lines = ["", f"**{half}**: {told}; no watch was run on these rows yet.", ""]
+    lines += ["| fault | kind of model | is | p | would be right |", "| --- " * 5 + "|"]
+    for line in rows:
+        right = ", ".join(f"`{rule}`" for rule in line["right"])
+        lines.append(f"| {line['row']} | {line['kind']} | {kind_of(line)} | {line['p']:.3f} | {right} |")
     return lines
 
 

@@ -20,7 +20,7 @@ def test_each_class_has_rows_in_both_halves_and_each_row_one_name() -> None:
     assert len(split) == len(ROWS) >= 40
     assert len({row.kind for row in ROWS}) >= 12
     for sickness in CLASSES:
-        counts = [sum(split[row.name] == half for row in ROWS if row.sickness == sickness) for half in HALVES]
+        counts = [sum(split[row.name] == half for row in ROWS if row.sickness == sickness) for half in HALVES[:2]]
         assert abs(counts[0] - counts[1]) <= 1 and min(counts) >= 1
 
 
