@@ -18,6 +18,8 @@ detection_schedules.py  rows whose fault is in the learning rates, or in schedul
 detection_models.py  rows whose fault is in the model
 detection_structure.py  rows whose fault is beside the model
 detection_data.py  rows whose fault is in targets and data
+detection_threads.py  the second judged set, from public threads: loops, schedules, data
+detection_threads_models.py  its other half: models and what is beside them
 operators.py       mutation operators that we did not write: `make operators`
 tools.py           other tools on the judged rows: `make tools`
 programs.py        what a training is to those who watch it; data; tables of runs that are kept by content

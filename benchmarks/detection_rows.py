@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import hashlib
 
-from benchmarks import detection_data, detection_loops, detection_models, detection_schedules, detection_structure
+from benchmarks import (
+    detection_data,
+    detection_loops,
+    detection_models,
+    detection_schedules,
+    detection_structure,
+    detection_threads,
+    detection_threads_models,
+)
 from benchmarks.detection_twins import Row
 
 SECOND = "second"  # judges too, with rows that were written after the first judged half had been looked at
 HALVES = ("calibration", "judged", SECOND)
 TABLES = (detection_loops, detection_schedules, detection_models, detection_structure, detection_data)
 FIRST: list[Row] = [row for table in TABLES for row in table.ROWS]
-LAST: list[Row] = []
+LAST: list[Row] = [*detection_threads.ROWS, *detection_threads_models.ROWS]
 ROWS: list[Row] = FIRST + LAST
 CLASSES = tuple(dict.fromkeys(row.sickness for row in FIRST))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import permutations
 from statistics import fmean
 
@@ -11,8 +12,10 @@ import torch
 pytest.importorskip("transformers")
 
 from benchmarks import programs
-from benchmarks.detection import p_worse, told_of
-from benchmarks.detection_rows import CLASSES, HALVES, ROWS, halves
+from benchmarks.detection import SEEDS, WATCHED, jobs, measured_harm, p_worse, told_of
+from benchmarks.detection_rows import CLASSES, HALVES, ROWS, SECOND, halves
+from benchmarks.programs import HEALTH
+from moe_lab.health import RULES
 
 
 def test_each_class_has_rows_in_both_halves_and_each_row_one_name() -> None:
@@ -20,8 +23,28 @@ def test_each_class_has_rows_in_both_halves_and_each_row_one_name() -> None:
     assert len(split) == len(ROWS) >= 40
     assert len({row.kind for row in ROWS}) >= 12
     for sickness in CLASSES:
-        counts = [sum(split[row.name] == half for row in ROWS if row.sickness == sickness) for half in HALVES[:2]]
+        counts = [sum(split[row.name] == half for row in ROWS if row.sickness == sickness) for half in HALVES]
         assert abs(counts[0] - counts[1]) <= 1 and min(counts) >= 1
+
+
+def test_the_second_set_has_two_rows_of_each_class_over_twelve_kinds_and_knows_its_rules() -> None:
+    split = halves()
+    rows = [row for row in ROWS if split[row.name] == SECOND]
+    assert 24 <= len(rows) <= 30 and len({row.kind for row in rows}) >= 12
+    assert {row.sickness for row in rows} == set(CLASSES)
+    assert min(Counter(row.sickness for row in rows).values()) >= 2
+    assert {rule for row in ROWS for rule in row.right} <= set(RULES)
+
+
+def test_harm_is_measured_before_a_watch_and_its_numbers_are_held_against_it() -> None:
+    runs = list(jobs(SECOND, harm=True))
+    assert not any(path in HEALTH for job in runs for path in job.sources) and {job.seed for job in runs} == set(SEEDS)
+    assert {job.seed for job in jobs(SECOND)} == set(WATCHED)
+    line = {"is_sick": True, "p": 0.004, "n_seeds": 5, "held_out": [[2.0, 3.0], [1.0, None]]}
+    assert measured_harm(line, "row", [[2.0], [1.0]])["same_numbers"]
+    assert not measured_harm(line, "row", [[2.0], [1.5]])["same_numbers"]
+    with pytest.raises(ValueError, match="no harm of the row"):
+        measured_harm(None, "row", [[], []])
 
 
 def test_the_permutation_test_agrees_with_counting_all_orders() -> None:
