@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 
-from moe_lab.failures.designs import FAILURE, all_designs, study_config, with_lrs
+from moe_lab.failures.designs import FAILURE, SWEEP_ADAMW, all_designs, study_config, with_lrs
 from moe_lab.failures.experiments import SEEDS, Arm, Experiment, collect
 from moe_lab.failures.results import RESULTS
 from moe_lab.sections import ConfigError, suggestion
@@ -60,9 +60,21 @@ def decayed(steps: int, lrs: Mapping[str, Sequence[float]]) -> Experiment:
     return Experiment(name=f"decayed_{steps}", arms=arms, evaluate_at=(steps,))
 
 
+def transfer() -> Experiment:
+    """A third width, the LRs of `designs.sweep` around the best: does Muon's LR stay where it is as the model widens?
+
+    Predicted before it was run, from the parabolas through the sweeps at 96 and 192 (best of `original` 0.0059 and 0.0063, of
+    `match_rms_adamw` 0.0026 and 0.0020; three seeds within 5 %): at 384 `original` is best at 0.0060 to 0.0072, and
+    `match_rms_adamw` at 0.0013 to 0.0017."""
+    config, arms = study_config(384), {}
+    for convention, lrs in (("original", (3e-3, 1e-2, 3e-2)), ("match_rms_adamw", (3e-4, 1e-3, 3e-3, 1e-2))):
+        arms |= {f"{convention} {lr:g}": Arm(with_lrs(config, lr, SWEEP_ADAMW, convention)) for lr in lrs}
+    return Experiment(name="sweep_384", arms=arms)
+
+
 def compute(names: Sequence[str]) -> None:
     """Compute these designs, or all, and write their results for committing."""
-    ours = [disputed(), starved(96, (200, 400, 600, 800)), starved(192, (200, 400))]
+    ours = [disputed(), transfer(), starved(96, (200, 400, 600, 800)), starved(192, (200, 400))]
     ours += [tuned(width, candidates) for width, candidates in SEARCHED.items()]
     ours += [decayed(200, dict.fromkeys(("constant", "cosine"), (1.2e-2, 2.4e-2, 4.8e-2)))]
     ours += [decayed(800, {"constant": (3e-3, 6e-3, 1.2e-2, 2.4e-2), "cosine": (6e-3, 1.2e-2, 2.4e-2)})]
