@@ -51,7 +51,7 @@ WORKS = [
     ),
     Work(
         "loss over 4 heads, vocabulary 50257", "logits, cross_entropy", "1 ×, memory ÷ 4", peers.heads,
-        "tests/test_model.py::test_head_losses_follow_a_loop", 3,
+        "tests/test_heads.py::test_head_losses_follow_a_loop", 3,
     ),
     Work(
         "256 new tokens after 256", "transformers", "2 ×", peers.generation,

@@ -3,6 +3,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from moe_lab.config import from_dict
 from moe_lab.health.sampling import start_sample
 from moe_lab.optim import build_optimizers
 from moe_lab.optim.rounding import REMEDIES
+from moe_lab.train import read_record
 from moe_lab.train.checkpoint import (
     checkpoint_bytes,
     latest_checkpoint,
@@ -242,3 +244,26 @@ def test_a_resume_reads_one_checkpoint_once(run: Trainer, copied: Path, monkeypa
     assert train(run.config.with_(training={"steps": 7}), copied, resume=True).step == 7
     n_bytes = sum(p.nbytes for p in run.model.state_dict().values())
     assert read == [("checkpoint_interrupted.pt", 0), ("step_000006.pt", n_bytes)]
+
+
+def test_a_used_directory_names_both_ways_out(tmp_path: Path) -> None:
+    """Whether it was used before the trainer was made or since: by another one, or in a `fit` of its own."""
+    config = tiny(tmp_path, training={"steps": 2})
+    trainer = train(config.with_(training={"steps": 1}), tmp_path / "run")
+    one, other = (Trainer(config, tmp_path / "run", resume=True) for _ in range(2))
+    one.fit()
+    before = read_record(tmp_path / "run")
+    for attempt in (lambda: Trainer(config, tmp_path / "run"), trainer.fit, one.fit, other.fit):
+        with refused(RunError, match=r"run: holds a run already; .*resume=True .*, or take another directory$"):
+            attempt()
+    assert read_record(tmp_path / "run") == before
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch) -> None:
+    trainer = Trainer(tiny(tmp_path), tmp_path / "run")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(trainer.model, "report", lambda ids, generator: pytest.fail("training began"))
+    expected = r"run: a checkpoint needs 0.00 GB and the disk has 0.00 GB free; free some space, or lower"
+    with refused(RunError, match=expected):
+        trainer.fit()
+    assert read_record(tmp_path / "run") == []

@@ -1,14 +1,18 @@
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_run import parameters, steps_of, without_times
+from tiny_run import parameters, steps_of, summary_of, tiny, train, without_times
 
 from moe_lab import Trainer
-from moe_lab.config import Config
-from moe_lab.train import checkpoint, read_record
+from moe_lab.config import Config, to_yaml
+from moe_lab.train import checkpoint, loop, read_record
 from moe_lab.train.checkpoint import load_checkpoint, step_path
 from moe_lab.train.controls import Controls
 from moe_lab.train.record import read_jsonl
@@ -151,3 +155,87 @@ def test_another_act_is_done_between_two_updates_written_and_repeated(run: Train
         trainer.fit()
         assert controls_of(tmp_path / folder) == [{"step": 2, "action": "cut"}]
     assert done == [2, 2]
+
+
+def test_pauses_and_saves_are_no_training_time(tmp_path: Path, monkeypatch) -> None:
+    """On a clock of the test's own, on which an update takes 1 s, a save 100 s, a pause 1000 s, an evaluation 10 s."""
+    now = [0.0]
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+
+    def takes(seconds: float, call):
+        def slow(*given, **options):
+            now[0] += seconds
+            return call(*given, **options)
+
+        return slow
+
+    monkeypatch.setattr(loop, "evaluate", takes(10, loop.evaluate))
+    monkeypatch.setattr(loop.ckpt, "save_atomically", takes(100, loop.ckpt.save_atomically))
+    config = tiny(tmp_path, training={"log_interval": 1, "save_interval": 2, "eval_interval": 100})
+    trainer = Trainer(config, tmp_path / "run")
+    trainer.model.report = takes(0.5, trainer.model.report)  # of 2 micro-batches
+    trainer.listeners.append(lambda row: row["step"] == 3 and trainer.controls.pause())
+
+    def ends_the_pause(seconds: float) -> bool:
+        now[0] += 1000
+        trainer.controls.resume()
+
+    monkeypatch.setattr(trainer.controls, "wait_while_paused", ends_the_pause)
+    summary = trainer.fit()
+    assert now[0] == 6 * 1 + 3 * 100 + 1000 + 2 * 10
+    assert [row["tokens_per_s"] for row in steps_of(tmp_path / "run")] == [config.tokens_per_step / 1] * 6
+    assert [row["seconds"] for row in steps_of(tmp_path / "run")] == [11, 12, 13, 14, 15, 16]
+    assert summary["wall_s"] == 26.0
+
+
+def test_a_directory_opened_on_one_thread_is_trained_in_on_another(run: Trainer, tmp_path: Path) -> None:
+    """As in a notebook: a watch is made once the directory is held, and a thread trains, meanwhile or later."""
+    trainer = Trainer(run.config, tmp_path / "run")
+    with trainer.opened():
+        assert (tmp_path / "run" / "config.yaml").exists() and trainer.step == 0
+        thread = threading.Thread(target=trainer.fit)
+        thread.start()
+        thread.join(60)
+    assert trainer.step == 6
+    assert without_times(read_record(tmp_path / "run")) == without_times(read_record(run.run_dir))
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_the_first_signal_saves_and_the_second_quits(tmp_path: Path, capsys, name: str) -> None:
+    number = getattr(signal, name)
+    previous = signal.signal(number, signal.default_int_handler)
+    try:
+        once = lambda row: row["step"] == 3 and signal.raise_signal(number)  # noqa: E731
+        trainer = train(tiny(tmp_path, training={"log_interval": 1}), tmp_path / "once", listeners=[once])
+        assert trainer.step == 3 and "press Ctrl-C again" in capsys.readouterr().err
+        assert summary_of(tmp_path / "once")["status"] == "interrupted"
+        assert signal.getsignal(number) is signal.default_int_handler
+
+        twice = lambda row: row["step"] == 3 and [signal.raise_signal(number) for _ in "12"]  # noqa: E731
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny(tmp_path, training={"log_interval": 1}), tmp_path / "twice", listeners=[twice])
+        assert summary_of(tmp_path / "twice")["status"] == "interrupted"
+        assert signal.getsignal(number) is signal.default_int_handler
+        assert not (tmp_path / "twice" / "checkpoints" / "checkpoint_interrupted.pt").exists()
+    finally:
+        signal.signal(number, previous)
+
+
+def test_ctrl_c_in_a_real_process(tmp_path: Path) -> None:
+    training = {"steps": 100_000, "save_interval": 2, "keep_checkpoints": 50}
+    (tmp_path / "c.yaml").write_text(to_yaml(tiny(tmp_path, training=training)))
+    command = [sys.executable, "-m", "moe_lab", "run", str(tmp_path / "c.yaml"), "--run-dir", str(tmp_path / "run")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes) as first:
+        try:
+            while not step_path(tmp_path / "run", 2).exists():
+                assert first.poll() is None, first.stderr.read()
+                time.sleep(0.05)
+            first.send_signal(signal.SIGINT)
+            out, err = first.communicate(timeout=60)
+        finally:
+            first.kill()
+    assert first.returncode == 0 and "Traceback" not in err, err
+    summary = summary_of(tmp_path / "run")
+    assert summary["status"] == "interrupted" and out.startswith(f"interrupted: {summary['steps']} steps in")
+    assert [row["step"] for row in steps_of(tmp_path / "run")] == list(range(1, summary["steps"] + 1))

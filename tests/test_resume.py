@@ -15,10 +15,11 @@ from helpers import refused
 from tiny_run import contents, evaluations_of, steps_of, tiny, train, without_times
 from torch.optim import AdamW
 
-from moe_lab import RunError, Trainer, load_config
+from moe_lab import RunError, Trainer, build_model, load_config
 from moe_lab.config import Config, to_yaml
+from moe_lab.data import Batches
 from moe_lab.train import read_record
-from moe_lab.train.checkpoint import load_checkpoint, step_path
+from moe_lab.train.checkpoint import load_checkpoint, save_atomically, step_path
 from moe_lab.train.record import read_jsonl
 
 N_STEPS = 24
@@ -250,3 +251,35 @@ def test_a_vocabulary_that_the_text_did_not_fill_is_no_other_architecture(tmp_pa
     resumed = Trainer(config.with_(training={"steps": 3}), tmp_path / "run", resume=True)
     assert (resumed.step, resumed.config.model.vocab_size) == (1, n_words)
     assert capsys.readouterr().err.splitlines()[1:] == ["training.steps: stored 1, given 3: the given value is used"]
+
+
+def test_dropout_follows_from_the_seed_alone(run: Trainer, tmp_path: Path) -> None:
+    losses = []
+    for seed in (0, 1):  # of dropout alone: the model and the data are those of seed 0
+        torch.rand(seed + 1)  # whatever else a notebook has drawn before
+        trainer = Trainer(run.config.with_(training={"seed": seed}), tmp_path / f"{seed}")
+        trainer.model.load_state_dict(build_model(trainer.config.model, 0).state_dict())
+        trainer.batches = Batches(trainer.dataset.train, 16, 2, 0)
+        list(trainer.steps(until=1))
+        losses.append(steps_of(trainer.run_dir)[0]["loss"])
+    assert losses[0] != losses[1] and losses[0] == steps_of(run.run_dir)[0]["loss"]
+
+
+@pytest.mark.parametrize("old", [False, True])  # a checkpoint from before dropout had a generator of its own
+def test_cells_that_draw_numbers_do_not_disturb_a_live_run(run: Trainer, tmp_path: Path, old: bool) -> None:
+    """A cell of a notebook that draws while a thread trains: here from within the run, at every row."""
+    assert run.config.model.dropout == 0.1
+    config = run.config.with_(training={"log_interval": 1})
+    trainer = Trainer(config, tmp_path / "run", listeners=[lambda row: torch.rand(7)])
+    for _ in trainer.steps(until=4):
+        torch.rand(3)
+    trainer.save(step_path(trainer.run_dir, 4))
+    if old:
+        state = load_checkpoint(step_path(trainer.run_dir, 4))
+        state["rng_state"]["cpu"] = state["rng_state"].pop("dropout")
+        save_atomically(state, step_path(trainer.run_dir, 4))
+    torch.rand(5)
+    resumed = Trainer(config, tmp_path / "run", resume=True, listeners=[lambda row: torch.rand(7)])
+    torch.rand(5)
+    assert len(list(resumed.steps())) == 2
+    assert without_times(steps_of(tmp_path / "run")) == without_times(steps_of(run.run_dir))

@@ -1,15 +1,6 @@
 import contextlib
-import json
 import math
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import threading
-import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,22 +8,15 @@ import torch
 import torch.nn.functional as F
 import yaml
 from helpers import refused
-from tiny_run import evaluations_of, parameters, steps_of, tiny, train, without_times
-from torch.utils._python_dispatch import TorchDispatchMode
+from tiny_run import evaluations_of, parameters, steps_of, summary_of, tiny, train, without_times
 
-from moe_lab import ConfigError, RunError, Trainer, build_model
-from moe_lab.config import from_dict, to_yaml
+from moe_lab import RunError, Trainer, build_model
+from moe_lab.config import from_dict
 from moe_lab.data import Batches
-from moe_lab.optim import groups_of, products
-from moe_lab.train import device, loop, read_record
-from moe_lab.train.checkpoint import load_checkpoint, save_atomically, step_path
+from moe_lab.train import read_record
+from moe_lab.train.checkpoint import load_checkpoint, step_path
 from moe_lab.train.controls import Controls
 from moe_lab.train.evaluate import evaluate
-
-
-def status_of(run_dir: Path) -> str:
-    return json.loads((run_dir / "summary.json").read_text())["status"]
-
 
 # ---- the update -----------------------------------------------------------------------------------------------------
 
@@ -223,7 +207,7 @@ def test_validation_loss_is_the_mean_over_every_target(run: Trainer) -> None:
 
 
 def test_the_summary_and_the_files_beside_it(run: Trainer) -> None:
-    summary = json.loads((run.run_dir / "summary.json").read_text())
+    summary = summary_of(run.run_dir)
     documented = {"status", "train_loss", "validation_loss", "trigram_loss", "bits_per_byte", "steps", "tokens"}
     assert documented | {"wall_s", "tokens_per_s", "seed", "commit", "findings"} <= set(summary)
     assert (summary["status"], summary["steps"], summary["tokens"]) == ("finished", 6, 384)
@@ -237,37 +221,6 @@ def test_the_summary_and_the_files_beside_it(run: Trainer) -> None:
     names = {path.name for path in run.run_dir.iterdir()} - {".lock"}
     assert names == {"config.yaml", "tokenizer.json", "record.jsonl", "checkpoints", "summary.json"}
     assert from_dict(yaml.safe_load((run.run_dir / "config.yaml").read_text())) == run.config
-
-
-def test_pauses_and_saves_are_no_training_time(tmp_path: Path, monkeypatch) -> None:
-    """On a clock of the test's own, on which an update takes 1 s, a save 100 s, a pause 1000 s, an evaluation 10 s."""
-    now = [0.0]
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
-
-    def takes(seconds: float, call):
-        def slow(*given, **options):
-            now[0] += seconds
-            return call(*given, **options)
-
-        return slow
-
-    monkeypatch.setattr(loop, "evaluate", takes(10, loop.evaluate))
-    monkeypatch.setattr(loop.ckpt, "save_atomically", takes(100, loop.ckpt.save_atomically))
-    config = tiny(tmp_path, training={"log_interval": 1, "save_interval": 2, "eval_interval": 100})
-    trainer = Trainer(config, tmp_path / "run")
-    trainer.model.report = takes(0.5, trainer.model.report)  # of 2 micro-batches
-    trainer.listeners.append(lambda row: row["step"] == 3 and trainer.controls.pause())
-
-    def ends_the_pause(seconds: float) -> bool:
-        now[0] += 1000
-        trainer.controls.resume()
-
-    monkeypatch.setattr(trainer.controls, "wait_while_paused", ends_the_pause)
-    summary = trainer.fit()
-    assert now[0] == 6 * 1 + 3 * 100 + 1000 + 2 * 10
-    assert [row["tokens_per_s"] for row in steps_of(tmp_path / "run")] == [config.tokens_per_step / 1] * 6
-    assert [row["seconds"] for row in steps_of(tmp_path / "run")] == [11, 12, 13, 14, 15, 16]
-    assert summary["wall_s"] == 26.0
 
 
 # ---- what a caller hands in -----------------------------------------------------------------------------------------
@@ -288,51 +241,7 @@ def test_a_model_and_optimizers_of_the_users_own(tmp_path: Path) -> None:
     assert not heads[0].equal(before)
 
 
-def test_a_model_is_moved_to_the_device_and_not_away_from_its_optimizers(tmp_path: Path, monkeypatch) -> None:
-    """With "meta" in a second device's place, which no machine lacks."""
-    monkeypatch.setattr(device, "pick_device", lambda name: torch.device("meta"))
-    config = tiny(tmp_path)
-    trainer = Trainer(config, tmp_path / "run", model=build_model(config.model))
-    assert {p.device.type for p in trainer.model.parameters()} == {"meta"}
-    assert {p for group in groups_of(trainer.optimizers) for p in group["params"]} == set(trainer.model.parameters())
-    model = build_model(config.model)
-    with refused(ConfigError, match=r"^the model given is on cpu and the run on meta: move it there, model.to"):
-        Trainer(config, tmp_path / "other", model=model, optimizers=[torch.optim.SGD(model.parameters())])
-
-
-# ---- the same thing again -------------------------------------------------------------------------------------------
-
-
-def test_dropout_follows_from_the_seed_alone(run: Trainer, tmp_path: Path) -> None:
-    losses = []
-    for seed in (0, 1):  # of dropout alone: the model and the data are those of seed 0
-        torch.rand(seed + 1)  # whatever else a notebook has drawn before
-        trainer = Trainer(run.config.with_(training={"seed": seed}), tmp_path / f"{seed}")
-        trainer.model.load_state_dict(build_model(trainer.config.model, 0).state_dict())
-        trainer.batches = Batches(trainer.dataset.train, 16, 2, 0)
-        list(trainer.steps(until=1))
-        losses.append(steps_of(trainer.run_dir)[0]["loss"])
-    assert losses[0] != losses[1] and losses[0] == steps_of(run.run_dir)[0]["loss"]
-
-
-@pytest.mark.parametrize("old", [False, True])  # a checkpoint from before dropout had a generator of its own
-def test_cells_that_draw_numbers_do_not_disturb_a_live_run(run: Trainer, tmp_path: Path, old: bool) -> None:
-    """A cell of a notebook that draws while a thread trains: here from within the run, at every row."""
-    assert run.config.model.dropout == 0.1
-    config = run.config.with_(training={"log_interval": 1})
-    trainer = Trainer(config, tmp_path / "run", listeners=[lambda row: torch.rand(7)])
-    for _ in trainer.steps(until=4):
-        torch.rand(3)
-    trainer.save(step_path(trainer.run_dir, 4))
-    if old:
-        state = load_checkpoint(step_path(trainer.run_dir, 4))
-        state["rng_state"]["cpu"] = state["rng_state"].pop("dropout")
-        save_atomically(state, step_path(trainer.run_dir, 4))
-    torch.rand(5)
-    resumed = Trainer(config, tmp_path / "run", resume=True, listeners=[lambda row: torch.rand(7)])
-    torch.rand(5)
-    assert len(list(resumed.steps())) == 2
-    assert without_times(steps_of(tmp_path / "run")) == without_times(steps_of(run.run_dir))
+# ---- evaluation -----------------------------------------------------------------------------------------------------
 
 
 def test_an_evaluation_puts_each_modules_mode_back(run: Trainer) -> None:
@@ -352,128 +261,7 @@ def test_an_evaluation_says_how_far_it_is(run: Trainer) -> None:
     assert controls.evaluated == 1.0
 
 
-# ---- precision ------------------------------------------------------------------------------------------------------
-
-
-def test_autocast_computes_in_bfloat16_and_keeps_float32(tmp_path: Path) -> None:
-    config = tiny(tmp_path, training={"steps": 1}, precision={"compute": "bfloat16"})
-    trainer = Trainer(config, tmp_path / "run")
-    computed = set()
-    trainer.model.lm_heads[0].register_forward_hook(lambda module, args, y: computed.add(y.dtype))
-    trainer.fit()
-    states = [value for o in trainer.optimizers for state in o.state.values() for value in state.values()]
-    stored = load_checkpoint(step_path(trainer.run_dir, 1))["model_state_dict"]
-    kept = {t.dtype for t in (*trainer.model.parameters(), *states, *stored.values())}
-    assert (computed, kept) == ({torch.bfloat16}, {torch.float32})
-
-
-def test_bfloat16_parameters_freeze_the_norms(run: Trainer, tmp_path: Path) -> None:
-    """From 1.0, a step of 2^-9 or less is lost in bfloat16; the AdamW LR here stays below it."""
-    precision = {"parameters": "bfloat16", "compute": "bfloat16"}
-    trainer = train(run.config.with_(precision=precision), tmp_path / "run")
-    assert {p.dtype for p in trainer.model.parameters()} == {torch.bfloat16}
-    norms = [p for name, p in trainer.model.named_parameters() if "norm" in name]
-    assert len(norms) == 7 and all((p == 1).all() for p in norms)
-    rows = steps_of(trainer.run_dir)
-    assert max(row["lr"]["adamw"] for row in rows) < 2**-9 and {row["norm_deviation"] for row in rows} == {0.0}
-    assert steps_of(run.run_dir)[-1]["norm_deviation"] > 1e-3  # in float32
-
-
-@pytest.mark.parametrize(("times_faster", "taken"), [(1.2, "float32"), (1.4, "bfloat16")])
-def test_auto_takes_bfloat16_where_it_pays(tmp_path: Path, monkeypatch, times_faster: float, taken: str) -> None:
-    seconds = {torch.float32: 1.0, torch.bfloat16: 1 / times_faster}
-    with monkeypatch.context() as probe:
-        probe.setattr(products, "has_fast_bfloat16", lambda device: True)
-        probe.setattr(device, "seconds_per_product", lambda a, b: seconds[a.dtype])
-        config = tiny(tmp_path, precision={"compute": "auto"}, training={"steps": 2})
-        trainer = train(config, tmp_path / "run")
-    assert trainer.config.precision.compute == taken
-    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["precision"]["compute"]
-    assert written == taken == load_checkpoint(step_path(tmp_path / "run", 2))["config"]["precision"]["compute"]
-    # another probe would say the opposite: what the run began with stands
-    monkeypatch.setattr(products, "has_fast_bfloat16", lambda device: True)
-    monkeypatch.setattr(device, "seconds_per_product", lambda a, b: 1.0 / seconds[a.dtype])
-    resumed = Trainer(config.with_(training={"steps": 3}), tmp_path / "run", resume=True)
-    assert resumed.config.precision.compute == taken
-
-
-def test_auto_does_not_time_what_is_known_to_be_slow(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(products, "has_fast_bfloat16", lambda device: False)
-    monkeypatch.setattr(device, "seconds_per_product", lambda a, b: pytest.fail("it was timed"))
-    config, cpu = tiny(tmp_path, precision={"compute": "auto"}), torch.device("cpu")
-    assert device.pick_compute(config, cpu) == "float32"
-
-
-class Recorder(TorchDispatchMode):
-    """Remembers the dtypes that each operation was given."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen += [(func.overloadpacket, x.dtype) for x in args if isinstance(x, torch.Tensor)]
-        return func(*args, **kwargs or {})
-
-
-@pytest.mark.parametrize("product", ["mm", "addmm", "bmm", "grouped_mm"])
-def test_rounded_products_are_bfloat16_products(product: str) -> None:
-    """Forward and backward, to the last bit of torch's own; and none of them is left to the bfloat16 kernels."""
-    draw = torch.Generator().manual_seed(0)
-    sizes = ((16, 64), (64, 24), (24,), (3, 64, 24))
-    tensors = a, b, bias, stack = [torch.randn(size, generator=draw).bfloat16().requires_grad_() for size in sizes]
-    ends = torch.tensor([4, 4, 16], dtype=torch.int32)
-    compute = {
-        "mm": lambda: a @ b,
-        "addmm": lambda: torch.addmm(bias, a, b),
-        "bmm": lambda: a.expand(3, -1, -1) @ stack,
-        "grouped_mm": lambda: F.grouped_mm(a, stack, offs=ends),
-    }[product]
-
-    def forward_and_backward() -> list:
-        y = compute()
-        return [y, *torch.autograd.grad(y.float().square().sum(), tensors, allow_unused=True)]
-
-    native = forward_and_backward()
-    with Recorder() as recorder, products.RoundedProducts():
-        rounded = forward_and_backward()
-    dtypes = {dtype for operation, dtype in recorder.seen if operation in products.PRODUCTS}
-    assert torch.float32 in dtypes and torch.bfloat16 not in dtypes
-    for expected, found in zip(native, rounded, strict=True):
-        if expected is not None:
-            assert found.dtype == torch.bfloat16
-            torch.testing.assert_close(found.float(), expected.float(), rtol=2**-7, atol=0.01)
-
-
-def test_slow_bfloat16_products_are_computed_in_float32(tmp_path: Path, monkeypatch) -> None:
-    """A run in bfloat16 throughout, on a device that is slow at it: forward, backward and evaluation; the losses stay."""
-    precision = {"compute": "bfloat16", "parameters": "bfloat16"}
-    config = tiny(tmp_path, n_words=1000, training={"steps": 2}, precision=precision)
-    losses, dtypes = {}, {}
-    for fast in (True, False):
-        monkeypatch.setattr(products, "has_fast_bfloat16", lambda device, fast=fast: fast)
-        with Recorder() as recorder:
-            trainer = train(config, tmp_path / str(fast))
-        losses[fast] = [row.get("loss", row.get("validation_loss")) for row in read_record(trainer.run_dir)]
-        dtypes[fast] = {dtype for operation, dtype in recorder.seen if operation in products.PRODUCTS}
-    assert torch.bfloat16 in dtypes[True] and torch.bfloat16 not in dtypes[False]
-    assert losses[False] == pytest.approx(losses[True], rel=2e-3)
-
-
 # ---- what can go wrong ----------------------------------------------------------------------------------------------
-
-
-def test_a_used_directory_names_both_ways_out(tmp_path: Path) -> None:
-    """Whether it was used before the trainer was made or since: by another one, or in a `fit` of its own."""
-    config = tiny(tmp_path, training={"steps": 2})
-    trainer = train(config.with_(training={"steps": 1}), tmp_path / "run")
-    one, other = (Trainer(config, tmp_path / "run", resume=True) for _ in range(2))
-    one.fit()
-    before = read_record(tmp_path / "run")
-    for attempt in (lambda: Trainer(config, tmp_path / "run"), trainer.fit, one.fit, other.fit):
-        with refused(RunError, match=r"run: holds a run already; .*resume=True .*, or take another directory$"):
-            attempt()
-    assert read_record(tmp_path / "run") == before
 
 
 def test_a_gradient_that_is_not_finite(tmp_path: Path, monkeypatch) -> None:
@@ -489,111 +277,9 @@ def test_a_gradient_that_is_not_finite(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(trainer.model, "report", from_step_3_on)
     with refused(RunError, match=r"^step 3: the gradient norm is nan, .* lower training.max_lr, or resume"):
         trainer.fit()
-    assert status_of(tmp_path / "run") == "failed"
+    assert summary_of(tmp_path / "run")["status"] == "failed"
     saved = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert [path.name for path in saved] == ["step_000001.pt", "step_000002.pt"]
     for path in saved:
         assert all(p.isfinite().all() for p in load_checkpoint(path)["model_state_dict"].values())
     assert train(config, tmp_path / "run", resume=True).step == 5
-
-
-def test_a_full_disk(tmp_path: Path, monkeypatch) -> None:
-    trainer = Trainer(tiny(tmp_path), tmp_path / "run")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    monkeypatch.setattr(trainer.model, "report", lambda ids, generator: pytest.fail("training began"))
-    expected = r"run: a checkpoint needs 0.00 GB and the disk has 0.00 GB free; free some space, or lower"
-    with refused(RunError, match=expected):
-        trainer.fit()
-    assert read_record(tmp_path / "run") == []
-
-
-OUT_OF_MEMORY = (
-    r"^out of memory on cpu at step 1: lower training.batch_size \(2; .*max_seq_len \(16\).*d_model \(16\), or set "
-)
-
-
-@pytest.mark.parametrize(
-    ("error", "raised", "message"),
-    [
-        (torch.OutOfMemoryError(), RunError, OUT_OF_MEMORY),
-        (MemoryError(), RunError, OUT_OF_MEMORY),
-        (RuntimeError("can't allocate memory"), RunError, OUT_OF_MEMORY),
-        (RuntimeError("shapes cannot be multiplied"), RuntimeError, "^shapes cannot be multiplied$"),
-        (ValueError("a label: out of memory"), ValueError, "^a label: out of memory$"),
-    ],
-)
-def test_out_of_memory_names_the_sizes_and_another_error_passes(tmp_path, monkeypatch, error, raised, message) -> None:
-    trainer = Trainer(tiny(tmp_path), tmp_path / "run")
-
-    def report(ids: torch.Tensor, generator: torch.Generator):
-        raise error
-
-    monkeypatch.setattr(trainer.model, "report", report)
-    with refused(raised, match=message):
-        trainer.fit()
-    assert status_of(tmp_path / "run") == "failed"
-
-
-def test_auto_takes_the_first_device_that_is_there(monkeypatch) -> None:
-    there = set()
-    for kind in ("cuda", "mps"):
-        monkeypatch.setattr(getattr(torch, kind), "is_available", lambda kind=kind: kind in there)
-    for kind in ("cpu", "mps", "cuda"):
-        there.add(kind)
-        assert device.pick_device("auto").type == kind
-
-
-# ---- stopping -------------------------------------------------------------------------------------------------------
-
-
-def test_a_directory_opened_on_one_thread_is_trained_in_on_another(run: Trainer, tmp_path: Path) -> None:
-    """As in a notebook: a watch is made once the directory is held, and a thread trains, meanwhile or later."""
-    trainer = Trainer(run.config, tmp_path / "run")
-    with trainer.opened():
-        assert (tmp_path / "run" / "config.yaml").exists() and trainer.step == 0
-        thread = threading.Thread(target=trainer.fit)
-        thread.start()
-        thread.join(60)
-    assert trainer.step == 6
-    assert without_times(read_record(tmp_path / "run")) == without_times(read_record(run.run_dir))
-
-
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_the_first_signal_saves_and_the_second_quits(tmp_path: Path, capsys, name: str) -> None:
-    number = getattr(signal, name)
-    previous = signal.signal(number, signal.default_int_handler)
-    try:
-        once = lambda row: row["step"] == 3 and signal.raise_signal(number)  # noqa: E731
-        trainer = train(tiny(tmp_path, training={"log_interval": 1}), tmp_path / "once", listeners=[once])
-        assert trainer.step == 3 and "press Ctrl-C again" in capsys.readouterr().err
-        assert status_of(tmp_path / "once") == "interrupted"
-        assert signal.getsignal(number) is signal.default_int_handler
-
-        twice = lambda row: row["step"] == 3 and [signal.raise_signal(number) for _ in "12"]  # noqa: E731
-        with pytest.raises(KeyboardInterrupt):
-            train(tiny(tmp_path, training={"log_interval": 1}), tmp_path / "twice", listeners=[twice])
-        assert status_of(tmp_path / "twice") == "interrupted"
-        assert signal.getsignal(number) is signal.default_int_handler
-        assert not (tmp_path / "twice" / "checkpoints" / "checkpoint_interrupted.pt").exists()
-    finally:
-        signal.signal(number, previous)
-
-
-def test_ctrl_c_in_a_real_process(tmp_path: Path) -> None:
-    training = {"steps": 100_000, "save_interval": 2, "keep_checkpoints": 50}
-    (tmp_path / "c.yaml").write_text(to_yaml(tiny(tmp_path, training=training)))
-    command = [sys.executable, "-m", "moe_lab", "run", str(tmp_path / "c.yaml"), "--run-dir", str(tmp_path / "run")]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes) as first:
-        try:
-            while not step_path(tmp_path / "run", 2).exists():
-                assert first.poll() is None, first.stderr.read()
-                time.sleep(0.05)
-            first.send_signal(signal.SIGINT)
-            out, err = first.communicate(timeout=60)
-        finally:
-            first.kill()
-    assert first.returncode == 0 and "Traceback" not in err, err
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["status"] == "interrupted" and out.startswith(f"interrupted: {summary['steps']} steps in")
-    assert [row["step"] for row in steps_of(tmp_path / "run")] == list(range(1, summary["steps"] + 1))

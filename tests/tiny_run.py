@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -54,6 +55,10 @@ def steps_of(run_dir: Path) -> list[dict]:
 
 def evaluations_of(run_dir: Path) -> list[dict]:
     return [row for row in read_record(run_dir) if row.get("event") == "eval"]
+
+
+def summary_of(run_dir: Path) -> dict:
+    return json.loads((run_dir / "summary.json").read_text())
 
 
 def contents(folder: Path) -> dict[Path, bytes]:

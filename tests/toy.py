@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+from torch.utils.checkpoint import checkpoint
 
 from moe_lab.health import Finding, Watch
 from moe_lab.health.during.rule import Rule
@@ -92,3 +93,41 @@ def spoken(rule: Rule, state: State) -> list[Finding]:
     """What one rule says of a state, as if it had not spoken before."""
     ill = rule.when(state)
     return [rule.finding(state, ill)] if ill else []
+
+
+class Mixture(nn.Module):
+    """Two of eight experts a token, which are counted; `auxiliary` is kept on the module."""
+
+    def __init__(self, width: int, auxiliary: str = "", towards: int = 0):
+        super().__init__()
+        self.router, self.auxiliary = nn.Linear(width, 8, bias=False), auxiliary
+        self.up = nn.Parameter(torch.randn(8, width, width) * 0.1)
+        self.register_buffer("counts", torch.zeros(8))
+        self.register_buffer("bias", 100.0 * (torch.arange(8) < towards))
+
+    def forward(self, x):
+        scores = self.router(x).softmax(-1)
+        chosen = (scores + self.bias).topk(2, -1).indices
+        with torch.no_grad():
+            self.counts += torch.bincount(chosen.flatten(), minlength=8)
+        gate = torch.zeros_like(scores).scatter(-1, chosen, scores.gather(-1, chosen))
+        if self.auxiliary:
+            load = (gate > 0).float().mean((0, 1)) / 2
+            normal = gate / gate.sum(-1, keepdim=True)
+            self.term = {
+                "balance": 8 * (load * scores.mean((0, 1))).sum(),
+                "constant": 8 * (load[:, None] * normal.mean((0, 1))).sum(),
+                "detached": 8 * (load * scores.mean((0, 1))).sum().detach(),
+            }[self.auxiliary]
+        return torch.einsum("bsd,edh,bse->bsh", x, self.up, gate)
+
+
+class Sparse(Toy):
+    def __init__(self, around=None, **options):
+        super().__init__()
+        self.mixture, self.around = Mixture(16, **options), around
+
+    def forward(self, ids):
+        x = self.embedding(ids)
+        mix = self.mixture if self.around is None else lambda y: checkpoint(self.mixture, y, use_reentrant=self.around)
+        return self.head(x + mix(self.down(F.gelu(self.up(self.norm(x))))))
