@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
-from moe_lab.config import Config, ConfigError, load_config, to_dict, to_yaml
+from moe_lab.config import Config, ConfigError, load_config, to_dict
 from moe_lab.data import prepare
 from moe_lab.health import Watch, start_sample
 from moe_lab.health.findings import counts
@@ -156,8 +156,12 @@ class RankTrainer(Trainer):
         self.controls.saved = whole.name
 
     def latest_checkpoint(self) -> tuple[Path, dict[str, Any]]:
-        self.resumed_from, state = latest_checkpoint(self.root)
-        return self.resumed_from, state
+        """The newest whole checkpoint of many ranks, and what it holds beside tensors."""
+        if not (folders := whole_checkpoints(self.root)):
+            has = f"{ckpt.FOLDER}/ holds no checkpoint of many ranks"
+            raise RunError(f"{self.root}: nothing to resume from, {has}; start in a new directory")
+        self.resumed_from = folders[-1]
+        return self.resumed_from, ckpt.load_checkpoint(self.resumed_from / PLAIN)
 
     def restore(self, stored: dict[str, Any]) -> None:
         model, optimizers = get_state_dict(self.model, self.optimizers)
@@ -175,16 +179,6 @@ def whole_checkpoints(run_dir: Path) -> list[Path]:
     """Their folders, the highest step last; one that is still being written is none."""
     folders = [path.parent for path in (run_dir / ckpt.FOLDER).glob(f"*/{PLAIN}") if path.parent.suffix != ".part"]
     return sorted(folders, key=lambda folder: ckpt.load_checkpoint(folder / PLAIN)["step"])
-
-
-def latest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any]]:
-    """The newest whole checkpoint of many ranks, and what it holds beside tensors. Raises RunError if there is none."""
-    folders = whole_checkpoints(run_dir)
-    if not folders:
-        raise RunError(
-            f"{run_dir}: nothing to resume from, {ckpt.FOLDER}/ holds no checkpoint of many ranks; start in a new directory"
-        )
-    return folders[-1], ckpt.load_checkpoint(folders[-1] / PLAIN)
 
 
 def shard(model: LanguageModel) -> None:
@@ -206,12 +200,11 @@ def own_device(config: Config) -> torch.device:
 
 def agree_on(config: Config, n_ranks: int, group: dist.ProcessGroup) -> None:
     """Raise ConfigError unless all ranks were given this config, and can share out its micro-batches."""
-    mine = hashlib.sha256(to_yaml(config).encode()).hexdigest()
     given: list = [None] * n_ranks
-    dist.all_gather_object(given, (mine, to_dict(config)), group=group)
-    for rank, (digest, other) in enumerate(given):
-        if digest != given[0][0]:
-            differing = [f"{s}.{k}" for s, values in other.items() for k in values if values[k] != given[0][1][s][k]]
+    dist.all_gather_object(given, to_dict(config), group=group)
+    for rank, other in enumerate(given):
+        if other != given[0]:
+            differing = [f"{s}.{k}" for s, values in other.items() for k in values if values[k] != given[0][s][k]]
             raise ConfigError(
                 f"rank {rank} was given another config than rank 0 ({', '.join(differing)}); start all with the same"
             )
