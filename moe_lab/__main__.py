@@ -77,11 +77,8 @@ def check_file(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
-    try:
-        for line in lines(config, args.tflops, args.utilisation, args.price, args.ranks):
-            print(line)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    for line in lines(config, args.tflops, args.utilisation, args.price, args.ranks):
+        print(line)
 
 
 def line_of(f: Finding) -> str:

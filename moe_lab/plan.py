@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from moe_lab.config import Config
+from moe_lab.config import Config, ConfigError
 from moe_lab.model import LanguageModel, build_model
 from moe_lab.model.attention import Attention
 from moe_lab.model.count import count_parameters, idle
@@ -166,9 +166,9 @@ class Cost(NamedTuple):
 
 def cost(config: Config, tflops: float, utilisation: float, price: float, ranks: int = 1) -> Cost:
     """`tflops`: what one GPU could do in the compute format; `utilisation`: the share that it does, 0 to 1; `price`: of one GPU
-    for an hour. Raises ValueError for what is not positive."""
+    for an hour. Raises ConfigError for what is not positive."""
     if min(tflops, utilisation, price, ranks) <= 0 or utilisation > 1:
-        raise ValueError(
+        raise ConfigError(
             f"tflops={tflops}, utilisation={utilisation} (at most 1), price={price} and ranks={ranks} must be > 0"
         )
     total = config.n_steps * sum(flops(config))
@@ -184,7 +184,7 @@ def batch_lr(tokens: int) -> float:
 
 
 def lines(config: Config, tflops: float, utilisation: float, price: float, ranks: int = 1) -> Iterator[str]:
-    """The plan as text. Raises ValueError as `cost` does."""
+    """The plan as text. Raises as `cost` does."""
     whole, each, tokens = cost(config, tflops, utilisation, price, ranks), flops(config), config.tokens_per_step
     n = count_parameters(config.model)
     yield f"parameters: {n.total:,}; a token uses {n.active:,}, with MoD's skips {n.active_with_depth:,.0f}"
