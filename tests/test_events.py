@@ -286,6 +286,17 @@ def test_losses_without_an_update() -> None:
     assert found(skipped, n=50) == {"no_updates"}
 
 
+def test_an_optimizer_that_steps_inside_of_the_watched_one() -> None:
+    """As sharpness-aware ones do, in steps of other names."""
+    torch.manual_seed(0)
+    model = toy()
+    outer, inner = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
+    with Watch(model, outer) as watch:
+        for i in range(60):
+            watch.observe(loss=sound(model, inner, i))
+    assert "no_updates" not in said(watch)
+
+
 def test_losses_that_come_in_bunches_after_their_updates() -> None:
     torch.manual_seed(0)
     model = toy()

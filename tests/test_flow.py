@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -18,8 +19,10 @@ V, B, T, END, PAD = 48, 8, 24, 1, 2
 
 
 def batch(step: int, rows: int = B, length: int = T + 1) -> Tensor:
-    """Tokens as unevenly frequent as those of a text, (rows, length)."""
-    return (torch.rand(rows, length, generator=torch.Generator().manual_seed(step)) ** 3 * (V - 3)).long() + 3
+    """Tokens as unevenly frequent as those of a text, every other one told by the one before, (rows, length)."""
+    ids = (torch.rand(rows, length, generator=torch.Generator().manual_seed(step)) ** 3 * (V - 3)).long()
+    ids[:, 1::2] = (7 * ids[:, : length - 1 : 2] + 5) % (V - 3)
+    return ids + 3
 
 
 class Mixer(nn.Module):
@@ -198,6 +201,52 @@ def test_targets_in_the_wrong_place_and_padding_among_them() -> None:
     assert said(watched(Mixer(), of_pairs(asked))) == ["padding_in_loss"]
 
 
+def cloze(step: int, is_shown: bool) -> tuple[Tensor, Tensor]:
+    """A sixth of the places is asked for; END stands there, but for a tenth of them, or the answer does."""
+    ids, generator = batch(step)[:, :-1], torch.Generator().manual_seed(step)
+    asked = torch.rand(ids.shape, generator=generator) < 0.15
+    hidden = asked & (torch.rand(ids.shape, generator=generator) < 0.9)
+    return torch.where(hidden & (not is_shown), END, ids), torch.where(asked, ids, -100)
+
+
+@pytest.mark.parametrize("kind", ["past", "all"])
+def test_answers_that_stand_in_the_input(kind: str) -> None:
+    def copied(step: int) -> tuple[Tensor, Tensor]:
+        return batch(step), batch(step)
+
+    found = finding(watched(Mixer(kind), of_pairs(copied)), "label_shift")
+    assert found.severity == "error" and "100% of the targets are the very token" in found.message
+    assert said(watched(Mixer("all"), of_pairs(partial(cloze, is_shown=True)))) == ["label_shift"]
+    assert said(watched(Mixer("all"), of_pairs(partial(cloze, is_shown=False)))) == []
+
+
+@pytest.mark.parametrize(
+    ("of", "told"),
+    [
+        (lambda step: step if step < 30 else 26 + step % 4, True),  # the last four again and again
+        (lambda step: step % 2 * 100 + (step if step % 2 or step < 30 else 26 + step % 4), True),  # one of two workers
+        (lambda step: step % 35, False),  # a second epoch, in the same order
+        (lambda step: step // 4, False),  # several rounds over the same rollout, from the first on
+        (lambda step: 0, False),  # all of a small data set, each time
+    ],
+)
+def test_batches_that_come_again_later(of: Callable[[int], int], told: bool) -> None:
+    """No tokens: what is heard of the first passes does not judge them."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1)
+    optimizer = AdamW(model.parameters(), lr=1e-3)
+    with Watch(model, optimizer) as watch:
+        for step in range(60):
+            optimizer.zero_grad()
+            x = torch.randn(8, 4, generator=torch.Generator().manual_seed(of(step)))
+            model(x).square().mean().backward()
+            model.eval()
+            model(torch.ones(8, 4))  # the same each time, and no training
+            model.train()
+            optimizer.step()
+    assert ("repeated_data" in said(watch)) == told
+
+
 def test_data_that_repeat_or_are_noise() -> None:
     def noise(step: int) -> tuple[Tensor, Tensor]:
         ids = torch.randint(V, (B, T + 1), generator=torch.Generator().manual_seed(step))
@@ -205,6 +254,13 @@ def test_data_that_repeat_or_are_noise() -> None:
 
     assert said(watched(Mixer(), lambda model, step: next_token(model, step // 4))) == ["repeated_data"]
     assert said(watched(Mixer(), of_pairs(noise))) == ["random_tokens"]
+
+    def permuted(step: int) -> tuple[Tensor, Tensor]:  # each row by itself: frequencies are those of a text
+        ids = batch(step)
+        order = torch.rand(ids.shape, generator=torch.Generator().manual_seed(1000 + step)).argsort(1)
+        return ids.gather(1, order)[:, :-1], ids.gather(1, order)[:, 1:]
+
+    assert said(watched(Mixer(), of_pairs(permuted))) == ["random_tokens"]
 
     def twice(model: Callable, step: int) -> Tensor:  # two draws of dropout for one update
         return (next_token(model, step) + next_token(model, step)) / 2

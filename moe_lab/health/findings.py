@@ -121,7 +121,7 @@ RULES: dict[str, tuple[str, str]] = {
     "repeated_data": ("warning", "rows that stood in an earlier place already"),
     "one_text": ("warning", "neighbouring rows are of one text: an update sees one document alone"),
     "comment_contradicts": ("warning", "a switch whose comment says the opposite of its value"),
-    "label_shift": ("error", "labels are not the next token but another one"),
+    "label_shift": ("error", "labels are not the next token but another one, or the one that is given"),
     "never_a_target": ("warning", "a token that follows others and is never asked for"),
     "padding_in_loss": ("warning", "the padding at a row's end is a target"),
     "token_weights": ("warning", "tokens of one update weigh very differently: means of micro-batches count alike"),

@@ -19,7 +19,9 @@ from .measures import collisions
 
 IGNORED = -100  # a label that is no target, as in torch's cross_entropy
 COLLISIONS = 3.0  # pairs of equal tokens over what uniform tokens show: text has 5 and more, uniform tokens 1
-INCOMPRESSIBLE = 0.98  # zlib's size over that of the same tokens shuffled: text 0.52–0.81, random tokens 0.996–1.000
+INCOMPRESSIBLE = (
+    0.98  # zlib's size over that of the same rows in another order: text 0.60–0.93, without order 0.99–1.01
+)
 CONSTANT = 0.9  # share of one token from which on there is nothing to learn
 REPEATED = 0.2  # share of rows seen before: the second epoch of a small text comes later than this
 UNLIKELY = 1e-6  # chance that a token is never a target although its neighbours are
@@ -43,19 +45,25 @@ def raw(x: Tensor) -> bytes:
     return string_at(x.data_ptr(), x.numel() * x.element_size())
 
 
-def looks_random(ids: Tensor, vocab_size: int) -> Finding | None:
+def looks_random(rows: Sequence[Tensor], vocab_size: int) -> Finding | None:
+    """`rows`: ids (B, T) of batches. Each row is compressed beside itself in another order."""
+    ids = torch.cat([some.flatten() for some in rows])
     counts, n = torch.bincount(ids, minlength=vocab_size), len(ids)
     if counts.max() > CONSTANT * n:
         message = f"token {int(counts.argmax())} is {counts.max() / n:.0%} of the text: nothing to learn"
         advice = "look at one batch, decoded; an index that never advances, or padding alone, does this"
         return Finding("constant_tokens", "error", "data", message, advice, float(counts.max() / n), CONSTANT)
-    equal = collisions(ids, vocab_size)
-    shuffled = ids[torch.randperm(n, generator=torch.Generator().manual_seed(0))]
+    generator = torch.Generator().manual_seed(0)
+    shuffled = torch.cat([row[torch.randperm(len(row), generator=generator)] for some in rows for row in some])
     compressed, of_shuffled = (len(zlib.compress(raw(x.to(torch.int32)))) for x in (ids, shuffled))
-    if n < 1000 or equal >= COLLISIONS or compressed < INCOMPRESSIBLE * of_shuffled:
+    if n < 1000 or compressed < INCOMPRESSIBLE * of_shuffled:
         return None
-    message = f"the tokens look random: two are equal {equal:.2f} times as often as uniform ones (text: 5 and more)"
-    advice = "a loader that falls back to random ids or a wrong dtype of the file does this; the loss then ends at ln V"
+    equal = collisions(ids, vocab_size)
+    what = f"two are equal {equal:.2f} times as often as uniform ones (text: 5 and more)"
+    if equal >= COLLISIONS:
+        what = f"in another order a row compresses as well ({compressed / of_shuffled:.3f}; text: 0.93 and less)"
+    message = f"the tokens look random: {what}"
+    advice = "a loader that shuffles tokens, falls back to random ids, or reads the file as a wrong dtype does this"
     return Finding("random_tokens", "warning", "data", message, advice, round(equal, 3), COLLISIONS)
 
 
@@ -79,6 +87,16 @@ def labels_elsewhere(labelled: Sequence[Tokens]) -> Finding | None:
     message = f"{best[shift]:.0%} of the labels are the token {shift:+d} places on, {best[1]:.0%} the next one"
     advice = "labels are shifted twice, or the wrong way: shift them once, in the collator or in the model"
     return Finding("label_shift", "error", "labels", message, advice, shift, 1)
+
+
+def copies_inputs(labelled: Sequence[Tokens]) -> Finding | None:
+    """Of targets that a loss was really made of: is the answer what stands in the input at the same place?"""
+    same, next_one = (agreement(labelled, shift) for shift in (0, 1))
+    if same < SHIFTED or next_one >= SHIFTED:
+        return None
+    message = f"{same:.0%} of the targets are the very token that the model is given at that place: it learns to copy"
+    advice = "next-token labels are shifted once, by the collator or the model; masked places get the mask token in the input"
+    return Finding("label_shift", "error", "targets", message, advice, 0, 1)
 
 
 def agreement(labelled: Sequence[Tokens], shift: int) -> float:

@@ -56,12 +56,12 @@ def check_data(
     ids = torch.cat([tokens.ids.flatten() for tokens in seen])
     vocab_size = vocab_size or int(ids.max()) + 1
     labelled = [tokens for tokens in seen if tokens.labels is not None]
-    found = [looks_random(ids, vocab_size), rows_repeat(seen) or neighbours_alike(seen)]
+    found = [looks_random([tokens.ids for tokens in seen], vocab_size), rows_repeat(seen) or neighbours_alike(seen)]
     if labelled:
         found += [labels_elsewhere(labelled), never_a_target(labelled), padding_is_target(labelled), uneven(labelled)]
     if validation is not None:
         others = [tokens_of(batch) for batch in islice(validation, LOOKED_AT)]
-        random = looks_random(torch.cat([tokens.ids.flatten() for tokens in others]), vocab_size) if others else None
+        random = looks_random([tokens.ids for tokens in others], vocab_size) if others else None
         found += [random and replace(random, where="validation"), stands_in_both(seen, others)]
     return [finding for finding in found if finding is not None]
 

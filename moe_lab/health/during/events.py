@@ -90,7 +90,11 @@ class Events(Listener):
 
     def any_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         self.n_steps += 1
-        self.had_use |= all(optimizer is not t.optimizer for t in self.tensors)
+        if all(optimizer is not t.optimizer for t in self.tensors):
+            self.had_use = True
+            firsts = [group["params"][0] for group in optimizer.param_groups if group["params"]]
+            if any(p is t.param for p in firsts for t in self.tensors):  # it is inside of one that is watched, as SAM's
+                self.n_losses = 0
 
     def ignore(self) -> None:
         self.had_use = True

@@ -157,8 +157,8 @@ class Heard:
         labelled = [p.tokens for p in self.likelihoods]
         if labelled:
             if self.is_next_token:
-                yield about.looks_random(torch.cat([t.ids.flatten() for t in labelled]), self.vocab_size)
-            for check in (about.labels_elsewhere, about.never_a_target, about.padding_is_target):
+                yield about.looks_random([t.ids for t in labelled], self.vocab_size)
+            for check in (about.copies_inputs, about.labels_elsewhere, about.never_a_target, about.padding_is_target):
                 yield check(labelled)
             yield about.rows_repeat([p.tokens for p in self.once])
 

@@ -22,6 +22,7 @@ from ..measures import ulp
 from ..sampling import plain
 from ..torch_private import is_in_backward
 from .listener import Listener
+from .repeats import Repeats
 from .routing import Routing, Terms
 from .tracking import Tracked, storage
 
@@ -47,15 +48,16 @@ class Outside(Listener):
         super().__init__()
         self.model = model
         self.copies, self.counts, self.routing, self.terms = Copies(), Counts(model), Routing(model), Terms(model)
+        self.repeats = Repeats(model)
         self.positions: dict[str, float] | None = None  # by table, how far the last ones are off
 
     def hooks(self, hook: Callable) -> Iterator[Any]:
-        for part in (self.counts, self.routing, self.terms):
+        for part in (self.counts, self.routing, self.terms, self.repeats):
             yield from part.hooks(hook)
 
     def before_update(self, n: int) -> None:
         """Before update n of those seen, from 1."""
-        self.routing.update = n + 1
+        self.routing.update = self.repeats.update = n + 1
         self.counts.added = {}
         self.terms.before_update(n)
 
@@ -63,6 +65,7 @@ class Outside(Listener):
         self.counts.fetch()
         self.routing.fetch()
         self.terms.fetch()
+        self.repeats.fetch()
         if n_seen:
             self.copies.look(self.model, tracked, step, n_seen)
             if self.positions is None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..findings import RULES as SAID
 from ..findings import grouped
+from ..tokens import REPEATED
 from .causal import future_leak
 from .rule import Ill, Rule, rule
 from .state import MODES, State
@@ -65,6 +66,16 @@ def differs_by_mode(module: nn.Module) -> bool:
     return any(isinstance(v, float) and 0 < v < 1 and "drop" in name for name, v in vars(module).items())
 
 
+@rule(
+    "warning",
+    "{value:.0%} of the last batches had come a short while before, though none did at first",
+    "look for a worker or shard that has come to its end and starts over, a buffer that is not filled again, or a sampler made anew",
+)
+def repeated_data(state: State) -> Ill:
+    share = state.outside.repeats.share
+    return {"batches": {"value": share, "limit": REPEATED, "where": "data"}} if share > REPEATED else {}
+
+
 EVALUATING = "{n} modules would compute otherwise in training, and updates are made in evaluation mode: {names}"
 TRAIN = "call model.train() after each evaluation, and before the first update"
 
@@ -74,5 +85,6 @@ RULES = (
     *(Rule("future_leak", name, partial(leaks, severity=name), "{message}", "{advice}") for name in ("error", "info")),
     Rule("evaluation_mode", "error", partial(evaluating, has_trained=True), EVALUATING, TRAIN),
     Rule("evaluation_mode", "warning", partial(evaluating, has_trained=False), EVALUATING, TRAIN),
+    repeated_data,
     *(Rule(name, SAID[name][0], partial(heard, name=name), "{message}", "{advice}") for name in ASKED),
 )
