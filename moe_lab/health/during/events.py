@@ -60,6 +60,7 @@ class Events(Listener):
         self.n_losses = self.n_observed = 0  # since the last update, and in all: losses may come in bunches
         self.ears: list[Ear] = []
         self.held: list[Callable] = []  # hooks
+        self.for_all: Callable = lambda *args: None
         self.n_steps = 0  # of any optimizer
         # whether cleared gradients had their use: one that is not watched steps, or inputs get some, to be attacked by
         self.had_use = False
@@ -75,11 +76,8 @@ class Events(Listener):
         for ear in self.ears:
             yield ear.t.param.register_hook(self.weakly(hook(partial(self.arrives, ear))))
             yield ear.t.param.register_post_accumulate_grad_hook(self.weakly(hook(partial(self.accumulated, ear))))
-        for_all = hook(self.any_step)
-        for_all.failed = partial(
-            for_all.failed, stop=self.ignore
-        )  # torch goes through these hooks: none may be taken out now
-        yield register_optimizer_step_pre_hook(self.weakly(for_all))
+        self.for_all = hook(self.any_step)
+        LISTENING.add(self)
         yield self.model.register_forward_pre_hook(hook(self.enters), with_kwargs=True)
 
     def weakly(self, hook: Callable) -> Callable:
@@ -95,9 +93,6 @@ class Events(Listener):
             firsts = [group["params"][0] for group in optimizer.param_groups if group["params"]]
             if any(p is t.param for p in firsts for t in self.tensors):  # it is inside of one that is watched, as SAM's
                 self.n_losses = 0
-
-    def ignore(self) -> None:
-        self.had_use = True
 
     def enters(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.had_use |= any(t.requires_grad for t in tensors_of([args, kwargs]))
@@ -160,3 +155,9 @@ class Events(Listener):
 
     def forget(self) -> None:
         self.ears, self.waiting, self.held = [], [], []
+        LISTENING.discard(self)
+
+
+LISTENING: weakref.WeakSet[Events] = weakref.WeakSet()
+# Once and for good: a watch may be made or closed in a step, when torch is going through these hooks. Each guards itself.
+register_optimizer_step_pre_hook(lambda *args: any(events.for_all(*args) for events in list(LISTENING)) or None)
