@@ -59,7 +59,8 @@ def finished(jobs: Iterable[Job]) -> list[dict[str, Any]]:
 def p_worse(sick: Sequence[float], healthy: Sequence[float]) -> float:
     """The share of all ways to label these runs in which the sick ones are at least as much worse as they are. A run that broke
     is worse than any."""
-    values = [1e9 if value is None else value for value in (*sick, *healthy)]
+    worst = 1 + max((value for value in (*sick, *healthy) if value is not None), default=0.0)
+    values = [worst if value is None else value for value in (*sick, *healthy)]
     n, told = len(sick), fmean(values[: len(sick)]) - fmean(values[len(sick) :])
     ways = list(combinations(range(len(values)), n))
     total = sum(values)

@@ -55,6 +55,7 @@ def test_the_permutation_test_agrees_with_counting_all_orders() -> None:
     assert p_worse(sick, healthy) == pytest.approx(share)
     assert p_worse([5.0, 6, 7, 8, 9], [0.0, 1, 2, 3, 4]) == pytest.approx(1 / 252)
     assert p_worse([None] * 5, [0.0, 1, 2, 3, 4]) == pytest.approx(1 / 252)  # a run that broke is worse than any
+    assert p_worse([None] * 5, [2.8202, 2.80228, 2.7781, 2.76935, 2.78837]) == pytest.approx(1 / 252)
     assert p_worse([1.0] * 5, [1.0] * 5) == 1.0
 
 
