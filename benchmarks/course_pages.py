@@ -117,11 +117,11 @@ def without_a_line() -> list[str]:
 PARTS = {CASE_PAGE: (runs, claims, bugs), CHECKLIST_PAGE: (looks, checklist, backing, without_a_line)}
 
 
-SHEET_STYLE = """@page { size: A4 landscape; margin: 6mm }
-body { font: 6.3pt/1.15 "DejaVu Sans", Verdana, sans-serif; margin: 0 } h1 { font-size: 11pt; margin: 0 } p { margin: 1pt 0 3pt }
-table { border-collapse: collapse; width: 100%; table-layout: fixed } code { font-size: 6pt }
-td { border-top: .4pt solid #aaa; padding: 1pt 3pt; vertical-align: top } .stage { font-weight: bold; background: #eee }"""
-WIDTHS = (2.8, 8.2, 21, 25, 22, 21)  # of the sheet's columns, %
+SHEET_STYLE = """@page { size: A4 landscape; margin: 5mm }
+body { font: 5.9pt/1.1 "DejaVu Sans", Verdana, sans-serif; margin: 0 } h1 { font-size: 11pt; margin: 0 } p { margin: 1pt 0 3pt }
+table { border-collapse: collapse; width: 100%; table-layout: fixed } code { font-size: 5.7pt }
+td { border-top: .4pt solid #aaa; padding: .6pt 3pt; vertical-align: top } .stage { font-weight: bold; background: #eee }"""
+WIDTHS = (2.4, 8.1, 18, 26, 20, 25.5)  # of the sheet's columns, %
 
 
 def rich(text: str) -> str:

@@ -36,7 +36,6 @@ from moe_lab.failures.experiments import start_worker
 from moe_lab.failures.results import provenance
 from moe_lab.health import Watch
 from moe_lab.model.attention import Attention
-from moe_lab.model.depth import Chosen, Depth
 from moe_lab.model.mamba import Mamba
 from moe_lab.model.moe import Router, Routing
 from moe_lab.optim import build_optimizers
@@ -54,6 +53,7 @@ BASE = load_config(ROOT / "configs" / "smoke.yaml").with_(training=TRAINING, mod
 class Plant(NamedTuple):
     """How a variant is planted. Each part is left out where it is not needed."""
 
+    bugs: tuple[str, ...] = ()  # of moe_lab/failures/bugs.yaml
     config: dict[str, dict[str, Any]] = {}  # changes of the config that its author would see
     comments: dict[str, str] = {}  # beside a key of the file
     model: Callable[[nn.Module], object] | None = None  # before the optimizers are made
@@ -79,45 +79,11 @@ class NoMask(Attention):
         return self.o_proj(y.transpose(1, 2).flatten(2)), None
 
 
-class Unsorted(Depth):
-    """B04: the chosen tokens stand in the order of their scores, and a causal sublayer takes that for time."""
-
-    def choose(self, x: Tensor, causal: bool) -> Chosen:
-        rows = super().choose(x, causal)
-        if causal:
-            return rows
-        order = rows.weight.squeeze(-1).argsort(dim=1, descending=True)
-        chosen = order.unsqueeze(-1)
-        return rows._replace(
-            x=rows.x.gather(1, chosen.expand_as(rows.x)),
-            positions=rows.positions.gather(1, order),
-            weight=rows.weight.gather(1, chosen),
-        )
-
-
-class OffInEvaluation(Depth):
-    """B06: in evaluation every token is computed, with weight 1."""
-
-    def choose(self, x: Tensor, causal: bool) -> Chosen:
-        if not causal:
-            return super().choose(x, causal)
-        positions = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
-        return Chosen(x, positions, None, torch.ones_like(x[..., :1]), None)
-
-
 class SkippedInEvaluation(Mamba):
     """An `if self.training` that was meant for something else: in evaluation the mixer gives nothing."""
 
     def forward(self, x: Tensor, positions: Tensor | None = None, keep: Tensor | None = None) -> tuple[Tensor, None]:
         return super().forward(x, positions, keep) if self.training else (torch.zeros_like(x), None)
-
-
-class ScoreUnused(Depth):
-    """B05: the router's score multiplies nothing, so that nothing teaches the router."""
-
-    def choose(self, x: Tensor, causal: bool) -> Chosen:
-        rows = super().choose(x, causal)
-        return rows._replace(weight=torch.ones_like(rows.weight))
 
 
 class WrongSign(Router):
@@ -134,10 +100,9 @@ class WrongSign(Router):
         return routing
 
 
-def turn_into(kind: type, model: nn.Module, only: int | None = None) -> None:
-    """Every module of the class that `kind` is made from, or the one of that number, becomes a `kind`."""
-    found = [module for module in model.modules() if type(module) is kind.__mro__[1]]
-    for module in found if only is None else found[only : only + 1]:
+def turn_into(kind: type, model: nn.Module) -> None:
+    """Every module of the class that `kind` is made from becomes a `kind`."""
+    for module in [module for module in model.modules() if type(module) is kind.__mro__[1]]:
         module.__class__ = kind
         if kind is WrongSign:
             bias = torch.zeros(module.mlp.gate.out_features)
@@ -190,34 +155,38 @@ def cut(path: str) -> Plant:
     return Plant(model=partial(bugs.detach_output, path=path))
 
 
-def swap(kind: type, only: int | None = None, **more: Any) -> Plant:
-    return Plant(model=partial(turn_into, kind, only=only), **more)
+def swap(kind: type, **more: Any) -> Plant:
+    return Plant(model=partial(turn_into, kind), **more)
+
+
+def edit(*bugs: str, **config: dict[str, Any]) -> Plant:
+    return Plant(bugs, config)
 
 
 LOW = {"training": {"max_lr": 3e-4}, "optimizer": {"adamw_lr_ratio": 0.3, "embedding_lr_ratio": None}}
 PLANTS: dict[tuple[str, str], Plant] = {
     ("healthy", "as configured"): Plant(),
-    ("healthy", "long warm-up"): Plant({"training": {"warmup_steps": 120}}),
-    ("healthy", "AdamW alone"): Plant({"training": {"max_lr": 5e-3}, "optimizer": {"type": "adamw", "embedding_lr_ratio": None}}),
+    ("healthy", "long warm-up"): Plant(config={"training": {"warmup_steps": 120}}),
+    ("healthy", "AdamW alone"): Plant(config={"training": {"max_lr": 5e-3}, "optimizer": {"type": "adamw", "embedding_lr_ratio": None}}),
     ("healthy", "the other convention"): Plant(
-        {"training": {"max_lr": 0.01}, "optimizer": {"adjust_lr": "match_rms_adamw", "adamw_lr_ratio": 0.16, "embedding_lr_ratio": 0.6}}
+        config={"training": {"max_lr": 0.01}, "optimizer": {"adjust_lr": "match_rms_adamw", "adamw_lr_ratio": 0.16, "embedding_lr_ratio": 0.6}}
     ),
     ("random tokens", "uniform"): Plant(trainer=random_data),
     ("padding in the loss", "half"): Plant(trainer=partial(padded, share=0.5)),
     ("padding in the loss", "most"): Plant(trainer=partial(padded, share=0.65)),
     ("sees the future", "convolution"): swap(AheadByOne),
     ("sees the future", "attention"): swap(NoMask),
-    ("sees the future", "unsorted"): swap(Unsorted),
-    ("training and evaluation differ", "depth off"): swap(OffInEvaluation),
+    ("sees the future", "unsorted"): edit("B04"),
+    ("training and evaluation differ", "depth off"): edit("B06"),
     ("training and evaluation differ", "mixer off"): swap(SkippedInEvaluation),
     ("updates rounded away", "by the code"): Plant(model=bugs.cast_parameters),
-    ("updates rounded away", "by the config"): Plant({"precision": {"parameters": "bfloat16"}}),
-    ("learning rate too low", "of AdamW"): Plant(LOW, {"max_lr": "Lower for AdamW (use 0.001 for Muon)"}),
-    ("learning rate too low", "a tenth"): Plant({"training": {"max_lr": 0.001}}),
-    ("learning rate too high", "20 ×"): Plant({"training": {"max_lr": 0.4}}),
+    ("updates rounded away", "by the config"): Plant(config={"precision": {"parameters": "bfloat16"}}),
+    ("learning rate too low", "of AdamW"): Plant(config=LOW, comments={"max_lr": "Lower for AdamW (use 0.001 for Muon)"}),
+    ("learning rate too low", "a tenth"): Plant(config={"training": {"max_lr": 0.001}}),
+    ("learning rate too high", "20 ×"): Plant(config={"training": {"max_lr": 0.4}}),
     ("cut off from the gradient", "feed-forward"): cut("layers.1.ffn"),
     ("cut off from the gradient", "values"): cut("layers.2.seq_layer.v_proj"),
-    ("cut off from the gradient", "depth router"): swap(ScoreUnused),
+    ("cut off from the gradient", "depth router"): edit("B05"),
     ("in no optimizer", "vectors"): Plant(optimizers=partial(without, "adamw")),
     ("in no optimizer", "matrices"): Plant(optimizers=partial(without, "muon")),
     ("in no optimizer", "embeddings and heads"): Plant(optimizers=partial(without, "adamw_decayed")),
@@ -225,6 +194,17 @@ PLANTS: dict[tuple[str, str], Plant] = {
         WrongSign, config={"model": {"moe_balance_weight": 0.0}}, comments={"moe_balance_weight": "balanced by a bias instead"}
     ),
     ("shown loss off by a factor", "halved"): Plant(model=halved),
+    ("batches that repeat", "four"): edit("the same batches"),
+    ("labels shifted twice", "again"): edit("shifted twice"),
+    ("residual added twice", "skipped"): edit("B03"),
+    ("positions are ranks", "anew"): edit("B17"),
+    ("a block without memory", "stand-in"): edit("B09"),
+    ("special start values overwritten", "zeros"): edit("B19"),
+    ("gradients cleared too early", "early"): edit("cleared before the step"),
+    ("gradients clipped too hard", "clip"): edit("clipped at a thousandth"),
+    ("learning rate spent early", "third"): edit("spent early"),
+    ("warm-up off by one", "first"): edit("B18"),
+    ("a schedule that does not fit", "log"): edit(training={"log_interval": 400}),
 }  # fmt: skip
 
 
@@ -264,7 +244,8 @@ def made(plan: desk.Plan, folder: Path) -> tuple[Trainer, Watch, Path]:
 def run(plan: desk.Plan) -> dict[str, Any]:
     """Train a plan and measure it: what its file holds. No word of what was planted."""
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
+    planted = bugs.planted(*(bug for fault in plan.faults for bug in PLANTS[fault].bugs))
+    with planted, tempfile.TemporaryDirectory() as folder:
         trainer, watch, path = made(plan, Path(folder))
         trainer.fit()
         with contextlib.redirect_stdout(io.StringIO()) as table:

@@ -95,13 +95,14 @@ def record(run: Trained) -> dict[str, Any]:
     last = load[-LAST:].mean(axis=0)
     rates = [{name: row["lr"][name] for name in row["lr"]} for row in steps]
     peak = max(max(row.values()) for row in rates)
-    first, norms = max(rates[0].values()) / peak, [row["grad_norm"] for row in steps]
-    readings = {"least_load": last.min(), "first_lr": first}
+    first, half = (max(rates[n].values()) / peak for n in (0, len(rates) // 2))
+    norms = [row["grad_norm"] for row in steps]
+    readings = {"least_load": last.min(), "first_lr": first, "half_lr": half}
     listed = [f"MoE layer {n}: " + " ".join(f"{value:.2f}" for value in layer) for n, layer in enumerate(last)]
     lines = [
         f"load over the even share, mean of the last {LAST} updates (1 is even):",
         *listed,
-        f"learning rate of update 1 over the peak: {first:.2f}",
+        f"learning rate of update 1 over the peak: {first:.2f}; half-way: {half:.2f}",
         f"gradient norm before clipping: median {np.median(norms):.2f}, largest {max(norms):.2f}",
     ]
     every = np.linspace(0, len(load) - 1, 24).astype(int)
@@ -119,11 +120,14 @@ def tokens(run: Trained) -> dict[str, Any]:
     random.Random(0).shuffle(shuffled)
     packed, loose = (len(zlib.compress(ids.astype(np.uint16).tobytes(), 9)) for ids in (stream, shuffled))
     same = (batches[..., 1:] == batches[..., :-1]).float().mean().item()
-    readings = {"collisions": equal, "commonest": counts.max() / n}
+    windows = [ids.numpy().tobytes() for batch in batches for ids in batch]
+    repeated = 1 - len(set(windows)) / len(windows)
+    readings = {"collisions": equal, "commonest": counts.max() / n, "repeated": repeated}
     lines = [
         f"collisions × vocabulary {equal:.2f} (1: every token equally likely)",
         f"compressed size over that of the same tokens shuffled {packed / loose:.3f} (1: their order says nothing)",
         f"the commonest token is {counts.max() / n:.1%} of all; {same:.1%} of tokens repeat the one before",
+        f"{repeated:.0%} of {len(windows)} windows stood in an earlier batch",
     ]
     return result(lines, readings)
 
@@ -160,6 +164,17 @@ def health_kind(name: str) -> str:
 def watch(run: Trained) -> dict[str, Any]:
     lines = [*told(run.findings), *run.table.splitlines()[:1]]
     return result(lines, {"errors": sum(f.severity == "error" for f in run.findings)}, run.findings)
+
+
+def examine(run: Trained) -> dict[str, Any]:
+    ids = run.trainer.batches.next_batch()
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return sum(model.losses(torch.cat([batch[0], batch[1][:, -1:]], dim=1)).values())
+
+    examined = health.examine(run.trainer.model, (ids[:, :-1], ids[:, 1:]), loss)
+    untried = [f"not checked: {what}: {why}" for what, why in examined.not_checked.items()]
+    return result([*told(examined.findings), *untried], {"findings": len(examined.findings)}, examined.findings)
 
 
 # ---- perturbation ----------------------------------------------------------------------------------------------------
@@ -286,5 +301,5 @@ def finite(value: float) -> float | None:
 
 
 MEASURES: dict[str, Callable[[Trained], dict[str, Any]]] = {
-    m.__name__: m for m in (preflight, floors, tokens, record, inspection, perturbation, watch, branch_probe)
+    m.__name__: m for m in (preflight, floors, tokens, record, inspection, perturbation, examine, watch, branch_probe)
 }

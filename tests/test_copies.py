@@ -55,7 +55,7 @@ def course(tmp_path: Path, monkeypatch) -> Path:
     for module in (copies, runner):
         monkeypatch.setattr(module, "NOTEBOOKS", folder)
     exercise = "start = 4\nhalf = None  # your function\n_ = exercises_00.check_half(half)"
-    answer = markdown("## What it was\n\nIt fell.", "answer")
+    answer = markdown("## What it was\n\nIt fell.\nAnd rose.\n\nIt stopped.", "answer")
     cells = [code("print(1)", output="1"), answer, code("claim(1)", "claims"), code(exercise)]
     recap = "Solutions: none.\n\n## Recap\n\n1. It fell.\n\n**Would you know?** Yes.\n\n**Answer:** it fell."
     cells.append(markdown(recap))
@@ -69,10 +69,10 @@ def test_a_copy_is_cleared_folded_and_linked(course: Path) -> None:
     first, answer, claim, exercise, recap, links = copy.cells
     assert all((cell.outputs, cell.execution_count) == ([], None) for cell in (first, claim, exercise))
     assert answer.source.startswith(
-        f"## What it was\n\n<details><summary>{copies.SUMMARY}</summary>\n\nIt fell.\n\n</det"
+        f"## What it was\n\n<details><summary>{copies.SUMMARY}</summary>\n\nIt fell.\nAnd rose.\n\nIt stopped.\n\n</det"
     )
     assert recap.source.splitlines()[:4] == ["Solutions: none.", "", "## Recap", ""]
-    assert "</summary>\n\n1. It fell.\n\n</details>\n\n**Would you know?**" in recap.source
+    assert f"{copies.RECAP}</summary>\n\n1. It fell.\n\n</details>\n\n**Would you know?**" in recap.source
     assert recap.source.endswith("</summary>\n\n**Answer:** it fell.\n\n</details>")
     assert claim.metadata.jupyter.source_hidden and "jupyter" not in first.metadata
     assert links.source == "[done](solutions/00_one.ipynb), [runs](../notebooks/results/a.json)"

@@ -35,7 +35,7 @@ def test_what_a_line_names_is_there(line: dict) -> None:
     for sign in line["see"]:
         if "finding" in sign:
             assert sign["finding"] in RULES and f"`{sign['finding']}`" in line["sign"]
-            assert line["measurement"] in ("preflight", "watch", "inspection")
+            assert line["measurement"] in ("preflight", "examine", "watch", "inspection")
         else:
             (limit,) = [sign[key] for key in ("below", "above") if key in sign]
             assert the_list()["readings"][sign["reading"]]["of"] == line["measurement"] and limit >= 0

@@ -73,6 +73,16 @@ def test_a_verdict_is_one_line_and_one_entry(path, lab, capsys) -> None:
     }
 
 
+def test_a_long_verdict_breaks_between_words(path, lab, capsys) -> None:
+    long = " ".join(["a", "sentence", "of", "many", "words"] * 12)
+    with (path.parents[1] / "checks" / "verdicts_01.py").open("a") as file:
+        file.write(f"def C06(n): return 'holds', {long!r}\n")
+    case.judge("C06", lab, n=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 2 and max(map(len, lines)) <= 100 and all(line.startswith("  ") for line in lines[1:])
+    assert " ".join(line.strip() for line in lines) == f"C06 holds: {long}"
+
+
 def test_a_second_verdict_replaces_the_first_and_ids_are_sorted(path, lab) -> None:
     case.judge("C03", lab, outcome="open")
     case.judge("C02", lab, n=1)

@@ -2,16 +2,18 @@
 
 import json
 from collections import Counter
+from contextlib import ExitStack
 
 import pytest
 import torch
-from checks import exercises_10, ward, ward_desk, ward_notes, ward_readers
+from checks import exercises_10, ward, ward_desk, ward_notes, ward_plans, ward_readers
 from helpers import solved
 
 from benchmarks import ward as maker
 from benchmarks.ward_measures import MEASURES, heard, in_each_mode, plain_copy, skipped_tokens
 from moe_lab import build_model
 from moe_lab.config import ConfigError
+from moe_lab.failures import bugs
 
 COMMITTED = (0, 1)  # 1 was there while the measurements were written; 0 judges
 FILES = sorted(ward.COMMITTED.rglob("*.json"))
@@ -57,9 +59,10 @@ def test_every_ward_has_what_it_must(seed: int) -> None:
     plans = ward.draw(seed)
     assert list(plans) == [f"run {n}" for n in range(1, 13)]
     single = Counter(next(iter(plan.causes)) for plan in plans.values() if len(plan.causes) == 1)
+    assert all(sum(single[cause] for cause in known) == n for n, known in ward_plans.SOME.items())
     assert sorted(len(plan.causes) for plan in plans.values()) == [1] * 10 + [2] * 2
     assert single["healthy"] == 2
-    for cause in ("random tokens", "sees the future", "experts collapsed", "training and evaluation differ"):
+    for cause in ("random tokens", "sees the future", "experts collapsed"):
         assert single[cause] == 1
     kinds = [plan.faults for plan in plans.values() if plan.causes == {"healthy"}]
     assert len(set(kinds)) == 2
@@ -99,16 +102,24 @@ def test_the_committed_files_are_small_and_whole() -> None:
 # ---- what is planted -------------------------------------------------------------------------------------------------
 
 
-def planted(*fault: str):
-    """A fresh model with a fault, its weights a way off their start."""
-    torch.manual_seed(0)
-    model = build_model(maker.BASE.model)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    if plant := maker.PLANTS[fault].model:
-        plant(model)
-    return plain_copy(model)
+@pytest.fixture
+def planted():
+    """Makes a fresh model with a fault, its weights a way off their start; an edit of the source stays for the whole test."""
+    with ExitStack() as code:
+
+        def make(*fault: str):
+            plant = maker.PLANTS[fault]
+            code.enter_context(bugs.planted(*plant.bugs))
+            torch.manual_seed(0)
+            model = build_model(maker.BASE.model)
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.add_(0.05 * torch.randn_like(p))
+            if plant.model:
+                plant.model(model)
+            return plain_copy(model)
+
+        yield make
 
 
 IDS = torch.randint(512, (4, 65), generator=torch.Generator().manual_seed(1))
@@ -125,11 +136,11 @@ def leaks(model) -> tuple[bool, bool]:
     ("kind", "evaluation", "training"),
     [("convolution", True, True), ("attention", True, True), ("unsorted", False, True)],
 )
-def test_a_leak_leaks_where_it_is_said_to(kind: str, evaluation: bool, training: bool) -> None:
+def test_a_leak_leaks_where_it_is_said_to(planted, kind: str, evaluation: bool, training: bool) -> None:
     assert leaks(planted("sees the future", kind)) == (evaluation, training)
 
 
-def test_a_sound_model_does_not_leak_although_its_choice_looks_ahead() -> None:
+def test_a_sound_model_does_not_leak_although_its_choice_looks_ahead(planted) -> None:
     model = planted("healthy", "as configured")
     assert leaks(model) == (False, False)
     with torch.no_grad():
@@ -143,13 +154,13 @@ def test_a_sound_model_does_not_leak_although_its_choice_looks_ahead() -> None:
 
 
 @pytest.mark.parametrize(("kind", "name"), [("depth off", "router"), ("mixer off", "in_proj")])
-def test_what_runs_in_one_mode_only_is_named(kind: str, name: str) -> None:
+def test_what_runs_in_one_mode_only_is_named(planted, kind: str, name: str) -> None:
     with torch.no_grad():
         _, one_sided = in_each_mode(planted("training and evaluation differ", kind), IDS)
     assert any(name in module for module in one_sided)
 
 
-def test_a_bias_of_the_wrong_sign_collapses_the_experts() -> None:
+def test_a_bias_of_the_wrong_sign_collapses_the_experts(planted) -> None:
     model = planted("experts collapsed", "wrong sign").train()
     with torch.no_grad():
         for _ in range(200):
@@ -157,7 +168,7 @@ def test_a_bias_of_the_wrong_sign_collapses_the_experts() -> None:
     assert all((layer.load() * 8 < 0.1).sum() >= 4 for layer in routing)
 
 
-def test_an_unused_score_leaves_the_depth_routers_without_gradient() -> None:
+def test_an_unused_score_leaves_the_depth_routers_without_gradient(planted) -> None:
     model = planted("cut off from the gradient", "depth router").train()
     sum(model.losses(IDS).values()).backward()
     without = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
@@ -248,6 +259,21 @@ def test_an_order_is_paid_for_once_and_mistakes_are_told(opened: ward.Ward) -> N
         ward.open_ward(987654)
 
 
+def test_every_line_of_the_checklist_is_backed_by_a_bug() -> None:
+    """One of the case, or one that can be planted."""
+    planted = {line for cause, _ in maker.PLANTS for line in ward.CAUSES[cause].lines}
+    assert [id for id, line in ward.LINES.items() if not line["bugs"] and id not in planted] == []
+
+
+def test_a_reader_by_script_leaves_a_persons_notes_alone(monkeypatch, tmp_path, capsys) -> None:
+    monkeypatch.setattr(ward_notes, "NOTES", tmp_path)
+    monkeypatch.setenv("MOE_LAB_INTERACTIVE", "1")
+    ward.open_ward(1).look("run 1", "tokens")
+    before = (tmp_path / "notes_1.json").read_text()
+    ward_readers.judged(ward.open_ward(1, kept=False), "checklist")
+    assert (tmp_path / "notes_1.json").read_text() == before and "going on" not in capsys.readouterr().out
+
+
 def test_every_planted_cause_is_shown_by_what_was_measured() -> None:
     """Of the committed runs: the shortest way exists for each cause. A run for which it does not is no fair question."""
     for seed in COMMITTED:
@@ -266,10 +292,14 @@ def test_buttons_do_what_calls_do(opened: ward.Ward) -> None:
     press = {button.description.split(" · ")[0]: button for button in orders.children}
     press["tokens"].click()
     assert opened.ordered == {"run 2": ["tokens"]}
-    cause, _, evidence, cure, _, last = notes.children
+    cause, _, evidence, _, cure, _, last = notes.children
     cause.value, evidence.value, cure.value = "random tokens", ("tokens",), "mend the loader, and let it raise"
     last.children[0].click()
     assert opened.notes["run 2"].causes == {"random tokens"}
+    run.value = "run 3"
+    assert (cause.value, evidence.value, cure.value) == (ward_desk.NONE, (), ward_desk.NONE)
+    assert ward_desk.so_far(opened, "run 3") == "run 3: 0 min so far, for nothing; nothing is written down"
+    assert ward_desk.so_far(opened, "run 2") == "run 2: 1 min so far, for tokens; written down: random tokens"
 
 
 def test_an_exam_goes_on_in_another_kernel(capsys, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:

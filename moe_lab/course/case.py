@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import re
+import textwrap
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -88,7 +89,7 @@ def judge(id: str, lab: Lab, /, *, corpus: str | None = None, **numbers: Any) ->
     outcome, sentence = verdict(**numbers)
     if outcome not in OUTCOMES:
         raise ConfigError(f"{id}: {outcome!r} is no outcome: {', '.join(OUTCOMES)}{suggestion(outcome, OUTCOMES)}")
-    print(f"{id} {outcome}: {sentence}")
+    print(textwrap.fill(f"{id} {outcome}: {sentence}", 100, subsequent_indent="  "))
     if lab.profile == "lab" and os.environ.get("MOE_LAB_KEEP_VERDICTS"):
         entry = {"claim": about, "outcome": outcome, "sentence": sentence, "numbers": kept}
         store(id, entry | {"provenance": origin_of(lab, notebook, corpus)})

@@ -34,11 +34,15 @@ from moe_lab.train.record import write_atomically
 WORK = ROOT / "work"
 ANSWERS = "answers.json"  # in WORK: the seed of the options' order, and what the reader answered
 SUMMARY = "The answer: open it when you have one of your own"
+RECAP = "The recap, five lines: open it when you have said yours"
 # a notebook's own answers at its end: the recap's lines, and the sentence of its last cell
 ENDS = re.compile(r"(?<=## Recap\n\n).+?(?=\n\n|\Z)|\*\*Answer:\*\*.*\Z", re.DOTALL)
 # what JupyterLab would write into a notebook at its first save: with it, a copy that was only opened is unchanged
 KERNEL = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
-QUIET = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}}
+QUIET = {
+    "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False},
+    "@jupyterlab/docmanager-extension:plugin": {"defaultViewers": {"markdown": "Markdown Preview"}},  # pages are read
+}
 
 
 class Solution(NamedTuple):
@@ -57,7 +61,7 @@ def make(fresh: bool = False, work: Path = WORK) -> list[str]:
     # a reader writes none of these: they follow the package
     shutil.copytree(NOTEBOOKS / "checks", work / "checks", ignore=shutil.ignore_patterns("__*__"), dirs_exist_ok=True)
     shutil.copytree(work / "checks", work / "solutions" / "checks", dirs_exist_ok=True)
-    for page in NOTEBOOKS.glob("*.md"):
+    for page in (*NOTEBOOKS.glob("*.md"), *NOTEBOOKS.glob("*.html")):
         write_atomically(work / page.name, relinked(page.read_text(encoding="utf-8")))
     settings = work / ".jupyter" / "labconfig" / "default_setting_overrides.json"
     settings.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +92,7 @@ def copied(source: NotebookNode, path: Path) -> NotebookNode:
         elif cell.cell_type == "markdown" and "answer" in tags:
             cell.source = folded(cell.source)
         elif cell.cell_type == "markdown":
-            cell.source = ENDS.sub(lambda found: folded(found[0]), cell.source)
+            cell.source = ENDS.sub(fold_end, cell.source)
     return copy
 
 
@@ -106,10 +110,14 @@ def prepared(source: NotebookNode) -> NotebookNode:
     return copy
 
 
-def folded(text: str) -> str:
+def fold_end(found: re.Match[str]) -> str:
+    return folded(found[0], SUMMARY if found[0].startswith("**Answer") else RECAP)
+
+
+def folded(text: str, summary: str = SUMMARY) -> str:
     """A heading in the first line stays in view; the rest opens by a click."""
-    head, rest = re.fullmatch(r"((?:#+ .*\n+)?)(.*)", text, re.DOTALL).groups()
-    return f"{head}<details><summary>{SUMMARY}</summary>\n\n{rest.strip()}\n\n</details>"
+    head, rest = re.fullmatch(r"((?:#+ [^\n]*\n+)?)(.*)", text, re.DOTALL).groups()
+    return f"{head}<details><summary>{summary}</summary>\n\n{rest.strip()}\n\n</details>"
 
 
 def relinked(text: str) -> str:

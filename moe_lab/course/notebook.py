@@ -27,9 +27,12 @@ import torch
 from moe_lab.config import ROOT, Config, load_config
 from moe_lab.failures.results import plain, provenance
 from moe_lab.sections import ConfigError, check_value, parse_word, suggestion
+from moe_lab.show.live import is_interactive
 from moe_lab.train.device import choose_threads, pick_device
 
 PROFILES = ("smoke", "lab", "gpu")
+# JupyterLab breaks a printed line wherever its cell ends
+WHOLE_WORDS = "<style>.jp-RenderedText pre {word-break: normal; overflow-wrap: anywhere}</style>"
 # the parameters that every notebook may have; a value of None or '' means: not given
 KINDS = {"profile": str, "config": str, "overrides": list, "run_dir": str, "seed": int, "device": str, "resume": bool}
 
@@ -70,6 +73,10 @@ def begin(**parameters: Any) -> Lab:
     """
     refuse_injected()
     lab = resolve(**parameters)
+    if is_interactive():
+        from IPython.display import HTML, display
+
+        display(HTML(WHOLE_WORDS))
     config, model = lab.config, lab.config.model
     mixture = f", {len(model.moe_layers)} with {model.n_experts} experts" if model.moe_layers else ""
     tokens = f"{config.n_steps} steps of {config.tokens_per_step:,} tokens"

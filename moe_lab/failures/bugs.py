@@ -52,9 +52,10 @@ BUGS = read_yaml(Path(__file__).with_name("bugs.yaml"))
 
 def edits_of(id: str) -> list[Edit]:
     """Raises ConfigError for an id that is no edit."""
-    if id not in BUGS["edits"]:
-        raise ConfigError(f"{id!r} cannot be planted; there are {', '.join(BUGS['edits'])}")
-    return [Edit(*owner_of(edit["in"]), edit["old"], edit["new"]) for edit in BUGS["edits"][id]]
+    known = BUGS["edits"] | BUGS["others"]
+    if id not in known:
+        raise ConfigError(f"{id!r} cannot be planted; there are {', '.join(known)}")
+    return [Edit(*owner_of(edit["in"]), edit["old"], edit["new"]) for edit in known[id]]
 
 
 def planted(*ids: str) -> AbstractContextManager[None]:

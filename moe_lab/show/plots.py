@@ -90,8 +90,9 @@ def training_figure(
     for axes in (loss, norm, grad):
         axes.set_xlim(0, steps.max(initial=10))
         axes.locator_params(axis="x", nbins=5, integer=True)
-        draw_marks(axes, marks, named=axes is loss)
     first = draw_loss(loss, training, validation, floors)
+    for axes in (loss, norm, grad):
+        draw_marks(axes, marks, named=axes is loss)
     norms, grads = column(rows, "norm_deviation"), column(rows, "grad_norm")
     draw_positive(norm, norms, "exactly 0: no norm weight has moved")
     draw_positive(grad, grads, "exactly 0: nothing learns", config.training.max_grad_norm)
@@ -143,16 +144,18 @@ def pair_figure(
 
 
 def draw_marks(axes: Axes, marks: Sequence[Mark], named: bool) -> None:
-    """A line at the step of each, with its words left of it; those of one step stand beside each other."""
-    there: dict[int, int] = {}
+    """A line at the step of each, with its words left of it, away from the curves; those of one step stand beside each other."""
+    curves, there = [line.get_data() for line in axes.lines if len(line.get_xdata()) > 2], {}
     for step, text, colour in marks:
         axes.axvline(step, color=colour, linestyle=":", linewidth=1)
         if named:
             there[step] = there.get(step, -1) + 1
-            style = {"rotation": 90, "ha": "right", "va": "top", "fontsize": 7.5, "color": colour}
+            high = bool(curves) and np.mean([np.interp(step, *curve) for curve in curves]) > np.mean(axes.get_ylim())
+            y, va = (0.01, "bottom") if high else (0.99, "top")
+            style = {"rotation": 90, "ha": "right", "va": va, "fontsize": 7.5, "color": colour}
             style["bbox"] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5}
             place = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points"}
-            axes.annotate(text, (step, 0.99), (-2 - 10 * there[step], 0), **place, **style)
+            axes.annotate(text, (step, y), (-2 - 10 * there[step], 0), **place, **style)
 
 
 def set_loss_limits(axes: Axes, losses: np.ndarray, floors: Mapping[str, float]) -> None:

@@ -16,7 +16,8 @@ exercises_05.py   floors passed, tokens counted, a verdict
 exercises_07.py   verdicts from numbers handed in, a damaged record, norms that move in bf16
 exercises_10.py   a patient of your own, a config to mend
 figures_10.py     training curves, and pictures of measurements
-ward.py           the runs of notebook 10: what is drawn, ordered, written down and what it is worth
+ward.py           the runs of notebook 10: what is ordered, written down and what it is worth
+ward_plans.py     what a run may have, how it is planted, and what a seed draws
 ward_desk.py      the same as buttons
 ward_notes.py     what a person ordered and wrote down, kept between two kernels
 ward_readers.py   readers by script: the checklist's, and the curve's

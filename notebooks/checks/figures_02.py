@@ -156,7 +156,8 @@ def show_causality(maps: Mapping[tuple[str, str], Tensor]) -> None:
         axes.imshow(np.where(values > 0, values, np.nan), cmap="Blues", norm=CHANGES)
         leaks = np.where(np.tril(values, -1) > 0, 1.0, np.nan)
         axes.imshow(leaks, cmap=ListedColormap([VERMILION]))
-        axes.set(xticks=[0, 10, 20], yticks=[0, 10, 20])
+        axes.set(xticks=[0, 10, 20], yticks=[] if column else [0, 10, 20])
+        axes.title.set_fontsize(9)
         if not column:
             figure.text(0.012, box[1] + 0.17, mode, rotation=90, va="center", fontweight="bold", fontsize=10)
     bar = figure.colorbar(ScalarMappable(CHANGES, "Blues"), cax=figure.add_axes((0.905, 0.2, 0.012, 0.6)))
@@ -179,7 +180,9 @@ def draw_hearers(words: Sequence[str], maps: Mapping, model: str, mode: str, tok
     """Who hears of a changed token: a box for each place."""
     change, per_row = maps[model, mode][token], 12
     n_rows = math.ceil(len(words) / per_row)
-    axes = new_axes(new_figure(10, 0.5 + 0.62 * n_rows), (0.01, 0.02, 0.98, 0.86), "", "", "")
+    axes = new_axes(
+        new_figure(10, 0.6 + 0.62 * n_rows), (0.01, 0.02, 0.98, 0.98 - 0.4 / (0.6 + 0.62 * n_rows)), "", "", ""
+    )
     axes.set_title(f"{model}, {mode}: token {token} changes", loc="left", fontsize=10, fontweight="bold")
     axes.axis("off")
     axes.set(xlim=(0, per_row), ylim=(n_rows, 0))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from moe_lab.failures.results import Spread
+from moe_lab.show.plots import smooth
 from moe_lab.show.style import (
     BLUE,
     GREEN,
@@ -36,8 +38,10 @@ def curves(
     labels, said = draw_floors(axes, floors), []
     for (name, run), (colour, line, marker) in zip(losses.items(), SERIES, strict=False):
         updates = list(range(1, len(run) + 1))
-        axes.plot(updates, run, color=colour, linestyle=line, linewidth=1.6)
-        labels.append((run[-1], name, colour))
+        means = smooth(np.array(run))
+        axes.plot(updates, run, color=colour, linewidth=0.7, alpha=0.3)
+        axes.plot(updates, means, color=colour, linestyle=line, linewidth=1.6)
+        labels.append((means[-1], name, colour))
         said.append(f"{name}: {run[0]:.2f} at update 1, {run[-1]:.2f} at {len(run)}")
         if name in ends:
             axes.plot([updates[-1]], [ends[name]], color=colour, marker=marker, markersize=8, clip_on=False)
@@ -101,26 +105,28 @@ def parts(found: Mapping[str, Mapping[str, Spread]], title: str, unit: str, capt
                 row[what].mean, place, xerr=row[what].sd, label=what if y == 0 else None, linestyle="", **style
             )
     axes.axvline(0, color=INK, linewidth=0.8)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=False, fontsize=8.5)
+    if len(row) > 1:
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=False, fontsize=8.5)
     said = "; ".join(
         f"{row}: " + ", ".join(f"{what} {value}" for what, value in one.items()) for row, one in found.items()
     )
     return axes.figure, f"Marks with their SD over three seeds, {unit}. {said}.", caption
 
 
-MARKS = {"error": ("●", VERMILION), "warning": ("○", BLUE), "info": ("·", GREEN)}
+MARKS = {"error": ("●", VERMILION), "warning": ("○", BLUE), "info": ("▪", GREEN)}
 
 
 def matrix(found: Mapping[str, Mapping[str, str]], calls: Sequence[str]) -> Shown:
     """A row a bug, a column a call: the highest severity with which the call named it, in all seeds."""
-    figure = new_figure(10, 0.9 + 0.23 * len(found))
-    height = 1 - 0.75 / figure.get_figheight()
+    figure = new_figure(10, 0.8 + 0.23 * len(found))
+    height = 1 - 0.65 / figure.get_figheight()
     axes = figure.add_axes((0.16, 0.02, 0.82, height))
     axes.set_xlim(-0.5, len(calls) - 0.5)
     axes.set_ylim(len(found) - 0.5, -0.5)
     axes.set_yticks(range(len(found)), list(found), fontsize=8.5, color=INK)
     axes.set_xticks(range(len(calls)), [call.replace(", ", ",\n") for call in calls], fontsize=8, color=INK)
     axes.xaxis.tick_top()
+    axes.set_title("Which call names which bug", loc="left", fontsize=10, color=INK, fontweight="bold", pad=20)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     for y, (_, row) in enumerate(found.items()):
@@ -136,5 +142,5 @@ def matrix(found: Mapping[str, Mapping[str, str]], calls: Sequence[str]) -> Show
     return (
         figure,
         f"Which call names which bug in every seed that was run. {said}.",
-        "●: an error; ○: a warning; ·: an info.",
+        "●: an error; ○: a warning; ▪: an info.",
     )

@@ -16,7 +16,7 @@ COLOURS = {"weights": BLUE, "gradients": GREEN, "optimizer": VERMILION, "activat
 def memory_bars(plans: Mapping[str, Memory]) -> Drawn:
     """A bar a number format, by kind of memory, with the sizes of two cards."""
     figure = new_figure(10, 3.4)
-    axes = new_axes(figure, (0.24, 0.16, 0.66, 0.74), "Memory at the fullest moment of an update", "GB", "")
+    axes = new_axes(figure, (0.2, 0.16, 0.66, 0.74), "Memory at the fullest moment of an update", "GB", "")
     for place, held in enumerate(plans.values()):
         left = 0.0
         for number, (kind, colour) in enumerate(COLOURS.items()):
@@ -27,12 +27,18 @@ def memory_bars(plans: Mapping[str, Memory]) -> Drawn:
             )
             left += size
         axes.annotate(
-            f"{sum(held) / 1e9:.1f}", (left, place), (6, -4), textcoords="offset points", fontsize=9, color=INK
+            f"{sum(held) / 1e9:.1f}",
+            (left, place),
+            (6, -4),
+            textcoords="offset points",
+            fontsize=9,
+            color=INK,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )
     axes.axvline(24, color=GREY, linestyle="--", linewidth=1)
     axes.set_yticks(range(len(plans)), list(plans))
     axes.invert_yaxis()
-    axes.legend(fontsize=8, ncols=5, loc="lower right", frameon=False)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=False)
     listed = ", ".join(f"{name} {sum(held) / 1e9:.1f} GB" for name, held in plans.items())
     return (
         figure,
@@ -48,10 +54,13 @@ def first_losses(runs: Mapping[int, Sequence[float]], expected: Mapping[int, flo
         figure, (0.065, 0.15, 0.66, 0.76), "Loss of the four heads, without the routers' terms", "update", "nats"
     )
     labels = []
-    for (width, losses), colour in zip(runs.items(), (GREY, GREEN, BLUE, VERMILION), strict=False):
-        axes.plot(range(1, len(losses) + 1), losses, color=colour, marker="o", markersize=3, linewidth=1.4)
+    for (width, losses), colour, line in zip(
+        runs.items(), (GREY, GREEN, BLUE, VERMILION), (":", "-.", "--", "-"), strict=False
+    ):
+        axes.plot(range(1, len(losses) + 1), losses, line, color=colour, marker="o", markersize=3, linewidth=1.4)
         axes.plot([1], [expected[width]], color=colour, marker="x", markersize=9)
         labels.append((losses[-1], f"width {width}", colour))
+    axes.locator_params(axis="x", integer=True)
     label_right(axes, labels)
     listed = ", ".join(f"width {w} {losses[0]:.2f} (expected {expected[w]:.2f})" for w, losses in runs.items())
     return figure, f"First losses: {listed}.", "Crosses: ln V + var/2. The true size has fewer updates than its copies."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from moe_lab.course.lessons import Question
 
 first_look = Question(
-    "You have this curve, one minute, and one look. Which of these is the cause that the curve itself cannot hide for long?",
+    "You have this curve, and a minute for one look at the run. Which of the three hypotheses will that look confirm?",
     {
         "the learning rate is too low": lambda m: m["collisions"] >= 3 and m["fell"],
         "the tokens are no text": lambda m: m["collisions"] < 3,

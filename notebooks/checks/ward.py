@@ -1,19 +1,14 @@
 """The ward: twelve recorded runs without labels, measurements that cost minutes, and what a diagnosis is worth.
 
-    ward = open_ward(seed=0)
-    ward.order("run 3", "tokens")                   # shows what was measured; the minutes are written down
-    ward.diagnose("run 3", "random tokens", evidence="tokens", cure="mend the loader, and let it raise")
-    ward.score()
-
-What is wrong with a run is not written down anywhere: it is drawn from the seed, here and by `make ward`, which makes the
-runs. A reader who wants to know before measuring can find out; nobody finds out by accident.
+ward = open_ward(seed=0)
+ward.order("run 3", "tokens")                   # shows what was measured; the minutes are written down
+ward.diagnose("run 3", "random tokens", evidence="tokens", cure="mend the loader, and let it raise")
+ward.score()
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import random
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +17,7 @@ from typing import Any, NamedTuple
 
 from checks.checklist import LIST
 from checks.ward_notes import go_on, keep
+from checks.ward_plans import CAUSES, EXAMPLE, OTHER_CURES, Plan, draw
 from moe_lab.config import ROOT, ConfigError
 from moe_lab.sections import read_yaml, suggestion
 from moe_lab.show.live import is_interactive
@@ -32,86 +28,6 @@ LINES = {line["id"]: line for line in CHECKLIST["lines"]}
 # measurement → [minutes, what is done]; the prices are the checklist's
 PRICES: dict[str, list] = CHECKLIST["measurements"]
 DEAREST = max(PRICES, key=lambda what: PRICES[what][0])
-
-
-class Cause(NamedTuple):
-    """Something that a run may have."""
-
-    cure: str
-    lines: tuple[str, ...]  # of the checklist, whose sign shows it
-    variants: tuple[str, ...] = ()  # how it is planted; none: it is only offered as an answer
-
-
-CAUSES: dict[str, Cause] = {
-    "healthy": Cause(
-        "leave it as it is", ("K24",), ("as configured", "long warm-up", "AdamW alone", "the other convention")
-    ),
-    "random tokens": Cause("mend the loader, and let it raise", ("K04",), ("uniform",)),
-    "padding in the loss": Cause("mask the padding out of the targets", ("K05",), ("half", "most")),
-    "shown loss off by a factor": Cause("divide by the accumulation once", ("K06",), ("halved",)),
-    "sees the future": Cause("cut the path to later tokens", ("K07",), ("convolution", "attention", "unsorted")),
-    "training and evaluation differ": Cause("one forward pass for both modes", ("K08",), ("depth off", "mixer off")),
-    "residual added twice": Cause("add a sublayer's output to the chosen rows alone", ("K09",)),
-    "updates rounded away": Cause("float32 parameters, bf16 for compute", ("K01", "K10"), ("by the code", "by the config")),
-    "learning rate too low": Cause("raise the learning rate", ("K18",), ("of AdamW", "a tenth")),
-    "learning rate too high": Cause("lower the learning rate", ("K13",)),
-    "cut off from the gradient": Cause(
-        "connect it to the loss again", ("K11",), ("feed-forward", "values", "depth router")
-    ),
-    "in no optimizer": Cause("give the tensors to an optimizer", ("K12",), ("vectors", "matrices")),
-    "experts collapsed": Cause("a balancing that acts", ("K14",), ("wrong sign",)),
-    "warm-up off by one": Cause("print the first three learning rates", ("K15",)),
-    "steps count micro-batches": Cause("count updates", ("K22",)),
-}  # fmt: skip
-# cures that are often proposed and repair none of these
-OTHER_CURES = ("switch MoD and Mamba off", "train longer", "another seed", "clip gradients harder")
-
-ALWAYS = (
-    *("healthy", "healthy", "random tokens", "sees the future", "experts collapsed", "updates rounded away"),
-    *("learning rate too low", "cut off from the gradient", "training and evaluation differ"),
-)
-ONE_OF = ("padding in the loss", "in no optimizer")
-PAIRS = (
-    ("learning rate too low", "updates rounded away"),
-    ("experts collapsed", "cut off from the gradient"),
-    ("padding in the loss", "learning rate too low"),
-    ("training and evaluation differ", "in no optimizer"),
-    ("random tokens", "updates rounded away"),
-    ("shown loss off by a factor", "cut off from the gradient"),
-)
-
-
-class Plan(NamedTuple):
-    """What one run is made with."""
-
-    faults: tuple[tuple[str, str], ...]  # (cause, variant) each; a healthy run has one that is none
-    seed: int  # of its start values and data order
-
-    @property
-    def causes(self) -> frozenset[str]:
-        return frozenset(cause for cause, _ in self.faults)
-
-
-def draw(seed: int) -> dict[str, Plan]:
-    """The twelve plans of a ward, by the name of the run."""
-    choose = random.Random(hashlib.blake2b(str(seed).encode(), key=b"ward", digest_size=16).digest())
-    causes = [*((cause,) for cause in (*ALWAYS, choose.choice(ONE_OF))), *choose.sample(PAIRS, 2)]
-    choose.shuffle(causes)
-    left = {name: choose.sample(cause.variants, len(cause.variants)) for name, cause in CAUSES.items()}
-    plans = {}
-    for number, combined in enumerate(causes, 1):
-        faults = tuple((name, left[name][0]) for name in combined)
-        for name in combined:
-            left[name] = [*left[name][1:], left[name][0]]  # the next one of the same cause is another variant
-        plans[f"run {number}"] = Plan(faults, choose.randrange(2**31))
-    return plans
-
-
-# seen before the exam, with their labels: the example and its control, which differ in nothing else
-EXAMPLE = {
-    "the example": Plan((("in no optimizer", "embeddings and heads"),), 10),
-    "its control": Plan((("healthy", "as configured"),), 10),
-}
 
 
 class Result(NamedTuple):
@@ -234,7 +150,11 @@ class Ward:
             print("nothing is written down yet: ward.diagnose(run, causes, evidence, cure)")
             return
         for run, one in marks.items():
-            print(f"{'✓' if one.right else '✗'} {run}: {one.points:.1f} points. {one.why}")
+            print(
+                textwrap.fill(
+                    f"{'✓' if one.right else '✗'} {run}: {one.points:.1f} points. {one.why}", 98, subsequent_indent="  "
+                )
+            )
         right, points = sum(one.right for one in marks.values()), sum(one.points for one in marks.values())
         spent, par = sum(map(self.minutes, marks)), sum(one.par for one in marks.values())
         print(
@@ -280,10 +200,11 @@ def mark(ward: Ward, run: str) -> Mark:
     return Mark(True, points, par, " ".join([f"{answer.capitalize()}.", *remarks]))
 
 
-def open_ward(seed: int = 0, folder: Path | None = None) -> Ward:
-    """The ward of a seed: a committed one, or one that `make ward SEED=…` has made here. Raises ConfigError."""
-    ward = admit(draw(seed), folder or folder_of(seed))
-    if is_interactive():
+def open_ward(seed: int = 0, kept: bool = True) -> Ward:
+    """The ward of a seed: a committed one, or one that `make ward SEED=…` has made here. Where a person sits, what was ordered
+    and written down is taken up, and `kept`. Raises ConfigError."""
+    ward = admit(draw(seed), folder_of(seed))
+    if kept and is_interactive():
         go_on(ward, str(seed))
     return ward
 

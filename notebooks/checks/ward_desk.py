@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 
 from checks.ward import CAUSES, PRICES, Ward, all_cures
@@ -13,7 +14,8 @@ NONE = "–"
 
 def show_desk(ward: Ward) -> None:
     """Buttons that order and notes that are written down; where nobody can press, the calls that do the same."""
-    print(*(f"{what:13} {minutes:2} min  {does}" for what, (minutes, does) in PRICES.items()), sep="\n")
+    for what, (minutes, does) in PRICES.items():
+        print(textwrap.fill(f"{what:13} {minutes:2} min  {does}", 98, subsequent_indent=" " * 22))
     if not is_interactive():
         print(
             'ward.order("run 1", "preflight")   ward.config("run 1")   ward.diagnose("run 1", causes, evidence, cure)'
@@ -32,8 +34,8 @@ def desk(ward: Ward):
     style = {"description_width": "6em"}
     run = w.Dropdown(options=list(ward.patients), description="run", layout=wide, style=style)
     says = w.Output()
-    causes = [choice(w, name, [*sorted(CAUSES)], wide, style) for name in ("cause", "second")]
-    cures = [choice(w, name, [*sorted(all_cures())], wide, style) for name in ("cure", "second")]
+    causes = [choice(w, name, [*sorted(CAUSES)], wide, style) for name in ("cause", "2nd cause")]
+    cures = [choice(w, name, [*sorted(all_cures())], wide, style) for name in ("cure", "2nd cure")]
     evidence = w.SelectMultiple(
         options=list(PRICES), description="evidence", rows=len(PRICES), layout=wide, style=style
     )
@@ -55,8 +57,24 @@ def desk(ward: Ward):
 
     write = button("write it down", note, "cause, evidence and cure of this run")
     score = button("score", ward.score, "what is written down so far; it tells the answers of those runs")
-    notes = w.VBox([*causes, evidence, *cures, w.HBox([write, score])])
+    several = w.HTML("<i>evidence: Ctrl or ⌘ and a click takes several</i>")
+    notes = w.VBox([*causes, evidence, several, *cures, w.HBox([write, score])])
+
+    def begin(_: object) -> None:
+        """Another run: an empty note, and what was ordered and written down of it so far."""
+        for one in (*causes, *cures):
+            one.value = NONE
+        evidence.value = ()
+        tell(says, lambda: print(so_far(ward, run.value)))
+
+    run.observe(begin, "value")
     return w.VBox([run, w.HBox([config, *orders], layout=w.Layout(flex_flow="row wrap")), says, notes])
+
+
+def so_far(ward: Ward, run: str) -> str:
+    ordered, note = ward.ordered.get(run, ()), ward.notes.get(run)
+    written = f"written down: {', '.join(sorted(note.causes))}" if note else "nothing is written down"
+    return f"{run}: {ward.minutes(run)} min so far, for {', '.join(ordered) or 'nothing'}; {written}"
 
 
 def choice(w, name: str, options: list[str], layout, style):
