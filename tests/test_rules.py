@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim import SGD, AdamW
-from toy import Toy, adamw, finding, said, spoken, toy, train, watched
+from toy import Toy, adamw, finding, loss_of, said, spoken, toy, train, watched
 
 from moe_lab.health import Watch
 from moe_lab.health.during.rule import Rule
@@ -216,10 +216,23 @@ class Detached(Toy):
         return self.head(x)
 
 
-class Unused(Toy):
-    def __init__(self):
+class Spare(Toy):
+    """One layer more: never called, taken without a call in vain, or called in vain."""
+
+    def __init__(self, way: str):
         super().__init__()
-        self.spare = nn.Linear(4, 4)
+        self.spare, self.way = nn.Linear(16, 16), way
+        self.scale = nn.Parameter(torch.ones(16))
+
+    def forward(self, ids):
+        x = self.embedding(ids)
+        if self.way == "called":
+            self.spare(x)
+        if self.way == "taken":
+            F.linear(x, self.spare.weight, self.spare.bias)
+        if self.way != "nothing":
+            x = x * self.scale
+        return self.head(x + self.down(F.gelu(self.up(self.norm(x)))))
 
 
 class Adapted(Toy):
@@ -240,9 +253,30 @@ def test_a_branch_without_gradient() -> None:
     watch = watched(model, adamw(model), 40)
     assert "no_gradient" in said(watch, "error")
     assert {r.name: r.gradient for r in watch.readings}["up.weight"] == "none"
-    model = toy(kind=Unused)
+
+
+@pytest.mark.parametrize("way", ["nothing", "taken", "called"])
+def test_what_no_pass_takes_is_told_and_no_alarm(way: str) -> None:
+    """As the cross-attention of a decoder that is used alone, and a scale that its own module never reads."""
+    model = toy(kind=Spare, way=way)
     watch = watched(model, adamw(model), 40)
-    assert said(watch) == ["no_gradient"] and finding(watch, "no_gradient").severity == "warning"
+    assert said(watch) == ([] if way == "nothing" else ["no_gradient"])
+    found = finding(watch, "no_gradient")
+    assert found.severity == ("info" if way == "nothing" else "warning")
+    assert ("3 trainable" in found.message) == ("no forward pass takes" in found.message) == (way == "nothing")
+
+
+def test_what_the_last_pass_did_not_call_is_not_called_unused() -> None:
+    """Two kinds of passes by turns, of which one throws its own layer's answer away."""
+    model = toy(kind=Spare, way="called")
+    (optimizer,) = adamw(model)
+    with Watch(model, optimizer) as watch:
+        for step in range(40):
+            model.way = "passed by" if step % 2 else "called"  # a check follows an odd one
+            optimizer.zero_grad()
+            loss_of(model, step).backward()
+            optimizer.step()
+    assert finding(watch, "no_gradient").severity == "warning"
 
 
 class Skipping(Toy):

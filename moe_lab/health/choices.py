@@ -34,6 +34,18 @@ class Choices(TorchDispatchMode):
         return args[0].gather(kwargs.get("dim", args[place] if len(args) > place else -1), index), index
 
 
+class Taken(TorchDispatchMode):
+    """Which tensors operations take while it is active, by id: of those that outlive it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None) -> Any:
+        self.ids |= {id(x) for arg in args for x in (arg if isinstance(arg, list | tuple) else [arg])}
+        return func(*args, **(kwargs or {}))
+
+
 def recorded(made: list[Tensor]) -> Choices:
     """Adds the indices of every order of numbers to `made`."""
     return Choices(ORDERS, lambda scores, index: made.append(index) if scores.is_floating_point() else None)

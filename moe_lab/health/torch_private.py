@@ -156,6 +156,11 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
+def is_elsewhere(module: nn.Module) -> bool:
+    """Whether a forward pass runs compiled, or in threads of its own, where nobody can listen to it."""
+    return uncompiled(module) is not module or bool(module._compiled_call_impl) or isinstance(module, nn.DataParallel)
+
+
 def is_in_backward() -> bool:
     """Whether a backward pass is running: a forward pass in there recomputes another."""
     return torch._C._current_graph_task_id() != -1

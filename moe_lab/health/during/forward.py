@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..choices import Taken
 from ..random_state import RandomState
-from ..torch_private import fan_ins, uncompiled
+from ..torch_private import fan_ins, is_elsewhere, uncompiled
 from .heard import Heard, tensors_of
 from .listener import Hook, Listener
 
@@ -33,6 +34,8 @@ class ForwardProbe(Listener):
         self.logit_variance: Tensor | None = None
         self.fan_ins: dict[int, int] = {}  # which dimension of a weight the first pass sums over, by its id
         self.answers: dict[Tensor, bool | None] = {}  # of `matters`: they stand when the inputs are gone
+        self.unused: set[Tensor] = set()  # of those, what no pass takes
+        self.uncalled: dict[nn.Module, Any] = {}  # owners of parameters, with the hook that waits for their first call
         linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
         embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
         # the token table has a head of its shape; a table of positions may be longer
@@ -53,6 +56,13 @@ class ForwardProbe(Listener):
             yield from self.heard.hooks(hook)
         for module in (m for m in (self.model, self.head) if m is not None):  # a compiled one may have no len()
             yield module.register_forward_hook(hook(self.keep_fan_ins))
+        modules = [] if any(map(is_elsewhere, self.model.modules())) else self.model.modules()
+        for module in (m for m in modules if next(m.parameters(recurse=False), None) is not None):
+            self.uncalled[module] = module.register_forward_pre_hook(hook(self.note_call))
+            yield self.uncalled[module]
+
+    def note_call(self, module: nn.Module, args: tuple) -> None:
+        self.uncalled.pop(module).remove()
 
     def keep_inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.inputs = tuple(map(detached, args)), {k: detached(v) for k, v in kwargs.items()}
@@ -97,9 +107,16 @@ class ForwardProbe(Listener):
             return None
         changed = disturbed(param)
         try:
-            before, again, after = (tensors_of(self.repeat({name: p})) for p in (param, param, changed))
+            with Taken() as taken:
+                before = tensors_of(self.repeat({name: param}))
+            again, after = (tensors_of(self.repeat({name: p})) for p in (param, changed))
         except Exception:  # the model's own code, called in a way it may not be made for: then it cannot be told
             return None
+        owner = model.get_submodule(name.rpartition(".")[0])
+        # a pass of another kind may take it, if it is not known that none calls its module, or that this one does
+        was_called = any(id(p) in taken.ids for p in owner.parameters())
+        if id(param) not in taken.ids and (was_called or owner in self.uncalled):
+            self.unused.add(param)
         return None if differ(before, again) else differ(before, after)
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..choices import Choices
-from ..torch_private import is_in_backward, uncompiled
+from ..torch_private import is_elsewhere, is_in_backward
 from .heard import named_tensors
 
 LOOK_EVERY = 5  # updates between looks
@@ -81,11 +81,6 @@ class Routing:
             experts.loads += [Load(step, counts.tolist(), k) for step, counts, k in experts.waiting]
             del experts.loads[:-KEPT]
             experts.waiting = []
-
-
-def is_elsewhere(module: nn.Module) -> bool:
-    """Whether a forward pass runs compiled, or in threads of its own, where nobody can listen to it."""
-    return uncompiled(module) is not module or bool(module._compiled_call_impl) or isinstance(module, nn.DataParallel)
 
 
 def expert_modules(model: nn.Module) -> dict[str, tuple[nn.Module, set[int]]]:

@@ -111,9 +111,11 @@ def no_gradient(state: State, matters: bool) -> Ill:
     return {kind: ts for kind, ts in by_kind(never).items() if bool(state.forward.matters(ts[0].param)) == matters}
 
 
-def idle(state: State) -> Ill:
-    """Without a gradient where nothing is cut off: what is behind a cut has none either."""
-    return {} if no_gradient(state, matters=True) else no_gradient(state, matters=False)
+def idle(state: State, used: bool) -> Ill:
+    """Without a gradient where nothing is cut off: what is behind a cut has none either. What no pass takes is a part of the class
+    that this use of it has no need of."""
+    idle = {} if no_gradient(state, matters=True) else no_gradient(state, matters=False)
+    return {kind: ts for kind, ts in idle.items() if (ts[0].param not in state.forward.unused) == used}
 
 
 @rule(
@@ -246,6 +248,7 @@ FIND_CUT = (
     "output, detach(), no_grad or item() between them and the loss"
 )
 IDLE = "{n} trainable tensors got no gradient in {updates} updates, and no effect of theirs on the output was seen: {names}"
+UNUSED = "{n} trainable tensors got no gradient in {updates} updates, and no forward pass takes them: {names}"
 USE = (
     "find out whether the loss should use them (a head, a loss term, a branch that is never taken), else leave them out"
 )
@@ -259,7 +262,8 @@ RULES = (
     Rule("lost_updates", "error", badly_lost, LOST, KEEP_BITS),
     Rule("lost_updates", "warning", partly_lost, LOST, KEEP_BITS),
     Rule("no_gradient", "error", partial(no_gradient, matters=True), CUT_OFF, FIND_CUT),
-    Rule("no_gradient", "warning", idle, IDLE, USE),
+    Rule("no_gradient", "warning", partial(idle, used=True), IDLE, USE),
+    Rule("no_gradient", "info", partial(idle, used=False), UNUSED, USE),
     frozen_tensor,
     bf16_parameters,
 )
