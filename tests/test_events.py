@@ -251,6 +251,19 @@ def test_the_parts_of_a_gan_clear_what_the_other_one_left(both: bool) -> None:
     assert not EVENTS & set(said(watch))
 
 
+def test_optimizers_that_take_turns_clear_each_other_s_gradients() -> None:
+    torch.manual_seed(0)
+    model = toy()
+    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == many] for many in (True, False))
+    optimizers = [torch.optim.AdamW(part, lr=0.01) for part in (matrices, vectors)]
+    with Watch(model, optimizers) as watch:
+        for i in range(60):
+            model.zero_grad()
+            loss_of(model).backward()
+            optimizers[i % 2].step()
+    assert not EVENTS & set(said(watch))
+
+
 def test_one_of_two_optimizers_never_steps() -> None:
     torch.manual_seed(0)
     model = toy()

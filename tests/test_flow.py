@@ -340,3 +340,20 @@ def test_a_first_loss_with_other_terms_in_it_is_judged_by_its_own_cross_entropy(
     nn.init.normal_(tied.embedding.weight, std=0.2)
     tied.head.weight = tied.embedding.weight  # says the token that it reads, from the start
     assert watched(tied, next_token).findings == []
+
+
+@pytest.mark.parametrize(
+    ("momentum", "budget", "scale", "told"),
+    [(1e-4, None, 3.0, True), (1e-4, 100, 3.0, True), (0.1, None, 3.0, False), (0.01, None, 3.0, False)]
+    + [(1e-4, 100_000, 3.0, False), (1e-4, None, 1.0, False)],  # time enough; batches that are like a fresh norm's
+)
+def test_batch_norms_that_keep_a_fresh_model_s_statistics(momentum, budget, scale: float, told: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(8, momentum=momentum), nn.Linear(8, 1))
+    optimizer = AdamW(model.parameters(), lr=1e-3)
+    with Watch(model, optimizer, budget=budget) as watch:
+        for _ in range(70):
+            optimizer.zero_grad()
+            model(scale * torch.randn(64, 8) + scale - 1).square().mean().backward()
+            optimizer.step()
+    assert ("mode_mismatch" in said(watch)) == told

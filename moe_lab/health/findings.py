@@ -100,7 +100,10 @@ RULES: dict[str, tuple[str, str]] = {
         "warning",
         "learning rates are near zero before half of the budget, zero for good, or warm up beyond it",
     ),
-    "lr_too_low": ("error", "learning rates far below a language model's usual; an error if a branch probe proves it"),
+    "lr_too_low": (
+        "error",
+        "learning rates far below a language model's usual, or tiny steps; an error if a branch probe proves it",
+    ),
     "lr_too_high": ("error", "learning rates far above a language model's usual, or the loss blows up"),
     "muon_convention": ("warning", "a Muon learning rate that fits the other convention, or AdamW"),
     "initial_loss": ("warning", "the first loss is not what an untrained model of this vocabulary shows"),
@@ -129,7 +132,10 @@ RULES: dict[str, tuple[str, str]] = {
     "split_overlap": ("warning", "validation text that stands in training, too"),
     "no_effect": ("warning", "a part of the batch that the loss does not depend on"),
     "future_leak": ("error", "a token changes the logits before it, or those of another sequence"),
-    "mode_mismatch": ("warning", "modules that compute in training only, or in evaluation only"),
+    "mode_mismatch": (
+        "warning",
+        "what is computed in training and in evaluation differs: modules of one of them, statistics far off",
+    ),
     "evaluation_mode": ("error", "updates in evaluation mode: dropout is off, batch norms keep old statistics"),
     "scaled_copies": ("error", "tokens that a sublayer leaves alone come out multiplied"),
     "not_linear": ("warning", "a tensor that is no matrix of any product gets orthogonal steps"),

@@ -23,7 +23,7 @@ from ..sampling import plain
 from ..torch_private import is_in_backward
 from .listener import Listener
 from .repeats import Repeats
-from .routing import Routing, Terms
+from .routing import LOOK_EVERY, Routing, Terms
 from .tracking import Tracked, storage
 
 N_COPIES = 16  # copies that are followed; whoever keeps some in 16 bits keeps all
@@ -32,6 +32,7 @@ AWAY = 8  # ULPs that an element of a copy lies from its weight before it is ask
 ENOUGH = 500  # elements that far away, over all looks, before they are judged
 LOOKS = 10  # looks at copies before one that never moves is judged
 REACH = 50_000  # objects looked at from the loop, and the longest list among them
+SLOW = 2e-3  # momentum of a batch norm below which a tenth of what there was first is left after 1000 updates
 COUNTED = 1 << 16  # elements of the largest buffer that is called a count
 
 
@@ -48,16 +49,16 @@ class Outside(Listener):
         super().__init__()
         self.model = model
         self.copies, self.counts, self.routing, self.terms = Copies(), Counts(model), Routing(model), Terms(model)
-        self.repeats = Repeats(model)
+        self.repeats, self.averages = Repeats(model), Averages(model)
         self.positions: dict[str, float] | None = None  # by table, how far the last ones are off
 
     def hooks(self, hook: Callable) -> Iterator[Any]:
-        for part in (self.counts, self.routing, self.terms, self.repeats):
+        for part in (self.counts, self.routing, self.terms, self.repeats, self.averages):
             yield from part.hooks(hook)
 
     def before_update(self, n: int) -> None:
         """Before update n of those seen, from 1."""
-        self.routing.update = self.repeats.update = n + 1
+        self.routing.update = self.repeats.update = self.averages.update = n + 1
         self.counts.added = {}
         self.terms.before_update(n)
 
@@ -66,6 +67,7 @@ class Outside(Listener):
         self.routing.fetch()
         self.terms.fetch()
         self.repeats.fetch()
+        self.averages.fetch()
         if n_seen:
             self.copies.look(self.model, tracked, step, n_seen)
             if self.positions is None:
@@ -219,6 +221,34 @@ class Counts:
     def fetch(self) -> None:
         for name, again in self.waiting:
             self.doubled.setdefault(name, []).append(bool(again))
+        self.waiting = []
+
+
+class Averages:
+    """Batch norms whose momentum keeps what a fresh model starts with: how far are they from the batches, in these' own terms?"""
+
+    def __init__(self, model: nn.Module):
+        kinds, self.update = nn.modules.batchnorm._BatchNorm, 1
+        norms = {n: m for n, m in model.named_modules() if isinstance(m, kinds) and m.running_mean is not None}
+        self.slow = {n: m for n, m in norms.items() if m.momentum is not None and 0 < m.momentum < SLOW}
+        self.waiting: list[tuple[str, Tensor]] = []
+        self.off: dict[str, list[float]] = {}  # looks
+
+    def hooks(self, hook: Callable) -> Iterator[Any]:
+        for name, module in self.slow.items():
+            yield module.register_forward_pre_hook(hook(partial(self.look, name)))
+
+    def look(self, name: str, module: nn.Module, args: tuple) -> None:
+        """Standard deviations between the means, or factors of two between the variances, of the middle channel."""
+        if module.training and self.update % LOOK_EVERY == 1:
+            variance, mean = torch.var_mean(args[0].float(), [d for d in range(args[0].ndim) if d != 1])
+            away = (mean - module.running_mean).abs() / (variance + module.eps).sqrt()
+            apart = ((variance + module.eps) / (module.running_var + module.eps)).log2().abs()
+            self.waiting.append((name, torch.maximum(away, apart).median()))
+
+    def fetch(self) -> None:
+        for name, off in self.waiting:
+            self.off.setdefault(name, []).append(off.item())
         self.waiting = []
 
 

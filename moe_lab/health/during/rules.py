@@ -11,5 +11,5 @@ from . import rules_flow, rules_loss, rules_lr, rules_ranks, rules_setup, rules_
 # In order of certainty: a broken set-up explains what comes after it.
 AT_START = rules_setup.RULES
 ALL = (*AT_START, *rules_ranks.RULES, *rules_lr.RULES, rules_steps.lost_decay, *rules_updates.RULES, *rules_steps.RULES)
-ALL += (*rules_flow.RULES, *rules_signal.RULES, *rules_loss.RULES)
+ALL += (*rules_flow.RULES, *rules_signal.RULES, *rules_steps.SIZES, *rules_loss.RULES)
 ALL += (rules_flow.token_weights, rules_updates.direction_bias, rules_loss.reach)

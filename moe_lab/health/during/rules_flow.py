@@ -14,6 +14,8 @@ from .causal import future_leak
 from .rule import Ill, Rule, rule
 from .state import MODES, State
 
+OFF, SETTLED, LATEST = 1.0, 50, 3  # deviations or doublings; updates before they are judged; looks, 5 updates apart
+START_LEFT = 0.1  # share of the first statistics that the budget leaves
 UNEVEN = 2.0  # a token's weight over that of another in the same update
 SAME_MEANS = 1.05  # … while the micro-batches' own weights are this much the same
 
@@ -76,6 +78,22 @@ def repeated_data(state: State) -> Ill:
     return {"batches": {"value": share, "limit": REPEATED, "where": "data"}} if share > REPEATED else {}
 
 
+@rule(
+    "warning",
+    "{names}: after {updates} updates the statistics that evaluation uses are {value:.2g} deviations, or doublings of the variance, "
+    "off the batches': a momentum of {momentum:g} keeps those of a fresh model",
+    "torch's momentum is the share of the new batch: 0.1 where others say 0.9; or evaluate after many more updates",
+)
+def mode_mismatch(state: State) -> Ill:
+    """Batch norms, where the budget does not do away with what they began with."""
+    averages, found = state.outside.averages, {}
+    for name, looks in averages.off.items() if state.n_seen >= SETTLED else ():
+        momentum, off = averages.slow[name].momentum, median(looks[-LATEST:])
+        if off > OFF and (state.budget is None or (1 - momentum) ** state.budget > START_LEFT):
+            found[name] = {"value": off, "limit": OFF, "momentum": momentum}
+    return found
+
+
 EVALUATING = "{n} modules would compute otherwise in training, and updates are made in evaluation mode: {names}"
 TRAIN = "call model.train() after each evaluation, and before the first update"
 
@@ -86,5 +104,6 @@ RULES = (
     Rule("evaluation_mode", "error", partial(evaluating, has_trained=True), EVALUATING, TRAIN),
     Rule("evaluation_mode", "warning", partial(evaluating, has_trained=False), EVALUATING, TRAIN),
     repeated_data,
+    mode_mismatch,
     *(Rule(name, SAID[name][0], partial(heard, name=name), "{message}", "{advice}") for name in ASKED),
 )

@@ -10,6 +10,7 @@ from torch import nn
 from .intended import keeps_lost_bits
 from .probes import decay_arrives, is_adam, law_of
 from .rule import Ill, by_kind, rule
+from .rules_loss import change, learning_rates, loss_not_falling
 from .state import State
 from .steps import kind_of, matrix_shape
 from .tracking import LR_STEADY, GroupState, Tracked
@@ -19,6 +20,10 @@ SAME_NORM = 1e-3  # relative spread of a clipped norm
 SMALLEST_CLIP = 0.01  # a tenth of the least that anybody clips to
 LOOKS = 4  # at the gradients, 5 updates apart
 LATE = 50  # updates until which lost updates would have been found
+TINY, HUGE = 1e-4, 0.3  # of a matrix's size that a step changes; 1e-3 is usual, healthy SGD was seen from 3e-4 on
+TRAVEL, PLANNED = 0.1, 1000  # of its size within the budget, that is too little; updates where no budget is known
+SAME = {"lr_too_low", "lr_too_high"}  # what these say themselves
+LEARNED_LITTLE = 0.05  # share of the first loss
 STARVED = 0.2  # share of the smallest size that any convention gives an orthogonal step
 
 
@@ -95,6 +100,49 @@ def starved_steps(state: State) -> Ill:
     return found
 
 
+def moved_by(state: State) -> float:
+    """The largest step of a kind of matrix, relative to its weights at the start: RMS over RMS, by an update at the peak LR."""
+    mine = [t for t in state.readings if t.owner and t.steps and t.weight_square and t.param.ndim > 1]
+    sizes = [median(s.rms for s in t.steps) * t.owner.peak / math.sqrt(t.weight_square / t.n_elements) for t in mine]
+    return max(sizes, default=math.nan)
+
+
+@rule(
+    "warning",
+    "no kind of matrix moves by more than {value:.1e} of its size an update, and the loss has lost {fell:.1%}: usual is 1e-3",
+    "raise the learning rate: one of Adam's is 10 to 1000 times too low for SGD; three short runs a factor of 10 apart tell",
+)
+def lr_too_low(state: State) -> Ill:
+    """Whatever the optimizer and the model: steps so small that nothing gets anywhere within the budget, in a new model that has
+    learned nothing, where nothing else is said that would explain it."""
+    first, last, _ = change(state)
+    moved, fell = moved_by(state), 1 - last / first if first > 0 else 1.0
+    limit = min(TINY, TRAVEL / (state.budget or PLANNED))
+    steady = bool(state.groups) and all(g.is_steady for g in state.groups)
+    whole = all(p.requires_grad for p in state.model.parameters())
+    if not (moved < limit and fell < LEARNED_LITTLE and steady and whole and state.is_fresh) or explained(state):
+        return {}
+    return {"steps": {"value": moved, "limit": limit, "fell": fell}}
+
+
+@rule(
+    "warning",
+    "a step changes a kind of matrix by {value:.0%} of its size at the start, and the loss does not fall: usual is 0.1 %",
+    "lower the learning rate by a factor of ten and more, or warm up",
+)
+def lr_too_high(state: State) -> Ill:
+    """Where the loss has stopped and would be said not to fall: of steps that large, it is they that are told."""
+    moved = moved_by(state)
+    stopped = moved > HUGE and loss_not_falling.when(state) and not explained(state)
+    return {"steps": {"value": moved, "limit": HUGE}} if stopped else {}
+
+
+def explained(state: State) -> bool:
+    """Whether something else was said that would explain the size of steps, or the table of usual learning rates will say it."""
+    by_table = any(learning_rates(state, name) for name in ("lr_too_low", "lr_too_high", "muon_convention"))
+    return by_table or any(f.severity != "info" and f.rule not in SAME for f in state.findings)
+
+
 def least(shape: tuple[int, int]) -> float:
     """The smallest factor of an orthogonal step that is in use: 1, or sqrt(A / B)."""
     return min(1.0, math.sqrt(shape[0] / shape[1]))
@@ -118,3 +166,4 @@ def lost_decay(state: State) -> Ill:
 
 
 RULES = (mixed_stack, turned_factor, starved_steps)
+SIZES = (lr_too_low, lr_too_high)  # asked when nothing else explains them
