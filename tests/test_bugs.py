@@ -14,6 +14,7 @@ from moe_lab.failures import bugs
 from moe_lab.failures.bugs import BUGS, loop, moved, planted, sources
 from moe_lab.failures.edits import Edit, edited
 from moe_lab.failures.experiments import validation_loss
+from moe_lab.health import choices
 from moe_lab.health.measures import collisions
 from moe_lab.model import attention
 from moe_lab.model.depth import Depth
@@ -115,22 +116,10 @@ def largest_before(model, at: int = 20, n: int = 30) -> float:
     ids = random_ids(1, n, seed=1)
     other = ids.clone()
     other[:, at:] = (other[:, at:] + 1) % DEPTH.vocab_size
-    kept: list[torch.Tensor] = []
-    topk = torch.Tensor.topk
-
-    def recorded(self, k, dim=-1):
-        found = topk(self, k, dim=dim)
-        kept.append(found.indices)
-        return found
-
-    def replayed(self, k, dim=-1):
-        index = kept.pop(0)
-        return type(topk(self, k, dim=dim))((self.gather(dim, index), index))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "topk", recorded)
+    made: list[torch.Tensor] = []
+    with choices.recorded(made):
         before = model(ids).logits
-        patch.setattr(torch.Tensor, "topk", replayed)
+    with choices.held(made):
         after = model(other).logits
     return (after - before)[:, :at].abs().max().item() / before.std().item()
 

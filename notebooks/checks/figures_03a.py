@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 from matplotlib.figure import Figure
 
+from checks.figures_00 import curve
 from moe_lab.failures.results import Results
 from moe_lab.health.during.rules_updates import LOST_ERROR, LOST_WARNING
 from moe_lab.show.style import (
@@ -35,9 +35,8 @@ def curves(result: Results, floors: Mapping[str, float]) -> Drawn:
     for point, colour in (("failure", VERMILION), ("cure", BLUE), ("centre", GREEN)):
         ends = []
         for parameters, line in (("float32", "-"), ("bf16", "--")):
-            rows = [row["training"] for row in result.rows if row["arm"] == f"{point}, {parameters}"]
-            steps = [int(step) for step in rows[0]]
-            means = np.mean([list(row.values()) for row in rows], axis=0)
+            steps, losses = curve(result, f"{point}, {parameters}")
+            means = losses.mean(axis=0)
             axes.plot(steps, means, color=colour, linestyle=line, linewidth=1.7)
             labels.append((means[-1], f"{point}, {parameters} {means[-1]:.2f}", colour))
             ends.append(f"{means[-1]:.2f} in {parameters}")

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from checks.figures_00 import curve
 from checks.figures_01 import Figures, two_curves
 from moe_lab import Trainer
 from moe_lab.config import Config, DataConfig
@@ -44,10 +45,8 @@ def crossings(results: Results, level: float) -> dict[str, int | None]:
     """Each arm's first reading of the training loss, mean over seeds, that is below `level`: its update; None: none is."""
     found = {}
     for arm in results.arms():
-        rows = [row["training"] for row in results.rows if row["arm"] == arm]
-        steps = sorted(map(int, rows[0]))
-        means = {step: np.mean([row[str(step)] for row in rows]) for step in steps}
-        found[arm] = next((step for step in steps if means[step] < level), None)
+        steps, losses = curve(results, arm)
+        found[arm] = next(iter(steps[losses.mean(axis=0) < level].tolist()), None)
     return found
 
 

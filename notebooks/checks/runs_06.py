@@ -10,9 +10,6 @@ import contextlib
 import io
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +19,7 @@ from moe_lab.config import ROOT, Config, load_config
 from moe_lab.course.notebook import Lab
 from moe_lab.failures.bugs import planted
 from moe_lab.failures.experiments import validation_loss
+from moe_lab.health import choices
 from moe_lab.model import build_model
 from moe_lab.model.depth import Depth
 from moe_lab.show.plots import next_token_weight
@@ -98,58 +96,16 @@ def untouched(patient: Patient) -> dict[str, Tensor]:
 # ---- tools ---------------------------------------------------------------------------------------------------------------
 
 
-class Choices(NamedTuple):
-    """Which tokens each `topk` of a forward pass chose."""
-
-    indices: list[Tensor]
-
-
-@contextmanager
-def noted(choices: Choices) -> Iterator[None]:
-    """Every choice of the passes within is written down."""
-    topk = Tensor.topk
-
-    def note(self: Tensor, k: int, dim: int = -1):
-        found = topk(self, k, dim=dim)
-        choices.indices.append(found.indices)
-        return found
-
-    with replaced(note):
-        yield
-
-
-@contextmanager
-def held(choices: Choices) -> Iterator[None]:
-    """The passes within choose what was written down, whatever the scores are."""
-    topk, left = Tensor.topk, list(choices.indices)
-
-    def repeat(self: Tensor, k: int, dim: int = -1):
-        index = left.pop(0)
-        return type(topk(self, k, dim=dim))((self.gather(dim, index), index))
-
-    with replaced(repeat):
-        yield
-
-
-@contextmanager
-def replaced(topk) -> Iterator[None]:
-    kept, Tensor.topk = Tensor.topk, topk
-    try:
-        yield
-    finally:
-        Tensor.topk = kept
-
-
 @torch.no_grad()
 def heard_before(model: nn.Module, ids: Tensor, at: int) -> float:
     """Change the tokens of ids (B, T) from place `at` on and hold every choice as it was: the largest change of a logit before
     that place, over the logits' standard deviation. In training mode."""
-    other, choices = ids.clone(), Choices([])
+    other, made = ids.clone(), []
     other[:, at:] = (other[:, at:] + 1) % model.config.vocab_size
     model.train()
-    with noted(choices):
+    with choices.recorded(made):
         before = model(ids).logits
-    with held(choices):
+    with choices.held(made):
         after = model(other).logits
     return ((after - before)[:, :at].abs().max() / before.std()).item()
 
