@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from moe_lab import Trainer, health
 from moe_lab.__main__ import HEALTH_SCHEMA
 from moe_lab.data import validation_windows
-from moe_lab.health import Finding
+from moe_lab.health import Finding, choices
 from moe_lab.health.measures import collisions
 from moe_lab.model.depth import Chosen, Depth
 
@@ -190,23 +190,6 @@ def plain_copy(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def choices(kept: list[Tensor], replay: bool) -> Iterator[None]:
-    """Every top-k within keeps the places that it chose, or takes those that were kept."""
-    true, waiting = Tensor.topk, list(kept)
-
-    def topk(self: Tensor, k: int, dim: int = -1, **options: Any):
-        chosen = true(self, k, dim=dim, **options)
-        if not replay:
-            kept.append(chosen.indices)
-            return chosen
-        places = waiting.pop(0)
-        return type(chosen)((self.gather(dim, places), places))
-
-    with patch.object(Tensor, "topk", topk):
-        yield
-
-
-@contextmanager
 def skipped_tokens(changed: list[int]) -> Iterator[None]:
     """Counts, for every MoD sublayer within, the tokens that it did not choose and that did not pass as they were."""
     true = Depth.put_back
@@ -242,13 +225,13 @@ def heard(twin: nn.Module, ids: Tensor, vocab_size: int, training: bool, hold: b
     places that it took before the change, which leaves what computation itself lets through."""
     twin.train(training)
     kept: list[Tensor] = []
-    with choices(kept, replay=False):
+    with choices.recorded(kept):
         before = twin(ids).logits
     worst = 0.0
     for cut in CUTS:
         changed = ids.clone()
         changed[:, cut:] = (changed[:, cut:] + 1 + torch.arange(ids.shape[1] - cut) % 7) % vocab_size
-        with choices(kept, replay=True) if hold else nullcontext():
+        with choices.held(kept) if hold else nullcontext():
             after = twin(changed).logits
         worst = max(worst, ((after - before)[:, :cut].abs().max() / before.std()).item())
     return worst
