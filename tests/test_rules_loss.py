@@ -5,7 +5,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from stand_ins import MyOpt
+from torch import nn
 from torch.optim import SGD, AdamW
 from toy import VOCAB, adamw, finding, loss_of, said, spoken, toy, train, watched
 
@@ -100,6 +102,7 @@ def state_with(losses: list[float], lrs: list[float]):
     for lr in lrs:
         watch.state.optimizers[0].param_groups[0]["lr"] = lr
         watch.state.groups[0].note_lr()
+        watch.state.counts.update([id(watch.state.optimizers[0])])
     watch.state.groups[0].fetch()
     watch.check()
     watch.state.losses = losses
@@ -122,7 +125,32 @@ def test_the_loss_must_fall_once_the_learning_rate_has_acted() -> None:
     assert trend(flat, [v] * 100) == [("loss_not_falling", "warning")]
     assert trend(noisy(4.1, 3.0), [v] * 100) == []
     assert trend(flat[:25], [v] * 25) == []  # too early
+    assert trend(flat[:40], [v] * 40) == [("loss_not_falling", "warning")]  # it says nothing, and learns nothing
+    assert trend(noisy(2.0, 2.0, 50), [v] * 50) == []  # a plateau may end
+    assert trend(noisy(2.0, 2.0), [v] * 100) == [("loss_not_falling", "warning")]
+    assert trend(noisy(0.2, 0.2), [v] * 100) == []  # of such noise nobody can tell: rewards
     assert trend(flat, [v * min(1, i / 200) / 10 for i in range(45)] + [v] * 10) == []  # a warm-up: little has acted
     assert trend(flat, [v] * 60 + [v / 10] * 40) == []  # the end of a decay
     assert trend(noisy(4.1, 6.0), [v] * 100) == [("lr_too_high", "error")]
     assert trend([4.1, math.nan], [v] * 2) == [("nonfinite_loss", "error")]
+
+
+@pytest.mark.parametrize("playing", ["alone", "both watched", "one watched"])
+def test_an_opponents_loss_need_not_fall(playing: str) -> None:
+    """A generator and a discriminator, of one model with two optimizers, or one of them watched: the loss rests at 2 ln 2."""
+    model = nn.ModuleDict({"g": nn.Linear(4, 4), "d": nn.Linear(4, 1)})
+    made, judged = (SGD(model[key].parameters(), lr=1e-3) for key in "gd")
+    watched = (model, [made, judged]) if playing == "both watched" else (model["d"], judged)
+    reported = noisy(1.39, 1.39)
+    with Watch(*watched) as watch:
+        for loss in reported:
+            fake = model["g"](torch.randn(8, 4))
+            judged.zero_grad()
+            F.softplus(model["d"](fake.detach())).mean().backward()
+            judged.step()
+            if playing != "alone":
+                made.zero_grad()
+                F.softplus(-model["d"](fake)).mean().backward()
+                made.step()
+            watch.observe(loss=loss)
+    assert ("loss_not_falling" in said(watch)) == (playing == "alone")

@@ -63,7 +63,9 @@ class Events(Listener):
         self.for_all: Callable = lambda *args: None
         self.n_steps = 0  # of any optimizer
         # whether cleared gradients had their use: one that is not watched steps, or inputs get some, to be attacked by
-        self.had_use = False
+        self.had_use = self.by_turns = (
+            False  # by_turns: a watched one stepped between another's passes, as a generator's
+        )
         self.waiting: list[tuple[int, dict[str, list[Truth]]]] = []
         self.looks: dict[int, deque[dict[str, bool]]] = {}  # by optimizer, what its last updates were like
 
@@ -105,7 +107,7 @@ class Events(Listener):
         nothing = ear.nothing
         ear.clean = ear.clean | nothing
         if ear.n and ear.at != self.n_steps:  # a step came between: of another optimizer, as a generator's
-            ear.thrown = False
+            ear.thrown, self.by_turns = False, True
         elif ear.n and ear.thrown is not False:  # where the weights have moved, the gradient had its use, as in SAM
             ear.thrown = ear.thrown & ear.some & nothing & (ear.t.sample(ear.t.param) == ear.kept).all()
 
@@ -114,6 +116,11 @@ class Events(Listener):
             ear.n, ear.at, ear.last = ear.n + 1, self.n_steps, p.grad
             ear.some = p.grad is not None and (ear.t.sample(p.grad) != 0).any()
             ear.kept = ear.t.sample(p)
+
+    @property
+    def is_game(self) -> bool:
+        """Whether something else may be trained against, or by, what is watched."""
+        return self.had_use or self.by_turns
 
     def observe(self) -> None:
         self.n_losses, self.n_observed = self.n_losses + 1, self.n_observed + 1

@@ -19,6 +19,8 @@ from .tracking import HISTORY, LR_STEADY, GroupState
 SIGMAS = 3.0  # standard errors of a difference of losses
 START_OFF = 0.2  # nats between the first loss and ln V + var/2; nats by which a loss rose
 LR_ACTED = 30.0  # updates' worth of peak LR before the loss must have fallen
+PLATEAU = 60  # updates for which a loss may rest at its start: vision transformers and factors do for 40
+SEEN_FALL = 0.1  # of the first loss: had it fallen by that, two standard errors would show it
 AT_LN_V = 0.05  # nats from ln V, where each token is as likely as any other
 LEARNED = 1 / 3  # share of an untrained model's loss that is gone when an LR is first judged: no low one
 MOST_ACCUMULATED = 64  # the largest factor that a first loss is tried with
@@ -128,17 +130,20 @@ def loss_rose(state: State) -> Ill:
     "check the data first (random tokens? shuffled labels?), then the learning rate by a branch probe",
 )
 def loss_not_falling(state: State) -> Ill:
-    """A loss that falls to ln V and stays there has learned to say nothing: wide logits start above it, whatever the data."""
+    """A loss that falls to ln V and stays there has learned to say nothing: wide logits start above it, whatever the data. Nobody
+    needs to wait where a language model says nothing; else a plateau at the start is left time. Opponents' losses need not fall."""
     first, last, noise = change(state)
     groups = [group for group in state.groups if group.peak]
     acted = max((group.total / group.peak for group in groups), default=0.0)
     late = all(group.last < LR_LATE * group.peak for group in groups)
-    if math.isinf(noise) or loss_rose(state) or acted < LR_ACTED or late:
+    know_nothing = math.log(state.forward.vocab_size) if state.forward.is_language_model else math.inf
+    too_early = acted < LR_ACTED or (state.n_seen < PLATEAU and last < know_nothing - AT_LN_V)
+    too_noisy = 2 * noise > SEEN_FALL * abs(first)  # rewards, or squares with heavy tails
+    if too_early or too_noisy or late or loss_rose(state) or state.events.is_game:
         return {}
     slope, error = trend(state.losses[-HISTORY:])
     facts = {"value": slope, "limit": 0.0, "error": error, "acted": acted, "what": "has not fallen"}
     if last - first <= -noise:  # it fell, or that may yet show
-        know_nothing = math.log(state.forward.vocab_size) if state.forward.is_language_model else math.inf
         slope, error = trend(state.losses[-2 * LR_STEADY :])
         rests = abs(last - know_nothing) < AT_LN_V and slope > -SIGMAS * error
         if not rests or first - last < AT_LN_V + SIGMAS * noise:
