@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from statistics import median
 
-from .rule import Ill, by_kind, rule
+from .rule import Ill, Rule, by_kind, rule
 from .state import State
 from .tracking import Tracked
 
 FAINT = 2.0**-23  # gradient over weight, beside the median kind's: float32 shows no more of it beside them
 WAIT, WAIT_READINGS = 15, 3  # updates and readings before a gradient is called faint: adapters start with exact zeros
-STARVED, STARVED_IN = 0.1, 50  # of an even load, and updates: some come back where a balancing term works
+STARVED, STARVED_IN, STARVED_AT = 0.1, 50, 70  # of an even load, updates, and the first that it is judged at
 COLLAPSED, COLLAPSED_IN = 0.9, 20  # share of the choices that fall on as many experts as a token chooses, and updates
-EXEMPT = 20  # first updates, in which routers settle
+# where it is told, and where it is an alarm: of healthy routers many choose alike from update 20 to 60, and come back by themselves
+TOLD_AT, LASTS_AT = 40, 80
 LEAST = 100  # choices that an even load has in them, so that 10 % is no accident
 CONSTANT, N_VALUES = 1e-5, 10  # spread over mean up to which float32's rounding explains it; values
 SLOWED = 0.5  # as of lost updates
@@ -45,27 +47,22 @@ def relative_gradient(t: Tracked) -> float:
     return t.grad_norm / math.sqrt(t.weight_square / t.n_elements * t.param.numel())
 
 
-def loads(state: State, updates: int) -> dict[str, tuple[list[int], int]]:
-    """Of the last `updates`, after the first ones: how many choices fell on each expert of a module, and how many a token makes."""
+def loads(state: State, updates: int, earliest: int) -> dict[str, tuple[list[int], int]]:
+    """Of the last `updates`: how many choices fell on each expert of a module, and how many a token makes."""
     found = {}
     for experts in state.outside.routing.experts:
         last = experts.loads[-1].step
-        looks = [look for look in experts.loads if look.step > max(EXEMPT, last - updates)]
-        if last >= EXEMPT + updates and len({len(look.counts) for look in looks}) == 1:
+        looks = [look for look in experts.loads if look.step > last - updates]
+        if last >= earliest and len({len(look.counts) for look in looks}) == 1:
             total = [sum(of) for of in zip(*(look.counts for look in looks), strict=True)]
             if sum(total) >= LEAST * len(total):
                 found[experts.name] = total, looks[-1].n_choices
     return found
 
 
-@rule(
-    "warning",
-    "{names} has collapsed: the {k} busiest of its {of} experts take {value:.0%} of the tokens' choices",
-    BALANCE,
-)
-def collapsed_experts(state: State) -> Ill:
+def collapsed_experts(state: State, earliest: int) -> Ill:
     found = {}
-    for name, (total, k) in loads(state, COLLAPSED_IN).items():
+    for name, (total, k) in loads(state, COLLAPSED_IN, earliest).items():
         share = sum(sorted(total)[-k:]) / sum(total)
         if share > COLLAPSED and 2 * k <= len(total):
             found[name] = {"value": share, "limit": COLLAPSED, "k": k, "of": len(total)}
@@ -79,7 +76,7 @@ def collapsed_experts(state: State) -> Ill:
 )
 def starved_experts(state: State) -> Ill:
     found = {}
-    for name, (total, _) in loads(state, STARVED_IN).items():
+    for name, (total, _) in loads(state, STARVED_IN, STARVED_AT).items():
         if ill := [n for n, load in enumerate(total) if load * len(total) < STARVED * sum(total)]:
             found[name] = {"value": len(ill), "limit": 0, "of": len(total), "which": ill[:8]}
     return found
@@ -131,9 +128,14 @@ def rough_positions(state: State) -> Ill:
     return {name: {"value": size, "limit": 0} for name, size in (state.outside.positions or {}).items()}
 
 
+ALIKE = "{names}: the {k} busiest of its {of} experts take {value:.0%} of the tokens' choices"
+
 RULES = (
     faint_gradient,
-    collapsed_experts,
+    Rule("collapsed_experts", "info", partial(collapsed_experts, earliest=TOLD_AT), f"{ALIKE}; it may pass", BALANCE),
+    Rule(
+        "collapsed_experts", "warning", partial(collapsed_experts, earliest=LASTS_AT), f"{ALIKE}, and it lasts", BALANCE
+    ),
     starved_experts,
     constant_term,
     counted_twice,
