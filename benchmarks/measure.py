@@ -5,17 +5,13 @@ from __future__ import annotations
 import resource
 import statistics
 import time
-import weakref
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
 from moe_lab.optim.products import has_fast_bfloat16
+from moe_lab.plan import Live
 
 
 def interval(values: Sequence[float]) -> dict[str, float]:
@@ -56,41 +52,11 @@ def paired(ours: Callable[[], object], peer: Callable[[], object], pairs: int) -
     return medians | {name: interval(values) for name, values in over.items()} | {"pairs": pairs}
 
 
-class Held(TorchDispatchMode):
-    """Adds up the bytes of the tensors that operations return within it, and takes off what is freed. What a kernel takes for
-    itself while it runs is not seen. (torch's profiler sees it, and needs gigabytes for a loop over 1024 tokens.)"""
-
-    def __init__(self):
-        super().__init__()
-        self.known = WeakIdKeyDictionary()  # storages
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        for tensor in tensors_of((args, kwargs)):  # those from before do not count
-            self.known.setdefault(tensor.untyped_storage(), True)
-        result = func(*args, **(kwargs or {}))
-        for tensor in tensors_of(result):
-            storage = tensor.untyped_storage()
-            if storage not in self.known:
-                self.known[storage] = True
-                self.take(storage.nbytes())
-                weakref.finalize(storage, self.take, -storage.nbytes())
-        return result
-
-    def take(self, n_bytes: int) -> None:
-        self.now += n_bytes
-        self.peak = max(self.peak, self.now)
-
-
-def tensors_of(values: object) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
-
-
 def peak_bytes(call: Callable[[], object]) -> int:
-    """The most that the tensors made in a call held at once."""
-    with Held() as held:
+    """The most that the tensors made in a call held at once. (torch's profiler needs gigabytes for a loop over 1024 tokens.)"""
+    with Live() as live:
         call()
-    return held.peak
+    return live.most
 
 
 def computes() -> list[str]:

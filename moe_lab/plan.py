@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
 
 from moe_lab.config import Config, ConfigError
 from moe_lab.model import LanguageModel, build_model
@@ -100,15 +101,18 @@ def memory(config: Config, ranks: int = 1) -> Memory:
 
 
 class Live(TorchDispatchMode):
-    """Bytes of the tensors that were made within this context and live, and the most at once."""
+    """Bytes of the tensors that operations return within this context and that live, and the most at once. What a kernel takes
+    for itself while it runs is not seen."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: set[int] = set()
+        self.known = WeakIdKeyDictionary()  # storages
         self.now = self.most = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        wide = func is torch.ops.aten._grouped_mm.default and args[0].dtype == torch.float32
+        tree_map_only(Tensor, lambda t: self.known.setdefault(t.untyped_storage(), True), (args, kwargs))  # from before
+        is_fake = func is torch.ops.aten._grouped_mm.default and isinstance(args[0], FakeTensor)
+        wide = is_fake and args[0].dtype == torch.float32
         if wide:  # torch 2.13 knows its shapes for bfloat16 alone
             args = [a.bfloat16() if a.is_floating_point() else a for a in args]
         out = func(*args, **(kwargs or {}))
@@ -118,16 +122,14 @@ class Live(TorchDispatchMode):
 
     def count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.seen:
-            self.seen.add(key)
-            self.now += size
-            self.most = max(self.most, self.now)
-            weakref.finalize(storage, self.forget, key, size)
+        if storage not in self.known:
+            self.known[storage] = True
+            self.take(storage.nbytes())
+            weakref.finalize(storage, self.take, -storage.nbytes())
 
-    def forget(self, key: int, size: int) -> None:
-        self.seen.discard(key)
-        self.now -= size
+    def take(self, n_bytes: int) -> None:
+        self.now += n_bytes
+        self.most = max(self.most, self.now)
 
 
 def passes_bytes(config: Config) -> tuple[int, int, int]:
@@ -140,11 +142,10 @@ def passes_bytes(config: Config) -> tuple[int, int, int]:
         finally:
             torch.set_default_dtype(given)
         model.recompute_blocks = config.training.activation_checkpointing
-        for p in model.parameters():  # gradients are counted elsewhere
+        for p in model.parameters():  # gradients, as weights, are counted elsewhere
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-        ids = torch.zeros(config.training.batch_size, config.model.max_seq_len + 1, dtype=torch.long)
         with Live() as live:
-            live.seen |= {p.untyped_storage()._cdata for p in model.parameters()}  # so are weights
+            ids = torch.zeros(config.training.batch_size, config.model.max_seq_len + 1, dtype=torch.long)
             model.final_norm.register_forward_hook(lambda *_: marks.append(live.now))
             with torch.autocast("cpu", torch.bfloat16, enabled=config.precision.compute == "bfloat16"):
                 loss = sum(model.report(ids).terms.values())
