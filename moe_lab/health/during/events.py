@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..findings import grouped
+from ..sampling import WHOLE, plain
 from .heard import tensors_of
 from .listener import Listener
 from .tracking import Tracked
@@ -23,14 +24,19 @@ N_HEARD = 8  # optimizers that are listened to
 Truth = bool | Tensor  # one bool, on its device until `fetch`
 
 
+def part(tensor: Tensor) -> Tensor:
+    return plain(tensor.detach()).flatten()[:WHOLE]
+
+
 class Ear:
     """One small tensor, and what was heard there since the last update of its optimizer."""
 
     def __init__(self, t: Tracked):
-        self.t, self.last = t, None  # last: the gradient that the last pass left
+        self.t, self.last, self.n = t, None, 2  # last: the gradient that the last pass left
         self.begin()
 
     def begin(self) -> None:
+        self.several = self.n > 1  # in the last update: weights are kept only then
         self.n = self.n_others = 0  # backward passes, and updates of other optimizers
         self.clean: Truth = False  # whether a pass found nothing before it
         self.thrown: Truth = True  # … each but the first did, although one had come before, to the same weights
@@ -45,7 +51,7 @@ class Ear:
     def nothing(self) -> Truth:
         """Whether no gradient is there now."""
         gradient = self.t.param.grad
-        return gradient is None or (self.t.sample(gradient) == 0).all()
+        return gradient is None or ~part(gradient).any()
 
 
 class Events(Listener):
@@ -59,6 +65,7 @@ class Events(Listener):
         self.model, self.tensors = model, tensors
         self.n_losses = self.n_observed = 0  # since the last update, and in all: losses may come in bunches
         self.ears: list[Ear] = []
+        self.watched: set[int] = set()  # ids of optimizers
         self.held: list[Callable] = []  # hooks
         self.for_all: Callable = lambda *args: None
         self.n_steps = 0  # of any optimizer
@@ -78,6 +85,7 @@ class Events(Listener):
         for ear in self.ears:
             yield ear.t.param.register_hook(self.weakly(hook(partial(self.arrives, ear))))
             yield ear.t.param.register_post_accumulate_grad_hook(self.weakly(hook(partial(self.accumulated, ear))))
+        self.watched = {id(t.optimizer) for t in self.tensors}
         self.for_all = hook(self.any_step)
         LISTENING.add(self)
         yield self.model.register_forward_pre_hook(hook(self.enters), with_kwargs=True)
@@ -90,7 +98,7 @@ class Events(Listener):
 
     def any_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         self.n_steps += 1
-        if all(optimizer is not t.optimizer for t in self.tensors):
+        if id(optimizer) not in self.watched:
             self.had_use = True
             firsts = [group["params"][0] for group in optimizer.param_groups if group["params"]]
             if any(p is t.param for p in firsts for t in self.tensors):  # it is inside of one that is watched, as SAM's
@@ -106,16 +114,17 @@ class Events(Listener):
             return
         nothing = ear.nothing
         ear.clean = ear.clean | nothing
-        if ear.n and ear.at != self.n_steps:  # a step came between: of another optimizer, as a generator's
-            ear.thrown, self.by_turns = False, True
+        if ear.n and (ear.at != self.n_steps or ear.kept is None):  # a step came between: of another optimizer
+            ear.thrown = False
+            self.by_turns |= ear.at != self.n_steps
         elif ear.n and ear.thrown is not False:  # where the weights have moved, the gradient had its use, as in SAM
-            ear.thrown = ear.thrown & ear.some & nothing & (ear.t.sample(ear.t.param) == ear.kept).all()
+            ear.thrown = ear.thrown & ear.some & nothing & (part(ear.t.param) == ear.kept).all()
 
     def accumulated(self, ear: Ear, p: Tensor) -> None:
         if ear.is_told:
             ear.n, ear.at, ear.last = ear.n + 1, self.n_steps, p.grad
-            ear.some = p.grad is not None and (ear.t.sample(p.grad) != 0).any()
-            ear.kept = ear.t.sample(p)
+            ear.some = p.grad is not None and part(p.grad).any()
+            ear.kept = part(p).clone() if ear.several else None
 
     @property
     def is_game(self) -> bool:

@@ -34,8 +34,8 @@ class Repeats:
     def note(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         given = [t for t in tensors_of([args, kwargs]) if t.numel() > 1 and t.layout is torch.strided]
         if module.training and given and not any(t.requires_grad for t in given):
-            parts = [self.fingerprint(t) for t in given]
-            self.waiting.append((self.update, torch.stack([part.to(parts[0].device) for part in parts]).sum()))
+            first, *rest = [self.fingerprint(t) for t in given]
+            self.waiting.append((self.update, sum((part.to(first.device) for part in rest), first)))
 
     def fingerprint(self, tensor: Tensor) -> Tensor:
         key = (*tensor.shape, tensor.device)
