@@ -247,6 +247,25 @@ def test_batches_that_come_again_later(of: Callable[[int], int], told: bool) -> 
     assert ("repeated_data" in said(watch)) == told
 
 
+class Hearing(Mixer):
+    def forward(self, ids: Tensor, sound: Tensor) -> Tensor:
+        return super().forward(ids) + 0.1 * sound[:, :1]
+
+
+@pytest.mark.parametrize("given", ["positions", "names"])
+@pytest.mark.parametrize("new", [True, False])
+def test_the_same_answers_to_other_sounds_are_no_repetition(new: bool, given: str) -> None:
+    def loss_of(model: Callable, step: int) -> Tensor:
+        ids, sound = (
+            batch(step % 3),
+            torch.randn(B, 9, 1, generator=torch.Generator().manual_seed(step if new else step % 3)),
+        )
+        logits = model(ids[:, :-1], sound) if given == "positions" else model(ids[:, :-1], sound=sound)
+        return cross_entropy(logits, ids[:, 1:])
+
+    assert said(watched(Hearing(), loss_of)) == ([] if new else ["repeated_data"])
+
+
 def test_data_that_repeat_or_are_noise() -> None:
     def noise(step: int) -> tuple[Tensor, Tensor]:
         ids = torch.randint(V, (B, T + 1), generator=torch.Generator().manual_seed(step))

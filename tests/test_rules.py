@@ -207,8 +207,13 @@ def test_frozen_parts() -> None:
 
     assert said(frozen(["up"]), "warning") == ["frozen_module"]
     assert said(frozen(["up"], expect_frozen=["up."])) == []
-    mostly = frozen(["embedding", "head", "norm", "down"])  # as under adapters
-    assert said(mostly) == [] and "frozen_module" in said(mostly, "info")
+    assert said(frozen(["up", "embedding"])) == ["frozen_module"]
+    # as under adapters; or one table of fixed positions, tokens or classes
+    for names in (["embedding", "head", "norm", "down"], ["embedding"], ["head"]):
+        assert said(frozen(names)) == [] and "frozen_module" in said(frozen(names), "info")
+    model = toy()
+    model.positions = nn.Parameter(torch.randn(1, 16, 16), requires_grad=False)
+    assert said(Watch(model, AdamW([p for p in model.parameters() if p.requires_grad]))) == []
 
 
 class Detached(Toy):

@@ -35,10 +35,19 @@ class Pass(NamedTuple):
     rest: float  # share of the gradient, squared, that is no cross-entropy, whatever the weights
     uneven: float  # share that is none of equal weights
     least: float  # the smallest w's sign: below 0 in preferences and rewards
+    beside: Tensor | None = None  # (B,) float32, a number for each row of all that the model was given
 
     @property
     def n_targets(self) -> int:
         return int((self.tokens.labels != IGNORED).sum())
+
+    @property
+    def rows(self) -> Tensor:
+        """(B, T + 1): a decoder's few tokens may be the same for sounds or texts that differ."""
+        ids = self.tokens.ids
+        if self.beside is None or len(self.beside) != len(ids):
+            return ids
+        return torch.cat([ids, self.beside.view(torch.int32).long().unsqueeze(1)], 1)
 
     @property
     def is_likelihood(self) -> bool:
@@ -53,8 +62,9 @@ class Heard:
         self.update, self.n_heard, self.vocab_size = 1, 0, 0
         self.is_inside = False  # of the model's own forward pass, which may do more than its head
         self.ids: list[Tensor] = []  # what the table was asked for in this pass: the last is a decoder's
+        self.given: list[Tensor] = []  # … and the model
         self.scores: Any = None
-        self.waiting: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        self.waiting: list[tuple[int, Tensor, Tensor, Tensor, Tensor | None]] = []
         self.passes: list[Pass] = []
         self.found: list[Finding] = []  # in the batches that were heard
         self.first_loss: float | None = None  # mean cross-entropy of the first update's targets, over
@@ -64,19 +74,20 @@ class Heard:
         self.was_tried, self.leak = False, None  # whether the model sees the future
 
     def hooks(self, hook: Callable) -> Iterator[Any]:
-        yield self.model.register_forward_pre_hook(hook(self.begin))
+        yield self.model.register_forward_pre_hook(hook(self.begin), with_kwargs=True)
         yield self.table.register_forward_pre_hook(hook(self.note_ids))
         if self.head is not None:
             yield self.head.register_forward_hook(hook(partial(self.note_scores, hook)))
         yield self.model.register_forward_hook(hook(partial(self.end, hook)))
 
     def forget(self) -> None:
-        self.ids, self.scores, self.waiting, self.passes = [], None, [], []
+        self.ids, self.given, self.scores, self.waiting, self.passes = [], [], None, [], []
 
     # ---- hooks -------------------------------------------------------------------------------------------------------
 
-    def begin(self, module: nn.Module, args: tuple) -> None:
+    def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.is_inside, self.ids, self.scores = True, [], None
+        self.given = [t.detach() for t in tensors_of([args, kwargs]) if t.ndim > 1] if self.n_heard < MOST else []
 
     def note_ids(self, module: nn.Module, args: tuple) -> None:
         if args and isinstance(args[0], Tensor) and args[0].ndim == 2:
@@ -104,29 +115,32 @@ class Heard:
 
     def hear(self, hook: Callable, scores: Any) -> None:
         """Wait for the gradient of a pass's scores; of some of its rows they are kept until then."""
-        call, ids = self.ids_of(scores), self.ids
-        self.ids, self.scores = [], None
+        call, ids, given = self.ids_of(scores), self.ids, self.given
+        self.ids, self.given, self.scores = [], [], None
         if call is None or self.n_heard >= MOST:
             return
         self.n_heard, self.call, self.vocab_size = self.n_heard + 1, call, scores.shape[-1]
         rows = scores.detach().reshape(-1, self.vocab_size)
         stride = -(-rows.numel() // ELEMENTS)
-        scores.register_hook(hook(partial(self.answer, ids[call].to(torch.int32), rows[::stride].clone(), stride)))
+        numbers = [t.flatten(1).float().sum(1).to(scores.device) for t in given if len(t) == len(ids[call])]
+        kept = ids[call].to(torch.int32), rows[::stride].clone(), stride, sum(numbers) if numbers else None
+        scores.register_hook(hook(partial(self.answer, *kept)))
 
-    def answer(self, ids: Tensor, scores: Tensor, stride: int, gradient: Tensor) -> None:
+    def answer(self, ids: Tensor, scores: Tensor, stride: int, beside: Tensor | None, gradient: Tensor) -> None:
         rows = gradient.detach().reshape(-1, gradient.shape[-1])
         least, target = rows.min(-1)  # (N,)
         target = torch.where(least < 0, target, IGNORED)
         numbers = compared(scores.float(), rows[::stride].float(), target[::stride])
-        self.waiting.append((self.update, ids, target.to(torch.int32).view(ids.shape), numbers))
+        self.waiting.append((self.update, ids, target.to(torch.int32).view(ids.shape), numbers, beside))
 
     # ---- what was heard ----------------------------------------------------------------------------------------------
 
     def fetch(self) -> None:
         if not self.waiting:
             return
-        for update, ids, labels, numbers in self.waiting:
-            self.passes.append(Pass(update, Tokens(ids.cpu().long(), labels.cpu().long()), *numbers.tolist()))
+        for update, ids, labels, numbers, beside in self.waiting:
+            tokens = Tokens(ids.cpu().long(), labels.cpu().long())
+            self.passes.append(Pass(update, tokens, *numbers.tolist(), None if beside is None else beside.cpu()))
         self.waiting = []
         labelled = [p.tokens for p in self.passes]
         turned = [Tokens(ids.T, labels.T) for ids, labels in labelled]
@@ -145,7 +159,7 @@ class Heard:
     @property
     def once(self) -> list[Pass]:
         """The first of each batch: it may be used several times for one update, by LBFGS, SAM, or for two draws of dropout."""
-        return [*{(p.update, about.raw(p.tokens.ids)): p for p in reversed(self.likelihoods)}.values()][::-1]
+        return [*{(p.update, about.raw(p.rows)): p for p in reversed(self.likelihoods)}.values()][::-1]
 
     @property
     def is_next_token(self) -> bool:
@@ -160,7 +174,7 @@ class Heard:
                 yield about.looks_random([t.ids for t in labelled], self.vocab_size)
             for check in (about.copies_inputs, about.labels_elsewhere, about.never_a_target, about.padding_is_target):
                 yield check(labelled)
-            yield about.rows_repeat([p.tokens for p in self.once])
+            yield about.rows_repeat([Tokens(p.rows, None) for p in self.once])
 
 
 def compared(scores: Tensor, gradient: Tensor, target: Tensor) -> Tensor:

@@ -56,7 +56,10 @@ def frozen(state: State, on_purpose: bool) -> Ill:
     named = state.model.named_parameters()
     found = {name: p for name, p in named if not p.requires_grad and name not in state.copied}
     share = sum(p.numel() for p in found.values()) / state.n_parameters
-    if (share > ON_PURPOSE) != on_purpose:
+    tables = {id(m.weight) for m in state.model.modules() if isinstance(m, nn.Embedding)}
+    tables |= {id(p) for p in found.values() if p.ndim > 2 and len(p) == 1}  # added to every row of a batch
+    tables |= {id(p) for p in (state.forward.heard.head or nn.Identity()).parameters()}
+    if (share > ON_PURPOSE or all(id(p) in tables for p in found.values())) != on_purpose:
         return {}
     known = state.frozen_on_purpose | {t.name for t in state.tracked}  # an optimizer may train copies
     return {name: {"value": share, "limit": ON_PURPOSE} for name in found if name not in known}
@@ -123,7 +126,13 @@ RULES = (
     Rule("not_in_optimizer", "error", outside_of_parameters, UNREGISTERED, REGISTER),
     updated_twice,
     Rule("frozen_module", "warning", partial(frozen, on_purpose=False), FROZEN, UNFREEZE),
-    Rule("frozen_module", "info", partial(frozen, on_purpose=True), FROZEN + ", as under adapters", UNFREEZE),
+    Rule(
+        "frozen_module",
+        "info",
+        partial(frozen, on_purpose=True),
+        FROZEN + ", as under adapters or of fixed tables",
+        UNFREEZE,
+    ),
     broken_tie,
     delta_start,
     weight_decay_on_norms,
