@@ -238,6 +238,8 @@ def test_half_an_answer_and_a_false_one(opened: ward.Ward) -> None:
     one = sorted(opened.plans[run].causes)[0]
     half = noted(opened, run, causes=[one])
     assert (half.right, half.points) == (False, 3.0) and half.why.startswith("One of two: ")
+    lines = [ward.LINES[id] for cause in opened.plans[run].causes for id in ward.CAUSES[cause].lines]
+    assert any(f"shows {line['id']}: {line['sign']}" in half.why for line in lines)
     false = noted(opened, run, causes=[one, "warm-up off by one"])
     assert (false.right, false.points) == (False, 0.0) and false.why.startswith("No: ")
     assert not noted(opened, of(opened, 0), causes=["learning rate too low"]).right

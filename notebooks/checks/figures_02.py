@@ -157,7 +157,7 @@ def show_causality(maps: Mapping[tuple[str, str], Tensor]) -> None:
         leaks = np.where(np.tril(values, -1) > 0, 1.0, np.nan)
         axes.imshow(leaks, cmap=ListedColormap([VERMILION]))
         axes.set(xticks=[0, 10, 20], yticks=[] if column else [0, 10, 20])
-        axes.title.set_fontsize(9)
+        axes.title.set_fontsize(8.5)
         if not column:
             figure.text(0.012, box[1] + 0.17, mode, rotation=90, va="center", fontweight="bold", fontsize=10)
     bar = figure.colorbar(ScalarMappable(CHANGES, "Blues"), cax=figure.add_axes((0.905, 0.2, 0.012, 0.6)))

@@ -84,7 +84,7 @@ def arrived_bars(shares: Mapping[str, float]) -> Drawn:
     for place, (share, name) in enumerate(entries):
         colour, marker = signs.get(name, (BLUE, "o"))
         axes.plot([0, share], [place, place], color=colour, linewidth=2, alpha=0.4)
-        axes.plot(share, place, marker=marker, color=colour, markersize=8)
+        axes.plot(share, place, marker=marker, color=colour, markersize=8, clip_on=False)
         axes.annotate(f"{share:.2f}", (share, place), (9, -3), textcoords="offset points", fontsize=9, color=INK)
     axes.set_xlim(0, 1.1 * max([1.0, *shares.values()]))
     for limit in (LOST_ERROR, LOST_WARNING):

@@ -177,6 +177,12 @@ def shortest(patient: Patient, causes: Iterable[str]) -> list[str]:
     return list(ways)
 
 
+def seen_by(result: Result, causes: Iterable[str]) -> str:
+    """The lines of the checklist whose sign a measurement shows, of those that name one of the causes."""
+    ids = [id for cause in sorted(causes) for id in CAUSES[cause].lines if sign_in(result, LINES[id])]
+    return ", and ".join(f"{id}: {LINES[id]['sign']}" for id in ids)
+
+
 def mark(ward: Ward, run: str) -> Mark:
     """Ten points for the right causes, less a quarter of a point for each minute beyond the shortest way, but at least
     five of them; one less for evidence, and one less for a cure, that does not fit. Three where one of two causes was named and
@@ -186,7 +192,9 @@ def mark(ward: Ward, run: str) -> Mark:
     par, spent, answer = sum(PRICES[what][0] for what in way), ward.minutes(run), " and ".join(sorted(truth))
     if note.causes != truth:
         half = bool(note.causes) and note.causes < truth
-        signs = "; ".join(f"{what} ({PRICES[what][0]} min) says: {patient.results[what].lines[0]}" for what in way)
+        signs = "; ".join(
+            f"{what} ({PRICES[what][0]} min) shows {seen_by(patient.results[what], truth)}" for what in way
+        )
         shown = "nothing that was measured is out of order" if truth == {"healthy"} else signs
         return Mark(False, 3.0 * half, par, f"{'One of two' if half else 'No'}: {answer}. {shown}")
     points, remarks = 10 - min(5, max(0, spent - par) / 4), []
