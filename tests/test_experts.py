@@ -70,6 +70,22 @@ def test_a_collapse_that_passes_is_no_alarm() -> None:
     assert not said(watch) and "collapsed_experts" in said(watch, "info")
 
 
+def test_a_collapse_of_one_layer_of_two_is_no_alarm() -> None:
+    """What balances them, balances all."""
+
+    class Two(Sparse):
+        def __init__(self):
+            super().__init__(towards=2)
+            self.other = type(self.mixture)(16)
+
+        def forward(self, ids):
+            x = self.embedding(ids)
+            return self.head(x + self.mixture(self.norm(x)) + self.other(self.down(F.gelu(self.up(self.norm(x))))))
+
+    watch = watched(model := toy(kind=Two), adamw(model), 100)
+    assert not said(watch) and finding(watch, "collapsed_experts").where == "mixture"
+
+
 def test_starved_experts_are_those_without_tokens() -> None:
     model = toy(kind=Sparse, towards=3)
     found = finding(watched(model, adamw(model), 80), "starved_experts")

@@ -60,13 +60,14 @@ def loads(state: State, updates: int, earliest: int) -> dict[str, tuple[list[int
     return found
 
 
-def collapsed_experts(state: State, earliest: int) -> Ill:
-    found = {}
-    for name, (total, k) in loads(state, COLLAPSED_IN, earliest).items():
+def collapsed_experts(state: State, earliest: int, everywhere: bool) -> Ill:
+    """`everywhere`: in most of the modules, as where a term, a sign or a bias that balances them all is at fault."""
+    found, known = {}, loads(state, COLLAPSED_IN, earliest)
+    for name, (total, k) in known.items():
         share = sum(sorted(total)[-k:]) / sum(total)
         if share > COLLAPSED and 2 * k <= len(total):
             found[name] = {"value": share, "limit": COLLAPSED, "k": k, "of": len(total)}
-    return found
+    return {} if everywhere and 2 * len(found) <= len(known) else found
 
 
 @rule(
@@ -128,13 +129,13 @@ def rough_positions(state: State) -> Ill:
     return {name: {"value": size, "limit": 0} for name, size in (state.outside.positions or {}).items()}
 
 
-ALIKE = "{names}: the {k} busiest of its {of} experts take {value:.0%} of the tokens' choices"
+ALIKE = "{names}: the {k} busiest of its {of} experts take {value:.0%} of the tokens' choices after {updates} updates"
 
 RULES = (
     faint_gradient,
-    Rule("collapsed_experts", "info", partial(collapsed_experts, earliest=TOLD_AT), f"{ALIKE}; it may pass", BALANCE),
+    Rule("collapsed_experts", "info", partial(collapsed_experts, earliest=TOLD_AT, everywhere=False), ALIKE, BALANCE),
     Rule(
-        "collapsed_experts", "warning", partial(collapsed_experts, earliest=LASTS_AT), f"{ALIKE}, and it lasts", BALANCE
+        "collapsed_experts", "warning", partial(collapsed_experts, earliest=LASTS_AT, everywhere=True), ALIKE, BALANCE
     ),
     starved_experts,
     constant_term,
