@@ -81,6 +81,18 @@ def test_a_first_loss_that_was_divided_or_multiplied(factor, told) -> None:
     assert told is None or told in finding(watch, "initial_loss").message
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_layer_of_as_many_units_as_tokens_is_no_head(inside: bool) -> None:
+    model = toy(width=VOCAB // 2)  # up has VOCAB units, too
+    if inside:
+        up, head = model.up, model.head
+        del model.up, model.head
+        model.head, model.mlp = head, nn.Sequential(nn.Sequential(up))
+        model.up = model.mlp[0][0].forward
+    probe = Watch(model, adamw(model)).state.forward
+    assert probe.head is model.head is probe.heard.head
+
+
 def test_accumulated_gradients_are_healthy() -> None:
     model = toy()
     (optimizer,) = adamw(model)

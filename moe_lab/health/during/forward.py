@@ -43,7 +43,10 @@ class ForwardProbe(Listener):
         self.is_language_model = bool(tables)
         self.table = max(tables or embeddings, key=lambda m: m.num_embeddings, default=None)
         self.vocab_size = self.table and self.table.num_embeddings
-        head = next((m for m in linears if m.out_features == self.vocab_size), None)
+        # as many hidden units as tokens make no head: that is tied to the table, or the least deep, or the last
+        depth = {module: name.count(".") for name, module in model.named_modules()}
+        heads = [m for m in linears if m.out_features == self.vocab_size]
+        head = min(reversed(heads), key=lambda m: (m.weight is not self.table.weight, depth[m]), default=None)
         self.head = head if is_new else None  # a trained model's variance says nothing about a first loss
         self.heard = Heard(model, self.table, head)
 
