@@ -191,6 +191,13 @@ def test_an_average_that_the_model_keeps_of_itself_is_neither_frozen_nor_forgott
     assert said(watched(model, [AdamW(trained, lr=0.01)], 30, before_step=follow)) == []
 
 
+def test_norms_are_no_copies_of_the_only_one_that_trains() -> None:
+    model = toy()
+    model.more = nn.RMSNorm(16)
+    (found,) = Watch(model, AdamW([model.norm.weight])).findings[:1]
+    assert found.rule == "not_in_optimizer" and found.value == 7
+
+
 def test_a_layer_that_began_as_a_copy_of_another_is_forgotten_all_the_same() -> None:
     model = toy()
     model.more = copy.deepcopy(model.up)

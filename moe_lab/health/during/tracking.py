@@ -298,7 +298,8 @@ def copied(model: nn.Module, optimizers: Sequence[Optimizer]) -> set[str]:
     found: set[str] = set()
     for candidates in (names for names in by_prefix.values() if len(names) >= least):
         same = {name for name, ps in candidates.items() if any(is_equal(named[name], p) for p in ps)}
-        found |= same if len(same) >= least else set()
+        has_matrix = any(named[name].ndim > 1 for name in same)  # fresh norms are all alike
+        found |= same if has_matrix and len(same) >= least else set()
     return found
 
 
