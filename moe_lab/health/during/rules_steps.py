@@ -77,7 +77,8 @@ def starved_steps(state: State) -> Ill:
     """Gradients that arrive with one tiny norm; Adam's eps above its gradients; orthogonal steps smaller than any convention's."""
     found = {}
     norms = state.gradients.norms[-LOOKS:]
-    if len(norms) == LOOKS and 0 < max(norms) < SMALLEST_CLIP and max(norms) - min(norms) < SAME_NORM * max(norms):
+    apart = max(norms, default=0) - min(norms, default=0)  # 0: nothing changes any more, as where LBFGS has arrived
+    if len(norms) == LOOKS and 0 < apart < SAME_NORM * max(norms) and max(norms) < SMALLEST_CLIP:
         told = f"the gradients of every update arrive with a norm of {norms[-1]:.2g}, neither more nor less"
         cure = (
             "look for clipping before GradScaler.unscale_ (the clip sees scaled gradients), or a max_norm far too small"
