@@ -10,7 +10,7 @@ from torch import nn
 from .intended import keeps_lost_bits
 from .probes import decay_arrives, is_adam, law_of
 from .rule import Ill, by_kind, rule
-from .rules_loss import change, learning_rates, loss_not_falling
+from .rules_loss import LR_ACTED, change, learning_rates
 from .state import State
 from .steps import kind_of, matrix_shape
 from .tracking import LR_STEADY, GroupState, Tracked
@@ -132,10 +132,10 @@ def lr_too_low(state: State) -> Ill:
     "lower the learning rate by a factor of ten and more, or warm up",
 )
 def lr_too_high(state: State) -> Ill:
-    """Where the loss has stopped and would be said not to fall: of steps that large, it is they that are told."""
-    moved = moved_by(state)
-    stopped = moved > HUGE and loss_not_falling.when(state) and not explained(state)
-    return {"steps": {"value": moved, "limit": HUGE}} if stopped else {}
+    """Where the loss does not fall, however much it jumps: of steps that large, it is they that are told."""
+    (first, last, noise), moved = change(state), moved_by(state)
+    stopped = moved > HUGE and state.n_seen >= LR_ACTED and last - first > -noise
+    return {"steps": {"value": moved, "limit": HUGE}} if stopped and not explained(state) else {}
 
 
 def explained(state: State) -> bool:
