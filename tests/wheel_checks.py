@@ -165,6 +165,7 @@ def torchs_private_interfaces_are_there() -> None:
     model.bias.sum().backward()
     assert [float(root) for root in heard][1:] == [3.0, 5.0] and scaler.get_scale() == 8.0
     assert private.uncompiled(torch.compile(model)) is model and private.uncompiled(model) is model
+    assert private.is_elsewhere(torch.compile(model)) and not private.is_elsewhere(model)
     linear, right, x = nn.Linear(3, 2), nn.Parameter(torch.ones(3, 5)), torch.ones(4, 3)
     assert private.fan_ins(linear(x))[id(linear.weight)] == -1 and private.fan_ins(x @ right) == {id(right): -2}
     assert (private.summed_over(2, 0, []), private.summed_over(2, 1, [])) == (-1, -2)

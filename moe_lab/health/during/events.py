@@ -67,12 +67,12 @@ class Events(Listener):
         self.ears: list[Ear] = []
         self.watched: set[int] = set()  # ids of optimizers
         self.held: list[Callable] = []  # hooks
-        self.for_all: Callable = lambda *args: None
+        self.for_all: Callable = ignore
         self.n_steps = 0  # of any optimizer
-        # whether cleared gradients had their use: one that is not watched steps, or inputs get some, to be attacked by
-        self.had_use = self.by_turns = (
-            False  # by_turns: a watched one stepped between another's passes, as a generator's
+        self.had_use = (
+            False  # of cleared gradients: one that is not watched steps, or inputs get some, to be attacked by
         )
+        self.by_turns = False  # a watched one stepped between another's passes, as a generator's
         self.waiting: list[tuple[int, dict[str, list[Truth]]]] = []
         self.looks: dict[int, deque[dict[str, bool]]] = {}  # by optimizer, what its last updates were like
 
@@ -170,8 +170,12 @@ class Events(Listener):
         return [sum(look.get(kind, False) for look in looks) / len(looks) for looks in recent if len(looks) >= LOOKS]
 
     def forget(self) -> None:
-        self.ears, self.waiting, self.held = [], [], []
+        self.ears, self.waiting, self.held, self.for_all = [], [], [], ignore
         LISTENING.discard(self)
+
+
+def ignore(*args: Any) -> None:
+    """What a step calls before and after there is anybody to hear it."""
 
 
 LISTENING: weakref.WeakSet[Events] = weakref.WeakSet()

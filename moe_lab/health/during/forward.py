@@ -43,10 +43,7 @@ class ForwardProbe(Listener):
         self.is_language_model = bool(tables)
         self.table = max(tables or embeddings, key=lambda m: m.num_embeddings, default=None)
         self.vocab_size = self.table and self.table.num_embeddings
-        # as many hidden units as tokens make no head: that is tied to the table, or the least deep, or the last
-        depth = {module: name.count(".") for name, module in model.named_modules()}
-        heads = [m for m in linears if m.out_features == self.vocab_size]
-        head = min(reversed(heads), key=lambda m: (m.weight is not self.table.weight, depth[m]), default=None)
+        head = head_of(model, self.table)
         self.head = head if is_new else None  # a trained model's variance says nothing about a first loss
         self.heard = Heard(model, self.table, head)
 
@@ -150,7 +147,18 @@ class ForwardProbe(Listener):
 
     def forget(self) -> None:
         self.heard.forget()
-        self.inputs = None
+        self.inputs, self.uncalled = None, {}
+
+
+def head_of(model: nn.Module, table: nn.Embedding | None) -> nn.Linear | None:
+    """As many hidden units as tokens make no head: that is tied to the table, or the least deep, or the last; of several in a list,
+    which foretell further tokens, the first."""
+    of = {m: name for name, m in model.named_modules() if isinstance(m, nn.Linear) and table is not None}
+    heads = [m for m in of if m.out_features == table.num_embeddings]
+    last = min(reversed(heads), key=lambda m: (m.weight is not table.weight, of[m].count(".")), default=None)
+    parent = of[last].rpartition(".")[0] if last is not None else ""
+    several = isinstance(model.get_submodule(parent), nn.ModuleList)
+    return next(m for m in heads if of[m].rpartition(".")[0] == parent) if several else last
 
 
 def disturbed(param: Tensor) -> Tensor:
