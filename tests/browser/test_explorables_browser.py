@@ -149,3 +149,4 @@ def make(page: Page, move: Move) -> None:
     key, _, times = move.how.partition("*")
     for _ in range(int(times or 1)):
         page.keyboard.press(key)
+        page.wait_for_timeout(100)  # as a hand does: the kernel's answer to one press must not undo the next
