@@ -20,7 +20,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.detection_rows import HALVES, ROWS, SECOND, halves
-from benchmarks.programs import HEALTH, Job, kept, sources_of, trained, watched
+from benchmarks.programs import HEALTH, Job, alarms, kept, sources_of, trained, watched
 from moe_lab.config import ROOT
 from moe_lab.data.prepare import CACHE
 from moe_lab.failures.results import provenance, write_json
@@ -69,11 +69,6 @@ def p_worse(sick: Sequence[float], healthy: Sequence[float]) -> float:
         for way in ways
     )
     return as_much / len(ways)
-
-
-def alarms(run: dict[str, Any]) -> list[list]:
-    """Findings of at least `warning`: examine's first, then the watch's by update."""
-    return [finding for finding in run.get("findings", ()) if finding[2] != "info"]
 
 
 def told_of(run: dict[str, Any], right: Sequence[str], trigger: int) -> dict[str, Any]:

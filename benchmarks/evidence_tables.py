@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any
 
 from benchmarks.detection import kind_of
+from benchmarks.programs import alarms
 from moe_lab.config import ROOT
 
 NOT_YET = "Not measured yet: `make {}`."
@@ -101,9 +102,8 @@ def healthy() -> list[str]:
         "| --- | --- |",
     ]
     for row in found["programs"]:
-        alarms = [f for f in row.get("findings", ()) if f[2] != "info"]
-        if alarms:
-            said = "; ".join(f"`{f[1]}` ({f[2]}, {'examine' if f[3] is None else f'step {f[3]}'})" for f in alarms)
+        if loud := alarms(row):
+            said = "; ".join(f"`{f[1]}` ({f[2]}, {'examine' if f[3] is None else f'step {f[3]}'})" for f in loud)
             lines.append(f"| {row['name']} | {said} |")
     return lines
 

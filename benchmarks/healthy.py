@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks import healthy_families, healthy_kinds, healthy_language, healthy_loops, healthy_senses
 from benchmarks.detection import finished
-from benchmarks.programs import HEALTH, Job, Make, kept, sources_of, watched
+from benchmarks.programs import HEALTH, Job, Make, alarms, kept, sources_of, watched
 from moe_lab.config import ROOT
 from moe_lab.failures.results import provenance, write_json
 
@@ -35,11 +35,6 @@ def jobs(part: str) -> Iterable[Job]:
         for name, make in table.programs():
             if part in name:
                 yield Job(name, seed_of(name), partial(watched, make, seed_of(name), STEPS), sources)
-
-
-def alarms(row: dict[str, Any]) -> list[list]:
-    """Findings of at least `warning`: who (examine, watch), rule, severity, step, where, value, message."""
-    return [finding for finding in row.get("findings", ()) if finding[2] != "info"]
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, int]:

@@ -18,10 +18,10 @@ import torch
 from defaultplusplus.deform.operator_impls.registry import get_injector
 from defaultplusplus.deform.operators import OPERATORS
 
-from benchmarks.detection import BODIES, HARM, STEPS, alarms, p_worse
+from benchmarks.detection import BODIES, HARM, STEPS, p_worse
 from benchmarks.detection_bodies import Body, bert, language_model
 from benchmarks.detection_twins import Loop
-from benchmarks.programs import HEALTH, Job, Program, kept, sources_of, trained, watched
+from benchmarks.programs import HEALTH, Job, Program, alarms, kept, sources_of, trained, watched
 from moe_lab.config import ROOT
 from moe_lab.failures.results import provenance, write_json
 

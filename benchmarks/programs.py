@@ -225,6 +225,12 @@ def compute(index: int) -> dict[str, Any]:
     return row
 
 
+def alarms(run: dict[str, Any]) -> list[list]:
+    """A run's findings of at least `warning`, examine's first, then the watch's by update: who, rule, severity, step, where, value,
+    message."""
+    return [finding for finding in run.get("findings", ()) if finding[2] != "info"]
+
+
 def kept(jobs: Iterable[Job], desc: str) -> list[dict[str, Any]]:
     """The rows of these jobs in their order; those computed before from the same files are read. `JOBS=n` processes."""
     JOBS[:] = jobs

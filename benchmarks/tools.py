@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.detection import BODIES, STEPS, alarms, kind_of
+from benchmarks.detection import BODIES, STEPS, kind_of
 from benchmarks.detection_rows import ROWS, halves
-from benchmarks.programs import HEALTH, Job, Program, kept, sources_of, watched
+from benchmarks.programs import HEALTH, Job, Program, alarms, kept, sources_of, watched
 from moe_lab.config import ROOT
 from moe_lab.failures.results import provenance, write_json
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from moe_lab import health
-from moe_lab.health.sampling import SAMPLE, WHOLE, elements, sample_positions, tensor_kind
+from moe_lab.health.sampling import SAMPLE, WHOLE, elements, fetched, sample_positions, tensor_kind
 
 SHAPES = {
     "a vector": (100_000,),
@@ -74,3 +74,15 @@ def test_the_start_sample_holds_each_parameters_values_on_the_cpu() -> None:
 def test_kinds_of_tensors() -> None:
     assert tensor_kind("layers.12.ffn.3.conv1d.weight") == "layers.*.ffn.*.conv1d.weight"
     assert tensor_kind("0.weight") == tensor_kind("17.weight") == "*.weight"
+
+
+def test_numbers_are_fetched_in_their_order_and_as_they_are() -> None:
+    given = [
+        torch.tensor(2**53 + 1),
+        torch.tensor(0.1),
+        torch.tensor(True),
+        torch.tensor([-3]),
+        torch.tensor(0.1).double(),
+    ]
+    assert fetched(given) == [t.item() for t in given]
+    assert fetched([]) == []

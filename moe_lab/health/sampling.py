@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .findings import grouped
+
 SAMPLE = 256  # elements of a tensor; a tensor of up to WHOLE elements is taken whole
 WHOLE = 512
 GOLDEN, SILVER = 0.6180339887498949, 0.41421356237309515  # fractions that no count can fall into step with
@@ -33,6 +35,15 @@ def sample_positions(shape: Sequence[int]) -> Tensor:
 def elements(tensor: Tensor, positions: Tensor) -> Tensor:
     """The elements at flat positions on the tensor's device. Not `take`, which Apple's GPUs have no kernel for."""
     return tensor.flatten()[positions]
+
+
+def fetched(scalars: Sequence[Tensor]) -> list:
+    """The numbers of tensors of one element, in their order: one transfer for all of a device and a format."""
+    numbers: list = [None] * len(scalars)
+    for places in grouped(range(len(scalars)), lambda i: (scalars[i].device, scalars[i].dtype)).values():
+        for i, number in zip(places, torch.stack([scalars[i].reshape(()) for i in places]).tolist(), strict=True):
+            numbers[i] = number
+    return numbers
 
 
 def start_sample(model: nn.Module) -> dict[str, dict[str, Tensor]]:

@@ -19,9 +19,8 @@ from .measures import collisions
 
 IGNORED = -100  # a label that is no target, as in torch's cross_entropy
 COLLISIONS = 3.0  # pairs of equal tokens over what uniform tokens show: text has 5 and more, uniform tokens 1
-INCOMPRESSIBLE = (
-    0.98  # zlib's size over that of the same rows in another order: text 0.60–0.93, without order 0.99–1.01
-)
+# zlib's size over that of the same rows in another order: text 0.60–0.93, without order 0.99–1.01
+INCOMPRESSIBLE = 0.98
 CONSTANT = 0.9  # share of one token from which on there is nothing to learn
 REPEATED = 0.2  # share of rows seen before: the second epoch of a small text comes later than this
 UNLIKELY = 1e-6  # chance that a token is never a target although its neighbours are

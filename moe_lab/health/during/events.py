@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..findings import grouped
-from ..sampling import WHOLE, plain
+from ..sampling import WHOLE, fetched, plain
 from .heard import tensors_of
 from .listener import Listener
 from .tracking import Tracked
@@ -42,10 +41,8 @@ class Ear:
         self.thrown: Truth = True  # … each but the first did, although one had come before, to the same weights
         self.some: Truth = False  # whether the last pass left something
         self.kept: Tensor | None = None  # of the weights then
-        self.is_told, self.at = (
-            False,
-            0,
-        )  # whether the present pass tells, and how many steps there had been before the last
+        self.is_told = False  # whether the present pass tells
+        self.at = 0  # how many steps there had been before the last pass
 
     @property
     def nothing(self) -> Truth:
@@ -69,9 +66,8 @@ class Events(Listener):
         self.held: list[Callable] = []  # hooks
         self.for_all: Callable = ignore
         self.n_steps = 0  # of any optimizer
-        self.had_use = (
-            False  # of cleared gradients: one that is not watched steps, or inputs get some, to be attacked by
-        )
+        # cleared gradients had a use: an optimizer that is not watched steps, or inputs get some, to be attacked by
+        self.had_use = False
         self.by_turns = False  # a watched one stepped between another's passes, as a generator's
         self.waiting: list[tuple[int, dict[str, list[Truth]]]] = []
         self.looks: dict[int, deque[dict[str, bool]]] = {}  # by optimizer, what its last updates were like
@@ -155,12 +151,10 @@ class Events(Listener):
             ear.begin()
 
     def fetch(self) -> None:
-        values = [value for _, look in self.waiting for many in look.values() for value in many]
-        known = dict(zip(map(id, values), values, strict=True))
-        for alike in grouped([v for v in values if isinstance(v, Tensor)], lambda v: v.device).values():
-            known.update(zip(map(id, alike), torch.stack(alike).tolist(), strict=True))
+        values = [v for _, look in self.waiting for many in look.values() for v in many if isinstance(v, Tensor)]
+        known = dict(zip(map(id, values), fetched(values), strict=True))
         for optimizer, look in self.waiting:
-            kinds = {kind: bool(many) and all(known[id(v)] for v in many) for kind, many in look.items()}
+            kinds = {kind: bool(many) and all(known.get(id(v), v) for v in many) for kind, many in look.items()}
             self.looks.setdefault(optimizer, deque(maxlen=KEPT)).append(kinds)
         self.waiting = []
 

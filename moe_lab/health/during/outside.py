@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from ..findings import grouped
 from ..measures import ulp
-from ..sampling import plain
+from ..sampling import fetched, plain
 from ..torch_private import is_in_backward
 from .listener import Listener
 from .repeats import Repeats
@@ -219,8 +219,8 @@ class Counts:
                     self.waiting.append((f"{name}.{key}", torch.stack(again).any() & (added != 0).any()))
 
     def fetch(self) -> None:
-        for name, again in self.waiting:
-            self.doubled.setdefault(name, []).append(bool(again))
+        for (name, _), again in zip(self.waiting, fetched([again for _, again in self.waiting]), strict=True):
+            self.doubled.setdefault(name, []).append(again)
         self.waiting = []
 
 
@@ -247,8 +247,8 @@ class Averages:
             self.waiting.append((name, torch.maximum(away, apart).median()))
 
     def fetch(self) -> None:
-        for name, off in self.waiting:
-            self.off.setdefault(name, []).append(off.item())
+        for (name, _), off in zip(self.waiting, fetched([off for _, off in self.waiting]), strict=True):
+            self.off.setdefault(name, []).append(off)
         self.waiting = []
 
 

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..findings import grouped
-from ..sampling import elements, plain, sample_positions
+from ..sampling import elements, fetched, plain, sample_positions
 from .heard import tensors_of
 
 FIRST, RECENT = 20, 20  # updates that must be without a repetition, and batches that are judged
@@ -49,18 +48,17 @@ class Repeats:
 
     def fetch(self) -> None:
         waiting, self.waiting = self.waiting, []
-        for alike in grouped(waiting, lambda pair: pair[1].device).values():
-            for (update, _), number in zip(alike, torch.stack([n for _, n in alike]).tolist(), strict=True):
-                then, place = self.last.get(number, (0, 0))
-                if then == update:  # used again for one update
-                    continue
-                self.n += 1
-                self.n_early += bool(then) and update <= FIRST
-                # a second round through the data has all of it in between
-                self.recent.append((update, bool(then) and 2 * (self.n - place) <= len(self.last)))
-                self.last[number] = update, self.n
-                if len(self.last) > MOST:
-                    del self.last[next(iter(self.last))]
+        for (update, _), number in zip(waiting, fetched([number for _, number in waiting]), strict=True):
+            then, place = self.last.get(number, (0, 0))
+            if then == update:  # used again for one update
+                continue
+            self.n += 1
+            self.n_early += bool(then) and update <= FIRST
+            # a second round through the data has all of it in between
+            self.recent.append((update, bool(then) and 2 * (self.n - place) <= len(self.last)))
+            self.last[number] = update, self.n
+            if len(self.last) > MOST:
+                del self.last[next(iter(self.last))]
 
     @property
     def share(self) -> float:

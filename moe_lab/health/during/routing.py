@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..choices import Choices
+from ..sampling import fetched
 from ..torch_private import is_elsewhere, is_in_backward
 from .heard import named_tensors
 
@@ -148,6 +149,6 @@ class Terms:
 
     def fetch(self) -> None:
         for given in self.waiting:
-            for name, value in given.items():
-                self.values.setdefault(name, []).append(value.item())
+            for name, value in zip(given, fetched([*given.values()]), strict=True):
+                self.values.setdefault(name, []).append(value)
         self.waiting = []

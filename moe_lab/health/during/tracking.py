@@ -64,9 +64,8 @@ class GroupState:
         self.lrs: list[float] = []  # of the first HISTORY updates
         self.recent: deque[float] = deque(maxlen=LR_STEADY)  # of the last ones
         self.n, self.total, self.last, self.peak = 0, 0.0, 0.0, 0.0  # of all of them
-        self.jump: tuple[int, float, float, float] | None = (
-            None  # the last: update, LR before and from it on, peak before
-        )
+        # the last: update, LR before and from it on, peak before
+        self.jump: tuple[int, float, float, float] | None = None
         self.loaded_at = -1  # update after which a state was loaded
         self.risen_at = self.spent_at = 0  # updates: of the last rise; of the first one near zero after it, 0 for none
 
