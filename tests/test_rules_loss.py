@@ -113,9 +113,8 @@ def state_with(losses: list[float], lrs: list[float]):
     watch = Watch(model, adamw(model, lr=1.0))
     for lr in lrs:
         watch.state.optimizers[0].param_groups[0]["lr"] = lr
-        watch.state.groups[0].note_lr()
+        watch.state.groups[0].note_lr(lr)
         watch.state.counts.update([id(watch.state.optimizers[0])])
-    watch.state.groups[0].fetch()
     watch.check()
     watch.state.losses = losses
     return watch.state

@@ -83,6 +83,8 @@ def test_numbers_are_fetched_in_their_order_and_as_they_are() -> None:
         torch.tensor(True),
         torch.tensor([-3]),
         torch.tensor(0.1).double(),
+        torch.tensor([5, 6]),
+        0.25,
     ]
-    assert fetched(given) == [t.item() for t in given]
+    assert fetched(given) == [t.tolist() if isinstance(t, torch.Tensor) else t for t in given]
     assert fetched([]) == []

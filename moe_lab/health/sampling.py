@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,13 +39,36 @@ def elements(tensor: Tensor, positions: Tensor) -> Tensor:
     return tensor.flatten()[positions]
 
 
-def fetched(scalars: Sequence[Tensor]) -> list:
-    """The numbers of tensors of one element, in their order: one transfer for all of a device and a format."""
-    numbers: list = [None] * len(scalars)
-    for places in grouped(range(len(scalars)), lambda i: (scalars[i].device, scalars[i].dtype)).values():
-        for i, number in zip(places, torch.stack([scalars[i].reshape(()) for i in places]).tolist(), strict=True):
-            numbers[i] = number
+def fetched(tensors: Sequence[Tensor | float]) -> list:
+    """Their numbers, in their order, a list for each vector: one transfer for all of a device and a format."""
+    numbers = list(tensors)
+    on_devices = [i for i, t in enumerate(tensors) if isinstance(t, Tensor)]
+    for places in grouped(on_devices, lambda i: (tensors[i].device, tensors[i].dtype)).values():
+        values = iter(torch.cat([tensors[i].flatten() for i in places]).tolist())
+        for i in places:
+            numbers[i] = list(islice(values, tensors[i].numel())) if tensors[i].ndim else next(values)
     return numbers
+
+
+class Waiting:
+    """What is heard between two checks stays on its device, each number or vector with the function that takes it from there."""
+
+    def __init__(self) -> None:
+        self.pairs: list[tuple[Tensor | float, Callable[[Any], object]]] = []
+
+    def add(self, numbers: Tensor | float, take: Callable[[Any], object]) -> None:
+        self.pairs.append((numbers, take))
+
+    def fetch(self) -> None:
+        """Hand over all of it, in the order in which it came."""
+        pairs, self.pairs = self.pairs, []
+        for (_, take), numbers in zip(pairs, fetched([numbers for numbers, _ in pairs]), strict=True):
+            take(numbers)
+
+
+def number_of(value: Tensor | float) -> Tensor | float:
+    """A loss or a learning rate as it is now, where it is."""
+    return value.detach().float().mean() if isinstance(value, Tensor) else float(value)
 
 
 def start_sample(model: nn.Module) -> dict[str, dict[str, Tensor]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 
 from ..findings import grouped
 from ..measures import SUMS, ulp
-from ..sampling import plain
+from ..sampling import Waiting, plain
 from ..torch_private import norms
 from .tracking import Tracked
 
@@ -115,10 +116,10 @@ def banks_of(tensors: Sequence[Tracked]) -> list[Bank]:
 
 
 class Gradients:
-    """Who has a gradient, how large, and which sampled elements; norms stay on their device until `fetch`."""
+    """Who has a gradient, how large, and which sampled elements."""
 
-    def __init__(self) -> None:
-        self.waiting: list[tuple[int, list[Tracked], Tensor, Tensor | None]] = []
+    def __init__(self, waiting: Waiting) -> None:
+        self.waiting = waiting
         self.squares: dict[int, float] = {}  # by update, the squared norm of all of them
 
     @property
@@ -141,17 +142,19 @@ class Gradients:
             bank().touch(here)
             # the norm of a float16 gradient may be beyond float16
             sizes = norms([plain(t.param.grad) for t in here], torch.float32 if narrow else None)
-            self.waiting.append((n, here, sizes if scale is None else sizes / scale.to(sizes.device), skipped))
+            sizes = sizes if scale is None else sizes / scale.to(sizes.device)
+            if skipped is not None:
+                sizes = torch.cat([sizes, skipped.to(sizes).view(1)])
+            self.waiting.add(sizes, partial(self.take, n, here))
 
-    def fetch(self) -> None:
-        for n, tensors, sizes, skipped in self.waiting:
-            if skipped is not None and skipped.item():
-                continue
-            for t, norm in zip(tensors, sizes.tolist(), strict=True):
-                self.squares[n] = self.squares.get(n, 0.0) + norm**2
-                t.finite &= math.isfinite(norm)
-                t.grad_norm = max(t.grad_norm, norm if math.isfinite(norm) else 0.0)
-                t.with_gradient += norm != 0
-                t.zero_gradient += norm == 0
+    def take(self, n: int, tensors: Sequence[Tracked], sizes: Sequence[float]) -> None:
+        """Norms at update n; after them, from a loss scaler, whether the step was skipped."""
+        if len(sizes) > len(tensors) and sizes[-1]:
+            return
+        for t, norm in zip(tensors, sizes, strict=False):
+            self.squares[n] = self.squares.get(n, 0.0) + norm**2
+            t.finite &= math.isfinite(norm)
+            t.grad_norm = max(t.grad_norm, norm if math.isfinite(norm) else 0.0)
+            t.with_gradient += norm != 0
+            t.zero_gradient += norm == 0
         self.squares = dict(list(self.squares.items())[-KEPT:])
-        self.waiting = []

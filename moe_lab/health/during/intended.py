@@ -17,6 +17,7 @@ import re
 import types
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch.optim import Optimizer
 
 from ..findings import grouped
 from ..random_state import RandomState
+from ..sampling import Waiting
 from ..torch_private import unhooked_step
 from .tracking import GroupState, Tracked, is_master
 
@@ -157,12 +159,12 @@ class Replays:
     """The intended steps of 16-bit tensors, added up in their banks: of samples, until their step fails or differs from that of
     whole tensors; then of a few whole tensors of the group."""
 
-    def __init__(self, n_matrices: int) -> None:
-        self.n_matrices = n_matrices
+    def __init__(self, n_matrices: int, waiting: Waiting) -> None:
+        self.n_matrices, self.waiting = n_matrices, waiting
+        self.was_wrong = False  # what was added up so far
         self.tensors: list[Tracked] = []
         self.few: set[int] = set()  # ids of the tensors that are replayed where whole ones are needed
         self.whole: set[tuple] = set()  # families that need them
-        self.doubts: list[tuple[tuple, Tensor]] = []  # families, and how far samples were from whole tensors
         self.failed: set[int] = set()  # ids of optimizers that could not be replayed
         self.last: dict[int, Tensor] = {}  # the steps just replayed, by the tensor's id: whole, or of the sample
 
@@ -222,17 +224,15 @@ class Replays:
         if age <= VERIFY_FIRST or age % VERIFY_EVERY == 0:
             for t in sorted(tensors, key=lambda t: t.param.numel())[:N_VERIFIED]:
                 wanted = t.sample(replay([t], whole=True))
-                self.doubts.append((family(t), (self.last[id(t)] - wanted).norm() / wanted.norm()))
+                self.waiting.add((self.last[id(t)] - wanted).norm() / wanted.norm(), partial(self.doubt, family(t)))
+
+    def doubt(self, kin: tuple, distance: float) -> None:
+        """How far samples were from whole tensors."""
+        if distance > DISAGREE and kin not in self.whole:
+            self.need_whole(kin)
+            self.was_wrong = True
 
     def need_whole(self, kin: tuple) -> None:
         self.whole.add(kin)
         for t in self.tensors:
             t.intended_known &= family(t) != kin
-
-    def fetch(self) -> bool:
-        """Compare samples with whole tensors; True if what was added up so far was wrong: begin a new window."""
-        wrong = {kin for kin, distance in self.doubts if distance.item() > DISAGREE} - self.whole
-        self.doubts = []
-        for kin in wrong:
-            self.need_whole(kin)
-        return bool(wrong)

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from ..findings import grouped
 from ..measures import ulp
-from ..sampling import fetched, plain
+from ..sampling import Waiting, plain
 from ..torch_private import is_in_backward
 from .listener import Listener
 from .repeats import Repeats
@@ -45,11 +45,11 @@ class Outside(Listener):
 
     where, what = "modules", "experts, counts and scalars are not looked at"
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, waiting: Waiting):
         super().__init__()
-        self.model = model
-        self.copies, self.counts, self.routing, self.terms = Copies(), Counts(model), Routing(model), Terms(model)
-        self.repeats, self.averages = Repeats(model), Averages(model)
+        self.model, self.copies = model, Copies()
+        self.counts, self.averages, self.repeats = (part(model, waiting) for part in (Counts, Averages, Repeats))
+        self.routing, self.terms = Routing(model, waiting), Terms(model, waiting)
         self.positions: dict[str, float] | None = None  # by table, how far the last ones are off
 
     def hooks(self, hook: Callable) -> Iterator[Any]:
@@ -62,16 +62,11 @@ class Outside(Listener):
         self.counts.added = {}
         self.terms.before_update(n)
 
-    def fetch(self, tracked: Sequence[Tracked], step: int, n_seen: int, longest: int) -> None:
-        self.counts.fetch()
-        self.routing.fetch()
-        self.terms.fetch()
-        self.repeats.fetch()
-        self.averages.fetch()
-        if n_seen:
-            self.copies.look(self.model, tracked, step, n_seen)
-            if self.positions is None:
-                self.positions = rough_positions(self.model, longest)
+    def look(self, tracked: Sequence[Tracked], step: int, n_seen: int, longest: int) -> None:
+        """At what no pass shows."""
+        self.copies.look(self.model, tracked, step, n_seen)
+        if self.positions is None:
+            self.positions = rough_positions(self.model, longest)
 
 
 class Copies:
@@ -182,12 +177,11 @@ def nearest_of(copy: Tensor, candidates: Sequence[Tracked]) -> Tracked | None:
 class Counts:
     """Buffers that a forward pass adds to, and whether the pass that recomputes it for the backward one adds the same again."""
 
-    def __init__(self, model: nn.Module):
-        self.model = model
+    def __init__(self, model: nn.Module, waiting: Waiting):
+        self.model, self.waiting = model, waiting
         self.changing: set[tuple[int, str]] = set()  # module and name of those that were seen to change
         self.before: dict[tuple[int, str], Tensor] = {}
         self.added: dict[tuple[int, str], list[Tensor]] = {}  # by passes forward since the last update
-        self.waiting: list[tuple[str, Tensor]] = []
         self.doubled: dict[str, list[bool]] = {}
 
     def hooks(self, hook: Callable) -> Iterator[Any]:
@@ -216,22 +210,17 @@ class Counts:
                     self.added.setdefault(place, []).append(added)
                 elif place in self.added:
                     again = [torch.isclose(added, first, rtol=1e-3).all() for first in self.added[place][-4:]]
-                    self.waiting.append((f"{name}.{key}", torch.stack(again).any() & (added != 0).any()))
-
-    def fetch(self) -> None:
-        for (name, _), again in zip(self.waiting, fetched([again for _, again in self.waiting]), strict=True):
-            self.doubled.setdefault(name, []).append(again)
-        self.waiting = []
+                    looks = self.doubled.setdefault(f"{name}.{key}", [])
+                    self.waiting.add(torch.stack(again).any() & (added != 0).any(), looks.append)
 
 
 class Averages:
     """Batch norms whose momentum keeps what a fresh model starts with: how far are they from the batches, in these' own terms?"""
 
-    def __init__(self, model: nn.Module):
-        kinds, self.update = nn.modules.batchnorm._BatchNorm, 1
+    def __init__(self, model: nn.Module, waiting: Waiting):
+        self.waiting, self.update, kinds = waiting, 1, nn.modules.batchnorm._BatchNorm
         norms = {n: m for n, m in model.named_modules() if isinstance(m, kinds) and m.running_mean is not None}
         self.slow = {n: m for n, m in norms.items() if m.momentum is not None and 0 < m.momentum < SLOW}
-        self.waiting: list[tuple[str, Tensor]] = []
         self.off: dict[str, list[float]] = {}  # looks
 
     def hooks(self, hook: Callable) -> Iterator[Any]:
@@ -244,12 +233,7 @@ class Averages:
             variance, mean = torch.var_mean(args[0].float(), [d for d in range(args[0].ndim) if d != 1])
             away = (mean - module.running_mean).abs() / (variance + module.eps).sqrt()
             apart = ((variance + module.eps) / (module.running_var + module.eps)).log2().abs()
-            self.waiting.append((name, torch.maximum(away, apart).median()))
-
-    def fetch(self) -> None:
-        for (name, _), off in zip(self.waiting, fetched([off for _, off in self.waiting]), strict=True):
-            self.off.setdefault(name, []).append(off)
-        self.waiting = []
+            self.waiting.add(torch.maximum(away, apart).median(), self.off.setdefault(name, []).append)
 
 
 ROUGH = 0.05  # radians of error in an angle, 25 times the rounding of its cosine in bfloat16

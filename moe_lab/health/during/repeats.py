@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..sampling import elements, fetched, plain, sample_positions
+from ..sampling import Waiting, elements, plain, sample_positions
 from .heard import tensors_of
 
 FIRST, RECENT = 20, 20  # updates that must be without a repetition, and batches that are judged
@@ -17,11 +18,10 @@ MOST = 10_000  # fingerprints that are kept
 
 
 class Repeats:
-    """A fingerprint of each training batch: whole numbers, so that no order of additions matters. It waits on its device."""
+    """A fingerprint of each training batch: whole numbers, so that no order of additions matters."""
 
-    def __init__(self, model: nn.Module):
-        self.model, self.update = model, 1
-        self.waiting: list[tuple[int, Tensor]] = []
+    def __init__(self, model: nn.Module, waiting: Waiting):
+        self.model, self.waiting, self.update = model, waiting, 1
         self.last: dict[int, tuple[int, int]] = {}  # by fingerprint, when it was last seen: the update, and its number
         self.n, self.n_early = 0, 0  # batches so far, and repetitions among the first
         self.recent: deque[tuple[int, bool]] = deque(maxlen=RECENT)  # update, and whether it came back too soon
@@ -34,7 +34,8 @@ class Repeats:
         given = [t for t in tensors_of([args, kwargs]) if t.numel() > 1 and t.layout is torch.strided]
         if module.training and given and not any(t.requires_grad for t in given):
             first, *rest = [self.fingerprint(t) for t in given]
-            self.waiting.append((self.update, sum((part.to(first.device) for part in rest), first)))
+            whole = sum((part.to(first.device) for part in rest), first)
+            self.waiting.add(whole, partial(self.take, self.update))
 
     def fingerprint(self, tensor: Tensor) -> Tensor:
         key = (*tensor.shape, tensor.device)
@@ -46,19 +47,17 @@ class Repeats:
         bits = values.float().view(torch.int32) if values.is_floating_point() else values
         return (bits.to(torch.int64) * factors).sum()
 
-    def fetch(self) -> None:
-        waiting, self.waiting = self.waiting, []
-        for (update, _), number in zip(waiting, fetched([number for _, number in waiting]), strict=True):
-            then, place = self.last.get(number, (0, 0))
-            if then == update:  # used again for one update
-                continue
-            self.n += 1
-            self.n_early += bool(then) and update <= FIRST
-            # a second round through the data has all of it in between
-            self.recent.append((update, bool(then) and 2 * (self.n - place) <= len(self.last)))
-            self.last[number] = update, self.n
-            if len(self.last) > MOST:
-                del self.last[next(iter(self.last))]
+    def take(self, update: int, number: int) -> None:
+        then, place = self.last.get(number, (0, 0))
+        if then == update:  # used again for one update
+            return
+        self.n += 1
+        self.n_early += bool(then) and update <= FIRST
+        # a second round through the data has all of it in between
+        self.recent.append((update, bool(then) and 2 * (self.n - place) <= len(self.last)))
+        self.last[number] = update, self.n
+        if len(self.last) > MOST:
+            del self.last[next(iter(self.last))]
 
     @property
     def share(self) -> float:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..choices import Choices
-from ..sampling import fetched
+from ..sampling import Waiting
 from ..torch_private import is_elsewhere, is_in_backward
 from .heard import named_tensors
 
@@ -34,15 +34,18 @@ class Experts:
 
     def __init__(self, name: str, sizes: set[int]):
         self.name, self.sizes = name, sizes
-        self.waiting: list[tuple[int, Tensor, int]] = []
         self.loads: list[Load] = []
         self.n_looks = 0
+
+    def take(self, update: int, k: int, counts: list[int]) -> None:
+        self.loads = [*self.loads[1 - KEPT :], Load(update, counts, k)]
 
 
 class Routing:
     """Listens to modules of experts at every fifth update, by the choices that are made in their forward pass."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, waiting: Waiting):
+        self.waiting = waiting
         found = {} if any(map(is_elsewhere, model.modules())) else expert_modules(model)
         self.modules = [(module, Experts(name, sizes)) for name, (module, sizes) in found.items()]
         self.active: list[Choices] = []
@@ -71,17 +74,11 @@ class Routing:
         if scores.ndim and scores.shape[-1] in experts.sizes and scores.shape[:-1] in (chosen.shape[:-1], chosen.shape):
             k = chosen.shape[-1] if chosen.ndim == scores.ndim and chosen.shape != scores.shape[:-1] else 1
             counts = torch.bincount(chosen.flatten(), minlength=scores.shape[-1])
-            experts.waiting.append((self.update, counts, k))
+            self.waiting.add(counts, partial(experts.take, self.update, k))
 
     def end(self, module: nn.Module, args: tuple, output: object) -> None:
         if self.active:
             self.active.pop().__exit__(None, None, None)
-
-    def fetch(self) -> None:
-        for experts in (experts for _, experts in self.modules):
-            experts.loads += [Load(step, counts.tolist(), k) for step, counts, k in experts.waiting]
-            del experts.loads[:-KEPT]
-            experts.waiting = []
 
 
 def expert_modules(model: nn.Module) -> dict[str, tuple[nn.Module, set[int]]]:
@@ -113,7 +110,7 @@ def expert_modules(model: nn.Module) -> dict[str, tuple[nn.Module, set[int]]]:
 def scalars_of(given: Any, name: str) -> dict[str, Tensor]:
     """Single numbers with a gradient behind them, in what a forward pass gives or a module keeps."""
     return {
-        key: value.detach()
+        key: value.detach().reshape(())
         for key, value in named_tensors(given, name)
         if value.numel() == 1 and value.grad_fn is not None and value.dtype.itemsize >= 4
     }
@@ -122,11 +119,10 @@ def scalars_of(given: Any, name: str) -> dict[str, Tensor]:
 class Terms:
     """Scalars with a graph that modules keep, or that the model and modules of experts give: do they vary at all?"""
 
-    def __init__(self, model: nn.Module):
-        self.model = model
+    def __init__(self, model: nn.Module, waiting: Waiting):
+        self.model, self.waiting = model, waiting
         self.modules = {"output": model, **{name: module for name, (module, _) in expert_modules(model).items()}}
         self.given: dict[str, Tensor] = {}
-        self.waiting: list[dict[str, Tensor]] = []
         self.values: dict[str, list[float]] = {}
 
     def hooks(self, hook: Callable) -> Iterator[Any]:
@@ -143,12 +139,6 @@ class Terms:
         for name, module in self.model.named_modules():
             kept = {key: value for key, value in vars(module).items() if isinstance(value, Tensor)}
             self.given |= {key.removeprefix("."): value for key, value in scalars_of(kept, name).items()}
-        if self.given:
-            self.waiting.append(self.given)
+        for name, value in self.given.items():
+            self.waiting.add(value, self.values.setdefault(name, []).append)
         self.given = {}
-
-    def fetch(self) -> None:
-        for given in self.waiting:
-            for name, value in zip(given, fetched([*given.values()]), strict=True):
-                self.values.setdefault(name, []).append(value)
-        self.waiting = []

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..findings import Finding
 from ..measures import expected_start
-from ..sampling import WHOLE
+from ..sampling import WHOLE, Waiting, number_of
 from .bank import Bank, Gradients, banks_of
 from .events import Events
 from .forward import ForwardProbe
@@ -18,7 +18,7 @@ from .intended import Replays
 from .outside import Outside
 from .ranks import Ranks
 from .steps import Steps
-from .tracking import HISTORY, GroupState, Scalars, Tracked, copied, track, unregistered
+from .tracking import HISTORY, GroupState, Tracked, copied, track, unregistered
 
 READ_EVERY = 5  # updates between looks at the gradients
 MODES = 3  # such looks in a row that tell a mode
@@ -43,11 +43,12 @@ class State:
         self.frozen_on_purpose, self.start_step = frozen_on_purpose, start_step
         self.findings = findings  # made so far, by the watch
         self.tracked: list[Tracked] = []
-        self.observed, self.events, self.ranks = Scalars(), Events(model, self.tracked), Ranks(model)
+        self.waiting, self.events, self.ranks = Waiting(), Events(model, self.tracked), Ranks(model)
         self.losses: list[float] = []  # the first HISTORY and at least as many of the last
         self.counts = Counter({id(o): start_step for o in optimizers})  # of the run's updates
         self.window_start = self.last_read = start_step
-        self.gradients, self.replays, self.steps = Gradients(), Replays(n_matrices), Steps()
+        self.gradients, self.steps = Gradients(self.waiting), Steps(self.waiting)
+        self.replays = Replays(n_matrices, self.waiting)
         self.modes: list[bool] = []  # the last few times: whether any module was in training mode
         self.has_trained = False  # … it ever was
         self.banks: list[Bank] = []
@@ -56,9 +57,13 @@ class State:
         self.copied = copied(model, optimizers)
         self.unregistered = {name: (p, p.detach().flatten()[:WHOLE].clone()) for name, p in unregistered(model).items()}
         self.follow()
-        self.forward, self.outside = ForwardProbe(model, is_new=not start_step), Outside(model)
+        self.forward, self.outside = ForwardProbe(model, is_new=not start_step), Outside(model, self.waiting)
 
     # ---- what happens ------------------------------------------------------------------------------------------------
+
+    def observe(self, loss: Tensor | float) -> None:
+        self.waiting.add(number_of(loss), self.losses.append)
+        self.events.observe()
 
     def before_update(self, optimizer: Optimizer, has_gradients: bool) -> Exception | None:
         """Returns why this optimizer's steps cannot be replayed, where that was found out now."""
@@ -69,8 +74,8 @@ class State:
         if optimizer is self.optimizers[0]:
             self.outside.before_update(self.counts[id(optimizer)] - self.start_step)
         for group in self.groups:
-            if group.optimizer is optimizer:
-                group.note_lr()
+            if group.optimizer is optimizer and group.group.get("lr") is not None:
+                self.waiting.add(number_of(group.group["lr"]), group.note_lr)
         if self.counts[id(optimizer)] % READ_EVERY == 1:
             self.modes = [*self.modes[-MODES + 1 :], any(module.training for module in self.model.modules())]
             self.has_trained |= self.modes[-1]
@@ -102,19 +107,16 @@ class State:
     def read(self) -> None:
         """Take in what is new, fetch what waits on the devices, and read the samples."""
         self.follow()
-        for group in self.groups:
-            group.fetch()
-        self.gradients.fetch()
+        self.waiting.fetch()
         self.events.fetch()
         self.forward.heard.fetch()
-        self.steps.fetch()
-        if self.replays.fetch():
+        if self.replays.was_wrong:
             self.restart_window()
         for bank in self.banks:
             bank.read(self.step)
-        self.outside.fetch(self.tracked, self.step, self.n_seen, self.forward.longest)
+        if self.n_seen:
+            self.outside.look(self.tracked, self.step, self.n_seen, self.forward.longest)
         self.last_read = self.step
-        self.losses += self.observed.fetch()
         if len(self.losses) > 3 * HISTORY:
             del self.losses[HISTORY:-HISTORY]
 
@@ -136,7 +138,7 @@ class State:
         self.restart_window()
 
     def restart_window(self) -> None:
-        self.window_start = self.step
+        self.window_start, self.replays.was_wrong = self.step, False
         for bank in self.banks:
             bank.restart_window()
 

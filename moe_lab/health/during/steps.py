@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from statistics import median, mode
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..sampling import plain
+from ..sampling import Waiting, plain
 from .tracking import GroupState, Tracked
 
 EVERY, PAIRS = 5, 12  # updates between pairs of steps, pairs of a tensor; then the kind is known
@@ -49,14 +50,14 @@ class Step(NamedTuple):
 
 
 class Steps:
-    """Measures steps as they are taken. Numbers stay on their devices until `fetch`, which leaves them in `Tracked.steps`."""
+    """Measures steps as they are taken, and leaves them in `Tracked.steps`."""
 
-    def __init__(self) -> None:
+    def __init__(self, waiting: Waiting) -> None:
+        self.waiting = waiting
         self.chosen: list[Tracked] = []
         # by the tensor's id: LR, weight, gradient, and the step where it was replayed
         self.before: dict[int, tuple] = {}
         self.first: dict[int, tuple[Tensor, Tensor]] = {}  # the first of two steps, and its gradient
-        self.waiting: list[tuple[Tracked, Tensor]] = []
 
     def choose(self, tracked: Sequence[Tracked]) -> None:
         """Of each group the largest tensor of each kind, those with a spectrum first."""
@@ -92,18 +93,16 @@ class Steps:
                 before, grad_before = self.first.pop(id(t))
                 columns = [step, before, weight, grad, grad_before]
                 if all(column.shape == step.shape for column in columns):
-                    self.waiting.append((t, numbers(columns, has_spectrum(t.param))))
+                    self.waiting.add(numbers(columns, has_spectrum(t.param)), partial(self.take, t))
 
-    def fetch(self) -> None:
-        for t, values in self.waiting:
-            square, moved, fourth, spread, *gram = values.tolist()
-            if moved and all(map(math.isfinite, (fourth, *gram))):
-                cosines = torch.tensor(gram, dtype=torch.float64).view(5, 5)
-                new = left_over(cosines, [1, 2])
-                if new > OLD_NEWS:
-                    rest = left_over(cosines, [1, 2, 3, 4]) / new
-                    t.steps.append(Step(math.sqrt(square / moved), spread, rest, fourth * moved / square**2))
-        self.waiting = []
+    def take(self, t: Tracked, values: Sequence[float]) -> None:
+        square, moved, fourth, spread, *gram = values
+        if moved and all(map(math.isfinite, (fourth, *gram))):
+            cosines = torch.tensor(gram, dtype=torch.float64).view(5, 5)
+            new = left_over(cosines, [1, 2])
+            if new > OLD_NEWS:
+                rest = left_over(cosines, [1, 2, 3, 4]) / new
+                t.steps.append(Step(math.sqrt(square / moved), spread, rest, fourth * moved / square**2))
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:

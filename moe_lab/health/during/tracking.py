@@ -23,24 +23,6 @@ COPIED = 0.8  # share of what trains that a copy of the model must hold; the res
 JUMP = 3.0  # factor between the LRs of two updates beyond which no schedule's slope makes it
 
 
-class Scalars:
-    """A loss or a learning rate an update. Those on a device stay there until `fetch`."""
-
-    def __init__(self) -> None:
-        self.waiting: list[Tensor | float] = []
-
-    def add(self, number: Tensor | float) -> None:
-        self.waiting.append(number.detach().clone() if isinstance(number, Tensor) else float(number))
-
-    def fetch(self) -> list[float]:
-        """What was added since the last time, in one transfer."""
-        numbers, self.waiting = self.waiting, []
-        device = next((number.device for number in numbers if isinstance(number, Tensor)), None)
-        if device is None:
-            return numbers
-        return torch.stack([torch.as_tensor(number, device=device).float().mean() for number in numbers]).tolist()
-
-
 def asked(optimizer: Optimizer, group: dict) -> float | None:
     """The LR that a group was made with: a scheduler's note, or what the optimizer was called with if that was for this group
     alone and not left at its default; else what stands there."""
@@ -57,7 +39,6 @@ class GroupState:
     def __init__(self, optimizer: Optimizer, number: int):
         self.optimizer, self.number = optimizer, number
         self.name = self.group.get("name") or f"{type(optimizer).__name__.lower()}[{number}]"
-        self.waiting = Scalars()
         self.asked = asked(optimizer, self.group)  # the LR that it was made with
         self.loaded = bool(optimizer.state)  # a state was loaded before the first update, or the training goes on
         self.law = self.decays = "untried"  # what steps on made-up gradients show, see rules_steps.py
@@ -74,23 +55,19 @@ class GroupState:
         """The optimizer's own group: looked up, since load_state_dict puts others in their place."""
         return self.optimizer.param_groups[self.number]
 
-    def note_lr(self) -> None:
-        if self.group.get("lr") is not None:
-            self.waiting.add(self.group["lr"])
-
-    def fetch(self) -> None:
-        for lr in self.waiting.fetch():
-            if self.n >= LR_STEADY and self.last and lr and not 1 / JUMP < lr / self.last < JUMP:
-                self.jump = self.n + 1, self.last, lr, self.peak
-            self.n, self.total, self.last = self.n + 1, self.total + lr, lr
-            self.recent.append(lr)
-            if self.n <= HISTORY:
-                self.lrs.append(lr)
-            if lr > self.peak * (1 + 1e-6):
-                self.risen_at = self.n
-            self.peak = max(self.peak, lr)
-            if not self.spent_at and lr < SPENT * self.peak:
-                self.spent_at = self.n
+    def note_lr(self, lr: float) -> None:
+        """Of the next update."""
+        if self.n >= LR_STEADY and self.last and lr and not 1 / JUMP < lr / self.last < JUMP:
+            self.jump = self.n + 1, self.last, lr, self.peak
+        self.n, self.total, self.last = self.n + 1, self.total + lr, lr
+        self.recent.append(lr)
+        if self.n <= HISTORY:
+            self.lrs.append(lr)
+        if lr > self.peak * (1 + 1e-6):
+            self.risen_at = self.n
+        self.peak = max(self.peak, lr)
+        if not self.spent_at and lr < SPENT * self.peak:
+            self.spent_at = self.n
 
     @property
     def is_steady(self) -> bool:

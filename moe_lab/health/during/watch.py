@@ -88,8 +88,7 @@ class Watch:
     def observe(self, *, loss: Tensor | float) -> None:
         """The loss of a step, as it is reported (nats per token for a language model). Fetched only when rules are checked."""
         try:
-            self.state.observed.add(loss)
-            self.state.events.observe()
+            self.state.observe(loss)
             if self.state.events.n_losses % N_LOSSES == 0:  # no step, no check
                 self.check()
         except Exception as error:
@@ -154,6 +153,7 @@ class Watch:
         self.handles = []
         for part in (self.state.forward, self.state.events, self.state.outside):
             part.close()
+        self.state.waiting.pairs.clear()
 
     def __enter__(self) -> Watch:
         return self
