@@ -1,4 +1,5 @@
-"""Torch's random numbers on the CPU and on every device of some tensors: kept once, put back as often as needed."""
+"""Torch's random numbers on the CPU and on every device of some tensors: kept once, put back at a `with`'s end or as often as
+needed."""
 
 from __future__ import annotations
 
@@ -15,6 +16,12 @@ class RandomState:
             keeper = torch.get_device_module(device)  # torch.cuda, torch.mps, torch.xpu …
             which = () if device.type == "mps" else (device,)  # there is one alone, and its functions take no argument
             self.others.append((keeper, keeper.get_rng_state(*which), which))
+
+    def __enter__(self) -> RandomState:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.put_back()
 
     def put_back(self) -> None:
         torch.set_rng_state(self.cpu)

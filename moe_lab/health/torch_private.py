@@ -91,25 +91,31 @@ REARRANGED = re.compile(
 )
 
 
+def uses(output: Tensor) -> Iterator[tuple[Tensor, Any, int, list[Any]]]:
+    """Of the output's graph each leaf, who takes it, as which argument, and the nodes that rearrange it on the way there, the
+    nearest to the leaf first. Nothing is read from the device."""
+    waiting: list[tuple[Any, tuple]] = [(output.grad_fn, (None, 0, []))]
+    seen = set()
+    while waiting:
+        node, way = waiting.pop()
+        if node is None or (node, *way[:2]) in seen:
+            continue
+        seen.add((node, *way[:2]))
+        if (leaf := getattr(node, "variable", None)) is not None:
+            yield leaf, *way
+        passes_on = REARRANGED.fullmatch(node.name())
+        for i, (inner, _) in enumerate(node.next_functions):
+            waiting.append((inner, (*way[:2], [node, *way[2]]) if passes_on else (node, i, [])))
+
+
 def fan_ins(output: Tensor) -> dict[int, int]:
     """Of each leaf that a product of the output's graph takes, possibly rearranged: which of its last two dimensions, -2 or -1,
-    the product sums over, by the leaf's id. x @ W sums over -2 of W, a linear layer over -1. Nothing is read from the device."""
+    the product sums over, by the leaf's id. x @ W sums over -2 of W, a linear layer over -1."""
     found: dict[int, int] = {}
-    waiting, seen = [(output.grad_fn, None)], set()
-    while waiting:
-        node, way = waiting.pop()  # way: from the product, its argument and the nodes since
-        if node is None or (way is None and node in seen):
-            continue
-        seen.add(node)
-        leaf, name = getattr(node, "variable", None), node.name()
-        if leaf is not None and way and leaf.ndim > 1:
-            found[id(leaf)] = summed_over(leaf.ndim, *way)
-        places = PRODUCTS.get(name, ())
-        for i, (inner, _) in enumerate(node.next_functions):
-            if i in places:
-                waiting.append((inner, (places.index(i), [])))
-            else:
-                waiting.append((inner, (way[0], [node, *way[1]]) if way and REARRANGED.fullmatch(name) else None))
+    for leaf, node, place, nodes in uses(output):
+        places = PRODUCTS.get(node.name(), ()) if node else ()
+        if place in places and leaf.ndim > 1:
+            found[id(leaf)] = summed_over(leaf.ndim, places.index(place), nodes)
     return found
 
 
@@ -117,17 +123,9 @@ def takers(output: Tensor) -> dict[int, set[str]]:
     """Of each leaf of the output's graph the nodes that take it, possibly rearranged, by the leaf's id: a convolution of several
     groups is called `grouped`."""
     found: dict[int, set[str]] = {}
-    waiting, seen = [(output.grad_fn, "")], set()
-    while waiting:
-        node, by = pair = waiting.pop()
-        if node is None or pair in seen:
-            continue
-        seen.add(pair)
-        if (leaf := getattr(node, "variable", None)) is not None:
-            found.setdefault(id(leaf), set()).add(by)
-        elif not REARRANGED.fullmatch(node.name()):
-            by = "grouped" if getattr(node, "_saved_groups", 1) > 1 else node.name()
-        waiting += [(inner, by) for inner, _ in node.next_functions]
+    for leaf, node, *_ in uses(output):
+        is_grouped = getattr(node, "_saved_groups", 1) > 1
+        found.setdefault(id(leaf), set()).add("grouped" if is_grouped else node.name() if node else "")
     return found
 
 

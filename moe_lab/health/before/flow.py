@@ -90,8 +90,7 @@ def check_train_eval(fn_train: Callable[[Any], Any], fn_eval: Callable[[Any], An
     Modules with parameters that compute in one mode only are named. Else outputs that are further apart than 5 times what two
     calls of `fn_train` differ by (dropout) are an `info`; the second is made where the modes differ. Random state is put back.
     """
-    state = RandomState([])
-    try:
+    with RandomState([]):
         with modules_called() as in_training:
             trained = fn_train(batch)
         with modules_called() as in_evaluation:
@@ -112,8 +111,6 @@ def check_train_eval(fn_train: Callable[[Any], Any], fn_eval: Callable[[Any], An
             return None
         again = fn_train(batch)
         noise = rms(trained - getattr(again, "logits", again))
-    finally:
-        state.put_back()
     limit = max(SIGMAS * noise, least)
     if apart <= limit:
         return None

@@ -183,17 +183,15 @@ class Replays:
         mine = [t for t in self.tensors if t.optimizer is optimizer]
         if not mine or id(optimizer) in self.failed:
             return None
-        random_state = RandomState([t.index for t in mine])  # a replayed step may round stochastically
         try:
-            self.add_steps([t for t in mine if t.param.grad is not None and not t.param.grad.is_sparse])
+            with RandomState([t.index for t in mine]):  # a replayed step may round stochastically
+                self.add_steps([t for t in mine if t.param.grad is not None and not t.param.grad.is_sparse])
         except Exception as error:  # it may be anything that a foreign step raises on such copies
             self.failed.add(id(optimizer))
             self.last = {}
             for t in mine:
                 t.intended_known = False
             return None if keeps_lost_bits(optimizer) else error
-        finally:
-            random_state.put_back()
         return None
 
     def add_steps(self, tensors: Sequence[Tracked]) -> None:

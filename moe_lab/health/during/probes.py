@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,14 @@ def fresh_shadow(optimizer: Optimizer, group: dict, weight: Tensor, lr: float = 
     return shadow_of(optimizer, {**fresh, "lr": lr, **options}, weight, {})
 
 
+@contextmanager
+def tried(group: dict) -> Iterator[torch.device]:
+    """Whatever a foreign step raises ends the attempt: then nothing is claimed of it. Random numbers are put back."""
+    first = group["params"][0]
+    with suppress(Exception), RandomState([first]):
+        yield first.device
+
+
 class Law(NamedTuple):
     """What a step that leaves all singular values alike does with shapes, found on made-up gradients."""
 
@@ -36,14 +45,12 @@ class Law(NamedTuple):
 
 def law_of(optimizer: Optimizer, group: dict) -> Law | None:
     """None where steps are not orthogonal, or cannot be tried."""
-    device = group["params"][0].device
-    random_state = RandomState([group["params"][0]])
 
     def step(grad: Tensor) -> Tensor:
         shadow = fresh_shadow(optimizer, group, torch.zeros(grad.shape, device=device))
         return advance(shadow, grad.to(device)).cpu()
 
-    try:
+    with tried(group) as device:
         generator = torch.Generator().manual_seed(0)
         wide = torch.randn(16, 64, generator=generator) * 10 ** torch.linspace(0, -1, 16)[:, None]
         values = [torch.linalg.svdvals(step(grad)) for grad in (wide, wide.mT.contiguous())]
@@ -58,19 +65,14 @@ def law_of(optimizer: Optimizer, group: dict) -> Law | None:
         tall[3] = (step(wide.mT.repeat(8, 1, 1)).norm() / step(wide.repeat(8, 1, 1)).norm()).item()
         a, b = (step(grad)[1:].flatten() for grad in (stack, changed))
         return Law(tall, bool(torch.cosine_similarity(a, b, dim=0) < 1 - DISAGREE))
-    except Exception:  # whatever a foreign step raises: then nothing is claimed of it
-        return None
-    finally:
-        random_state.put_back()
+    return None
 
 
 def decay_arrives(optimizer: Optimizer, group: dict, dtype: torch.dtype, lr: float) -> bool | None:
     """Whether a step without gradient moves any of many weights of this format, or keeps what it loses; None where it moves none
     of float32 either, or cannot be tried."""
-    start = torch.linspace(1, 2, 2**16, device=group["params"][0].device).view(256, 256)
-    random_state = RandomState([start])
-    try:
-        arrived = []
+    with tried(group) as device:
+        start, arrived = torch.linspace(1, 2, 2**16, device=device).view(256, 256), []
         for kind in (dtype, torch.float32):
             weight = start.to(kind, copy=True)
             shadow = fresh_shadow(optimizer, group, weight, lr)
@@ -78,25 +80,21 @@ def decay_arrives(optimizer: Optimizer, group: dict, dtype: torch.dtype, lr: flo
             kept = [v for v in shadow.state[weight].values() if isinstance(v, Tensor) and v.shape == weight.shape]
             arrived.append(bool(moved) or any(bool(v.any()) for v in kept))
         return arrived[0] if arrived[1] else None
-    except Exception:  # whatever a foreign step raises: then nothing is claimed of it
-        return None
-    finally:
-        random_state.put_back()
+    return None
 
 
 def is_adam(optimizer: Optimizer, group: dict) -> bool:
     """Whether a group's steps are Adam's (Kingma & Ba 2015, alg. 1), found by trying both on made-up gradients."""
-    try:
-        start = torch.zeros(16, device=group["params"][0].device)
+    with tried(group) as device:
+        start = torch.zeros(16, device=device)
         shadow = fresh_shadow(optimizer, group, start.clone(), weight_decay=0.0)
         adam = torch.optim.Adam([start], lr=1.0, betas=group["betas"])
         for t in range(1, 9):
-            g = torch.sin(t * torch.arange(1.0, 17.0)).to(start.device)
+            g = torch.sin(t * torch.arange(1.0, 17.0)).to(device)
             if (advance(shadow, g.clone()).abs() - advance(adam, g).abs()).abs().max() > DISAGREE:
                 return False
-    except Exception:  # whatever a foreign step raises: then nothing is claimed of it
-        return False
-    return True
+        return True
+    return False
 
 
 def unmovable(optimizer: Optimizer, group: Mapping[str, Any]) -> list[tuple[Tensor, float]]:
