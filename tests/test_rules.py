@@ -10,9 +10,9 @@ from torch.optim import SGD, AdamW
 from toy import Toy, adamw, finding, loss_of, said, spoken, toy, train, watched
 
 from moe_lab.health import Watch
+from moe_lab.health.before.structure import hidden
 from moe_lab.health.during.rule import Rule
 from moe_lab.health.during.rules_updates import direction_bias
-from moe_lab.health.during.tracking import unregistered
 
 # ---- updates ---------------------------------------------------------------------------------------------------------
 
@@ -151,7 +151,7 @@ def test_layers_in_a_list() -> None:
     found = finding(watch, "not_in_optimizer")
     assert found.severity == "error" and found.step == 10 and "layers['all'][0].weight and 1 more" in found.message
     model = toy(kind=InLists, registered=True)
-    assert unregistered(model) == {}
+    assert hidden(model, []) == {}
     assert said(watched(model, adamw(model), 20)) == []
     model = toy(kind=InLists)
     given = [*model.parameters(), *(layer.weight for layer in model.layers["all"])]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..during.forward import disturbed, unwrapped
-from ..during.tracking import innermost
+from ..during.tracking import all_innermost
 from ..during.watch import Watch
 from ..findings import Finding, grouped, several
 from ..random_state import RandomState
@@ -25,8 +25,7 @@ from ..tokens import IGNORED, SHIFTED, Tokens, agreement
 from .data import check_data, tokens_of
 from .flow import check_causality, check_train_eval
 from .listening import Listening
-from .plan import Plan
-from .preflight import entries_of, preflight
+from .preflight import plan_of, preflight
 from .schedule import first_update
 from .structure import broken_tie, cannot_move, not_linear, outside_of_parameters, stale, without_effect
 
@@ -88,8 +87,7 @@ def examine(
     if optimizer is None:
         examination.not_checked["optimizers"] = "none was given"
     else:
-        given = optimizer if isinstance(optimizer, Iterable) else [optimizer]
-        optimizers = [inner for o in given for inner in innermost(o)]
+        optimizers = all_innermost(optimizer)
         ask("optimizers", lambda: setup(model, optimizers))
         ask("16-bit tensors that cannot move", lambda: cannot_move(model, optimizers))
         ask("the first update's LR", lambda: first_update(plan_of(model, config), optimizers))
@@ -162,20 +160,9 @@ class Trial:
         return logits(self.model.eval(), batch)
 
 
-def plan_of(model: nn.Module, config: str | Path | Mapping[str, Any] | None) -> Plan:
-    """What is planned: by the config that was given, else by the one that the model carries, if any."""
-    own = getattr(model, "config", None)
-    carried = own if isinstance(own, Mapping) else getattr(own, "__dict__", {})
-    return Plan(entries_of({str(k): v for k, v in carried.items()} if config is None else config))
-
-
-def groups_of(optimizers: Iterable[Optimizer]) -> list[dict[str, Any]]:
-    return [group for optimizer in optimizers for group in optimizer.param_groups]
-
-
 def setup(model: nn.Module, optimizers: list[Optimizer]) -> list[Finding]:
     """What a watch says before the first update; of an optimizer of other tensors, which no watch takes, that it is one."""
-    if (finding := stale(model, groups_of(optimizers))) is not None:
+    if (finding := stale(model, optimizers)) is not None:
         return [finding]
     watch = Watch(model, optimizers, quiet=True)
     watch.close()

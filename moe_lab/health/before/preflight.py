@@ -66,6 +66,13 @@ def entries_of(source: str | Path | Mapping) -> list[Entry]:
     raise ValueError(f"preflight takes a YAML file or a mapping, got {type(source).__name__}; try a dict of it")
 
 
+def plan_of(model: Any, config: str | Path | Mapping[str, Any] | None = None) -> Plan:
+    """What is planned: by the config that was given, else by the one that the model carries, if any."""
+    own = getattr(model, "config", None)
+    carried = own if isinstance(own, Mapping) else getattr(own, "__dict__", {})
+    return Plan(entries_of({str(key): value for key, value in carried.items()} if config is None else config))
+
+
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 

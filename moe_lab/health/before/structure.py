@@ -11,15 +11,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..during.probes import law_of, unmovable
-from ..during.tracking import is_master, storage, unregistered
+from ..during.tracking import held_by, is_master, storage
 from ..findings import Finding, several
+from ..sampling import elements, plain, sample_positions
 from ..torch_private import takers
 from .plan import OFF, Plan
 
-ALONE = {
-    *(f"{name}Backward0" for name in ("Exp", "Softplus", "Sigmoid", "Embedding")),
-    "grouped",
-}  # who takes no matrix
+# who takes no matrix
+ALONE = {"grouped", *(f"{name}Backward0" for name in ("Exp", "Softplus", "Sigmoid", "Embedding"))}
+COPIED = 0.8  # share of what trains that a copy of the model must hold; the rest may be a head
+LONGEST = 1000  # list that is looked into for layers
+TORCHS = set(vars(nn.Module()))  # attributes that every module has
+HIDDEN = "{n} tensors get gradients and are not among the model's parameters(), so no optimizer moves them: {names}"
+REGISTER = "keep layers in an nn.ModuleList or ModuleDict: a plain list or dict hides them from parameters(), to() and state_dict()"
 TIE = re.compile(r"(?:^|_)(?:tie|tied|tying)(?:_|$)")
 
 
@@ -44,10 +48,10 @@ def broken_tie(model: nn.Module, plan: Plan | None) -> Finding | None:
     return Finding("broken_tie", "warning", head, message, advice)
 
 
-def stale(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> Finding | None:
+def stale(model: nn.Module, optimizers: Sequence[Optimizer]) -> Finding | None:
     """Tensors of the optimizer that are not the model's, where the model has others of their shapes that no optimizer has."""
     mine = {storage(p): (name, p) for name, p in model.named_parameters() if p.requires_grad}
-    held = [p for group in groups for p in group["params"]]
+    held = held_by(optimizers)
     missing = [pair for key, pair in mine.items() if key not in set(map(storage, held))]
     foreign = [p for p in held if storage(p) not in mine and p.numel()]
     foreign = [p for p in foreign if not any(is_master(p, of=q) for _, q in missing)]
@@ -59,17 +63,74 @@ def stale(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> Finding | No
     return Finding("not_in_optimizer", "error", several(lost), message, advice, len(foreign), 0)
 
 
+def hidden(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
+    """Trainable tensors in plain lists, tuples and dicts, which neither `parameters()` nor an optimizer holds, by where they are."""
+    seen, found = set(), {}
+    held = {id(p) for p in (*model.parameters(), *held_by(optimizers))}
+    waiting: list[tuple[str, Any]] = list(model.named_modules())
+    for name, thing in waiting:  # which grows meanwhile
+        if id(thing) in seen or (isinstance(thing, list | tuple | dict) and len(thing) > LONGEST):
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, nn.Parameter):
+            if thing.requires_grad and id(thing) not in held:
+                found.setdefault(name, thing)
+        elif isinstance(thing, nn.Module):
+            inner = {**thing._parameters, **thing._modules}
+            inner |= {key: value for key, value in vars(thing).items() if key not in TORCHS}
+            waiting += ((f"{name}.{key}".removeprefix("."), value) for key, value in inner.items())
+        elif isinstance(thing, list | tuple | dict):
+            pairs = thing.items() if isinstance(thing, dict) else enumerate(thing)
+            waiting += ((f"{name}[{key!r}]", value) for key, value in pairs)
+    return found
+
+
 def outside_of_parameters(trial: Any, model: nn.Module, optimizers: Sequence[Optimizer]) -> Finding | None:
-    """Tensors that the loss's gradient reaches, that parameters() does not hold, and that are in no optimizer."""
-    held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
-    named = {name: p for name, p in unregistered(model).items() if id(p) not in held}
-    copies = unregistered(trial.model) if named and trial.heard else {}
-    lost = [name for name in named if name in copies and copies[name].grad is not None]
+    """Those that the loss's gradient reaches in the copy that is tried."""
+    missed = hidden(model, optimizers)
+    copies = hidden(trial.model, []) if missed and trial.heard else {}
+    lost = [name for name in missed if name in copies and copies[name].grad is not None]
     if not lost:
         return None
-    message = f"{len(lost)} tensors get gradients and are not among the model's parameters(): {several(lost)}"
-    advice = "keep layers in an nn.ModuleList or ModuleDict: a plain list hides them from parameters(), to() and state_dict()"
-    return Finding("not_in_optimizer", "error", several(lost), message, advice, len(lost), 0)
+    names = several(lost)
+    return Finding("not_in_optimizer", "error", names, HIDDEN.format(n=len(lost), names=names), REGISTER, len(lost), 0)
+
+
+def copied(model: nn.Module, optimizers: Sequence[Optimizer]) -> set[str]:
+    """Names of the tensors of a copy that the model keeps of itself, such as an average: nearly all that trains is there once
+    more, untrained, under its own name behind another prefix, with the same values."""
+    trained = set(map(id, held_by(optimizers)))
+    named = dict(model.named_parameters())
+    by_tail: dict[str, list[Tensor]] = {}
+    for name in (name for name, p in named.items() if id(p) in trained):
+        for tail in tails(name):
+            by_tail.setdefault(tail, []).append(named[name])
+    by_prefix: dict[str, dict[str, list[Tensor]]] = {}
+    for name in (name for name, p in named.items() if id(p) not in trained):
+        for tail in tails(name)[1:]:
+            if tail in by_tail:
+                by_prefix.setdefault(name.removesuffix(tail), {})[name] = by_tail[tail]
+    least = COPIED * sum(id(p) in trained for p in named.values())
+    found: set[str] = set()
+    for candidates in (names for names in by_prefix.values() if len(names) >= least):
+        same = {name for name, ps in candidates.items() if any(is_equal(named[name], p) for p in ps)}
+        has_matrix = any(named[name].ndim > 1 for name in same)  # fresh norms are all alike
+        found |= same if has_matrix and len(same) >= least else set()
+    return found
+
+
+def tails(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
+
+
+def is_equal(p: Tensor, q: Tensor) -> bool:
+    """In a sample, and in the format of the first."""
+    if p.shape != q.shape or hasattr(p, "to_local") or hasattr(q, "to_local") or q.is_meta:
+        return False
+    at = sample_positions(p.shape)
+    a, b = (elements(plain(t), at.to(t.device)).cpu() for t in (p, q))
+    return torch.equal(a, b.to(a.dtype))
 
 
 def cannot_move(model: nn.Module, optimizers: Sequence[Optimizer]) -> Finding | None:

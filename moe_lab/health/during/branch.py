@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from ..findings import Finding
 from ..random_state import RandomState
 from ..torch_private import without_step_hooks
-from .tracking import innermost
+from .tracking import all_innermost, held_by
 
 N_UPDATES = 30
 FACTOR = 3.0
@@ -61,8 +61,7 @@ def branch_probe(
     also after an error; it takes a copy of them. Step hooks, a watch's and others', are not called.
     Raises ValueError for too few batches.
     """
-    given = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
-    optimizers = [inner for o in given for inner in innermost(o)]
+    optimizers = all_innermost(optimizer)
     if len(batches) < n_updates + 5:
         raise ValueError(f"batches has {len(batches)}; {n_updates} updates and at least 5 to evaluate on are needed")
     changes = lr_branches(optimizers) if branches is None else branches
@@ -121,7 +120,7 @@ def paired(base: Sequence[float], other: Sequence[float]) -> tuple[float, float]
 @contextmanager
 def kept(model: nn.Module, optimizers: Sequence[Optimizer]) -> Iterator[Callable[[], None]]:
     """Gives a function that puts model, optimizers and random state back to how they are now; the end does so as well."""
-    params = [*model.parameters(), *(p for o in optimizers for group in o.param_groups for p in group["params"])]
+    params = [*model.parameters(), *held_by(optimizers)]
     gradients = [(p, p.grad) for p in params]
     random_state = RandomState([*params, *model.buffers()])
     states = copy.deepcopy((model.state_dict(), [o.state_dict() for o in optimizers]))

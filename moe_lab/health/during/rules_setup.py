@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ..before import structure
-from ..before.plan import Plan
-from ..before.preflight import entries_of_mapping
+from ..before.preflight import plan_of
 from ..sampling import plain
 from .forward import unwrapped
 from .rule import Ill, Rule, by_kind, rule
@@ -34,14 +32,9 @@ def not_in_optimizer(state: State) -> Ill:
 
 
 def outside_of_parameters(state: State) -> Ill:
-    """Tensors that get gradients, that parameters() does not hold, and that nobody moves: known after the first updates."""
-    owned = {id(p) for group in state.groups for p in group.group["params"]}
-    named = (
-        {name: pair for name, pair in state.unregistered.items() if id(pair[0]) not in owned} if state.n_seen else {}
-    )
-    still = [
-        n for n, (p, then) in named.items() if p.grad is not None and bool((p.flatten()[: len(then)] == then).all())
-    ]
+    """Those that get gradients, and that nobody moves: known after the first updates."""
+    reached = {name: pair for name, pair in state.hidden.items() if pair[0].grad is not None} if state.n_seen else {}
+    still = [name for name, (p, then) in reached.items() if torch.equal(p.flatten()[: len(then)], then)]
     return {name: {"value": len(still), "limit": 0} for name in still}
 
 
@@ -82,10 +75,8 @@ DELTAS = 1e-4, 0.2  # a fresh median; Mamba draws 0.001 to 0.1 (Gu & Dao 2023, s
 @rule("warning", "{message}", "{advice}")
 def broken_tie(state: State) -> Ill:
     model = unwrapped(state.model)
-    carried = getattr(model, "config", None)
-    carried = carried if isinstance(carried, Mapping) else getattr(carried, "__dict__", {})
-    found = structure.broken_tie(model, Plan(entries_of_mapping({str(key): value for key, value in carried.items()})))
-    return {found.where: {"where": found.where, "message": found.message, "advice": found.advice}} if found else {}
+    found = structure.broken_tie(model, plan_of(model))
+    return {found.where: found.to_dict()} if found else {}
 
 
 @rule(
@@ -114,16 +105,12 @@ def is_decay_rates(p: Tensor) -> bool:
     return bool((values.float() - wanted).abs().max() < 0.02)
 
 
-UNREGISTERED = (
-    "{n} tensors get gradients and are not among the model's parameters(), so no optimizer moves them: {names}"
-)
-REGISTER = "keep layers in an nn.ModuleList or ModuleDict: a plain list or dict hides them from parameters(), to() and state_dict()"
 FROZEN = "{n} tensors have requires_grad=False ({value:.0%} of the parameters is frozen): {names}"
 UNFREEZE = "name them in expect_frozen if that is meant; else set requires_grad=True before the optimizer is built"
 
 RULES = (
     not_in_optimizer,
-    Rule("not_in_optimizer", "error", outside_of_parameters, UNREGISTERED, REGISTER),
+    Rule("not_in_optimizer", "error", outside_of_parameters, structure.HIDDEN, structure.REGISTER),
     updated_twice,
     Rule("frozen_module", "warning", partial(frozen, on_purpose=False), FROZEN, UNFREEZE),
     Rule(

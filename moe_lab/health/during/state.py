@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..before.structure import copied, hidden
 from ..findings import Finding
 from ..measures import expected_start
 from ..sampling import WHOLE, Waiting, number_of
@@ -18,7 +19,7 @@ from .intended import Replays
 from .outside import Outside
 from .ranks import Ranks
 from .steps import Steps
-from .tracking import HISTORY, GroupState, Tracked, copied, track, unregistered
+from .tracking import HISTORY, GroupState, Tracked, held_by, track
 
 READ_EVERY = 5  # updates between looks at the gradients
 MODES = 3  # such looks in a row that tell a mode
@@ -55,7 +56,8 @@ class State:
         self.groups: list[GroupState] = []
         self.signature: tuple = ()
         self.copied = copied(model, optimizers)
-        self.unregistered = {name: (p, p.detach().flatten()[:WHOLE].clone()) for name, p in unregistered(model).items()}
+        missed = hidden(model, optimizers).items()
+        self.hidden = {name: (p, p.detach().flatten()[:WHOLE].clone()) for name, p in missed}
         self.follow()
         self.forward, self.outside = ForwardProbe(model, is_new=not start_step), Outside(model, self.waiting)
 
@@ -122,8 +124,7 @@ class State:
 
     def follow(self) -> None:
         """Take in what is new: parameters that were unfrozen or given to an optimizer, and their groups."""
-        updated = [id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]]
-        signature = (*updated, *((id(p), p.requires_grad) for p in self.model.parameters()))
+        signature = (*map(id, held_by(self.optimizers)), *((id(p), p.requires_grad) for p in self.model.parameters()))
         if signature == self.signature:
             return
         self.signature = signature

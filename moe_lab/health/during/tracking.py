@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from inspect import signature
 from typing import Any
 
@@ -19,7 +19,6 @@ from ..torch_private import has_step_hooks
 HISTORY = 1000  # learning rates and losses kept one by one: a long training costs no more than a short one
 SPENT = 0.01  # share of the peak LR from which on it is near zero
 LR_STEADY = 10  # updates without a rise before an LR is called the peak
-COPIED = 0.8  # share of what trains that a copy of the model must hold; the rest may be a head
 JUMP = 3.0  # factor between the LRs of two updates beyond which no schedule's slope makes it
 
 
@@ -155,6 +154,15 @@ def refuse_bad_input(model: nn.Module, optimizers: list[Any], expect_frozen: Seq
             )
 
 
+def held_by(optimizers: Iterable[Optimizer]) -> list[Tensor]:
+    return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+
+
+def all_innermost(given: Any) -> list[Any]:
+    """The optimizers inside of one, or of several."""
+    return [inner for one in (given if isinstance(given, Iterable) else [given]) for inner in innermost(one)]
+
+
 def innermost(optimizer: Any) -> list[Any]:
     """The optimizers inside of a wrapper, whoever wrote it: what its attributes hold, alone or in a list, and can step. One that
     takes step hooks itself is no wrapper; what holds none is given back."""
@@ -229,65 +237,3 @@ def track(model: nn.Module, groups: Sequence[GroupState], known: Sequence[Tracke
     if not n_owned and not known:  # mid-run they may have been replaced
         raise ValueError("no parameter of the model is in the optimizer; build it from this model's parameters")
     return new
-
-
-TORCHS = set(vars(nn.Module()))  # attributes that every module has
-
-
-def unregistered(model: nn.Module) -> dict[str, Tensor]:
-    """Trainable tensors of modules in plain lists, tuples and dicts, which `parameters()` does not hold, by where they are."""
-    held, seen, found = {id(p) for p in model.parameters()}, set(), {}
-    waiting: list[tuple[str, Any]] = list(model.named_modules())
-    for name, thing in waiting:  # which grows meanwhile
-        if id(thing) in seen or (isinstance(thing, list | tuple | dict) and len(thing) > HISTORY):
-            continue
-        seen.add(id(thing))
-        if isinstance(thing, nn.Parameter):
-            if thing.requires_grad and id(thing) not in held:
-                found.setdefault(name, thing)
-        elif isinstance(thing, nn.Module):
-            inner = {**thing._parameters, **thing._modules}
-            inner |= {key: value for key, value in vars(thing).items() if key not in TORCHS}
-            waiting += ((f"{name}.{key}".removeprefix("."), value) for key, value in inner.items())
-        elif isinstance(thing, list | tuple | dict):
-            waiting += (
-                (f"{name}[{key!r}]", v) for key, v in (thing.items() if isinstance(thing, dict) else enumerate(thing))
-            )
-    return found
-
-
-def copied(model: nn.Module, optimizers: Sequence[Optimizer]) -> set[str]:
-    """Names of the tensors of a copy that the model keeps of itself, such as an average: nearly all that trains is there once
-    more, untrained, under its own name behind another prefix, with the same values."""
-    trained = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
-    named = dict(model.named_parameters())
-    by_tail: dict[str, list[Tensor]] = {}
-    for name in (name for name, p in named.items() if id(p) in trained):
-        for tail in tails(name):
-            by_tail.setdefault(tail, []).append(named[name])
-    by_prefix: dict[str, dict[str, list[Tensor]]] = {}
-    for name in (name for name, p in named.items() if id(p) not in trained):
-        for tail in tails(name)[1:]:
-            if tail in by_tail:
-                by_prefix.setdefault(name.removesuffix(tail), {})[name] = by_tail[tail]
-    least = COPIED * sum(id(p) in trained for p in named.values())
-    found: set[str] = set()
-    for candidates in (names for names in by_prefix.values() if len(names) >= least):
-        same = {name for name, ps in candidates.items() if any(is_equal(named[name], p) for p in ps)}
-        has_matrix = any(named[name].ndim > 1 for name in same)  # fresh norms are all alike
-        found |= same if has_matrix and len(same) >= least else set()
-    return found
-
-
-def tails(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[i:]) for i in range(len(parts))]
-
-
-def is_equal(p: Tensor, q: Tensor) -> bool:
-    """In a sample, and in the format of the first."""
-    if p.shape != q.shape or hasattr(p, "to_local") or hasattr(q, "to_local") or q.is_meta:
-        return False
-    at = sample_positions(p.shape)
-    a, b = (elements(plain(t), at.to(t.device)).cpu() for t in (p, q))
-    return torch.equal(a, b.to(a.dtype))
