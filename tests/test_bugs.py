@@ -10,7 +10,7 @@ from helpers import MECHANISMS, random_ids, tiny
 from moe_lab import Trainer, build_model
 from moe_lab.config import ROOT, ConfigError, load_config
 from moe_lab.data import Batches
-from moe_lab.failures import bugs
+from moe_lab.failures import bugs, edits
 from moe_lab.failures.bugs import BUGS, planted, sources
 from moe_lab.failures.edits import Edit, edited
 from moe_lab.health import choices
@@ -50,6 +50,19 @@ def sources_now(id: str) -> str:
     from moe_lab.failures.edits import by_function, source_of
 
     return "\n\n".join(source_of(getattr(*place)) for place in by_function(bugs.edits_of(id)))
+
+
+def test_a_difference_shows_each_changed_line_once_under_its_sign() -> None:
+    """Nothing else has a sign, and a source that is put back from the signs is the source."""
+    healthy, sick = sources("B08")
+    lines = edits.difference(healthy, sick)
+    for mark, one, other in (("-", healthy, sick), ("+", sick, healthy)):
+        changed = [line[2:] for line in lines if line[0] == mark]
+        assert changed == [line for line in one.splitlines() if line not in other.splitlines()] != []
+    page = edits.as_html("B08", lines)
+    assert page.count(edits.MARKED["+"]) == sum(line[0] == "+" for line in lines) and "&quot;" in page
+    far = edits.difference("a\n" * 9 + "b\n" * 9 + "c", "x\n" + "a\n" * 9 + "b\n" * 9)
+    assert [line for line in far if line[0] in "+-"] == ["+ x", "- c"] and "  …" in far
 
 
 def test_all_at_once_and_one_within_another() -> None:

@@ -2,7 +2,7 @@
 
     with planted("B03", "B04"):       # the case's bugs by id; `moe_lab.course.case.bug("B03")` says one in words
         model = build_model(config)   # and whatever trains it
-    show_difference("B03")            # the healthy and the sick source, side by side
+    show_difference("B03")            # the healthy and the sick lines
 
 B03 to B26 are edits of healthy functions: the sick line in the place of the healthy one, as a review would have shown it.
 B14 and B23 are texts, since they are no code. B01, B02 and three common bugs that the case did not have are functions.
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from moe_lab.config import ConfigError, ModelConfig, read_yaml
-from moe_lab.failures.edits import Edit, applied, as_table, by_function, edited, owner_of, side_by_side, source_of
+from moe_lab.failures.edits import Edit, applied, as_html, by_function, difference, edited, owner_of, source_of
 from moe_lab.model import build_model
 
 # ---- healthy skeletons of what the package does elsewhere, or not at all: B07 and B16 edit them --------------------------
@@ -75,14 +75,13 @@ def sources(id: str) -> tuple[str, str]:
 
 
 def show_difference(id: str) -> None:
-    """The two sources side by side, with a few lines about each change; in plain text one line after the other."""
+    """The healthy lines and the sick ones, with a few lines about each change; in plain text the changed ones alone."""
     from IPython.display import display
 
-    rows = list(side_by_side(*sources(id)))
+    lines = difference(*sources(id))
     names = ", ".join(dict.fromkeys(edit["in"].removeprefix("moe_lab.") for edit in BUGS["edits"].get(id, ())))
-    text = "\n".join(f"{mark} {line}" for row in rows for mark, line in (row[:2], row[2:]) if mark != " ")
-    table = as_table(("healthy", f"with {id}"), rows, names)
-    display({"text/html": table, "text/plain": f"{id}: {names}\n{text}"}, raw=True)
+    text = "\n".join([f"{id}: {names}", *(line for line in lines if line[0] in "-+")])
+    display({"text/html": as_html(f"{names}  (− healthy, + with {id})", lines), "text/plain": text}, raw=True)
 
 
 # ---- B01, B02 and three common bugs --------------------------------------------------------------------------------------

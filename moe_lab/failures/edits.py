@@ -18,8 +18,6 @@ from typing import Any, NamedTuple
 
 AROUND = 3  # unchanged lines that are shown about a change
 NUMBERS = count(1)
-STYLE = """<style>.moe-lab-diff td, .moe-lab-diff th {padding: 0 .6em; white-space: pre; font-family: monospace;
-font-size: 12px; text-align: left; vertical-align: top}</style>"""
 MARKED = {"-": "background:rgba(0,114,178,.18)", "+": "background:rgba(213,94,0,.22)"}  # blue, vermilion
 
 
@@ -99,27 +97,13 @@ def applied(edits: Iterable[Edit]) -> Iterator[None]:
             setattr(place, name, healthy)
 
 
-def side_by_side(healthy: str, sick: str) -> Iterator[tuple[str, str, str, str]]:
-    """Rows (mark, line, mark, line) with AROUND lines about each change; a row of dots where lines are left out."""
-    a, b = healthy.splitlines(), sick.splitlines()
-    for index, group in enumerate(difflib.SequenceMatcher(None, a, b, False).get_grouped_opcodes(AROUND)):
-        if index:
-            yield " ", "…", " ", "…"
-        for kind, a1, a2, b1, b2 in group:
-            left, right = a[a1:a2], b[b1:b2]
-            length = max(len(left), len(right))
-            marks = (" ", " ") if kind == "equal" else ("-", "+")
-            for x, y in zip(left + [None] * (length - len(left)), right + [None] * (length - len(right)), strict=True):
-                yield marks[0] if x is not None else " ", x or "", marks[1] if y is not None else " ", y or ""
+def difference(healthy: str, sick: str) -> list[str]:
+    """The two sources as one, a line bears its sign: - is healthy, + is sick, dots where lines are left out."""
+    lines = list(difflib.unified_diff(healthy.splitlines(), sick.splitlines(), n=AROUND, lineterm=""))
+    return ["  …" if line.startswith("@@") else f"{line[:1]} {line[1:]}" for line in lines[3:]]
 
 
-def as_table(titles: Iterable[str], rows: Iterable[tuple[str, str, str, str]], caption: str) -> str:
-    """HTML. Changed lines bear a sign beside their colour."""
-
-    def cell(mark: str, line: str) -> str:
-        return f'<td style="{MARKED.get(mark, "")}">{html.escape(f"{mark} {line}")}</td>'
-
-    head = "".join(f"<th>{html.escape(title)}</th>" for title in titles)
-    body = "".join(f"<tr>{cell(*row[:2])}{cell(*row[2:])}</tr>" for row in rows)
-    caption = f'<caption style="text-align: left">{html.escape(caption)}</caption>'
-    return f'{STYLE}<table class="moe-lab-diff">{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+def as_html(title: str, lines: Iterable[str]) -> str:
+    """Lines below each other, since two columns of code are wider than a page; changed ones have a colour too."""
+    shown = "".join(f'<div style="{MARKED.get(line[:1], "")}">{html.escape(line)}</div>' for line in lines)
+    return f'<div>{html.escape(title)}</div><pre style="font-size:12px;white-space:pre-wrap">{shown}</pre>'
