@@ -39,7 +39,9 @@ def told(findings: Iterable[Finding], whose: str = "") -> str:
     lines = []
     for finding in findings:
         colour = {"error": RED, "warning": AMBER}.get(finding.severity)
-        style = f"color:{colour};font-weight:600" if colour else "opacity:.75"
+        # a quarter of the page's own ink: darker on white paper, lighter in a dark theme
+        mixed = f"color:{colour};color:color-mix(in srgb,{colour} 75%,currentColor);font-weight:600"
+        style = mixed if colour else "opacity:.75"
         lines.append(f'<div style="{style}">{html.escape(" ".join(f"{whose} {finding}".split()))}</div>')
     return "".join(lines)
 

@@ -17,20 +17,9 @@ from torch import Tensor, nn
 
 from moe_lab.model.depth import Depth
 from moe_lab.model.moe import Routing, load_balancing_loss
+from moe_lab.show import style
 from moe_lab.show.explorables import Choice, Slider, explore
-from moe_lab.show.style import (
-    BLUE,
-    GREY,
-    INK,
-    LETTERS,
-    PALE,
-    SERIES,
-    VERMILION,
-    label_right,
-    new_axes,
-    new_figure,
-    show,
-)
+from moe_lab.show.style import label_right, new_axes, new_figure, show
 
 CHANGES = LogNorm(1e-5, 3.0)  # of a logit: what the blues of the causality maps mean
 
@@ -45,15 +34,16 @@ def show_forgetting(left: Mapping[str, Tensor]) -> None:
     axes = new_axes(
         new_figure(8, 3), (0.1, 0.19, 0.64, 0.68), "What is left of a token", "tokens later", "share, log scale"
     )
-    for curve, (colour, style, marker) in zip(left.values(), SERIES, strict=False):
-        axes.plot(curve, color=colour, linestyle=style, marker=marker, markersize=4)
+    for curve, (colour, line, marker) in zip(left.values(), style.SERIES, strict=False):
+        axes.plot(curve, color=colour, linestyle=line, marker=marker, markersize=4)
     axes.set_yscale("log")
     axes.set_ylim(min(float(curve[-1]) for curve in left.values()) / 3, 2)
     labels = [
-        (math.log10(curve[-1]), name, style[0]) for (name, curve), style in zip(left.items(), SERIES, strict=False)
+        (math.log10(curve[-1]), name, colour)
+        for (name, curve), (colour, *_) in zip(left.items(), style.SERIES, strict=False)
     ]
     for value, name, colour in labels:
-        axes.text(len(curve) - 0.3, 10**value, name, color=LETTERS.get(colour, colour), fontsize=8.5, va="center")
+        axes.text(len(curve) - 0.3, 10**value, name, color=style.LETTERS.get(colour, colour), fontsize=8.5, va="center")
     told = [f"{name}: {curve[1]:.2f} after 1 token, {curve[20]:.1g} after 20" for name, curve in left.items()]
     alt = f"Two lines over 30 tokens, share on a log scale. {'; '.join(told)}."
     show(
@@ -81,11 +71,11 @@ def draw_depth(
     axes.grid(False)
     axes.pcolormesh(np.where(chosen, 1.0, np.nan), cmap=ListedColormap(["#9CC4E4"]), edgecolors="white", linewidth=1.5)
     rows, columns = np.nonzero(~chosen)
-    axes.scatter(columns + 0.5, rows + 0.5, marker="x", color=VERMILION, s=22, linewidth=1.4)
+    axes.scatter(columns + 0.5, rows + 0.5, marker="x", color=style.VERMILION, s=22, linewidth=1.4)
     axes.set(xlim=(0, n_words), ylim=(n_sublayers, 0))
     axes.set_xticks(np.arange(n_words) + 0.5, [shown(word) for word in words], rotation=90, family="monospace")
     axes.set_yticks(np.arange(n_sublayers) + 0.5, names)
-    axes.tick_params(labelsize=9.5, colors=INK, length=0)
+    axes.tick_params(labelsize=9.5, colors=style.INK, length=0)
     computed = chosen.sum(axis=0)
     alt = f"Capacity {capacity:g}: each of {n_sublayers} sublayers computes {chosen[0].sum()} of {n_words} tokens; "
     alt += f"{(computed == n_sublayers).sum()} tokens are computed by all, {(computed == 0).sum()} by none."
@@ -125,11 +115,15 @@ def draw_router(differ: float, **logits: float) -> tuple[Figure, str, str]:
     title = f"Balance loss {balance:.2f} (1: even, E/K = {n_experts // 2}: a sure router, always the same experts)"
     axes = new_axes(figure, (0.08, 0.18, 0.7, 0.68), title, "expert", "share")
     places = np.arange(n_experts)
-    axes.bar(places - 0.2, load, 0.38, color=BLUE)
-    axes.bar(places + 0.2, prob, 0.38, color="white", edgecolor=VERMILION, hatch="///")
+    axes.bar(places - 0.2, load, 0.38, color=style.BLUE)
+    axes.bar(places + 0.2, prob, 0.38, color="white", edgecolor=style.VERMILION, hatch="///")
     axes.set(xticks=places, ylim=(0, 0.55), xlim=(-0.6, n_experts - 0.4))
-    axes.axhline(1 / n_experts, color=GREY, linestyle="--", linewidth=1)
-    ends = [(0.45, "■ load", BLUE), (0.4, "▨ mean probability", VERMILION), (1 / n_experts, "even", GREY)]
+    axes.axhline(1 / n_experts, color=style.GREY, linestyle="--", linewidth=1)
+    ends = [
+        (0.45, "■ load", style.BLUE),
+        (0.4, "▨ mean probability", style.VERMILION),
+        (1 / n_experts, "even", style.GREY),
+    ]
     label_right(axes, ends)
     alt = f"Balance loss {balance:.2f}. Load {', '.join(f'{v:.2f}' for v in load)}; "
     alt += f"mean probability {', '.join(f'{v:.2f}' for v in prob)}."
@@ -155,13 +149,13 @@ def show_causality(maps: Mapping[tuple[str, str], Tensor]) -> None:
         values = change.numpy()
         axes.imshow(np.where(values > 0, values, np.nan), cmap="Blues", norm=CHANGES)
         leaks = np.where(np.tril(values, -1) > 0, 1.0, np.nan)
-        axes.imshow(leaks, cmap=ListedColormap([VERMILION]))
+        axes.imshow(leaks, cmap=ListedColormap([style.VERMILION]))
         axes.set(xticks=[0, 10, 20], yticks=[] if column else [0, 10, 20])
         axes.title.set_fontsize(8.5)
         if not column:
             figure.text(0.012, box[1] + 0.17, mode, rotation=90, va="center", fontweight="bold", fontsize=10)
     bar = figure.colorbar(ScalarMappable(CHANGES, "Blues"), cax=figure.add_axes((0.905, 0.2, 0.012, 0.6)))
-    bar.set_label("change of a later logit", fontsize=9, color=INK)
+    bar.set_label("change of a later logit", fontsize=9, color=style.INK)
     bar.ax.tick_params(labelsize=8)
     told = {key: int((change.tril(-1) > 0).sum()) for key, change in maps.items()}
     leaking = [f"{name} in {mode} ({n} cells)" for (name, mode), n in told.items() if n]
@@ -189,13 +183,13 @@ def draw_hearers(words: Sequence[str], maps: Mapping, model: str, mode: str, tok
     blues = ScalarMappable(CHANGES, "Blues")
     for place, word in enumerate(words):
         heard, earlier = change[place] > 0, place < token
-        colour = VERMILION if heard and earlier else blues.to_rgba(change[place]) if heard else "white"
+        colour = style.VERMILION if heard and earlier else blues.to_rgba(change[place]) if heard else "white"
         dark = heard and (earlier or change[place] > 0.1)
-        edge, width = (INK, 3) if place == token else (PALE, 1)
+        edge, width = (style.INK, 3) if place == token else (style.PALE, 1)
         x, y = place % per_row, place // per_row
         axes.add_patch(axes_box(x, y, colour, edge, width))
         text = f"{place}\n{'× ' if heard and earlier else ''}{shown(word)}"
-        axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=9, color="white" if dark else INK)
+        axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=9, color="white" if dark else style.INK)
     before = [place for place in range(token) if change[place] > 0]
     after = [place for place in range(token + 1, len(words)) if change[place] > 0]
     alt = f"{model}, {mode}: token {token} changes; {len(after)} of {len(words) - token - 1} later places hear of it; "
@@ -232,16 +226,16 @@ def show_memorised(runs: Mapping[tuple[str, int], tuple]) -> None:
     axes.set_yscale("log")
     kinds = list(dict.fromkeys(kind for kind, _ in runs))
     told = []
-    for kind, (colour, style, marker) in zip(kinds, SERIES, strict=False):
+    for kind, (colour, line, marker) in zip(kinds, style.SERIES, strict=False):
         mine = [run[1:] for (of, _), run in runs.items() if of == kind]
         for history, _, evaluated in mine:
-            axes.plot(range(1, len(history) + 1), history, color=colour, linestyle=style, linewidth=1.2)
+            axes.plot(range(1, len(history) + 1), history, color=colour, linestyle=line, linewidth=1.2)
             axes.plot(len(history) + 3, evaluated, color=colour, marker=marker, markersize=7, fillstyle="none")
         ends = [f"{training:.2g} and {evaluated:.2g}" for _, training, evaluated in mine]
         told.append(f"{kind[0].upper()}{kind[1:]}, training and evaluation mode at the end: {'; '.join(ends)}")
-    legend = [(0.62, "— with MoD", SERIES[0][0]), (0.54, "- - without MoD", SERIES[1][0])]
-    legend += [(0.42, "○ □ evaluation mode,", INK), (0.35, "after the last update", INK)]
+    legend = [(0.62, "— with MoD", style.SERIES[0][0]), (0.54, "- - without MoD", style.SERIES[1][0])]
+    legend += [(0.42, "○ □ evaluation mode,", style.INK), (0.35, "after the last update", style.INK)]
     for y, text, colour in legend:
-        axes.text(1.02, y, text, color=LETTERS.get(colour, colour), fontsize=9, transform=axes.transAxes)
+        axes.text(1.02, y, text, color=style.LETTERS.get(colour, colour), fontsize=9, transform=axes.transAxes)
     alt = f"Six lines fall from {max(run[1][0] for run in runs.values()):.1f}. {'. '.join(told)}."
     show(axes.figure, alt, "Next token's loss on the same 64 tokens, three seeds each; nothing differs but MoD.")

@@ -11,20 +11,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from moe_lab.health.conventions import GPT3, adamw_equivalent, muon_element_step
+from moe_lab.show import style
 from moe_lab.show.explorables import Choice, Slider, explore
-from moe_lab.show.style import (
-    BLUE,
-    GREEN,
-    GREY,
-    INK,
-    PALE,
-    SERIES,
-    VERMILION,
-    draw_floors,
-    label_right,
-    new_axes,
-    new_figure,
-)
+from moe_lab.show.style import draw_floors, label_right, new_axes, new_figure
 
 Shown = tuple[Figure, str, str]
 Sweep = Mapping[float, Sequence[float]]  # learning rate → losses, one a seed; infinite where a run diverged
@@ -44,11 +33,11 @@ def spectra(spectra: Mapping[str, Sequence[float]]) -> Shown:
     figure = new_figure(10, 3.6)
     axes = new_axes(figure, (0.07, 0.15, 0.72, 0.74), "Singular values of one step", "rank", "")
     axes.set_yscale("log")
-    axes.axhspan(0.7, 1.2, color=PALE, alpha=0.6, linewidth=0)
+    axes.axhspan(0.7, 1.2, color=style.PALE, alpha=0.6, linewidth=0)
     labels, said = [], []
     every = np.concatenate([np.asarray(values) for values in spectra.values()])
     axes.set_ylim(max(every.min(), 1e-4) / 1.5, every.max() * 1.5)
-    for (name, values), (colour, line, _) in zip(spectra.items(), SERIES, strict=False):
+    for (name, values), (colour, line, _) in zip(spectra.items(), style.SERIES, strict=False):
         axes.plot(range(1, len(values) + 1), values, color=colour, linestyle=line, linewidth=1.8)
         labels.append((values[-1], name, colour))
         said.append(f"{name} from {values[0]:.2g} down to {values[-1]:.2g}")
@@ -71,10 +60,10 @@ def step_sizes(rms: Mapping[str, Mapping[int, float]], liu: float = 0.2) -> Show
     """RMS of AdamW's step over its LR, after each update, a line a kind of tensor."""
     figure = new_figure(10, 3.6)
     axes = new_axes(figure, (0.07, 0.15, 0.68, 0.74), "How far AdamW moves an element", "update", "RMS of a step / LR")
-    axes.axhline(liu, color=GREY, linestyle="--", linewidth=1)
+    axes.axhline(liu, color=style.GREY, linestyle="--", linewidth=1)
     axes.set_ylim(0, 1.1)
-    labels, said = [(liu, f"{liu:g}, as published", GREY)], []
-    for (name, values), (colour, line, marker) in zip(rms.items(), SERIES, strict=False):
+    labels, said = [(liu, f"{liu:g}, as published", style.GREY)], []
+    for (name, values), (colour, line, marker) in zip(rms.items(), style.SERIES, strict=False):
         axes.plot(*zip(*values.items(), strict=True), color=colour, linestyle=line, marker=marker, markersize=4)
         last = list(values)[-1]
         labels.append((values[last], name, colour))
@@ -108,7 +97,7 @@ def lr_sweep(
         else:
             axes.set_ylim(every.min() - 0.4, every.max() + 0.15)
         labels = draw_floors(axes, floors or {})
-        for (name, sweep), (colour, line, marker) in zip(methods.items(), SERIES[: len(methods)], strict=True):
+        for (name, sweep), (colour, line, marker) in zip(methods.items(), style.SERIES[: len(methods)], strict=True):
             lrs = sorted(sweep)
             losses = np.array([sweep[lr] for lr in lrs], dtype=float)  # (LRs, seeds)
             losses[np.isinf(losses)] = math.nan
@@ -118,7 +107,7 @@ def lr_sweep(
             axes.plot(lrs, losses, linestyle="none", marker=marker, markersize=3.5, color=colour)
             best = np.nanargmin(means)
             if optimum := (optima or {}).get(title, {}).get(name):
-                axes.plot(optimum, means[best], marker="*", markersize=13, color=colour, markeredgecolor=INK)
+                axes.plot(optimum, means[best], marker="*", markersize=13, color=colour, markeredgecolor=style.INK)
             last = means[-1] if math.isfinite(means[-1]) else every.max()
             labels.append((last, name, colour))
             lines.append(f"{title}, {name}: best {means[best]:.3f} at {lrs[best]:g}")
@@ -134,12 +123,12 @@ def horizon(optima: Mapping[str, Mapping[int, Best]], reference: float = -0.32) 
     axes = new_axes(figure, (0.08, 0.13, 0.66, 0.78), "The best LR of a run", "updates of 256 tokens", "best LR")
     axes.set(xscale="log", yscale="log")
     labels, said = [], []
-    for (name, by_length), (colour, line, marker) in zip(optima.items(), SERIES, strict=False):
+    for (name, by_length), (colour, line, marker) in zip(optima.items(), style.SERIES, strict=False):
         updates, found = list(by_length), list(by_length.values())
         lrs = [best.lr for best in found]
         reach = [[b.lr - b.low for b in found], [b.high - b.lr for b in found]]
-        style = {"color": colour, "linestyle": line, "marker": marker, "capsize": 4, "markersize": 7}
-        axes.errorbar(updates, lrs, yerr=reach, **style)
+        look = {"color": colour, "linestyle": line, "marker": marker, "capsize": 4, "markersize": 7}
+        axes.errorbar(updates, lrs, yerr=reach, **look)
         power = [lrs[0] * (n / updates[0]) ** reference for n in updates]
         axes.plot(updates, power, color=colour, linestyle=":", linewidth=1)
         labels.append((lrs[-1], name, colour))
@@ -164,17 +153,17 @@ def translate(lr: float, convention: str, rows: float, columns: float) -> Shown:
     published = [rate for _, rate in GPT3]
     hot = [adamw_equivalent(rate, shape, "original") for rate in (0.02, 0.05)]
     for (low, high), colour, text, place in (
-        ((min(published), max(published)), BLUE, "AdamW in GPT-3's table", 0.12),
-        (hot, GREEN, "Muon 0.02 to 0.05, original", 0.86),
+        ((min(published), max(published)), style.BLUE, "AdamW in GPT-3's table", 0.12),
+        (hot, style.GREEN, "Muon 0.02 to 0.05, original", 0.86),
     ):
         axes.axvspan(low, high, color=colour, alpha=0.18, linewidth=0)
-        axes.text(math.sqrt(low * high), place, text, fontsize=8, color=INK, ha="center", va="center")
+        axes.text(math.sqrt(low * high), place, text, fontsize=8, color=style.INK, ha="center", va="center")
     said = []
-    for name, colour, marker in ((convention, VERMILION, "o"), (other, GREY, "x")):
+    for name, colour, marker in ((convention, style.VERMILION, "o"), (other, style.GREY, "x")):
         step, twin = muon_element_step(lr, shape, name), adamw_equivalent(lr, shape, name)
         axes.plot(twin, 0.5, marker=marker, color=colour, markersize=11, markeredgewidth=2.5)
         said.append(f"{name}: RMS step {step:.2g}, like AdamW at {twin:.2g}")
-    axes.set_title(f"● {said[0]}", loc="left", fontsize=10, color=INK, fontweight="bold")
+    axes.set_title(f"● {said[0]}", loc="left", fontsize=10, color=style.INK, fontweight="bold")
     alt = f"Muon at {lr:.3g} on a matrix of {shape[0]} × {shape[1]}. {said[0]}. The same number in {said[1]}."
     return figure, alt, "Dot: this number in this convention. Cross: the same number in the other one."
 
@@ -205,10 +194,10 @@ def iterate(steps: float, smallest: float) -> Shown:
     figure = new_figure(10, 3.6)
     axes = new_axes(figure, (0.07, 0.15, 0.86, 0.74), f"After {steps} iterations", "singular value before", "after")
     axes.set_xscale("log")
-    axes.axhspan(0.7, 1.2, color=PALE, linewidth=0)
-    axes.axhline(1, color=GREY, linestyle="--", linewidth=1)
-    axes.plot(before, before, color=GREY, linestyle=":", linewidth=1.2)
-    axes.plot(before, after, color=BLUE, linewidth=2)
+    axes.axhspan(0.7, 1.2, color=style.PALE, linewidth=0)
+    axes.axhline(1, color=style.GREY, linestyle="--", linewidth=1)
+    axes.plot(before, before, color=style.GREY, linestyle=":", linewidth=1.2)
+    axes.plot(before, after, color=style.BLUE, linewidth=2)
     axes.set_ylim(0, 1.3)
     inside = ((after > 0.65) & (after < 1.25)).mean()
     alt = f"After {steps} iterations singular values from {smallest:.2g} to 1 lie between {after.min():.2g} and "

@@ -10,18 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moe_lab.show.style import (
-    BLUE,
-    GREY,
-    INK,
-    SERIES,
-    VERMILION,
-    draw_floors,
-    label_right,
-    new_axes,
-    new_figure,
-    row_axes,
-)
+from moe_lab.show import style
+from moe_lab.show.style import draw_floors, label_right, new_axes, new_figure, row_axes
 
 Shown = tuple[Figure, str, str]
 
@@ -48,7 +38,7 @@ def curves(
         axes = new_axes(figure, (0.06 + i * width, 0.13, width - 0.17, 0.78), title, "update", unit)
         axes.set_ylim(min(min(every), floors["trigram"]) - 0.1, max(every) + 0.1)
         labels = draw_floors(axes, floors)
-        for (name, seeds), (colour, line, _) in zip(runs.items(), [*SERIES, (INK, "-", "v")], strict=False):
+        for (name, seeds), (colour, line, _) in zip(runs.items(), [*style.SERIES, (style.INK, "-", "v")], strict=False):
             updates = list(seeds[0])
             losses = np.array([list(run.values()) for run in seeds])
             axes.fill_between(updates, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.2, linewidth=0)
@@ -73,11 +63,11 @@ def share_bars(shares: Mapping[str, Mapping[str, tuple[float, float]]]) -> Shown
     hatches = ("", "///", "...")
     for y, (row, parts) in enumerate(shares.items()):
         left = 0.0
-        for (name, (mean, _)), (colour, *_), hatch in zip(parts.items(), SERIES, hatches, strict=False):
-            style = {"color": colour, "alpha": 0.75, "hatch": hatch, "edgecolor": "white"}
-            axes.barh(y, mean, left=left, height=0.6, label=name if y == 0 else None, **style)
+        for (name, (mean, _)), (colour, *_), hatch in zip(parts.items(), style.SERIES, hatches, strict=False):
+            look = {"color": colour, "alpha": 0.75, "hatch": hatch, "edgecolor": "white"}
+            axes.barh(y, mean, left=left, height=0.6, label=name if y == 0 else None, **look)
             paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.6}
-            middle = {"ha": "center", "va": "center", "fontsize": 7.5, "color": INK, "bbox": paper}
+            middle = {"ha": "center", "va": "center", "fontsize": 7.5, "color": style.INK, "bbox": paper}
             axes.text(left + mean / 2, y, f"{mean:.2f}", **middle)
             left += mean
         said.append(f"{row}: " + ", ".join(f"{name} {mean:.2f} ± {sd:.2f}" for name, (mean, sd) in parts.items()))
@@ -116,19 +106,19 @@ def draw_surface(axes: Axes, surface: Surface) -> None:
     fitted = surface.predict(grid.reshape(-1, 2)).reshape(60, 60)
     levels = math.floor(fitted.min() * 10) / 10 + np.array([0, 0.1, 0.2, 0.4, 0.8, 1.2, 1.6, 2.4])
     axes.contourf(10**a, 10**b, fitted, levels=levels, cmap="Greys", alpha=0.45, extend="max")
-    points = [(*lrs, f"{loss:.2f}", BLUE, "o") for lrs, loss in surface.points.items()]
-    points += [(x, y, f"{name} {loss:.2f}", VERMILION, "s") for name, (x, y, loss) in surface.marks.items()]
+    points = [(*lrs, f"{loss:.2f}", style.BLUE, "o") for lrs, loss in surface.points.items()]
+    points += [(x, y, f"{name} {loss:.2f}", style.VERMILION, "s") for name, (x, y, loss) in surface.marks.items()]
     paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.8}  # lines must not run through numbers
     for x, y, text, colour, marker in points:
         axes.plot(x, y, color=colour, marker=marker, markersize=5)
-        style = {"fontsize": 7.5, "color": INK, "bbox": paper, "zorder": 4}
-        axes.annotate(text, (x, y), (6, 4), textcoords="offset points", **style)
+        look = {"fontsize": 7.5, "color": style.INK, "bbox": paper, "zorder": 4}
+        axes.annotate(text, (x, y), (6, 4), textcoords="offset points", **look)
     best_a, best_b = surface.optimum
-    for thickness, colour in ((3, "white"), (1.4, INK)):
+    for thickness, colour in ((3, "white"), (1.4, style.INK)):
         axes.plot(surface.intervals[0], [best_b, best_b], color=colour, linewidth=thickness)
         axes.plot([best_a, best_a], surface.intervals[1], color=colour, linewidth=thickness)
-    axes.plot(best_a, best_b, marker="X", color=INK, markersize=8)
+    axes.plot(best_a, best_b, marker="X", color=style.INK, markersize=8)
     x, y, *_ = zip(*points, strict=True)
-    axes.axhline(min(y), color=GREY, linewidth=0)
+    axes.axhline(min(y), color=style.GREY, linewidth=0)
     axes.set_xlim(min(x) / 1.6, max(x) * 4)  # room for the numbers right of the points
     axes.set_ylim(min(y) / 1.6, max(y) * 1.8)

@@ -8,19 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from checks.ward import Patient, Result
-from moe_lab.show.style import (
-    BLUE,
-    GREY,
-    INK,
-    SERIES,
-    VERMILION,
-    draw_floors,
-    label_right,
-    new_axes,
-    new_figure,
-    row_axes,
-    show,
-)
+from moe_lab.show import style
+from moe_lab.show.style import draw_floors, label_right, new_axes, new_figure, row_axes, show
 
 GAIN = 0.05  # nats that a branch must gain: the checklist's limit
 
@@ -30,7 +19,7 @@ def beside(patients: Mapping[str, Patient]) -> None:
     figure = new_figure(10, 3.4)
     axes = new_axes(figure, (0.07, 0.16, 0.72, 0.74), "Training loss", "update", "nats per token")
     labels, said = [], []
-    for (name, patient), (colour, line, _) in zip(patients.items(), SERIES, strict=False):
+    for (name, patient), (colour, line, _) in zip(patients.items(), style.SERIES, strict=False):
         steps, losses = patient.record["step"], patient.record["loss"]
         axes.plot(steps, losses, color=colour, linestyle=line, linewidth=1.5)
         last = float(np.mean(losses[-5:]))
@@ -49,7 +38,7 @@ def twelve(patients: Mapping[str, Patient]) -> None:
         row, column = divmod(number, 4)
         box = (0.06 + 0.24 * column, 0.73 - 0.32 * row, 0.19, 0.2)
         axes = new_axes(figure, box, name, "update" if row == 2 else "", "nats per token" if column == 0 else "")
-        axes.plot(patient.record["step"], patient.record["loss"], color=BLUE, linewidth=1.2)
+        axes.plot(patient.record["step"], patient.record["loss"], color=style.BLUE, linewidth=1.2)
         axes.set_ylim(0, min(top, 8) * 1.05)
         said.append(f"{name} {patient.record['loss'][0]:.1f} to {np.mean(patient.record['loss'][-5:]):.1f}")
     alt = f"Twelve small panels with one falling curve each, training loss in nats per token: {', '.join(said)}."
@@ -67,13 +56,13 @@ def floors(run: str, result: Result) -> tuple[Figure, str, str]:
     figure = new_figure(10, 3.4)
     axes = new_axes(figure, (0.07, 0.16, 0.72, 0.74), f"{run}: loss of the next token", "update", "nats per token")
     training, validation = (np.array(result.drawn[name]).T for name in ("training", "validation"))
-    axes.plot(*training, color=BLUE, linewidth=1.3)
-    axes.plot(*validation, color=VERMILION, linestyle="--", marker="s", markersize=5)
+    axes.plot(*training, color=style.BLUE, linewidth=1.3)
+    axes.plot(*validation, color=style.VERMILION, linestyle="--", marker="s", markersize=5)
     tables = {
         name: float(value) for name, value in (text.split() for text in result.lines[0].split(": ")[1].split(", "))
     }
     axes.set_ylim(min(training[1].min(), validation[1].min(), tables["trigram"]) - 0.2, training[1].max() + 0.3)
-    ends = [(training[1][-5:].mean(), "training", BLUE), (validation[1][-1], "validation", VERMILION)]
+    ends = [(training[1][-5:].mean(), "training", style.BLUE), (validation[1][-1], "validation", style.VERMILION)]
     labels = [(value, f"{name} {value:.2f}", colour) for value, name, colour in ends]
     label_right(axes, draw_floors(axes, tables) + labels)
     alt = f"{run}: training ends at {ends[0][0]:.2f}, validation at {ends[1][0]:.2f} nats; {result.lines[0]}."
@@ -101,8 +90,8 @@ def heard(run: str, result: Result) -> tuple[Figure, str, str]:
     values = {name: value for name, value in result.drawn.items() if name != "loss"}
     axes = row_axes(list(values), f"{run}: change of an earlier logit", "standard deviations of the logits")
     for place, value in enumerate(values.values()):
-        axes.plot([0, value], [place, place], color=VERMILION if value else BLUE, linewidth=4)
-        axes.annotate(f"{value:.2g}", (value, place), (8, -3), textcoords="offset points", fontsize=9, color=INK)
+        axes.plot([0, value], [place, place], color=style.VERMILION if value else style.BLUE, linewidth=4)
+        axes.annotate(f"{value:.2g}", (value, place), (8, -3), textcoords="offset points", fontsize=9, color=style.INK)
     axes.set_xlim(0, 1.15 * max([0.1, *values.values()]))
     alt = f"{run}: " + "; ".join(f"{name} {value:.2g}" for name, value in values.items()) + "."
     return (
@@ -117,8 +106,10 @@ def branches(run: str, result: Result) -> tuple[Figure, str, str]:
     rows = [(name, gain, error) for name, gain, error in result.drawn if gain is not None and abs(gain) < 100]
     axes = row_axes([name for name, _, _ in rows], f"{run}: gained by three times the LR", "nats after 30 updates")
     for place, (_, gain, error) in enumerate(rows):
-        axes.errorbar(gain, place, xerr=3 * error, color=BLUE if gain < GAIN else VERMILION, marker="o", capsize=3)
-    axes.axvline(GAIN, color=GREY, linestyle="--", linewidth=1)
-    axes.axvline(0, color=GREY, linewidth=0.6)
+        axes.errorbar(
+            gain, place, xerr=3 * error, color=style.BLUE if gain < GAIN else style.VERMILION, marker="o", capsize=3
+        )
+    axes.axvline(GAIN, color=style.GREY, linestyle="--", linewidth=1)
+    axes.axvline(0, color=style.GREY, linewidth=0.6)
     alt = f"{run}: " + "; ".join(f"{name} {gain:+.3f} ± {error:.3f}" for name, gain, error in rows) + " nats."
     return axes.figure, alt, "Right of the dashed line a raised learning rate has proved that it was too low."

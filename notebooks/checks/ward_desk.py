@@ -33,7 +33,7 @@ def desk(ward: Ward):
     wide = w.Layout(width="34em")
     style = {"description_width": "6em"}
     run = w.Dropdown(options=list(ward.patients), description="run", layout=wide, style=style)
-    says = w.Output()
+    says = w.Output(layout=w.Layout(max_height="26em", overflow="auto"))  # a long config pushes no note away
     causes = [choice(w, name, [*sorted(CAUSES)], wide, style) for name in ("cause", "2nd cause")]
     cures = [choice(w, name, [*sorted(all_cures())], wide, style) for name in ("cure", "2nd cure")]
     evidence = w.SelectMultiple(
