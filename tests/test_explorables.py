@@ -138,3 +138,12 @@ def test_capacity_is_the_share_of_tokens_that_a_sublayer_computes(capacity) -> N
     n = math.ceil(capacity * 20)
     assert f"computes {n} of 20 tokens" in text and f"{n * (n + 1) // 2} of 210 pairs" in caption
     assert f"{chosen.all(axis=0).sum()} tokens are computed by all, {(~chosen).all(axis=0).sum()} by none" in text
+
+
+def test_a_logarithmic_slider_can_stand_where_it_starts() -> None:
+    """A browser moves a value to the nearest step from the least one: 192 would become 181."""
+    for value, low, high, step, base in ((192, 5, 13, 0.25, 2), (0.02, -5, 0, 0.05, 10), (64, 5, 13, 0.25, 2)):
+        widget = Slider("width", value, low, high, step, base).widget()
+        steps = (math.log(value, base) - widget.min) / step
+        assert steps == pytest.approx(round(steps), abs=1e-6) and low <= widget.min < low + step
+        assert widget.value == pytest.approx(value)

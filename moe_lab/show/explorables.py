@@ -15,6 +15,7 @@ follow each move: add a line to EXPLORABLES in tests/browser/test_explorables_br
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -38,10 +39,12 @@ class Slider(NamedTuple):
         import ipywidgets
 
         limits = {"min": self.low, "max": self.high, "step": self.step}
-        options = {"description": self.label, "readout_format": ".3g", "layout": {"width": "32em"}}
+        options = {"description": self.label, "readout_format": ".4r", "layout": {"width": "32em"}}
         options |= {"style": {"description_width": "9em"}}
         if self.base is None:
             return ipywidgets.FloatSlider(self.value, **limits, **options)
+        steps = (math.log(self.value, self.base) - self.low) / self.step  # a browser moves a value to the nearest step
+        limits["min"] += (steps % 1) * self.step if abs(steps - round(steps)) > 1e-9 else 0
         return ipywidgets.FloatLogSlider(self.value, base=self.base, **limits, **options)
 
 
