@@ -8,9 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.optimizer import (
+    _global_optimizer_pre_hooks,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from toy import adamw, said, toy
 
 from moe_lab.health import Finding, Watch
+from moe_lab.health.during import events
 
 EVENTS = {"no_updates", "stale_gradients", "cleared_gradients"}
 
@@ -20,9 +26,22 @@ def loss_of(model: nn.Module) -> torch.Tensor:
     return F.cross_entropy(model(ids).float().flatten(0, -2), ids.flatten())
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def watched(model, optimizers, step, n: int = 60) -> set[str]:
+    """The rules that speak while `step(i)` is called n times; a loss that it returns is observed."""
+    with Watch(model, optimizers) as watch:
+        for i in range(n):
+            if (loss := step(i)) is not None:
+                watch.observe(loss=loss)
+    return set(said(watch))
+
+
 def seen(loop, n: int = 20, begins: int = 0) -> list[Finding]:
     """What the rules about events say while `loop(model, optimizer, i)` is called n times, and a sound loop before that."""
-    torch.manual_seed(0)
     model = toy()
     (optimizer,) = adamw(model)
     with Watch(model, optimizer) as watch:
@@ -33,6 +52,12 @@ def seen(loop, n: int = 20, begins: int = 0) -> list[Finding]:
 
 def found(loop, n: int = 20) -> set[str]:
     return {finding.rule for finding in seen(loop, n)}
+
+
+def halves(model) -> list[torch.optim.Optimizer]:
+    """An optimizer of the matrices and one of the vectors."""
+    parts = ([p for p in model.parameters() if (p.ndim > 1) == many] for many in (True, False))
+    return [torch.optim.AdamW(part, lr=0.01) for part in parts]
 
 
 def sound(model, optimizer, i, set_to_none: bool = True):
@@ -116,27 +141,18 @@ def made_by_hand(model, optimizer, i):
     return loss_of(model)
 
 
-class Attacked(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layers(x)
-
-
 def test_adversarial_training_throws_the_gradients_of_its_attack_away() -> None:
-    torch.manual_seed(0)
-    model = Attacked()
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with Watch(model, optimizer) as watch:
-        for _ in range(30):
-            x, y = torch.randn(8, 4, requires_grad=True), torch.randint(2, (8,))
-            F.cross_entropy(model(x), y).backward()
-            optimizer.zero_grad()
-            F.cross_entropy(model((x + 0.1 * x.grad.sign()).detach()), y).backward()
-            optimizer.step()
-    assert not EVENTS & set(said(watch))
+
+    def step(i: int) -> None:
+        x, y = torch.randn(8, 4, requires_grad=True), torch.randint(2, (8,))
+        F.cross_entropy(model(x), y).backward()
+        optimizer.zero_grad()
+        F.cross_entropy(model((x + 0.1 * x.grad.sign()).detach()), y).backward()
+        optimizer.step()
+
+    assert not EVENTS & watched(model, optimizer, step, 30)
 
 
 def skipped_at_first(model, optimizer, i):
@@ -156,13 +172,8 @@ def test_sound_orders_are_silent(loop) -> None:
 
 
 class ReturnsNone(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight):
-        return x * weight
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient, None
+    forward = staticmethod(lambda ctx, x, weight: x * weight)
+    backward = staticmethod(lambda ctx, gradient: (gradient, None))
 
 
 @pytest.mark.parametrize("kind", ["sparse", "none"])
@@ -171,13 +182,14 @@ def test_gradients_that_tell_nothing_disturb_nothing(kind: str) -> None:
     gain = nn.Parameter(torch.ones(2))
     model = nn.ParameterList([*table.parameters(), *([gain] if kind == "none" else [])])
     optimizer = (torch.optim.SparseAdam if kind == "sparse" else torch.optim.AdamW)(model.parameters(), lr=0.1)
-    with Watch(model, optimizer) as watch:
-        for _ in range(30):
-            optimizer.zero_grad()
-            rows = table(torch.arange(4))
-            (ReturnsNone.apply(rows, gain) if kind == "none" else rows).square().sum().backward()
-            optimizer.step()
-    assert not (EVENTS | {"not_measured"}) & set(said(watch))
+
+    def step(i: int) -> None:
+        optimizer.zero_grad()
+        rows = table(torch.arange(4))
+        (ReturnsNone.apply(rows, gain) if kind == "none" else rows).square().sum().backward()
+        optimizer.step()
+
+    assert not (EVENTS | {"not_measured"}) & watched(model, optimizer, step, 30)
 
 
 def never_cleared(model, optimizer, i):
@@ -223,71 +235,55 @@ def test_each_mistake_is_named_whenever_it_begins(loop, rule: str, told: str, be
     assert finding.rule == rule and told in finding.message and begins < finding.step <= begins + 25
 
 
-class Pair(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.generator, self.discriminator = toy(seed=1), toy(seed=2)
-
-
 @pytest.mark.parametrize("both", [True, False])
 def test_the_parts_of_a_gan_clear_what_the_other_one_left(both: bool) -> None:
     """The generator's pass fills the discriminator's gradients, and is not for them."""
-    torch.manual_seed(0)
-    pair = Pair()
-    (a,), (b,) = adamw(pair.generator), adamw(pair.discriminator)
-    with Watch(pair if both else pair.discriminator, [a, b] if both else [b]) as watch:
-        for _ in range(30):
-            a.zero_grad()
-            (loss_of(pair.generator) + loss_of(pair.discriminator)).backward()
-            if both:
-                b.zero_grad()
-                loss_of(pair.discriminator).backward()
-                a.step()
-            else:
-                a.step()
-                b.zero_grad()
-                loss_of(pair.discriminator).backward()
-            b.step()
-    assert not EVENTS & set(said(watch))
+    generator, discriminator = pair = nn.ModuleList([toy(seed=1), toy(seed=2)])
+    (a,), (b,) = adamw(generator), adamw(discriminator)
+
+    def step(i: int) -> None:
+        a.zero_grad()
+        (loss_of(generator) + loss_of(discriminator)).backward()
+        if not both:
+            a.step()
+        b.zero_grad()
+        loss_of(discriminator).backward()
+        if both:
+            a.step()
+        b.step()
+
+    assert not EVENTS & watched(pair if both else discriminator, [a, b] if both else [b], step, 30)
 
 
 def test_optimizers_that_take_turns_clear_each_other_s_gradients() -> None:
-    torch.manual_seed(0)
     model = toy()
-    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == many] for many in (True, False))
-    optimizers = [torch.optim.AdamW(part, lr=0.01) for part in (matrices, vectors)]
-    with Watch(model, optimizers) as watch:
-        for i in range(60):
-            model.zero_grad()
-            loss_of(model).backward()
-            optimizers[i % 2].step()
-    assert not EVENTS & set(said(watch))
+    optimizers = halves(model)
+
+    def step(i: int) -> None:
+        model.zero_grad()
+        loss_of(model).backward()
+        optimizers[i % 2].step()
+
+    assert not EVENTS & watched(model, optimizers, step)
 
 
 def test_one_of_two_optimizers_never_steps() -> None:
-    torch.manual_seed(0)
     model = toy()
-    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == many] for many in (True, False))
-    optimizers = [torch.optim.AdamW(part, lr=0.01) for part in (matrices, vectors)]
-    with Watch(model, optimizers) as watch:
-        for _ in range(60):
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            loss_of(model).backward()
-            optimizers[0].step()
-    assert "no_updates" in said(watch)
+    optimizers = halves(model)
+
+    def step(i: int) -> None:
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss_of(model).backward()
+        optimizers[0].step()
+
+    assert "no_updates" in watched(model, optimizers, step)
 
 
 def test_the_missing_gradient_is_not_blamed_on_the_model() -> None:
-    torch.manual_seed(0)
     model = toy()
     (optimizer,) = adamw(model)
-    with Watch(model, optimizer) as watch:
-        for _ in range(40):
-            loss_of(model).backward()
-            optimizer.zero_grad()
-            optimizer.step()
-    assert "no_gradient" not in said(watch)
+    assert "no_gradient" not in watched(model, optimizer, partial(gone, model, optimizer), 40)
 
 
 def test_losses_without_an_update() -> None:
@@ -300,17 +296,12 @@ def test_losses_without_an_update() -> None:
 
 def test_an_optimizer_that_steps_inside_of_the_watched_one() -> None:
     """As sharpness-aware ones do, in steps of other names."""
-    torch.manual_seed(0)
     model = toy()
     outer, inner = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
-    with Watch(model, outer) as watch:
-        for i in range(60):
-            watch.observe(loss=sound(model, inner, i))
-    assert "no_updates" not in said(watch)
+    assert "no_updates" not in watched(model, outer, partial(sound, model, inner))
 
 
 def test_losses_that_come_in_bunches_after_their_updates() -> None:
-    torch.manual_seed(0)
     model = toy()
     (optimizer,) = adamw(model)
     with Watch(model, optimizer) as watch:
@@ -328,12 +319,42 @@ def test_a_report_after_no_update_is_no_all_clear(capsys) -> None:
     assert "no update was seen" in capsys.readouterr().out
 
 
-def test_nothing_stays_behind() -> None:
+@pytest.fixture
+def alone() -> None:
+    """No other test's watch, which may not have been closed, listens."""
+    events.LISTENING.clear()
+    events.attend()
+
+
+def test_nothing_stays_behind(alone: None) -> None:
     model = toy()
     (optimizer,) = adamw(model)
     with Watch(model, optimizer):
         sound(model, optimizer, 0)
+        assert len(events.HANDLES) == len(_global_optimizer_pre_hooks) == 1
     assert not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters())
+    assert not _global_optimizer_pre_hooks
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_watch_may_be_made_and_closed_in_a_step(alone: None, when: str) -> None:
+    """Torch goes through the hooks for all optimizers then, and more of them must not come or go."""
+    model, watches = toy(), []
+    (optimizer,) = adamw(model)
+
+    def begin_or_end(*_: object) -> None:
+        watches.append(Watch(model, optimizer)) if not watches else watches[0].close()
+
+    register = {"before": register_optimizer_step_pre_hook, "after": register_optimizer_step_post_hook}[when]
+    handle, listened = register(begin_or_end), []
+    for i in range(3):
+        sound(model, optimizer, i)
+        listened.append(len(events.HANDLES))
+    handle.remove()
+    assert listened == [1, when == "before", when == "before"]
+    with Watch(model, optimizer):
+        pass
+    assert not _global_optimizer_pre_hooks
 
 
 def test_a_watch_that_was_never_closed_keeps_nothing_alive() -> None:

@@ -30,6 +30,14 @@ def is_nested_step(optimizer: Optimizer) -> bool:
     return n > 1
 
 
+def is_step_under_way() -> bool:
+    """Whether some optimizer's hooks before a step are called now, or its step is made: those afterwards know its result."""
+    frame = sys._getframe(1)
+    while frame is not None and (frame.f_code is not STEP_WRAPPER or "out" in frame.f_locals):
+        frame = frame.f_back
+    return frame is not None
+
+
 def has_step_hooks(optimizer: object) -> bool:
     """Whether step hooks can be registered: not on accelerate's wrapper, which is an Optimizer without its constructor."""
     return "_optimizer_step_pre_hooks" in getattr(optimizer, "__dict__", {})

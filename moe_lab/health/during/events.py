@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..findings import grouped
 from ..sampling import WHOLE, fetched, plain
+from ..torch_private import is_step_under_way
 from .heard import tensors_of
 from .listener import Listener
 from .tracking import Tracked
@@ -84,6 +85,7 @@ class Events(Listener):
         self.watched = {id(t.optimizer) for t in self.tensors}
         self.for_all = hook(self.any_step)
         LISTENING.add(self)
+        attend()
         yield self.model.register_forward_pre_hook(hook(self.enters), with_kwargs=True)
 
     def weakly(self, hook: Callable) -> Callable:
@@ -166,6 +168,7 @@ class Events(Listener):
     def forget(self) -> None:
         self.ears, self.waiting, self.held, self.for_all = [], [], [], ignore
         LISTENING.discard(self)
+        attend()
 
 
 def ignore(*args: Any) -> None:
@@ -173,5 +176,15 @@ def ignore(*args: Any) -> None:
 
 
 LISTENING: weakref.WeakSet[Events] = weakref.WeakSet()
-# Once and for good: a watch may be made or closed in a step, when torch is going through these hooks. Each guards itself.
-register_optimizer_step_pre_hook(lambda *args: any(events.for_all(*args) for events in list(LISTENING)) or None)
+HANDLES: list[Any] = []  # of the one hook for all optimizers' steps
+
+
+def attend() -> None:
+    """Hang that hook up with the first that listens, and take it down with the last; after a step that is under way, since torch
+    may be going through such hooks."""
+    if bool(LISTENING) != bool(HANDLES) and not is_step_under_way():
+        if LISTENING:
+            tell_all = lambda *args: any(events.for_all(*args) for events in list(LISTENING)) or None  # noqa: E731
+            HANDLES.append(register_optimizer_step_pre_hook(tell_all))
+        else:
+            HANDLES.pop().remove()

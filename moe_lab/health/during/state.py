@@ -13,7 +13,7 @@ from ..findings import Finding
 from ..measures import expected_start
 from ..sampling import WHOLE, Waiting, number_of
 from .bank import Bank, Gradients, banks_of
-from .events import Events
+from .events import Events, attend
 from .forward import ForwardProbe
 from .intended import Replays
 from .outside import Outside
@@ -89,6 +89,7 @@ class State:
         return error
 
     def after_update(self, optimizer: Optimizer, made_gradients: bool) -> None:
+        attend()
         self.steps.end(optimizer, self.counts[id(optimizer)])
         self.forward.heard.update = self.n_seen + 1
         if made_gradients:
