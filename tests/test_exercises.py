@@ -41,16 +41,11 @@ def depth_layer(x, scores, capacity, sublayer, bug):
     elif bug != "B05":
         weight = scores.detach() if bug == "detached" else scores
         y = weight[places].sigmoid()[:, None] * y
-    if bug == "B03":
-        return x + x.index_add(0, places, y)
-    if bug == "chosen only":
-        return x[places] + y
+    if bug in ("B03", "chosen only"):
+        return x + x.index_add(0, places, y) if bug == "B03" else x[places] + y
     if bug == "zeroed":
         return torch.zeros_like(x).index_add(0, places, x[places] + y)
-    if bug == "in place":
-        x[places] = x[places] + y
-        return x
-    return x.index_add(0, places, y)
+    return (x.index_add_ if bug == "in place" else x.index_add)(0, places, y)
 
 
 @cache
@@ -61,6 +56,10 @@ def solved_04a() -> dict:
 
 def frozen(peak: float, n: int, reach: float = 1.165) -> int:
     return next(t for t in range(1, n + 1) if reach * peak * (1 + math.cos(math.pi * t / n)) / 2 <= 2**-9)
+
+
+def untrained(folder: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).float()
 
 
 # of each check: wrong answers, and what the reader is told
@@ -188,10 +187,7 @@ WRONG = {
     ],
     "08.load": [
         (lambda folder: AutoModelForCausalLM.from_pretrained(folder), "takes a dtype"),
-        (
-            lambda folder: AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).float(),
-            "not the checkpoint's",
-        ),
+        (untrained, "not the checkpoint's"),
         (lambda folder: None, "return the model"),
     ],
     "08.micro_loss": [
@@ -199,10 +195,7 @@ WRONG = {
         (lambda token_sum, n, balance, items: token_sum / (items or n), "the pass is alone"),
         (lambda token_sum, n, balance, items: token_sum / n + 0.02 * balance, "twice the loss"),
         (lambda token_sum, n, balance, items: token_sum / (items or n) + 0.02 * balance, "Mixtral's"),
-        (
-            lambda token_sum, n, balance, items: token_sum / (items or n) + 0.02 * balance / (2 if items else 1) ** 2,
-            "add up to",
-        ),
+        (lambda token_sum, n, balance, items: token_sum / (items or n) + balance / (200 if items else 50), "add up to"),
     ],
     "09.settings": [
         ("precision.parameters=float32", "a list of texts"),
@@ -210,11 +203,7 @@ WRONG = {
         (["training.activation_checkpointing=true"], "that is the sickness"),
         (["precision.parameters=float32"], "can be computed again"),
     ],
-    "09.tokens": [
-        (100_000, "a power of two"),
-        (65_536, "Muon still makes"),
-        (262_144, "would do"),
-    ],
+    "09.tokens": [(100_000, "a power of two"), (65_536, "Muon still makes"), (262_144, "would do")],
     "05.diagnosis": [
         ("not_in_optimizer", "a pair"),
         (("no_gradient", "4.weight"), "gradients do arrive"),
@@ -321,10 +310,6 @@ def test_each_suspect_leaks_as_its_verdict_says() -> None:
         network.embedding.register_forward_hook(lambda module, args, output, into=captured: into.append(output))
         (grad,) = torch.autograd.grad(network(ids[None]).logits[0, :12].square().sum(), captured)
         reach = [int(row.nonzero()[0]) for row in back if row.any()]
-        if not reach:
-            found[letter] = "causal"
-        elif not grad[0, 12:].any():
-            found[letter] = "choice"
-        else:
-            found[letter] = "mask" if max(reach) == 0 else "chunk"
+        known = "mask" if max(reach, default=0) == 0 else "chunk"
+        found[letter] = "causal" if not reach else known if grad[0, 12:].any() else "choice"
     assert found == LEAKS

@@ -2,18 +2,15 @@
 
 import json
 from collections import Counter
-from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
-import torch
 from checks import exercises_10, ward, ward_desk, ward_notes, ward_plans, ward_readers
 from helpers import solved
 
 from benchmarks import ward as maker
-from benchmarks.ward_measures import MEASURES, heard, in_each_mode, plain_copy, skipped_tokens
-from moe_lab import build_model
+from benchmarks.ward_measures import MEASURES
 from moe_lab.config import ConfigError
-from moe_lab.failures import bugs
 
 COMMITTED = (0, 1)  # 1 was there while the measurements were written; 0 judges
 FILES = sorted(ward.COMMITTED.rglob("*.json"))
@@ -62,8 +59,7 @@ def test_every_ward_has_what_it_must(seed: int) -> None:
     assert all(sum(single[cause] for cause in known) == n for n, known in ward_plans.SOME.items())
     assert sorted(len(plan.causes) for plan in plans.values()) == [1] * 10 + [2] * 2
     assert single["healthy"] == 2
-    for cause in ("random tokens", "sees the future", "experts collapsed"):
-        assert single[cause] == 1
+    assert [single[cause] for cause in ("random tokens", "sees the future", "experts collapsed")] == [1, 1, 1]
     kinds = [plan.faults for plan in plans.values() if plan.causes == {"healthy"}]
     assert len(set(kinds)) == 2
     assert all(fault in maker.PLANTS for plan in plans.values() for fault in plan.faults)
@@ -87,9 +83,8 @@ def test_files_hold_measurements_and_no_label(path) -> None:
     held = json.loads(text)
     assert set(held) == {"config", "origin", "record", "measured"}
     assert set(held["measured"]) == set(ward.PRICES) == set(MEASURES)
-    classes = [
-        name for name, value in vars(maker).items() if isinstance(value, type) and value.__module__ == maker.__name__
-    ]
+    made = {name: value for name, value in vars(maker).items() if isinstance(value, type)}
+    classes = [name for name, value in made.items() if value.__module__ == maker.__name__]
     kinds = [kind for known in ward.CAUSES.values() for kind in known.variants if " " in kind]
     assert not [word for word in (*classes, *kinds, "planted") if word in text]
 
@@ -97,98 +92,6 @@ def test_files_hold_measurements_and_no_label(path) -> None:
 def test_the_committed_files_are_small_and_whole() -> None:
     assert len(FILES) == 2 * 12 + len(ward.EXAMPLE)
     assert sum(path.stat().st_size for path in FILES) < 2_000_000
-
-
-# ---- what is planted -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def planted():
-    """Makes a fresh model with a fault, its weights a way off their start; an edit of the source stays for the whole test."""
-    with ExitStack() as code:
-
-        def make(*fault: str):
-            plant = maker.PLANTS[fault]
-            code.enter_context(bugs.planted(*plant.bugs))
-            torch.manual_seed(0)
-            model = build_model(maker.BASE.model)
-            with torch.no_grad():
-                for p in model.parameters():
-                    p.add_(0.05 * torch.randn_like(p))
-            if plant.model:
-                plant.model(model)
-            return plain_copy(model)
-
-        yield make
-
-
-IDS = torch.randint(512, (4, 65), generator=torch.Generator().manual_seed(1))
-
-
-def leaks(model) -> tuple[bool, bool]:
-    """In evaluation; in training, with every choice held."""
-    with torch.no_grad():
-        found = [heard(model, IDS[:, :64], 512, training=mode, hold=mode) for mode in (False, True)]
-    return found[0] > 1e-4, found[1] > 1e-4
-
-
-@pytest.mark.parametrize(
-    ("kind", "evaluation", "training"),
-    [("convolution", True, True), ("attention", True, True), ("unsorted", False, True)],
-)
-def test_a_leak_leaks_where_it_is_said_to(planted, kind: str, evaluation: bool, training: bool) -> None:
-    assert leaks(planted("sees the future", kind)) == (evaluation, training)
-
-
-def test_a_sound_model_does_not_leak_although_its_choice_looks_ahead(planted) -> None:
-    model = planted("healthy", "as configured")
-    assert leaks(model) == (False, False)
-    with torch.no_grad():
-        assert heard(model, IDS[:, :64], 512, training=True, hold=False) > 1e-4
-        losses, one_sided = in_each_mode(model, IDS)
-        changed: list[int] = []
-        with skipped_tokens(changed):
-            model.train()(IDS[:, :64])
-    assert one_sided == [] and set(losses) == {"training", "evaluation"}
-    assert changed == [0] * 6
-
-
-@pytest.mark.parametrize(("kind", "name"), [("depth off", "router"), ("mixer off", "in_proj")])
-def test_what_runs_in_one_mode_only_is_named(planted, kind: str, name: str) -> None:
-    with torch.no_grad():
-        _, one_sided = in_each_mode(planted("training and evaluation differ", kind), IDS)
-    assert any(name in module for module in one_sided)
-
-
-def test_a_bias_of_the_wrong_sign_collapses_the_experts(planted) -> None:
-    model = planted("experts collapsed", "wrong sign").train()
-    with torch.no_grad():
-        for _ in range(200):
-            routing = model(IDS[:, :64]).routing
-    assert all((layer.load() * 8 < 0.1).sum() >= 4 for layer in routing)
-
-
-def test_an_unused_score_leaves_the_depth_routers_without_gradient(planted) -> None:
-    model = planted("cut off from the gradient", "depth router").train()
-    sum(model.losses(IDS).values()).backward()
-    without = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
-    assert without == {name for name, _ in model.named_parameters() if "_depth.router" in name}
-
-
-def test_a_run_is_made_and_measured(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
-    short = maker.BASE.with_(training={"steps": 25, "eval_interval": 25, "save_interval": 25})
-    monkeypatch.setattr(maker, "BASE", short)
-    plan = ward.Plan((("random tokens", "uniform"), ("updates rounded away", "by the config")), 3)
-    maker.write(tmp_path / "run_1.json", maker.run(plan))
-    patient = ward.Patient("run 1", tmp_path / "run_1.json")
-    assert all(
-        ward.shows(patient.results[what], cause)
-        for what, cause in (("tokens", "random tokens"), ("preflight", "updates rounded away"))
-    )
-    assert abs(patient.results["tokens"].readings["collisions"] - 1) < 0.1
-    assert not ward.shows(patient.results["tokens"], "padding in the loss")
-    opened = ward.Ward({"run 1": plan}, {"run 1": patient})
-    assert ward_readers.by_checklist(opened, "run 1") == plan.causes
 
 
 # ---- what a note is worth --------------------------------------------------------------------------------------------
@@ -249,16 +152,15 @@ def test_an_order_is_paid_for_once_and_mistakes_are_told(opened: ward.Ward) -> N
     for _ in range(2):
         opened.look("run 1", "tokens")
     assert opened.minutes() == ward.PRICES["tokens"][0]
-    with pytest.raises(ConfigError, match="did you mean run 1"):
-        opened.look("run1", "tokens")
-    with pytest.raises(ConfigError, match="did you mean tokens"):
-        opened.look("run 1", "token")
-    with pytest.raises(ConfigError, match="watch was not ordered"):
-        opened.diagnose("run 1", "healthy", evidence="watch", cure="leave it as it is")
-    with pytest.raises(ConfigError, match="name a cause"):
-        opened.diagnose("run 1", [], evidence=[], cure=[])
-    with pytest.raises(ConfigError, match="make ward SEED="):
-        ward.open_ward(987654)
+    for words, mistake in {
+        "did you mean run 1": lambda: opened.look("run1", "tokens"),
+        "did you mean tokens": lambda: opened.look("run 1", "token"),
+        "watch was not ordered": lambda: opened.diagnose("run 1", "healthy", "watch", "leave it as it is"),
+        "name a cause": lambda: opened.diagnose("run 1", [], [], []),
+        "make ward SEED=": lambda: ward.open_ward(987654),
+    }.items():
+        with pytest.raises(ConfigError, match=words):
+            mistake()
 
 
 def test_every_line_of_the_checklist_is_backed_by_a_bug() -> None:
@@ -267,13 +169,19 @@ def test_every_line_of_the_checklist_is_backed_by_a_bug() -> None:
     assert [id for id, line in ward.LINES.items() if not line["bugs"] and id not in planted] == []
 
 
-def test_a_reader_by_script_leaves_a_persons_notes_alone(monkeypatch, tmp_path, capsys) -> None:
-    monkeypatch.setattr(ward_notes, "NOTES", tmp_path)
+@pytest.fixture
+def person(monkeypatch, tmp_path) -> Path:
+    """Somebody sits at the desk, whose notes are kept in this folder."""
+    monkeypatch.setattr(ward_notes, "NOTES", tmp_path / "ward")
     monkeypatch.setenv("MOE_LAB_INTERACTIVE", "1")
+    return tmp_path / "ward"
+
+
+def test_a_reader_by_script_leaves_a_persons_notes_alone(person: Path, capsys) -> None:
     ward.open_ward(1).look("run 1", "tokens")
-    before = (tmp_path / "notes_1.json").read_text()
+    before = (person / "notes_1.json").read_text()
     ward_readers.judged(ward.open_ward(1, kept=False), "checklist")
-    assert (tmp_path / "notes_1.json").read_text() == before and "going on" not in capsys.readouterr().out
+    assert (person / "notes_1.json").read_text() == before and "going on" not in capsys.readouterr().out
 
 
 def test_every_planted_cause_is_shown_by_what_was_measured() -> None:
@@ -304,9 +212,7 @@ def test_buttons_do_what_calls_do(opened: ward.Ward) -> None:
     assert ward_desk.so_far(opened, "run 2") == "run 2: 1 min so far, for tokens; written down: random tokens"
 
 
-def test_an_exam_goes_on_in_another_kernel(capsys, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
-    monkeypatch.setattr(ward_notes, "NOTES", tmp_path / "ward")
-    monkeypatch.setenv("MOE_LAB_INTERACTIVE", "1")
+def test_an_exam_goes_on_in_another_kernel(person: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     first = ward.open_ward(1)
     noted(first, of(first, 2))
     first.look("run 1", "tokens")
@@ -338,6 +244,5 @@ def test_a_patient_is_named_by_a_watch_and_not_otherwise(capsys) -> None:
 def test_a_config_is_mended_by_its_rates_alone() -> None:
     starved, mended = exercises_10.starved_config(), solved("10")["mended"]
     assert exercises_10.check_mended(mended)
-    assert not exercises_10.check_mended(starved)
-    assert not exercises_10.check_mended(mended.with_(model={"mod_enabled": False}))
-    assert not exercises_10.check_mended(starved.with_(training={"max_lr": 0.001}))
+    for wrong in (starved, mended.with_(model={"mod_enabled": False}), starved.with_(training={"max_lr": 0.001})):
+        assert not exercises_10.check_mended(wrong)
