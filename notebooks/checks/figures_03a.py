@@ -84,9 +84,20 @@ def arrived_bars(shares: Mapping[str, float]) -> Drawn:
     return axes.figure, f"Share of the intended displacement that arrived: {listed}.", caption
 
 
+REMEDIES = {  # as a reader knows them, by the runs' names
+    "bf16": "bf16, no remedy",
+    "masters": "float32 masters",
+    "kahan": "Kahan summation",
+    "stochastic": "stochastic rounding",
+    "norm_lr_x10": "ten times the norms' rate",
+    "norms_at_0.1": "norms that start at 0.1",
+}
+
+
 def cost_dots(costs: Mapping[str, Spread], linear_to: float = 0.1) -> Drawn:
     """Nats above float32 by remedy, with their spread over seeds; logarithmic beyond `linear_to`."""
     unit = f"nats per token (logarithmic beyond {linear_to:g})"
+    costs = {REMEDIES.get(name, name): spread for name, spread in costs.items()}
     axes = row_axes(list(costs), "Validation loss above float32, mean and ± 1 SD over 3 seeds", unit)
     axes.set_xscale("symlog", linthresh=linear_to)
     axes.xaxis.set_major_formatter("{x:g}")

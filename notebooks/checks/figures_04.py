@@ -31,7 +31,9 @@ class Best(NamedTuple):
 def spectra(spectra: Mapping[str, Sequence[float]]) -> Shown:
     """Singular values, largest first, a line a name."""
     figure = new_figure(10, 3.6)
-    axes = new_axes(figure, (0.07, 0.15, 0.72, 0.74), "Singular values of one step", "rank", "")
+    axes = new_axes(
+        figure, (0.07, 0.15, 0.72, 0.74), "Singular values of one step", "rank", "singular value, log scale"
+    )
     axes.set_yscale("log")
     axes.axhspan(0.7, 1.2, color=style.PALE, alpha=0.6, linewidth=0)
     labels, said = [], []
@@ -138,7 +140,11 @@ def horizon(optima: Mapping[str, Mapping[int, Best]], reference: float = -0.32) 
     axes.minorticks_off()
     log_labels(axes, labels)
     alt = "Best learning rate over the number of updates, both axes logarithmic. " + "; ".join(said) + "."
-    return figure, alt, f"Bars: 95 % intervals. Dotted: the slope of tokens^{reference:g} that others published."
+    return (
+        figure,
+        alt,
+        f"Bars: 95 % intervals. Dotted: what others published, a fall as the tokens to the power {reference:g}.",
+    )
 
 
 def translate(lr: float, convention: str, rows: float, columns: float) -> Shown:
@@ -192,7 +198,9 @@ def iterate(steps: float, smallest: float) -> Shown:
     steps, before = round(steps), np.geomspace(smallest, 1, 400)
     after = polynomial(before, steps)
     figure = new_figure(10, 3.6)
-    axes = new_axes(figure, (0.07, 0.15, 0.86, 0.74), f"After {steps} iterations", "singular value before", "after")
+    axes = new_axes(
+        figure, (0.07, 0.15, 0.86, 0.74), f"After {steps} iterations", "singular value before", "singular value after"
+    )
     axes.set_xscale("log")
     axes.axhspan(0.7, 1.2, color=style.PALE, linewidth=0)
     axes.axhline(1, color=style.GREY, linestyle="--", linewidth=1)

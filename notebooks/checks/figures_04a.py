@@ -53,7 +53,7 @@ def curves(
 def live_pair(losses: Mapping[str, Sequence[float]], floors: Mapping[str, float]) -> Shown:
     """The losses of two runs from their first update on."""
     runs = {name: [dict(enumerate(values, 1))] for name, values in losses.items()}
-    return curves({"side by side": runs}, floors, "Same start values, same data, same budget; one number differs.")
+    return curves({"Side by side": runs}, floors, "Same start values, same data, same budget; one number differs.")
 
 
 def share_bars(shares: Mapping[str, Mapping[str, tuple[float, float]]]) -> Shown:

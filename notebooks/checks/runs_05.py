@@ -6,6 +6,7 @@ Each failure is a patch from outside on a healthy trainer, and stays for good. A
 from __future__ import annotations
 
 import tempfile
+import textwrap
 from collections.abc import Callable, Mapping
 
 import torch
@@ -116,6 +117,12 @@ def small_trainer(n_steps: int = STEPS, accumulate: int = 1) -> Trainer:
     config = load_config(ROOT / "configs/smoke.yaml")
     training = {"steps": n_steps, "gradient_accumulation_steps": accumulate, "device": "cpu", "save_interval": 10**6}
     return Trainer(config.with_(training=training | {"eval_interval": 10**6}), tempfile.mkdtemp(prefix="sabotaged_"))
+
+
+def in_a_line(finding: Finding) -> str:
+    """What it is called and when, and on a second line what was measured, as far as a page is wide."""
+    measured = textwrap.shorten(finding.message, 88, placeholder=" …")
+    return f"{finding.severity}: {finding.rule} (step {finding.step})\n{'':10}{measured}"
 
 
 def first_words(fault: str) -> dict[str, Finding | None]:
