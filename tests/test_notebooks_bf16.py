@@ -88,7 +88,7 @@ def test_figures_tell_their_numbers() -> None:
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["norms", "matrices", "heads"]
     assert "matrices 0.84" in alt and "50 %" in caption
     figure, alt, _ = figures_03a.cost_dots({"bf16": (0.057, 0.001), "norms_at_0.1": (1.2, 0.005)})
-    assert figure.axes[0].get_xscale() == "symlog" and "bf16 +0.057 ± 0.001" in alt
+    assert figure.axes[0].get_xscale() == "symlog" and "bf16, no remedy +0.057 ± 0.001" in alt
     _, alt, _ = figures_03a.cost_over_width({96: (0.057, 0.001), 1536: (0.197, float("nan"))})
     assert "0.057 at 96 ± 0.001" in alt and "0.197 at 1536 (one seed)" in alt
     _, alt, _ = figures_03a.given_back({"norms": (0.007, 0.003)}, (0.018, 0.004))
