@@ -3,7 +3,7 @@
 before/          what a config says, before a second of compute
 during/          the Watch: rules on a training's own steps; the branch probe
 after/           what a checkpoint says
-choices.py       top-k, sort and other choices of a forward pass: heard, recorded, held
+choices.py       top-k, sort and other choices of a forward pass: heard, recorded, held, taken for positions
 conventions.py   what a learning rate means, and which are usual
 findings.py      what every check returns, and the table of rules
 measures.py      pure functions: rounding, reach, trend, realised over intended

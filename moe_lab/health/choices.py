@@ -8,9 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+TABLE = 0.02  # from a cosine to what 16 bits make of it
+FEWEST = 8  # places that are chosen
 ORDERS = {"topk": 2, "sort": 1, "argsort": 1}  # → the place of the dimension among the arguments
 
 
@@ -55,3 +59,35 @@ def held(made: Sequence[Tensor]) -> Choices:
     """Gives the indices that were made, one after the other."""
     given = iter(made)
     return Choices(ORDERS, lambda scores, index: next(given) if scores.is_floating_point() else None)
+
+
+class RankPositions(TorchFunctionMode):
+    """Hears whether a top-k takes some of a dimension's places, and a table of cosines or sines has as many rows, 0 … k - 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.chosen: dict[int, int] = {}  # k → of how many
+        self.found: tuple[int, int] | None = None
+
+    def __torch_function__(self, func: Callable, types: Sequence, args: tuple = (), kwargs: Any = None) -> Any:
+        answer = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name == "topk" and isinstance(answer, tuple):
+            dim = next((d for d, (a, b) in enumerate(zip(args[0].shape, answer[0].shape, strict=True)) if a != b), None)
+            if dim is not None and answer[0].shape[dim] >= FEWEST:
+                self.chosen[answer[0].shape[dim]] = args[0].shape[dim]
+        elif self.chosen and name in ("cos", "sin", "__getitem__", "index_select", "embedding"):
+            for dim in range(answer.ndim - 1 if isinstance(answer, Tensor) else 0):
+                if (k := answer.shape[dim]) in self.chosen and is_table(answer.movedim(dim, -2)):
+                    self.found = k, self.chosen[k]
+        return answer
+
+
+@torch.no_grad()
+def is_table(x: Tensor) -> bool:
+    """Whether the fastest column of (…, k, F) holds cosines or sines of 0 … k - 1."""
+    if not (x.is_floating_point() or x.is_complex()) or x.shape[-1] < 2 or not x.numel():
+        return False
+    column = (x.real if x.is_complex() else x)[..., 0].float()
+    places = torch.arange(x.shape[-2], device=x.device).float()
+    return bool(torch.minimum((column - places.cos()).abs(), (column - places.sin()).abs()).max() < TABLE)

@@ -109,10 +109,13 @@ def numbers(*values: Any) -> list[float]:
     return finite
 
 
-def mappings(values: Any) -> list[Mapping]:
-    """Those among a mapping's values or a list's that are mappings themselves; none of anything else."""
-    values = list(values.values()) if isinstance(values, Mapping) else values
-    return [v for v in values if isinstance(v, Mapping)] if isinstance(values, (list, tuple)) else []
+def contents(tree: Any) -> list:
+    """A mapping's values, or a list's; none of anything else."""
+    return list(tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, (list, tuple)) else ())
+
+
+def mappings(tree: Any) -> list[Mapping]:
+    return [value for value in contents(tree) if isinstance(value, Mapping)]
 
 
 def parts(state: Mapping, word: str) -> list[Mapping]:
@@ -125,10 +128,7 @@ def optimizers(tree: Any, depth: int = DEEPEST) -> list[Mapping]:
     """Every optimizer's state dict in a checkpoint, whatever holds it."""
     if isinstance(tree, Mapping) and {"state", "param_groups"} <= tree.keys():
         return [tree]
-    inner = mappings(tree) + [
-        v for v in (tree.values() if isinstance(tree, Mapping) else ()) if isinstance(v, (list, tuple))
-    ]
-    return [found for part in inner for found in optimizers(part, depth - 1)] if depth else []
+    return [found for part in contents(tree) for found in optimizers(part, depth - 1)] if depth else []
 
 
 def in_optimizers(state: Mapping, key: str) -> list[Mapping]:
