@@ -1,22 +1,14 @@
 """The order of zero_grad, backward, clip and step: each mistake beside loops that only look like it."""
 
-import gc
-import weakref
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.optimizer import (
-    _global_optimizer_pre_hooks,
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
 from toy import adamw, said, toy
 
 from moe_lab.health import Finding, Watch
-from moe_lab.health.during import events
 
 EVENTS = {"no_updates", "stale_gradients", "cleared_gradients"}
 
@@ -317,49 +309,3 @@ def test_a_report_after_no_update_is_no_all_clear(capsys) -> None:
     watch.findings.clear()
     watch.report()
     assert "no update was seen" in capsys.readouterr().out
-
-
-@pytest.fixture
-def alone() -> None:
-    """No other test's watch, which may not have been closed, listens."""
-    events.LISTENING.clear()
-    events.attend()
-
-
-def test_nothing_stays_behind(alone: None) -> None:
-    model = toy()
-    (optimizer,) = adamw(model)
-    with Watch(model, optimizer):
-        sound(model, optimizer, 0)
-        assert len(events.HANDLES) == len(_global_optimizer_pre_hooks) == 1
-    assert not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters())
-    assert not _global_optimizer_pre_hooks
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_a_watch_may_be_made_and_closed_in_a_step(alone: None, when: str) -> None:
-    """Torch goes through the hooks for all optimizers then, and more of them must not come or go."""
-    model, watches = toy(), []
-    (optimizer,) = adamw(model)
-
-    def begin_or_end(*_: object) -> None:
-        watches.append(Watch(model, optimizer)) if not watches else watches[0].close()
-
-    register = {"before": register_optimizer_step_pre_hook, "after": register_optimizer_step_post_hook}[when]
-    handle, listened = register(begin_or_end), []
-    for i in range(3):
-        sound(model, optimizer, i)
-        listened.append(len(events.HANDLES))
-    handle.remove()
-    assert listened == [1, when == "before", when == "before"]
-    with Watch(model, optimizer):
-        pass
-    assert not _global_optimizer_pre_hooks
-
-
-def test_a_watch_that_was_never_closed_keeps_nothing_alive() -> None:
-    model = toy()
-    watch, gone = Watch(model, adamw(model)), weakref.ref(model)
-    del model, watch
-    gc.collect()
-    assert gone() is None

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import pickle
 import weakref
 
 import pytest
@@ -88,48 +87,6 @@ def test_nothing_is_read_from_the_device_between_checks(monkeypatch) -> None:
     watch.check()
     assert watch.state.groups[0].lrs == pytest.approx([0.1] * 9)
     assert watch.readings[0].with_gradient == 2  # updates 1 and 6
-
-
-def test_no_hook_is_copied_or_saved(tmp_path) -> None:
-    model = toy()
-    optimizer = AdamW(model.parameters())
-    watch = Watch(model, optimizer)
-    train(watch, model, [optimizer], 3)
-    torch.save(model, tmp_path / "model.pt")
-    assert b"moe_lab" not in (tmp_path / "model.pt").read_bytes()
-    for saved in (pickle.dumps(optimizer), pickle.dumps(optimizer.state_dict())):
-        assert b"moe_lab" not in saved
-    twin = copy.deepcopy(model)
-    twin_optimizer = copy.deepcopy(optimizer)
-    inputs = watch.state.forward.inputs
-    loss_of(twin, 9).backward()
-    twin_optimizer.step()
-    assert watch.step == 3 and watch.state.forward.inputs is inputs
-    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
-    assert torch.equal(loaded(torch.zeros(1, 4, dtype=torch.long)), model(torch.zeros(1, 4, dtype=torch.long)))
-
-
-def test_after_closing_nothing_is_left_and_it_can_be_attached_again() -> None:
-    model = toy(dtype=torch.bfloat16)
-    optimizer = AdamW(model.parameters(), lr=0.01)
-    watch = Watch(model, optimizer)
-    watch.close()
-    watch.close()
-    assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
-    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
-    train(watch, model, [optimizer], 5)
-    assert watch.step == 0
-    watch.attach()
-    watch.attach()
-    train(watch, model, [optimizer], 25)
-    assert watch.step == 25
-    watch.close()
-    train(watch, model, [optimizer], 30)  # what moves meanwhile is not held against what was seen
-    watch.attach()
-    train(watch, model, [optimizer], 25)
-    watch.check()
-    assert watch.state.window_start == 25
-    assert all(r.realised_intended < 1.2 * r.intended_square for r in watch.readings)
 
 
 def test_a_closed_watch_gives_its_memory_back_without_garbage_collection() -> None:

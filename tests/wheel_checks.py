@@ -144,6 +144,12 @@ def torchs_private_interfaces_are_there() -> None:
     unconstructed = object.__new__(Inherits)
     assert private.has_step_hooks(optimizer) and not private.has_step_hooks(unconstructed)
 
+    under_way = [private.is_step_under_way()]
+    for register in (plain.register_step_pre_hook, plain.register_step_post_hook):
+        register(lambda *args: under_way.append(private.is_step_under_way()))
+    plain.step()
+    assert under_way == [False, True, False], under_way
+
     everywhere: list = []
     handle = register_optimizer_step_pre_hook(lambda *args: everywhere.append(args))
     before = model.weight.detach().clone()
