@@ -72,16 +72,19 @@ class ByUse(JordanMuon):
 def with_experts(kind: type, einsum: bool = False) -> set[str]:
     torch.manual_seed(0)
     model = Experts(einsum)
-    optimizers = [
-        kind([model.up, model.down], lr=0.02),
-        AdamW([*model.embedding.parameters(), *model.head.parameters()], lr=0.01),
-    ]
-    return STEPS & set(said(watched(model, optimizers, 12)))
+    rest = [*model.embedding.parameters(), *model.head.parameters()]
+    return STEPS & set(said(watched(model, [kind([model.up, model.down], lr=0.02), AdamW(rest, lr=0.01)], 12)))
+
+
+def with_linear_layers(kind: type, width: int, n: int) -> set[str]:
+    model = toy(width=width)
+    matrices = [model.up.weight, model.down.weight]
+    rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    return STEPS & set(said(watched(model, [kind(matrices, lr=0.02), AdamW(rest, lr=0.01)], n)))
 
 
 def test_stacks_are_stepped_matrix_by_matrix() -> None:
-    assert "mixed_stack" in with_experts(AcrossExperts)
-    assert "mixed_stack" in with_experts(Flattened)
+    assert "mixed_stack" in with_experts(AcrossExperts) & with_experts(Flattened)
     for kind in (ByUse, StacksByUse, NorMuon):
         assert with_experts(kind) == set()
 
@@ -106,14 +109,8 @@ def test_a_factor_that_takes_inputs_for_outputs(einsum: bool) -> None:
 
 
 def test_linear_layers_are_stored_as_the_factor_has_it() -> None:
-    def found(kind: type) -> set[str]:
-        model = toy(width=16)
-        matrices = [model.up.weight, model.down.weight]
-        rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
-        return STEPS & set(said(watched(model, [kind(matrices, lr=0.02), AdamW(rest, lr=0.01)], 12)))
-
-    assert found(JordanMuon) == found(StacksByUse) == set()
-    assert found(ByUse) == {"turned_factor"}
+    assert with_linear_layers(JordanMuon, 16, 12) == with_linear_layers(StacksByUse, 16, 12) == set()
+    assert with_linear_layers(ByUse, 16, 12) == {"turned_factor"}
 
 
 def test_which_dimension_a_product_sums_over() -> None:
@@ -200,14 +197,8 @@ class ClippedAfter(JordanMuon):
 
 
 def test_an_orthogonal_step_that_a_clip_has_shrunk() -> None:
-    def found(kind: type) -> set[str]:
-        model = toy(width=32)
-        matrices = [model.up.weight, model.down.weight]
-        rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
-        return STEPS & set(said(watched(model, [kind(matrices, lr=0.02), AdamW(rest, lr=0.01)], 20)))
-
-    assert found(ClippedAfter) == {"starved_steps"}
-    assert found(JordanMuon) == set()
+    assert with_linear_layers(ClippedAfter, 32, 20) == {"starved_steps"}
+    assert with_linear_layers(JordanMuon, 32, 20) == set()
 
 
 # ---- decay -----------------------------------------------------------------------------------------------------------
@@ -281,8 +272,7 @@ def test_every_kind_that_loses_updates_is_named_with_the_first() -> None:
     model = toy(dtype=torch.bfloat16)
     with torch.no_grad():
         model.head.weight.add_(4.0)
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == many] for many in (True, False))
     groups = [{"params": matrices, "lr": 1e-5}, {"params": vectors, "lr": 4e-4}]
     watch = watched(model, [AdamW(groups, weight_decay=0.0)], 20)
     never, found = (f for f in watch.findings if f.rule == "lost_updates")
@@ -291,22 +281,14 @@ def test_every_kind_that_loses_updates_is_named_with_the_first() -> None:
     assert found.message.index("norm.weight 0%") < found.message.index("embedding.weight")
 
 
-class Classes(nn.Module):
+def classes() -> nn.Module:
     """Sixteen numbers of which of four kinds?"""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.Sequential(nn.Linear(16, 32), nn.LayerNorm(32), nn.ReLU(), nn.Linear(32, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32), nn.LayerNorm(32), nn.ReLU(), nn.Linear(32, 4))
 
 
-def sized(
-    optimizer_of, n: int = 40, before=None, model: nn.Module | None = None, noise: float = 1.0, **options
-) -> list[str]:
-    model = model or Classes()
+def sized(optimizer_of, n: int = 40, model: nn.Module | None = None, noise: float = 1.0, **options) -> list[str]:
+    model = model or classes()
     optimizer = optimizer_of(model.parameters())
     means = torch.randn(4, 16, generator=torch.Generator().manual_seed(1))
     with Watch(model, optimizer, **options) as watch:
@@ -322,18 +304,13 @@ def sized(
     return said(watch)
 
 
-def trained() -> nn.Module:
-    model = Classes()
-    sized(partial(AdamW, lr=1e-2), 60, model=model)
-    return model
-
-
 def test_steps_too_small_to_get_anywhere() -> None:
+    sized(partial(AdamW, lr=1e-2), 60, trained := classes())
     assert sized(partial(SGD, lr=1e-5))[0] == "lr_too_low"
     assert sized(partial(AdamW, lr=1e-6))[0] == "lr_too_low"
     assert sized(partial(SGD, lr=0.1)) == sized(partial(AdamW, lr=1e-3)) == []
     assert "lr_too_low" not in sized(partial(SGD, lr=1e-5), budget=10_000_000)  # time enough
-    assert "lr_too_low" not in sized(partial(SGD, lr=1e-5), model=trained())  # it has learned what it learns
+    assert "lr_too_low" not in sized(partial(SGD, lr=1e-5), model=trained)  # it has learned what it learns
     assert "lr_too_low" not in sized(partial(SGD, lr=1e-5), 15)  # too early
 
 

@@ -24,7 +24,7 @@ from .rule import Rule
 from .rules import ALL, AT_START
 from .rules_updates import N_LOSSES
 from .state import WINDOW, State
-from .tracking import Tracked, innermost, module_of, refuse_bad_input
+from .tracking import Tracked, all_innermost, module_of, refuse_bad_input
 
 CHECK_EVERY = 10  # updates between checks of the rules: the only transfers from the device
 LISTENED = 20  # updates during which all of a forward pass is listened to
@@ -62,11 +62,8 @@ class Watch:
         quiet: bool = False,
     ):
         given = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
-        optimizers = [inner for o in given for inner in innermost(o)]
-        wrappers = [
-            *(o for o in given if not isinstance(o, Optimizer)),
-            *([] if isinstance(model, nn.Module) else [model]),
-        ]
+        optimizers = all_innermost(given)
+        wrappers = [thing for thing in (*given, model) if not isinstance(thing, Optimizer | nn.Module)]
         model = module_of(model)
         refuse_bad_input(model, optimizers, expect_frozen)
         self.published = Published(log, start_step, quiet)
