@@ -25,11 +25,13 @@ from moe_lab.train.record import write_atomically
 
 NO_GUESS = "I'd rather not guess"
 WAITING = "The notebook waits here for your choice. Interrupt (■) goes on without one."
-# options may be longer than a line; ipywidgets gives a group of buttons no name for screen readers; Run All scrolls to the end
+# options may be longer than a line; ipywidgets gives a group of buttons no name for screen readers; Run All scrolls to the end,
+# and figures that are drawn above the question late push it out of sight again
 GROUP = """<style>.moe-lab-options .jupyter-button {{white-space: normal; height: auto; text-align: left;
 line-height: 1.5; padding: 4px 10px}}</style><b>{question}</b><img hidden src="data:," alt="{question}" onerror="
-setTimeout(() => {{const box = this.closest('.moe-lab-options'); box.setAttribute('role', 'group');
-box.setAttribute('aria-label', this.alt); box.scrollIntoView({{block: 'nearest'}})}}, 300)">"""
+for (const ms of [300, 1000, 2000]) setTimeout(() => {{const box = this.closest('.moe-lab-options');
+if (!box) return; box.setAttribute('role', 'group'); box.setAttribute('aria-label', this.alt);
+box.scrollIntoView({{block: 'nearest'}})}}, ms)">"""
 
 
 @dataclass(frozen=True, eq=False)

@@ -40,6 +40,10 @@ def test_a_look_a_note_and_a_score(tmp_path: Path) -> None:
         press(page, "tokens · 1 min", "collisions × vocabulary")
         press(page, "floors · 1 min", "2 min on this run so far")
         page.wait_for_selector("figure img[alt^='run 2: training ends']")
+        below = page.locator("button.jupyter-button:has-text('write it down')")
+        place = below.bounding_box()["y"]
+        press(page, "config · free", "vocab_size")
+        assert below.bounding_box()["y"] < place + 450  # a config of 70 lines scrolls, and the note stays in sight
         cause.select_option("experts collapsed")
         page.locator(".widget-select-multiple select, .widget-select select").first.select_option(["tokens"])
         cure.select_option("a balancing that acts")
