@@ -8,7 +8,7 @@ conventions.py   what a learning rate means, and which are usual
 findings.py      what every check returns, and the table of rules
 measures.py      pure functions: rounding, reach, trend, realised over intended
 random_state.py  torch's generators, kept and put back
-sampling.py      which elements are looked at, and how tensors are named
+sampling.py      which elements are looked at, what waits on its device until a check, and how tensors are named
 tokens.py        pure functions: batches of tokens and their targets
 __main__.py      the command `doctor`
 torch_private.py every private interface of torch that is leaned on

@@ -1,4 +1,5 @@
-"""Which elements of a tensor are looked at, and what a tensor is called: one answer for files and for live trainings."""
+"""Which elements of a tensor are looked at, how their numbers come from a device, and what a tensor is called: one answer for
+files and for live trainings."""
 
 from __future__ import annotations
 

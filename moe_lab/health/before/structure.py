@@ -1,4 +1,5 @@
-"""How model, optimizer and batch fit together: ties, stale tensors, 16-bit weights that cannot move, arguments without effect."""
+"""How model, optimizer and batch fit together: ties, copies, layers in lists, stale tensors, 16-bit weights that cannot move,
+arguments without effect."""
 
 from __future__ import annotations
 
