@@ -175,6 +175,8 @@ def torchs_private_interfaces_are_there() -> None:
     linear, right, x = nn.Linear(3, 2), nn.Parameter(torch.ones(3, 5)), torch.ones(4, 3)
     assert private.fan_ins(linear(x))[id(linear.weight)] == -1 and private.fan_ins(x @ right) == {id(right): -2}
     assert (private.summed_over(2, 0, []), private.summed_over(2, 1, [])) == (-1, -2)
+    ((leaf, node, place, _),) = private.uses(x @ right)
+    assert leaf is right and (node.name(), place) == ("MmBackward0", 1)
     assert private.takers(x @ right)[id(right)] == {"MmBackward0"}
     inside: list[bool] = []
     right.register_hook(lambda grad: inside.append(private.is_in_backward()))
