@@ -293,6 +293,35 @@ def test_an_optimizer_that_steps_inside_of_the_watched_one() -> None:
     assert "no_updates" not in watched(model, outer, partial(sound, model, inner))
 
 
+@pytest.mark.parametrize(
+    ("every", "told"),
+    [(1, True), (5, True), (20, False)],  # a batch, an epoch, stages of a thaw
+)
+def test_an_optimizer_that_is_made_anew_all_the_time(every: int, told: bool) -> None:
+    """Another one than is watched steps, and it never has a past."""
+    model = toy()
+    others = adamw(model)
+
+    def step(i: int) -> torch.Tensor:
+        if i % every == 0:
+            others[:] = adamw(model)
+        return sound(model, others[0], i)
+
+    assert ("no_updates" in watched(model, adamw(model), step)) == told
+
+
+def test_an_inner_loop_whose_optimizer_is_new_for_each_task() -> None:
+    """As in Reptile: the watched one steps as well."""
+    model = toy()
+    (outer,) = adamw(model)
+
+    def step(i: int) -> torch.Tensor:
+        sound(model, adamw(model)[0], i)
+        return sound(model, outer, i)
+
+    assert "no_updates" not in watched(model, outer, step)
+
+
 def test_losses_that_come_in_bunches_after_their_updates() -> None:
     model = toy()
     (optimizer,) = adamw(model)

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from torch.optim import SGD, AdamW
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, CyclicLR, LambdaLR, OneCycleLR
 from toy import Toy, adamw, finding, said, toy, train, watched
 
 from moe_lab.health import Watch
@@ -113,6 +114,56 @@ def test_a_state_that_is_loaded_mid_run_and_raises_the_rate(factor: float, is_to
 )
 def test_a_warm_up_beyond_the_budget(n_warm: int, n: int, budget: int | None, told: bool) -> None:
     assert ("lr_spent" in said(one_group(partial(warm, n=n_warm), n, budget=budget))) == told
+
+
+def scheduled(make: Callable, lr: float = 0.004, n: int = 60, **options) -> Watch:
+    """Under a scheduler that `make` builds, stepped after each update."""
+    model = toy()
+    optimizer = AdamW(model.parameters(), lr=lr)
+    scheduler = make(optimizer)
+    return watched(model, [optimizer], n, before_step=lambda step: step and scheduler.step(), **options)
+
+
+@pytest.mark.parametrize(
+    ("n_warm", "period", "told"),
+    [(80, 8, True), (200, 2, True), (80, 100, False), (4, 8, False)],  # the last arrives each time
+)
+def test_a_warm_up_that_begins_anew_again_and_again(n_warm: int, period: int, told: bool) -> None:
+    watch = scheduled(lambda o: LambdaLR(o, lambda i: min(1.0, (i % period + 1) / n_warm)), budget=400)
+    assert any("began anew" in f.message for f in watch.findings) == told
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: CosineAnnealingWarmRestarts(o, 8),
+        lambda o: CyclicLR(o, 0.0005, 0.004, 4, cycle_momentum=False),
+        lambda o: OneCycleLR(o, 0.004, 60),
+    ],
+)
+def test_schedules_that_come_back_on_purpose(make) -> None:
+    assert not LRS & set(said(scheduled(make, budget=60)))
+
+
+@pytest.mark.parametrize(
+    ("factor", "told"),
+    [
+        (lambda i: 0.004 * min(1.0, (i + 1) / 10), True),  # the function gives the rate, and not a factor
+        (lambda i: 0.004 * 0.97**i, True),
+        (lambda i: min(1.0, (i + 1) / 10), False),
+        (lambda i: min(1.0, (1 + i // 15) / 10), False),  # a warm-up by epochs, of which four are seen
+        (lambda i: 0.001 if i < 30 else 0.1, False),  # … and one that begins very low
+        (lambda i: 0.001, False),  # it may be the first epoch
+    ],
+)
+def test_a_rate_that_is_multiplied_by_itself(factor, told: bool) -> None:
+    assert ("lr_too_low" in said(scheduled(lambda o: LambdaLR(o, factor)))) == told
+
+
+def test_a_scheduler_that_is_given_the_rates_themselves() -> None:
+    """An optimizer of LR 1, as in the annotated transformer: nobody steps at 1."""
+    watch = scheduled(lambda o: LambdaLR(o, lambda i: 0.004 * min((i + 1) / 10, (10 / (i + 1)) ** 0.5)), lr=1.0)
+    assert said(watch) == []
 
 
 def test_a_slow_start_that_bends_upwards_is_none() -> None:

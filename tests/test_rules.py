@@ -165,6 +165,33 @@ def test_layers_in_a_list() -> None:
     assert said(watched(model, adamw(model), 20)) == []
 
 
+@pytest.mark.parametrize(
+    ("late", "thaws", "told"),
+    [(None, True, True), (0, True, False), (2, True, False), (None, False, False)],  # updates until its group is added
+)
+def test_a_part_that_is_thawed_and_that_nobody_moves(late: int | None, thaws: bool, told: bool) -> None:
+    """What is named as frozen is so until it begins to train."""
+    model = toy()
+    model.up.requires_grad_(False)
+    optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+
+    def stage(step: int) -> None:
+        if step == 15 and thaws:
+            model.up.requires_grad_(True)
+        if late is not None and step == 15 + late:
+            optimizer.add_param_group({"params": list(model.up.parameters())})
+
+    watch = watched(model, [optimizer], 40, before_step=stage, expect_frozen=["up."])
+    assert ("not_in_optimizer" in said(watch)) == told
+    assert not told or finding(watch, "not_in_optimizer").step == 30
+
+
+def test_what_is_left_out_on_purpose_need_not_be_frozen() -> None:
+    model = toy()
+    optimizer = AdamW([p for name, p in model.named_parameters() if not name.startswith("up.")], lr=0.01)
+    assert said(watched(model, [optimizer], 40, expect_frozen=["up."])) == []
+
+
 def test_parameters_that_are_replaced_mid_run() -> None:
     model = toy()
     (optimizer,) = adamw(model)

@@ -37,8 +37,7 @@ def measured_group(state: State, group: GroupState) -> Group | None:
     kind, seen = kind_of([t for t in state.tracked if t.owner is group])
     if kind not in ("adam", "sign", "orthogonal") or not group.lrs:
         return None
-    planned = float(group.group.get("initial_lr") or 0.0)
-    lr = max(group.peak, planned) if group.is_steady else group.peak
+    lr = group.planned if group.is_steady else group.peak
     if kind == "adam":  # its number is what the table is about, whatever the RMS is by now
         return Group(group.name, "adam", lr)
     largest, step = max(seen, key=lambda pair: pair[0].param.numel())

@@ -8,11 +8,11 @@ from itertools import combinations
 
 from .rule import Ill, Rule, rule
 from .state import State
-from .tracking import LR_STEADY, SPENT
+from .tracking import LR_STEADY, SAME_LR, SPENT
 
-SAME_LR = 1e-3  # relative distance up to which two learning rates are one
 LR_LATE = 0.2  # share of the peak LR below which it is late in a decay, or early in a warm-up
 UP, UP_LOADED = 20.0, 3.0  # over all there was, at once, and where a state was loaded (a first phase may have a tenth)
+TEETH, REACHED = 3, 0.5  # restarts that make a habit; share of the LR asked for that no warm-up among them gets to
 CLEAR, LONG = 50, 10_000  # updates after which, without a budget, a warm-up is called too long, and from where on
 
 
@@ -80,6 +80,17 @@ def rising_for_good(state: State) -> Ill:
     return {"late": {"where": where, "value": min(ends), "limit": far, "now": state.groups[0].last}}
 
 
+def begun_anew(state: State) -> Ill:
+    """A warm-up that is back at its first LR again and again, from the middle of its rise. Cycles arrive, and restarts begin high."""
+    found = {}
+    for g in (g for g in state.groups if g.asked and g.peak < REACHED * g.asked):
+        rises = zip(g.lrs, g.lrs[1:], g.lrs[2:], strict=False)
+        n = sum(a < b > c and math.isclose(c, g.lrs[0], rel_tol=SAME_LR) for a, b, c in rises)
+        if n >= TEETH:
+            found[g.name] = {"where": g.name, "n": n, "value": g.peak, "limit": g.asked}
+    return found
+
+
 def jumped(state: State) -> Ill:
     """A group whose LR is at once far above all that it had and was made with, or back at the first one of its warm-up for good.
     A restart goes back to where it was, and rises or falls from there."""
@@ -105,6 +116,8 @@ OTHER_RUN = "look for a state or a scheduler of another run, or of this one's st
 RISING = (
     "the learning rate of {where} is {now:.2g} and still rises as slowly as to arrive at update {value}, beyond {limit}"
 )
+ANEW = "the warm-up of {where} began anew {n} times: its learning rate rises to {value:.2g} at most, and {limit:.2g} was asked for"
+COUNTER = "let the schedule count the updates of the whole run: neither those of an epoch, nor of a scheduler made in the loop"
 UNITS = "is the warm-up's length given in updates, and not in samples or micro-batches? A Watch that is told its budget knows more"
 
 RULES = (
@@ -113,4 +126,5 @@ RULES = (
     Rule("lr_overwritten", "warning", brought_back, BROUGHT, SET_AGAIN),
     lr_spent,
     Rule("lr_spent", "warning", rising_for_good, RISING, UNITS),
+    Rule("lr_spent", "warning", begun_anew, ANEW, COUNTER),
 )

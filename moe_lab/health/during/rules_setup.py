@@ -15,6 +15,7 @@ from .forward import unwrapped
 from .rule import Ill, Rule, by_kind, rule
 from .state import State
 
+THAWED = 2  # looks at gradients, five updates apart: a loop may add the group a little later
 ON_PURPOSE = 0.5  # share of the parameters from which on frozen ones look like an adapter's base
 
 
@@ -28,7 +29,8 @@ def not_in_optimizer(state: State) -> Ill:
     present = set(map(id, state.model.parameters()))
     trainable = [t for t in state.tracked if t.owner is None and t.param.requires_grad and id(t.param) in present]
     trainable = [t for t in trainable if t.name not in state.copied or t.with_gradient]
-    return by_kind(t for t in trainable if t.name not in state.frozen_on_purpose)
+    thawed = [t for t in trainable if t.is_late and t.with_gradient >= THAWED]  # frozen on purpose no longer
+    return by_kind(t for t in trainable if t in thawed or t.name not in state.frozen_on_purpose)
 
 
 def outside_of_parameters(state: State) -> Ill:

@@ -133,6 +133,8 @@ class State:
         numbered = [(o, n) for o in self.optimizers for n in range(len(o.param_groups))]
         self.groups = [known.get((id(o), n)) or GroupState(o, n) for o, n in numbered]
         new = track(self.model, self.groups, self.tracked)
+        for t in new:
+            t.is_late = self.n_seen > 0
         self.tracked += new
         self.banks += banks_of(new)
         self.replays.choose(self.tracked)

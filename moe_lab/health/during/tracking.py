@@ -19,6 +19,8 @@ from ..torch_private import has_step_hooks
 HISTORY = 1000  # learning rates and losses kept one by one: a long training costs no more than a short one
 SPENT = 0.01  # share of the peak LR from which on it is near zero
 LR_STEADY = 10  # updates without a rise before an LR is called the peak
+SAME_LR = 1e-3  # relative distance up to which two learning rates are one
+FAR = 0.01  # share of an LR; a warm-up by epochs, of which usual ones take 5 to 20, is above it after its first rise
 JUMP = 3.0  # factor between the LRs of two updates beyond which no schedule's slope makes it
 
 
@@ -72,6 +74,14 @@ class GroupState:
     def is_steady(self) -> bool:
         return self.n - self.risen_at >= LR_STEADY
 
+    @property
+    def planned(self) -> float:
+        """The LR that it goes up to, as far as is known: what a scheduler notes at its start, unless the LR has been on its way and
+        came to rest orders of magnitude below. A warm-up by epochs that rose once is no longer that far away."""
+        noted = float(self.group.get("initial_lr") or 0.0)
+        came_to_rest = not self.loaded and self.is_steady and min(self.lrs) < self.peak * (1 - SAME_LR)
+        return self.peak if came_to_rest and self.peak < FAR * noted else max(self.peak, noted)
+
 
 class Tracked(Sums):
     """One watched tensor: who it is, who updates it, its gradients, and the sums over its sampled elements when last read."""
@@ -84,6 +94,7 @@ class Tracked(Sums):
         self.n_elements = len(self.index)  # sampled
         self.bank: Any = None  # a weak reference to the Bank where its sample is
         self.is_narrow = param.dtype.itemsize < 4  # 16 bits or less
+        self.is_late = False  # it began to train under the watch
         self.is_master = False  # a wider copy, whose gradient is made by whoever copies
         # gradients that were read
         self.grad_norm = 0.0  # the largest, whole tensor
