@@ -126,7 +126,7 @@ def scheduled(make: Callable, lr: float = 0.004, n: int = 60, **options) -> Watc
 
 @pytest.mark.parametrize(
     ("n_warm", "period", "told"),
-    [(80, 8, True), (200, 2, True), (80, 100, False), (4, 8, False)],  # the last arrives each time
+    [(80, 8, True), (200, 2, True), (80, 100, False), (4, 8, False), (8, 8, False)],  # the last two arrive each time
 )
 def test_a_warm_up_that_begins_anew_again_and_again(n_warm: int, period: int, told: bool) -> None:
     watch = scheduled(lambda o: LambdaLR(o, lambda i: min(1.0, (i % period + 1) / n_warm)), budget=400)
