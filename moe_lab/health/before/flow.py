@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.modules.module import register_module_forward_pre_hook, register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from ..findings import Finding, several
 from ..random_state import RandomState
@@ -87,14 +89,19 @@ def logits_of(fn: Callable[[Tensor], Any], ids: Tensor) -> Tensor:
 def check_train_eval(fn_train: Callable[[Any], Any], fn_eval: Callable[[Any], Any], batch: Any) -> Finding | None:
     """Is a mechanism missing in one mode? Both functions map a batch to the same kind of output, say logits.
 
-    Modules with parameters that compute in one mode only are named. Else outputs that are further apart than 5 times what two
-    calls of `fn_train` differ by (dropout) are an `info`; the second is made where the modes differ. Random state is put back.
+    Layers that each pass makes anew are named, with other weights; else modules with parameters that compute in one mode only.
+    Else outputs that are further apart than 5 times what two calls of `fn_train` differ by (dropout) are an `info`; and where these
+    differ, two of `fn_eval` are compared: a dropout that still drops is a warning, other noise an `info`. Random state is put back.
     """
     with RandomState([]):
-        with modules_called() as in_training:
+        with modules_called() as (in_training, made):
             trained = fn_train(batch)
-        with modules_called() as in_evaluation:
+        with modules_called() as (in_evaluation, made_again):
             evaluated = fn_eval(batch)
+        if anew := [in_evaluation.pop(key) for key in made_again.keys() - made if key in in_evaluation]:
+            if finding := noise_in_evaluation(fn_eval, batch, evaluated, anew):
+                return finding
+            in_training = {key: name for key, name in in_training.items() if key not in made or key in in_evaluation}
         for ran, missing, word in (
             (in_training, in_evaluation, "training"),
             (in_evaluation, in_training, "evaluation"),
@@ -111,6 +118,8 @@ def check_train_eval(fn_train: Callable[[Any], Any], fn_eval: Callable[[Any], An
             return None
         again = fn_train(batch)
         noise = rms(trained - getattr(again, "logits", again))
+        if noise > least and (finding := noise_in_evaluation(fn_eval, batch, evaluated)):
+            return finding
     limit = max(SIGMAS * noise, least)
     if apart <= limit:
         return None
@@ -123,17 +132,66 @@ def rms(x: Tensor) -> float:
     return float(x.float().square().mean().sqrt())
 
 
+class Dropping(TorchFunctionMode):
+    """Hears which of torch's functions drop something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: set[str] = set()
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        given, name = dict(kwargs or {}), getattr(function, "__name__", "")
+        if "dropout" in name:
+            with suppress(ValueError, TypeError):  # one of C has no signature: (input, p, train)
+                given = dict(zip(("input", "p", "training"), args, strict=False)) | given
+                given = {k: p.default for k, p in signature(function).parameters.items()} | given
+        if given.get("dropout_p") or (given.get("training") is True and given.get("p")):
+            self.heard.add(name)
+        return function(*args, **kwargs or {})
+
+
+def noise_in_evaluation(fn: Callable, batch: Any, before: Any, anew: Sequence[str] = ()) -> Finding | None:
+    """A second evaluation beside the first: do they differ, and is it layers made `anew`, a dropout, or other random numbers?"""
+    with Dropping() as dropping:
+        again = fn(batch)
+    before, again = (getattr(o, "logits", o) for o in (before, again))
+    if not isinstance(again, Tensor) or again.shape != before.shape:
+        return None
+    apart, least = rms(again - before), SAME * float(before.float().std(correction=0))
+    if apart <= least:
+        return None
+    told = round(apart, 6), round(least, 6)
+    if anew:
+        message = f"each forward pass makes {len(anew)} layers anew, with other weights: {several(anew)}"
+        advice = "make them once, in the module's __init__, and before the optimizer: these never learn anything"
+        return Finding("not_in_optimizer", "error", anew[0], message, advice, *told)
+    message, names = f"two evaluations of one batch are {apart:.3g} apart (RMS)", sorted(dropping.heard)
+    if not names:
+        advice = "random numbers that are drawn by design, as samples or noise; a dropout of one's own would look alike"
+        return Finding("mode_mismatch", "info", "evaluation", message, advice, *told)
+    advice = "give F.dropout training=self.training, and attention's dropout_p 0 in evaluation; a few models are meant to drop there"
+    return Finding("mode_mismatch", "warning", names[0], f"{message}: {several(names)} still drops", advice, *told)
+
+
+Modules = dict[int, str]
+
+
 @contextmanager
-def modules_called() -> Iterator[dict[int, str]]:
-    """The modules with parameters whose forward pass runs: id → class and shape."""
-    called: dict[int, str] = {}
+def modules_called() -> Iterator[tuple[Modules, dict[int, nn.Module]]]:
+    """The modules with parameters whose forward pass runs, id → class and shape; those that got a parameter meanwhile, by id."""
+    called: Modules = {}
+    made: dict[int, nn.Module] = {}
 
     def note(module: nn.Module, args: tuple) -> None:
         if (first := next(module.parameters(), None)) is not None:
             called.setdefault(id(module), f"{type(module).__name__}{tuple(first.shape)}")
 
-    handle = register_module_forward_pre_hook(note)
+    def given(module: nn.Module, name: str, p: Tensor) -> None:
+        made[id(module)] = module
+
+    handles = [register_module_forward_pre_hook(note), register_module_parameter_registration_hook(given)]
     try:
-        yield called
+        yield called, made
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
