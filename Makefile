@@ -53,7 +53,7 @@ browser: test-setup
 
 # Working copies in work/, made once; FRESH=1 moves them aside and makes new ones. As root, in a container, too.
 lab: setup
-	@$(BIN)/python -m moe_lab.course.copies $(if $(FRESH),fresh)
+	@$(BIN)/python -m benchmarks.copies $(if $(FRESH),fresh)
 	JUPYTER_CONFIG_PATH="$(CURDIR)/work/.jupyter$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH}" $(BIN)/python -m jupyter lab \
 	  $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir="$(CURDIR)" $(LAB) work/00_start_here.ipynb
 

@@ -31,6 +31,12 @@ healthy_senses.py  pictures and sounds
 healthy_kinds.py   recurrent, generative, reinforced, physical, sparse
 studies.py         the committed tables of runs anew: `make studies`
 true_width/        what bf16 weights keep of their updates at the case's width
+copies.py          a reader's working copies of the notebooks, and their solutions: `make lab`
 outputs.py         the notebooks' committed outputs: `make outputs`
 docs_table.py      tables in the README and docs/: `make docs-table`
 """
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "notebooks"))  # where `checks` lies

@@ -20,14 +20,13 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
+from checks.study_06 import ALONE, FACTORS, replay_name, subset_name
+
 from moe_lab.config import ROOT, Config, load_config
 from moe_lab.failures.experiments import Arm, Experiment, collect
 from moe_lab.failures.results import RESULTS
 from moe_lab.sections import ConfigError, suggestion
 from moe_lab.train.command import exit_code
-
-sys.path.insert(0, str(ROOT / "notebooks"))
-from checks.study_06 import ALONE, FACTORS, replay_name, subset_name
 
 NAME, UPDATES = "bugs_64", 150
 MOD = ("B03", "B04", "B05", "B06", "B17")

@@ -12,10 +12,10 @@ import json
 from pathlib import Path
 
 import nbformat
+from checks.machine_00 import read_minutes
 
 from benchmarks import course_pages, evidence_tables, outputs
 from moe_lab.config import ROOT
-from moe_lab.course.machine import read_minutes
 from moe_lab.course.runner import all_notebooks
 from moe_lab.failures.results import load_results, spread
 from moe_lab.health import RULES, SICKNESSES

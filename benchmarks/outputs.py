@@ -23,10 +23,10 @@ from typing import Any
 
 import nbformat
 import torch
+from checks.machine_00 import MINUTES, read_minutes, tokens_per_second
 
 from moe_lab.config import ROOT, ConfigError, load_config
 from moe_lab.course import case
-from moe_lab.course.machine import MINUTES, read_minutes, tokens_per_second
 from moe_lab.course.runner import all_notebooks, execute, find_notebook
 from moe_lab.failures.results import cpu_kind, provenance
 from moe_lab.train.command import exit_code

@@ -1,6 +1,6 @@
 """Compute committed results anew: `make studies`, hours of one core; finished cells are kept in .cache.
 
-python -m benchmarks.studies [NAME …]      # of `moe_lab.failures.designs` and of this file
+python -m benchmarks.studies [NAME …]      # of `notebooks/checks/designs.py` and of this file
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 
-from moe_lab.failures.designs import FAILURE, SWEEP_ADAMW, all_designs, study_config, with_lrs
+from checks.designs import FAILURE, SWEEP_ADAMW, all_designs, study_config, with_lrs
+
 from moe_lab.failures.experiments import SEEDS, Arm, Experiment, collect
 from moe_lab.failures.results import RESULTS
 from moe_lab.sections import ConfigError, suggestion

@@ -13,7 +13,6 @@ import io
 import json
 import multiprocessing
 import os
-import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -24,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from checks import ward as desk
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -41,9 +41,6 @@ from moe_lab.model.moe import Router, Routing
 from moe_lab.optim import build_optimizers
 from moe_lab.train import read_record
 from moe_lab.train.record import write_atomically
-
-sys.path.insert(0, str(ROOT / "notebooks"))
-from checks import ward as desk
 
 TRAINING = {"steps": 240, "gradient_accumulation_steps": 1, "max_lr": 0.02, "warmup_steps": 20, "min_lr_ratio": 1.0}
 TRAINING |= {"log_interval": 20, "eval_interval": 80, "save_interval": 240, "device": "cpu"}

@@ -11,8 +11,9 @@ import nbformat
 import pytest
 from helpers import refused
 
+from benchmarks import copies
 from moe_lab.config import ROOT, ConfigError
-from moe_lab.course import copies, runner
+from moe_lab.course import runner
 
 NAMES = [path.stem for path in runner.all_notebooks()]
 SEARCHABLE = 12  # an option of fewer characters ("slower", "1 to 5") occurs in prose by chance

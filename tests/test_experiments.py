@@ -11,10 +11,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from checks import designs
 from tiny_run import tiny, train
 
 from moe_lab.config import ConfigError, to_dict
-from moe_lab.failures import designs, experiments, results
+from moe_lab.failures import experiments, results
 from moe_lab.failures.experiments import Arm, Experiment, collect, make_trainer, run_cell
 from moe_lab.failures.results import Results, load_results, spread
 from moe_lab.train import read_record

@@ -11,7 +11,6 @@ import torch
 from checks import machine_00
 
 from moe_lab.config import Config
-from moe_lab.course import machine
 from moe_lab.train import Trainer, device
 
 MEASURED = {
@@ -27,7 +26,7 @@ def test_minutes_scale_with_the_speed_and_the_unmeasured_stays_unknown() -> None
 
 
 def test_the_file_of_minutes_has_the_form_that_the_estimate_reads() -> None:
-    measured = machine.read_minutes()
+    measured = machine_00.read_minutes()
     assert set(measured["reference"]) == {"machine", "tokens_per_s"}
     assert set(machine_00.estimated_minutes(measured, "lab", 1.0)) == set(measured["notebooks"])
 
@@ -43,7 +42,7 @@ def test_speed_counts_tokens_of_whole_steps_without_the_first(run, monkeypatch) 
         return report
 
     monkeypatch.setattr(Trainer, "update", timed)
-    assert machine.tokens_per_second(run.config, n_steps=3) == run.config.tokens_per_step / 2
+    assert machine_00.tokens_per_second(run.config, n_steps=3) == run.config.tokens_per_step / 2
 
 
 def test_unmet_requirements_are_named(monkeypatch) -> None:

@@ -7,13 +7,13 @@ import torch
 from checks import exercises_03, exercises_03a, figures_03, figures_03a, questions_03, questions_03a
 from checks import verdicts_03 as v03
 from checks import verdicts_03a as v03a
+from checks.designs import CENTRE, with_lrs
 from checks.runs_bf16 import Run, of_group
 from helpers import solved
 
 from moe_lab import Trainer, load_config
 from moe_lab.config import ROOT, Config
 from moe_lab.failures import bugs
-from moe_lab.failures.designs import CENTRE, with_lrs
 
 
 def small(muon: float = 1e-3, adamw: float = 3e-4, seed: int = 0, parameters: str = "float32", **training) -> Config:

@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from checks.designs import CURE, study_config, with_lrs
 from torch import Tensor, nn
 
 from benchmarks.true_width.shadow import Shadow
 from moe_lab.config import Config
-from moe_lab.failures.designs import CURE, study_config, with_lrs
 from moe_lab.failures.experiments import Cell, run_cells, validation_loss
 from moe_lab.train import Trainer, read_record
 

@@ -1,7 +1,6 @@
 """Failures on purpose, and what they cost.
 
 bugs.py         the case's bugs, each planted from outside: those of bugs.yaml, B01, B02, and three common ones
-designs.py      the tables of runs behind the notebooks: settings, seeds, updates
 edits.py        a bug as an edit of a healthy function, for as long as a block runs; both sources side by side
 experiments.py  the run engine: a cell is trained, measured by its probe, and its row kept by content
 results.py      rows with their spread over seeds, their provenance, and readers of committed results

@@ -14,7 +14,7 @@ count.py         how many parameters a config has
 A new mechanism is a file here with the contract that `Block` states, and: its fields in config.py; the choice of layer in
 `Block`; start values in `init_weights`; its matrices in `MATRICES` of optim/groups.py; an entry in `MECHANISMS` of
 tests/helpers.py, which puts it through the tests of causality, generation, counting and gradients; a comparison under
-tests/peers; what the study model leaves out in failures/designs.py.
+tests/peers; what the study model leaves out in notebooks/checks/designs.py.
 """
 
 from moe_lab.model.count import ParameterCount, count_parameters

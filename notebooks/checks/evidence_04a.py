@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
+from checks.designs import CURE, POINTS
 from checks.study_04 import blocks, corner, crossing, readings
 from checks.surface import case_lrs
 from moe_lab.course import case
-from moe_lab.failures.designs import CURE, POINTS
 from moe_lab.failures.results import Results, load_results
 from moe_lab.health.measures import adam_reach
 

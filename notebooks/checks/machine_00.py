@@ -6,8 +6,12 @@ import json
 import os
 import platform
 import shutil
+import statistics
+import tempfile
+import time
 from collections.abc import Mapping
 from importlib import metadata
+from itertools import pairwise
 from typing import Any
 
 import psutil
@@ -15,11 +19,14 @@ import torch
 from IPython.display import Markdown, display
 from packaging.requirements import Requirement
 
-from moe_lab.course.machine import read_minutes
+from moe_lab.config import ROOT, Config
 from moe_lab.course.notebook import Lab
 from moe_lab.course.runner import all_notebooks
 from moe_lab.show.live import is_interactive
+from moe_lab.train import Trainer
 from moe_lab.train.device import pick_compute, seconds_per_product
+
+MINUTES = ROOT / "notebooks" / "minutes.json"
 
 
 def facts(lab: Lab) -> dict[str, str]:
@@ -62,6 +69,23 @@ def product_speeds(lab: Lab) -> dict[str, float]:
 
 def compute_format(lab: Lab) -> str:
     return pick_compute(lab.config, lab.device)
+
+
+def tokens_per_second(config: Config, n_steps: int = 5) -> float:
+    """Speed of real training steps of `config`: the median of `n_steps`, after one that is not counted.
+
+    Evaluations and checkpoints are not in it. Files go to a temporary directory; the corpus is prepared if need be.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        moments = []
+        for report in Trainer(config.with_(training={"steps": n_steps + 1}), folder).steps():
+            report.grad_norm.item()  # waits for the device
+            moments.append(time.perf_counter())
+    return config.tokens_per_step / statistics.median(after - before for before, after in pairwise(moments))
+
+
+def read_minutes() -> dict[str, Any]:
+    return json.loads(MINUTES.read_text(encoding="utf-8"))
 
 
 def estimated_minutes(measured: Mapping[str, Any], profile: str, speed: float) -> dict[str, float | None]:

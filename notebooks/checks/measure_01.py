@@ -13,12 +13,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from checks.designs import with_lrs
 from checks.figures_00 import curve
 from checks.figures_01 import Figures, two_curves
 from moe_lab import Trainer
 from moe_lab.config import Config, DataConfig
 from moe_lab.data import Batches
-from moe_lab.failures.designs import with_lrs
 from moe_lab.failures.results import Results
 from moe_lab.health import measures
 from moe_lab.show.live import is_interactive

@@ -7,10 +7,10 @@ from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 
+from checks.designs import SWEEP_LRS
 from checks.figures_04 import Best
 from checks.figures_04a import Surface
 from checks.surface import GridBest, Optimum, Quadratic, best_on_grid, bootstrap_optimum, fit_quadratic, shapley
-from moe_lab.failures.designs import SWEEP_LRS
 from moe_lab.failures.results import Results
 
 METHODS = ("original", "match_rms_adamw", "adamw")

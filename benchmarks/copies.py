@@ -1,7 +1,7 @@
 """Working copies of the notebooks for a reader, so that the tracked files stay as they are: `make lab` opens them.
 
-    python -m moe_lab.course.copies          # makes in work/ what is missing there
-    python -m moe_lab.course.copies fresh    # moves work/ aside first
+    python -m benchmarks.copies          # makes in work/ what is missing there
+    python -m benchmarks.copies fresh    # moves work/ aside first
 
 A copy has no outputs, folded answers, the code of claims hidden, and an order of its own for each question's options.
 work/solutions/ holds the same notebooks with the exercises solved, from the code in notebooks/solutions/NN.md.
