@@ -1,8 +1,4 @@
-"""Command line: `python -m moe_lab run CONFIG [key=value …]`, `… preflight FILE`, `… inspect FILE`, `… notebook PATH`,
-`… doctor train.py [args]`.
-
-Errors are one line on stderr, exit code 2. Each of the three ends with 1 if an error is among what was found.
-"""
+"""The commands of `python -m moe_lab --help`. Errors are one line on stderr, exit code 2; an error among what was found, 1."""
 
 from __future__ import annotations
 
@@ -44,9 +40,7 @@ def run(args: argparse.Namespace) -> int:
     with trainer.opened():  # from here on no other process writes there
         status, findings = fit_watched(trainer, Watch)
     print(f"{status}: {trainer.step} steps in {trainer.run_dir}; see record.jsonl and summary.json")
-    print(
-        counts(finding.severity for finding in findings) + (f": see {trainer.run_dir / FINDINGS}" if findings else "")
-    )
+    print(counts(f.severity for f in findings) + (f": see {trainer.run_dir / FINDINGS}" if findings else ""))
     return int(any(finding.severity == "error" for finding in before + findings))
 
 
@@ -118,39 +112,35 @@ def parser() -> argparse.ArgumentParser:
   python -m moe_lab doctor train.py --lr 3e-4               run any training script, watched; -m MODULE works too
 
 Each command has a --help of its own. `make lab` opens the notebooks in JupyterLab."""
-    form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": examples}
-    top = OneLineParser(prog="python -m moe_lab", description="Train and look into training runs.", **form)
+    top = OneLineParser(prog="python -m moe_lab", description="Train and look into training runs.", epilog=examples)
+    top.formatter_class = argparse.RawDescriptionHelpFormatter
     top.add_argument("--version", action="store_true", help="print the version and the commit")
     commands = top.add_subparsers(dest="command", required=True)
     codes = "Exit code 0: no error was found; 1: one was, before the run or during it; 2: it cannot run."
     one = commands.add_parser("run", help="train one config", description=codes)
-    one.add_argument("config", help="a YAML file, such as configs/lab.yaml")
-    one.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as training.steps=200")
     one.add_argument("--run-dir", help="where to write; default: a new dated directory under runs/")
     one.add_argument("--resume", action="store_true", help="go on with the run in --run-dir")
     one.set_defaults(call=run)
-    codes = "One line for each finding: severity, rule, where, what, what to do; then their counts. "
-    codes += "Exit code 0: no error among them; 1: an error; 2: the file cannot be used."
-    for name, check, purpose, file in (
-        ("preflight", preflight_of, "look for mistakes in a config, before training", "a YAML file; comments are read"),
-        ("inspect", inspect_checkpoint, "look into a checkpoint; nothing in it is executed", "such as step_000200.pt"),
+    more = commands.add_parser("plan", help="what a run will take: parameters, operations, memory, time, money")
+    more.add_argument("--ranks", type=int, default=1, help="GPUs over which FSDP shards; default: 1")
+    more.add_argument("--tflops", type=float, default=989, help="of one GPU in bf16; default: an H100's 989")
+    more.add_argument("--utilisation", type=float, default=0.3, help="share of them that is used; default: 0.3")
+    more.add_argument("--price", type=float, default=3.0, help="of one GPU for an hour; default: 3")
+    more.set_defaults(call=plan)
+    for command in (one, more):
+        command.add_argument("config", help="a YAML file, such as configs/lab.yaml")
+        command.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as training.steps=200")
+    codes = "Prints a line for each finding. Exit code 0: no error among them; 1: an error; 2: the file cannot be used."
+    for name, check, purpose in (
+        ("preflight", preflight_of, "look for mistakes in a YAML config, its comments too, before training"),
+        ("inspect", inspect_checkpoint, "look into a checkpoint; nothing in it is executed"),
     ):
         one = commands.add_parser(name, help=purpose, description=codes)
-        one.add_argument("file", help=file)
+        one.add_argument("file")
         one.set_defaults(call=check_file, check=check)
-    one = commands.add_parser("plan", help="what a run will take: parameters, operations, memory, time, money")
-    one.add_argument("config", help="a YAML file, such as configs/training_1.5b.yaml")
-    one.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as model.d_model=768")
-    one.add_argument("--ranks", type=int, default=1, help="GPUs over which FSDP shards; default: 1")
-    one.add_argument("--tflops", type=float, default=989, help="of one GPU in bf16; default: an H100's 989")
-    one.add_argument("--utilisation", type=float, default=0.3, help="share of them that is used; default: 0.3")
-    one.add_argument("--price", type=float, default=3.0, help="of one GPU for an hour; default: 3")
-    one.set_defaults(call=plan)
     one = commands.add_parser("doctor", help="run a training script of your own, watched")
     one.add_argument("script", help="train.py [its arguments], or -m MODULE [its arguments]; its exit code is kept")
-    codes = (
-        "Exit code 0: every cell passed; 2: one did not, or it cannot run; 130: Ctrl-C, and what was trained is saved."
-    )
+    codes = "Exit code 0: every cell passed; 2: one did not, or it cannot run; 130: Ctrl-C; what was trained is saved."
     one = commands.add_parser("notebook", help="execute a notebook headlessly", description=codes)
     one.add_argument("path", help="a notebook's number, name or path (05, 05_fixed_training, notebooks/05…), or all")
     one.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="its parameters, such as profile=smoke")

@@ -134,13 +134,11 @@ class Live(TorchDispatchMode):
 
 def passes_bytes(config: Config) -> tuple[int, int, int]:
     """What one micro-batch's passes hold beside weights and gradients: `activations`, `logits`, `recomputed` of Memory."""
-    given, marks = torch.get_default_dtype(), []
+    marks = []
     with FakeTensorMode(allow_non_fake_inputs=True):
-        torch.set_default_dtype(getattr(torch, config.precision.parameters))
-        try:
-            model = LanguageModel(config.model)
-        finally:
-            torch.set_default_dtype(given)
+        model = LanguageModel(config.model)
+        for p in model.parameters():
+            p.data = p.data.to(getattr(torch, config.precision.parameters))
         model.recompute_blocks = config.training.activation_checkpointing
         for p in model.parameters():  # gradients, as weights, are counted elsewhere
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
@@ -169,9 +167,8 @@ def cost(config: Config, tflops: float, utilisation: float, price: float, ranks:
     """`tflops`: what one GPU could do in the compute format; `utilisation`: the share that it does, 0 to 1; `price`: of one GPU
     for an hour. Raises ConfigError for what is not positive."""
     if min(tflops, utilisation, price, ranks) <= 0 or utilisation > 1:
-        raise ConfigError(
-            f"tflops={tflops}, utilisation={utilisation} (at most 1), price={price} and ranks={ranks} must be > 0"
-        )
+        given = f"tflops={tflops}, utilisation={utilisation} (at most 1), price={price} and ranks={ranks}"
+        raise ConfigError(f"{given} must be > 0")
     total = config.n_steps * sum(flops(config))
     hours = total / (ranks * tflops * 1e12 * utilisation) / 3600
     return Cost(config.n_steps, total, hours, hours * ranks * price)
