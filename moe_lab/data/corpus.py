@@ -60,10 +60,10 @@ def read_corpus(data: DataConfig, progress: bool = True) -> Corpus:
         if left <= 0:
             break
     if not documents:
-        message = f"data.source={data.source} yields no text{count_line(skipped)}"
-        raise ConfigError(f"{message}; name a source that holds UTF-8 text")
+        found = f"data.source={data.source} yields no text{count_line(skipped)}"
+        raise ConfigError(f"{found}; name a source that holds UTF-8 text")
     digest = hashlib.sha256()
-    for name, content in ((raw(name), raw(text)) for name, text in documents.items()):
+    for name, content in (map(raw, item) for item in documents.items()):
         digest.update(f"{len(name)} {len(content)} ".encode() + name + content)
     train, validation = split(documents, by_text=data.source.startswith("hf:"))
     return Corpus(train, validation, digest.hexdigest(), len(documents), n_utf8(train + validation), dict(+skipped))
@@ -143,13 +143,12 @@ def stream_texts(data: DataConfig, rows: Iterable[dict] | None = None) -> Iterat
     """
     with reading(data):
         for row in open_source(data)[0] if rows is None else rows:
+            field = f"data.text_field={data.text_field}"
             if data.text_field not in row:
-                columns = ", ".join(map(str, row))
-                raise ConfigError(f"data.text_field={data.text_field} is no column of {data.source}; it has {columns}")
+                raise ConfigError(f"{field} is no column of {data.source}; it has {', '.join(map(str, row))}")
             text = row[data.text_field]
             if not isinstance(text, str | None):
-                kind = type(text).__name__
-                raise ConfigError(f"data.text_field={data.text_field} of {data.source} holds {kind}, not text")
+                raise ConfigError(f"{field} of {data.source} holds {type(text).__name__}, not text")
             yield text or ""
 
 
@@ -158,8 +157,8 @@ def open_source(data: DataConfig) -> tuple[IterableDataset, str]:
     try:
         import datasets
     except ImportError:
-        message = f'data.source={data.source} needs the package `datasets`: pip install "moe-lab[online]"'
-        raise ConfigError(message) from None
+        how = 'pip install "moe-lab[online]"'
+        raise ConfigError(f"data.source={data.source} needs the package `datasets`: {how}") from None
     name = data.source.removeprefix("hf:")
     if name in FILE_LOADERS and not data.data_files:
         raise ConfigError(f"data.source={data.source} needs data.data_files, such as data_files=data/*.{name}")
@@ -193,11 +192,9 @@ def reading(data: DataConfig) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:  # hub, network and file formats raise their own kinds, and all are about the source
-        reason = " ".join(str(error).split())[:300]
-        message = f"data.source={data.source} cannot be read ({type(error).__name__}: {reason})"
-        raise ConfigError(
-            f"{message}; check the name, data.subset, data.data_files and the network, or give a text of your own: data.source=FOLDER"
-        ) from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        todo = "check the name, data.subset, data.data_files and the network, or give a text of your own: data.source=FOLDER"
+        raise ConfigError(f"data.source={data.source} cannot be read ({reason}); {todo}") from error
 
 
 def split(documents: dict[str, str], by_text: bool) -> tuple[list[str], list[str]]:

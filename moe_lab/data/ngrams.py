@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import uuid
 
 import numpy as np
 
@@ -27,9 +26,9 @@ def loss_floors(dataset: Dataset) -> dict[str, float]:
     floors = {"uniform": math.log(dataset.vocab_size)}
     for order, name in enumerate(("unigram", "bigram", "trigram"), start=1):
         floors[name] = witten_bell(dataset.train[:COUNTED], dataset.validation, dataset.vocab_size, order)
-    draft = path.with_suffix(f".{uuid.uuid4().hex}")
+    draft = path.with_suffix(f".{os.getpid()}")
     draft.write_text(json.dumps(floors))
-    os.replace(draft, path)  # another process may count the same floors; either file is right
+    draft.replace(path)  # another process may count the same floors; either file is right
     return floors
 
 

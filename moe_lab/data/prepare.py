@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from moe_lab.config import ROOT, ConfigError, DataConfig, ModelConfig
 from moe_lab.data.corpus import Corpus, count_line, open_source, read_corpus
 from moe_lab.data.stream import IN_MEMORY, stream
-from moe_lab.data.tokens import bytes_of, encode, train_tokenizer
+from moe_lab.data.tokens import encode, train_tokenizer, write_meta
 
 CACHE = ROOT / ".cache"
 FORMAT = 1  # raise it whenever the same text would give other files
@@ -88,9 +88,7 @@ def write(folder: Path, corpus: Corpus, vocab_size: int, progress: bool) -> None
         np.save(draft / "train.npy", encode(tokenizer, corpus.train, progress))
         validation = encode(tokenizer, corpus.validation, progress)
         np.save(draft / "validation.npy", validation)
-        sizes = bytes_of(tokenizer)
-        meta = {"vocab_size": len(sizes), "validation_bytes": int(sizes[validation[1:]].sum())}
-        (draft / "meta.json").write_text(json.dumps(meta))
+        write_meta(draft, tokenizer, validation)
         try:
             draft.rename(folder)
         except OSError:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from moe_lab.config import ConfigError, DataConfig
 from moe_lab.data.corpus import decode, is_validation, open_source, raw, stream_texts
-from moe_lab.data.tokens import bytes_of, encode, token_dtype, train_tokenizer
+from moe_lab.data.tokens import encode, token_dtype, train_tokenizer, write_meta
 
 IN_MEMORY = 1 << 26  # bytes: a data set of which more is asked for is streamed
 SAMPLE = 1 << 24  # bytes of training text that the tokenizer learns from: the first ones
@@ -110,10 +110,8 @@ def go_on(draft: Path, data: DataConfig, rows: Sequence[dict], progress: bool) -
         files = {name: stack.enter_context(open(draft / f"{name}.npy", "r+b")) for name in ("train", "validation")}
         for name, file in files.items():
             set_length(file, getattr(state, name), token_dtype(tokenizer))
-        bar = stack.enter_context(
-            tqdm(desc="tokenizing", total=data.max_bytes, unit="B", unit_scale=True, delay=2, disable=not progress)
-        )
-        bar.update(state.n_read)
+        counted = {"total": data.max_bytes, "initial": state.n_read, "unit": "B", "unit_scale": True}
+        bar = stack.enter_context(tqdm(desc="tokenizing", delay=2, disable=not progress, **counted))
         for documents in portions(data, rows, state, bar):
             for name, file in files.items():
                 ids = encode(tokenizer, documents[name], progress=False)
@@ -122,12 +120,7 @@ def go_on(draft: Path, data: DataConfig, rows: Sequence[dict], progress: bool) -
                 set_length(file, getattr(state, name), ids.dtype)
             state.place = rows.state_dict()
             save_state(draft, state)
-    validation = np.load(draft / "validation.npy", mmap_mode="r")
-    meta = {
-        "vocab_size": tokenizer.get_vocab_size(),
-        "validation_bytes": int(bytes_of(tokenizer)[validation[1:]].sum()),
-    }
-    (draft / "meta.json").write_text(json.dumps(meta))
+    write_meta(draft, tokenizer, np.load(draft / "validation.npy", mmap_mode="r"))
 
 
 def portions(data: DataConfig, rows: Sequence[dict], state: State, bar: tqdm) -> Iterator[dict[str, list[str]]]:
@@ -161,9 +154,8 @@ def set_length(file: BinaryIO, n: int, dtype: np.dtype) -> None:
     """Make of a .npy file that grows one of `n` tokens, on disk, and stand at its end."""
     file.flush()
     file.seek(0)
-    np.lib.format.write_array_header_1_0(
-        file, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (n,)}
-    )
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (n,)}
+    np.lib.format.write_array_header_1_0(file, header)
     file.truncate(file.tell() + n * dtype.itemsize)  # the header leaves room for the count to grow
     file.seek(0, os.SEEK_END)
     os.fsync(file.fileno())

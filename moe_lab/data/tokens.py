@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
@@ -54,6 +57,15 @@ def bytes_of(tokenizer: Tokenizer) -> np.ndarray:
     sizes = np.array([len(tokenizer.id_to_token(i)) for i in range(tokenizer.get_vocab_size())])
     sizes[END_OF_TEXT_ID] = 0
     return sizes
+
+
+def write_meta(folder: Path, tokenizer: Tokenizer, validation: np.ndarray) -> None:
+    """What a tokenized text's meta.json says: of the vocabulary, and the bytes that its validation targets stand for."""
+    meta = {
+        "vocab_size": tokenizer.get_vocab_size(),
+        "validation_bytes": int(bytes_of(tokenizer)[validation[1:]].sum()),
+    }
+    (folder / "meta.json").write_text(json.dumps(meta))
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:
