@@ -148,7 +148,7 @@ def test_a_rank_with_another_config_is_refused_by_all(tmp_path: Path) -> None:
         _, err = job.communicate(timeout=120)
         line = err.strip().splitlines()[-1]
         assert job.returncode == 2 and line.startswith(
-            "error: rank 1 was given another config than rank 0 (training.seed)"
+            "error: rank 1 was given another config than rank 0 (training.seed: 0 → 1); start"
         )
 
 

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
-from moe_lab.config import Config, ConfigError, load_config, to_dict
+from moe_lab.config import Config, ConfigError, differences, load_config
 from moe_lab.data import prepare
 from moe_lab.health import Watch, start_sample
 from moe_lab.health.findings import counts
@@ -168,9 +168,8 @@ class RankTrainer(Trainer):
         parts = {"model": model, "optimizers": optimizers}
         dcp.load(parts, checkpoint_id=self.resumed_from)
         given = [dict(group) for group in groups_of(self.optimizers)]
-        set_state_dict(
-            self.model, self.optimizers, model_state_dict=parts["model"], optim_state_dict=parts["optimizers"]
-        )
+        states = {"model_state_dict": parts["model"], "optim_state_dict": parts["optimizers"]}
+        set_state_dict(self.model, self.optimizers, **states)
         pass_options(given, groups_of(self.optimizers))
         ckpt.restore_place(self, stored)
 
@@ -201,18 +200,18 @@ def own_device(config: Config) -> torch.device:
 def agree_on(config: Config, n_ranks: int, group: dist.ProcessGroup) -> None:
     """Raise ConfigError unless all ranks were given this config, and can share out its micro-batches."""
     given: list = [None] * n_ranks
-    dist.all_gather_object(given, to_dict(config), group=group)
+    dist.all_gather_object(given, config, group=group)
     for rank, other in enumerate(given):
         if other != given[0]:
-            differing = [f"{s}.{k}" for s, values in other.items() for k in values if values[k] != given[0][s][k]]
+            differing = ", ".join(differences(given[0], other))
             raise ConfigError(
-                f"rank {rank} was given another config than rank 0 ({', '.join(differing)}); start all with the same"
+                f"rank {rank} was given another config than rank 0 ({differing}); start all with the same"
             )
     n_micro = config.training.gradient_accumulation_steps
     if n_micro % n_ranks:
+        todo = "set it to a multiple of their number (and training.batch_size lower, for the same step)"
         raise ConfigError(
-            f"training.gradient_accumulation_steps={n_micro} cannot be shared out to {n_ranks} ranks; "
-            "set it to a multiple of their number (and training.batch_size lower, for the same step)"
+            f"training.gradient_accumulation_steps={n_micro} cannot be shared out to {n_ranks} ranks; {todo}"
         )
 
 
@@ -234,17 +233,15 @@ def train(args: argparse.Namespace) -> int:
             status, findings = fit_watched(trainer, Watch, speaks=rank == 0)
         if rank == 0:
             found = counts(finding.severity for finding in findings)
-            print(
-                f"{status}: {trainer.step} steps on {trainer.n_ranks} ranks in {trainer.root}; this rank's watch: {found}"
-            )
+            where = f"{trainer.step} steps on {trainer.n_ranks} ranks in {trainer.root}"
+            print(f"{status}: {where}; this rank's watch: {found}")
         return int(any(finding.severity == "error" for finding in findings))
     except (RuntimeError, dcp.CheckpointException) as error:
         if isinstance(error, RunError) or not is_about_ranks(error):
             raise
         last = [folder.name for folder in whole_checkpoints(args.run_dir)][-1:] or ["none"]
-        raise RunError(
-            f"rank {rank}: another rank is gone; last whole checkpoint: {last[0]}; go on with --resume"
-        ) from error
+        lost = f"rank {rank}: another rank is gone; last whole checkpoint: {last[0]}"
+        raise RunError(f"{lost}; go on with --resume") from error
     finally:
         dist.destroy_process_group()
 
@@ -256,15 +253,13 @@ def is_about_ranks(error: BaseException) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="torchrun … -m moe_lab.connect.distributed", description="Train one config on many ranks."
-    )
+    parser = argparse.ArgumentParser(prog="torchrun … -m moe_lab.connect.distributed")
     parser.add_argument("config", help="a YAML file, such as configs/lab.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--strategy", choices=STRATEGIES, default="fsdp", help="DDP copies the model, FSDP2 spreads it")
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument(
-        "--resume", action="store_true", help="go on from --run-dir's last checkpoint, with any number of ranks"
+        "--resume", action="store_true", help="go on from the last checkpoint, with any number of ranks"
     )
     return exit_code(train, parser.parse_intermixed_args(argv))
 

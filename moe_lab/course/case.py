@@ -10,10 +10,10 @@ An id or a name that the case does not have raises ConfigError, with the nearest
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
+import runpy
 import textwrap
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -78,10 +78,9 @@ def judge(id: str, lab: Lab, /, *, corpus: str | None = None, **numbers: Any) ->
     """Print what the numbers make of a claim, `C05 holds only if: sentence`; in profile lab, `make outputs` also puts it in
     VERDICTS in place of the claim's older entry (by MOE_LAB_KEEP_VERDICTS: a reader's run leaves the record alone).
 
-    Outcome and sentence are what the function of that name in notebooks/checks/verdicts_NN.py returns of the numbers; NN
-    is the notebook. `numbers` are finite numbers, truth values, or lists and mappings of them, of which six digits are
-    kept; `corpus` is the hash of the text. The printed line holds none, so that it is the same in every run. Raises
-    ConfigError for an unknown id or outcome, no function or two, and for a number that is not finite.
+    Outcome and sentence are what the function of that name in notebooks/checks/verdicts_NN.py returns of the `numbers`, which
+    are as in `notebook.claim`; `corpus` is the hash of the text. The printed line holds no number. Raises ConfigError for an
+    unknown id or outcome, no function or two, and for a number that is not finite.
     """
     about = claim(id).sentence
     notebook, verdict = verdict_of(id)
@@ -97,16 +96,14 @@ def judge(id: str, lab: Lab, /, *, corpus: str | None = None, **numbers: Any) ->
 
 def verdict_of(id: str) -> tuple[str, Callable[..., tuple[str, str]]]:
     """The notebook that judges the claim, and its function."""
-    found = []
+    found = {}
     for path in sorted((NOTEBOOKS / "checks").glob("verdicts_*.py")):
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-        if hasattr(module, id):
-            found.append((path.stem.removeprefix("verdicts_"), getattr(module, id)))
+        if verdict := runpy.run_path(str(path)).get(id):
+            found[path.stem.removeprefix("verdicts_")] = verdict
     if len(found) != 1:
-        where = "no notebook" if not found else f"notebooks {' and '.join(number for number, _ in found)}"
+        where = f"notebooks {' and '.join(found)}" if found else "no notebook"
         raise ConfigError(f"{id}: judged by {where}; it must be one checks/verdicts_NN.py")
-    (number, verdict), *_ = found
+    [(number, verdict)] = found.items()
     if not (notebooks := list(NOTEBOOKS.glob(f"{number}_*.ipynb"))):
         raise ConfigError(f"{id}: checks/verdicts_{number}.py belongs to no notebook")
     return notebooks[0].stem, verdict

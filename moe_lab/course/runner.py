@@ -3,8 +3,8 @@
     python -m moe_lab notebook notebooks/05_fixed_training.ipynb profile=smoke
     python -m moe_lab notebook all profile=smoke             # each into a folder of one new directory under runs/
 
-The first Ctrl-C goes to the cell that runs, so that a training run saves its checkpoint, and ends the notebook after
-that cell; a second one ends it at once.
+The first Ctrl-C goes to the cell that runs, so that a training saves its checkpoint, and ends the notebook after that cell; a
+second one ends it at once.
 """
 
 from __future__ import annotations
@@ -67,13 +67,12 @@ def execute(path: Path, output: Path, parameters: Mapping[str, Any], **environme
     # without encryption ipykernel warns, in every run
     encryption = "auto" if zmq.has("curve") else "disabled"
     options = {"progress_bar": sys.stderr.isatty(), "stderr_file": sys.stderr, "on_cell_start": before_cell}
+    options |= {"kernel_name": "python3", "cwd": path.parent}
     options["config"] = Config(KernelManager={"transport_encryption": encryption})
     handler = signal.signal(signal.SIGINT, interrupt)
     try:
         with patch.dict(os.environ, {"MOE_LAB_INTERACTIVE": "0", **environment}):
-            papermill.execute_notebook(
-                path, output, dict(parameters), kernel_name="python3", cwd=path.parent, **options
-            )
+            papermill.execute_notebook(path, output, dict(parameters), **options)
     except PapermillExecutionError as error:
         if stopping:  # the cell that was interrupted had no way of its own to stop
             raise KeyboardInterrupt from error

@@ -1,11 +1,9 @@
 """The run engine: a table of settings → a row of measurements each, kept by content.
 
 A cell is a real training by the package's Trainer, usually in a process of its own with one thread, so that a result does
-not depend on how many cells run at once. What is measured, and after which updates, is the cell's probe. A finished row
-is kept in `.cache/runs` under a name made from what it was computed from; after an interruption, only missing cells run.
-
-All arms of one seed share start values and data order (both follow from `training.seed`), so differences between arms are
-taken within a seed.
+not depend on how many cells run at once. A finished row is kept in `.cache/runs` under a name made from what it was computed
+from; after an interruption, only missing cells run. All arms of one seed share start values and data order (both follow from
+`training.seed`), so differences between arms are taken within a seed.
 """
 
 from __future__ import annotations
@@ -71,7 +69,7 @@ class Cell:
 
 
 class Arm(NamedTuple):
-    """One setting of a factorial run."""
+    """One setting of a factorial run: what a Cell has of it."""
 
     config: Config
     remedy: str | None = None
@@ -119,7 +117,6 @@ def run_cells(
 
     An error in a cell, or Ctrl-C, ends the running ones and is raised; what is finished stays in the cache.
     """
-    # the text belongs to what a row is computed from, too
     hashes = {data: read_corpus(data, progress=False).hash for data in {cell.config.data for cell in cells}}
     paths = {cell.key: CACHE / "runs" / f"{cell.key}_{hashes[cell.config.data][:12]}.json" for cell in cells}
     jobs = {cell.key: (cell, paths[cell.key]) for cell in cells if not paths[cell.key].exists()}.values()

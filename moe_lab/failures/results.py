@@ -21,12 +21,8 @@ RESULTS = ROOT / "notebooks" / "results"
 
 def provenance() -> dict[str, str | None]:
     """What computes here; it stands beside every number that is kept."""
-    return {
-        "commit": commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "machine": cpu_kind(),
-    }
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    return {"commit": commit(), **versions, "machine": cpu_kind()}
 
 
 def cpu_kind() -> str:

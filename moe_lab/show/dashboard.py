@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,9 +50,8 @@ def told(findings: Iterable[Finding], whose: str = "") -> str:
 class Live:
     """Trainers in a worker thread, a figure of them, and controls where somebody watches.
 
-    A subclass says what is done there (`work`), what the figure is (`figure`) and what the line under the buttons says
-    (`status`). `training` holds what `work` returned, or its error; `watches` are those of the trainers that have one, by
-    the name to call them by.
+    A subclass says what is done there (`work`), what the figure is and what the line under the buttons says (`status`).
+    `training` holds what `work` returned, or its error; `watches` are those of the trainers that have one, by name.
     """
 
     def __init__(
@@ -224,39 +224,41 @@ class Live:
 
         controls = [trainer.controls for trainer in self.trainers]
 
-        def pause(button: widgets.Button) -> None:
+        def pause() -> None:
             for one in controls:
                 one.resume() if one.paused else one.pause()
-            button.description = "Resume" if controls[0].paused else "Pause"
+            buttons[0].description = "Resume" if controls[0].paused else "Pause"
 
-        def stop(_: widgets.Button) -> None:
+        def stop() -> None:
             self.stop()
-            self._status.value = self.status()
             for one in buttons:
                 one.disabled = True
 
-        def save(_: widgets.Button) -> None:
+        def save() -> None:
             for one in controls:
                 one.saved = "…"
                 one.save()
+
+        def show_status(_: widgets.Button) -> None:
             self._status.value = self.status()
 
-        def button(text: str, tooltip: str, act: Callable[[widgets.Button], None]) -> widgets.Button:
-            made = widgets.Button(description=text, tooltip=tooltip, layout={"width": "auto", "min_width": "6em"})
-            made.on_click(act)
+        def button(text: str, tooltip: str, act: Callable[[], None], style: str = "") -> widgets.Button:
+            layout = {"width": "auto", "min_width": "6em"}
+            made = widgets.Button(description=text, tooltip=tooltip, button_style=style, layout=layout)
+            made.on_click(lambda _: act())
+            made.on_click(show_status)
             return made
 
         buttons = [
             button("Pause", "Pause after this step, or resume", pause),
-            button("Stop", "Stop after this step and save", stop),
+            button("Stop", "Stop after this step and save", stop, "danger"),
             button("Checkpoint", "Save a checkpoint after this step", save),
         ]
-        buttons[1].button_style = "danger"
         options = {"description": "LR ×", "readout_format": ".3g", "continuous_update": False}
         slider = widgets.FloatLogSlider(1.0, base=2, min=-4, max=2, step=0.5, layout={"min_width": "22em"}, **options)
         slider.observe(lambda change: [one.set_lr_scale(change["new"]) for one in controls], names="value")
         keep_live(slider)
-        planted = [button(name, f"{name}, after this step", lambda _, n=name: self.plant(n)) for name in self.acts]
+        planted = [button(name, f"{name}, after this step", partial(self.plant, name)) for name in self.acts]
         self._status, self._image = widgets.Label(self.status()), widgets.HTML()
         self._image.add_class(f"moe-live-{self._number}")
         wrap = {"flex_flow": "row wrap"}

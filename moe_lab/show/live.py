@@ -55,9 +55,8 @@ class LiveRun(Live):
     """Runs `trainer.fit()` in a thread, shows it, and hands its summary to the cell that waits.
 
     `floors` are lines for the loss panel (nats per token by name; None: the trainer's). A `watch` is told the losses, and
-    what it finds is shown. `acts` are buttons of their own, functions of this run that are called between two updates
-    and written to controls.jsonl; headless they come when `trainer.controls.scheduled` says so. `rows` are the record's,
-    those of a resumed run's past too; `training` holds the summary, or the error.
+    what it finds is shown. `acts` are buttons of their own, functions of this run that are called between two updates and
+    written to controls.jsonl; headless they come when `trainer.controls.scheduled` says so. `rows` are the whole record's.
     """
 
     def __init__(
@@ -119,23 +118,18 @@ class LiveRun(Live):
 class LivePair(Live):
     """Trains `trainers` (two, by name) in turn, an update each, and hands the record of each to the cell that waits.
 
-    Give them the same seed and data, and directories of their own: what differs then is what you made different. Each is
-    evaluated when `fit` would do it, saved only by the button, and its rows are those of a run alone (seconds apart). `until`
-    counts updates from the run's first; None: all of them. `watches` are made here for trainers that have none.
+    Give them the same seed and data, and directories of their own. Each is evaluated when `fit` would do it, saved only by the
+    button, and its rows are those of a run alone (seconds apart). `until` counts updates from the run's first; None: all of
+    them. `watches` are made here for trainers that have none.
     """
 
     def __init__(
-        self,
-        trainers: Mapping[str, Any],
-        floors: Mapping[str, float] | None = None,
-        watches: Mapping[str, Watch] | None = None,
-        until: int | None = None,
+        self, trainers: Mapping[str, Any], watches: Mapping[str, Watch] | None = None, until: int | None = None
     ):
         given = watches or {}
         made = {n: given.get(n) or Watch(t.model, t.optimizers, t.n_steps, quiet=True) for n, t in trainers.items()}
         super().__init__(trainers.values(), made)
         self.named, self.until = dict(trainers), until or self.trainers[0].n_steps
-        self.floors = floors or self.trainers[0].floors
         self.rows: dict[str, list[dict[str, Any]]] = {name: [] for name in trainers}
         self.began = time.monotonic()
         for name, trainer in trainers.items():
@@ -159,7 +153,7 @@ class LivePair(Live):
     def figure(self) -> tuple[Figure, str]:
         rows = {name: list(rows) for name, rows in self.rows.items()}
         marks = {name: found_by(watch) for name, watch in self.watches.items()}
-        return pair_figure(rows, self.floors, self.trainers[0].config, marks)
+        return pair_figure(rows, self.trainers[0].floors, self.trainers[0].config, marks)
 
     def status(self) -> str:
         step = min(trainer.step for trainer in self.trainers)

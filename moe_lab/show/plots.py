@@ -14,16 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moe_lab.config import Config
-from moe_lab.show.style import (
-    BLUE,
-    INK,
-    SERIES,
-    VERMILION,
-    draw_floors,
-    label_right,
-    new_axes,
-    new_figure,
-)
+from moe_lab.show.style import BLUE, INK, SERIES, VERMILION, draw_floors, label_right, new_axes, new_figure
 
 Rows = Sequence[Mapping[str, Any]]
 Curve = tuple[np.ndarray, np.ndarray]  # steps, values
@@ -38,8 +29,7 @@ def column(rows: Rows, name: str, along: str = "step") -> Curve:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Mean over a twentieth of the run (at least 5 rows) around each value; the window is shorter at the start, where
-    the loss falls so fast that a longer one would show a lag."""
+    """Mean over a twentieth of the run (at least 5 rows) around each value; at the start, where losses fall fast, over fewer."""
     n, half = len(values), max(5, len(values) // 20) // 2
     sums = np.concatenate([[0.0], np.cumsum(np.nan_to_num(values))])
     index = np.arange(n)
@@ -62,9 +52,8 @@ def next_token_weight(config: Config) -> float:
 
 def loss_curves(rows: Rows, config: Config, along: str = "step") -> tuple[Curve, Curve]:
     """The next token's loss in training and in validation, nats per token."""
-    steps, losses = column(
-        [{along: row[along]} | row["losses"] for row in rows if "losses" in row], "next_token", along
-    )
+    terms = [{along: row[along]} | row["losses"] for row in rows if "losses" in row]
+    steps, losses = column(terms, "next_token", along)
     return (steps, losses / next_token_weight(config)), column(rows, "validation_loss", along)
 
 

@@ -84,10 +84,9 @@ def label_right(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
             overlap = max(0.0, gap - (places[i] - places[i - 1]))
             places[i - 1] = max(0.04, places[i - 1] - overlap / 2)
             places[i] += overlap / 2
+    style = {"fontsize": 8.5, "va": "center", "transform": axes.transAxes}
     for place, (_, text, colour) in zip(places, labels, strict=True):
-        axes.text(
-            1.02, place, text, color=LETTERS.get(colour, colour), fontsize=8.5, va="center", transform=axes.transAxes
-        )
+        axes.text(1.02, place, text, color=LETTERS.get(colour, colour), **style)
 
 
 def png(figure: Figure) -> bytes:
@@ -114,9 +113,8 @@ def save(figure: Figure, path: Path) -> Path:
 def to_html(figure: Figure, alt: str, caption: str = "") -> dict[str, str]:
     """A MIME bundle: the picture as SVG where that is light, else as PNG, on white paper in a dark theme too.
 
-    `alt` says what is seen, for whoever does not see it; `caption` says what it means, for everybody. Without a caption
-    `alt` stands below the picture too, hidden from screen readers, which have read it already. It is HTML and not
-    image/png because JupyterLab and nbconvert drop the alternative text of the latter.
+    `alt` says what is seen, for whoever does not see it; `caption` says what it means. Without a caption `alt` stands below
+    the picture too, hidden from screen readers. HTML, since JupyterLab and nbconvert drop the alternative text of image/png.
     """
     data, kind = svg(figure), "svg+xml"
     if len(data) > LARGEST_SVG:

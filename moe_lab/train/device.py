@@ -67,12 +67,9 @@ def seconds_per_product(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def choose_threads(config: Config) -> str | None:
-    """Compute with no more threads than there are free cores, and with one where that is faster, by a short measurement on
-    this run's sizes. Returns what to tell the reader if the machine is busy.
-
-    OpenMP's threads wait for each other, and GNU's do so by spinning: beside another busy process as many as there are cores
-    are slower than one, and for a small model always. Waiting asleep in place of spinning costs on a quiet machine and gains
-    less than one thread on a busy one, so the policy stays. It takes a second; OMP_NUM_THREADS, if set, stands.
+    """Compute with no more threads than there are free cores, and with one where that is faster, by a second's measurement on
+    this run's sizes: OpenMP's threads wait for each other by spinning. OMP_NUM_THREADS, if set, stands. Returns what to tell
+    the reader if the machine is busy.
     """
     most = torch.get_num_threads()
     if most == 1 or "OMP_NUM_THREADS" in os.environ:
@@ -83,10 +80,10 @@ def choose_threads(config: Config) -> str | None:
     rows = min(config.training.batch_size * config.model.max_seq_len, 2048)
     a, b = torch.ones(rows, config.model.d_model), torch.ones(config.model.d_model, config.model.d_ff)
     seconds = {}
-    for n in {most, 1} if most > 1 else ():
+    for n in {most, 1}:
         torch.set_num_threads(n)
         seconds[n] = sum(timeit.repeat(lambda: torch.softmax(a @ b, -1) @ b.T, number=4, repeat=4))
-    best = min(seconds, key=seconds.get, default=1)
+    best = min(seconds, key=seconds.get)
     torch.set_num_threads(best)
     if taken < BUSY:
         return None
@@ -106,11 +103,9 @@ def bfloat16_products(model: nn.Module, compute: str, device: torch.device) -> c
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep freed memory for the next step instead of handing it back to the system. Returns whether it did.
+    """Let glibc keep freed memory for the next step, which allocates as much, and spare page faults. Returns whether it did.
 
-    Training allocates the same tens of megabytes each step; by default glibc maps and unmaps them, and part of a CPU
-    step goes into page faults. The price: it holds for the whole process and for good; a notebook's kernel
-    keeps the memory of its largest run until it is restarted.
+    It holds for the whole process and for good: a notebook's kernel keeps the memory of its largest run.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -47,16 +47,14 @@ def last_written(run_dir: Path) -> int | None:
 def refuse_used(trainer: Trainer) -> None:
     """Raise RunError if the directory holds a run: not to be resumed, or gone on since this trainer read it."""
     if last_written(trainer.run_dir) != trainer.record_time:
-        raise RunError(
-            f"{trainer.run_dir}: holds a run already; continue it with resume=True (--resume on the shell), or take another directory"
-        )
+        ways = "continue it with resume=True (--resume on the shell), or take another directory"
+        raise RunError(f"{trainer.run_dir}: holds a run already; {ways}")
 
 
 def to_resume(path: Path, state: dict[str, Any], given: Config) -> tuple[dict[str, Any], Config]:
-    """The state of a checkpoint and the config to go on with; prints each difference between stored and given, and which one is used.
-
-    `given` still may say `auto` for precision.compute and a vocabulary that the text could not fill: then what the run
-    had found stands, without a line. Raises RunError for another architecture.
+    """The state of a checkpoint and the config to go on with; prints each difference, and which value is used. What the run
+    had found for `compute: auto`, and a vocabulary that the text could not fill, stand without a line. Raises RunError for
+    another architecture.
     """
     merged, lines = to_dict(from_dict(state["config"], str(path))), []
     for name, values in to_dict(given).items():

@@ -30,12 +30,11 @@ from moe_lab.train.record import RECORD, append_jsonl, write_summary
 class Trainer:
     """Trains one model in one run directory (its files: README, "How to read a run").
 
-    `config` is resolved here: device, precision, the vocabulary that the text yields. `model` and `optimizers` may be
-    given ready-made; a model is moved to the run's device, and one whose optimizers are given must be there already.
-    `listeners` are called, on fit's thread, with each finished record row. With `resume` the model, its optimizers and
-    `step` are those of the directory's last checkpoint from here on. The tokenized text and its loss floors go to the
-    cache; nothing is written to `run_dir` before `fit`, `steps` or `opened`. Raises ConfigError for the config, the
-    text or the model, RunError for the directory: a directory that holds a record needs `resume=True`.
+    `config` is resolved here: device, precision, the vocabulary that the text yields. A given `model` is moved to the run's
+    device, unless its `optimizers` are given too: then it must be there already. `listeners` are called, on fit's thread, with
+    each finished record row. With `resume` the run stands at the directory's last checkpoint from here on. Nothing is written
+    to `run_dir` before `fit`, `steps` or `opened`. Raises ConfigError for the config, the text or the model, RunError for the
+    directory: one that holds a record needs `resume=True`.
     """
 
     def __init__(
@@ -113,16 +112,13 @@ class Trainer:
             return summary
 
     def steps(self, until: int | None = None) -> Iterator[Report]:
-        """The same run, an update at a time: the one way to drive a training by hand.
-
-            for report in trainer.steps(until=20):
-                print(report.step, report.grad_norm.item())
+        """The same run, an update at a time: `for report in trainer.steps(until=20): print(report.grad_norm.item())`.
 
         Begins the run if need be, makes updates, and yields each one's Report, until `until` of them are done (counted
         from the run's first; default and limit: `n_steps`) or a stop is asked for; obeys `controls` before each update.
-        A later call goes on where this one ended. The record is written every `log_interval` steps and when the generator
-        ends, is closed, or fails, sooner while somebody looks: an exception between two updates leaves a whole run. It neither evaluates, saves, locks
-        the directory nor writes a summary: `fit` does, and makes the same updates.
+        A later call goes on where this one ended. The record is written every `log_interval` steps, sooner while somebody looks,
+        and however the generator ends. Unlike `fit`, which makes the same updates, it neither evaluates, saves, locks the
+        directory nor writes a summary.
         Raises ValueError for `until` beyond `n_steps`, RunError as `fit` does.
         """
         last = self.n_steps if until is None else until
