@@ -1,4 +1,13 @@
-"""The commands of `python -m moe_lab --help`. Errors are one line on stderr, exit code 2; an error among what was found, 1."""
+"""examples:
+  python -m moe_lab notebook 05 profile=smoke               execute a notebook; `all` for the whole course
+  python -m moe_lab run configs/lab.yaml training.steps=50  train one config
+  python -m moe_lab preflight configs/lab.yaml              look for mistakes before a second of compute
+  python -m moe_lab plan configs/training_1.5b.yaml         what a run will take, before it takes anything
+  python -m moe_lab inspect runs/…/step_000200.pt           look into a checkpoint; nothing in it is executed
+  python -m moe_lab doctor train.py --lr 3e-4               run any training script, watched; -m MODULE works too
+
+Each command has a --help of its own. `make lab` opens the notebooks in JupyterLab. Errors are one line on stderr, exit code 2.
+"""
 
 from __future__ import annotations
 
@@ -103,16 +112,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    examples = """examples:
-  python -m moe_lab notebook 05 profile=smoke               execute a notebook; `all` for the whole course
-  python -m moe_lab run configs/lab.yaml training.steps=50  train one config
-  python -m moe_lab preflight configs/lab.yaml              look for mistakes before a second of compute
-  python -m moe_lab plan configs/training_1.5b.yaml         what a run will take, before it takes anything
-  python -m moe_lab inspect runs/…/step_000200.pt           look into a checkpoint; nothing in it is executed
-  python -m moe_lab doctor train.py --lr 3e-4               run any training script, watched; -m MODULE works too
-
-Each command has a --help of its own. `make lab` opens the notebooks in JupyterLab."""
-    top = OneLineParser(prog="python -m moe_lab", description="Train and look into training runs.", epilog=examples)
+    top = OneLineParser(prog="python -m moe_lab", description="Train and look into training runs.", epilog=__doc__)
     top.formatter_class = argparse.RawDescriptionHelpFormatter
     top.add_argument("--version", action="store_true", help="print the version and the commit")
     commands = top.add_subparsers(dest="command", required=True)
