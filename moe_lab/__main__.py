@@ -6,7 +6,7 @@
   python -m moe_lab inspect runs/…/step_000200.pt           look into a checkpoint; nothing in it is executed
   python -m moe_lab doctor train.py --lr 3e-4               run any training script, watched; -m MODULE works too
 
-Each command has a --help of its own. `make lab` opens the notebooks in JupyterLab. Errors are one line on stderr, exit code 2.
+Each command has a --help of its own; errors are one line, exit code 2. `make lab` opens the notebooks in JupyterLab.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 
 The micro-batches of a step are dealt out to the ranks, so the update is that of one process, whatever their number; the
 gradients are averaged by DDP, or by FSDP2 (`fully_shard`), which also spreads weights and optimizer states. Each rank has a
-record of its own: rank 0's is the run's directory and holds the means over all, rank k's lies in its folder rank_k.
-`accelerate launch` starts the same module. What comes after: expert parallelism as in torchtitan, where tokens travel to the
-ranks that hold their experts; records, checkpoints and Muon's stacks carry over, the MoE layer's products do not.
+record: rank 0's is the run's directory and holds the means over all, rank k's lies in its folder rank_k. `accelerate launch`
+starts the same module. What comes after, expert parallelism as in torchtitan, needs other products in the MoE layer alone.
 """
 
 from __future__ import annotations
@@ -265,10 +264,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this rank's process without taking the interpreter down first.
-
-    DTensor's caches keep the process group, and so gloo's threads, past `destroy_process_group`. One that lets go of a tensor
-    while the interpreter ends needs its lock, cannot have it any more, and takes the finished rank down with SIGABRT.
+    """Ends this rank's process without taking the interpreter down first: DTensor's caches keep gloo's threads past
+    `destroy_process_group`, and one that lets go of a tensor while the interpreter ends takes the rank down with SIGABRT.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -42,20 +42,17 @@ def claim(id: str) -> SimpleNamespace:
 
 
 def bug(id: str) -> SimpleNamespace:
-    """Bug B01 … B26, which the report missed (or, B01 and B02, found): `sentence`, `symptom`, and whether it was seen
-    by running the code of that day (`ran`), or read there."""
+    """Bug B01 … B26: `sentence`, `symptom`, and whether it was seen by running the code of that day (`ran`), or read there."""
     return SimpleNamespace(**{"ran": False} | entry("bugs", id))
 
 
 def observed_run(name: str) -> SimpleNamespace:
-    """Run `first` (bf16 parameters) or `second` (LR too low): the fields of case.yaml's `runs`; None: the report does
-    not say."""
+    """Run `first` (bf16 parameters) or `second` (LR too low), as in case.yaml; None: the report does not say."""
     return SimpleNamespace(**entry("runs", name))
 
 
 def facts(group: str) -> Mapping[str, Any]:
-    """Figures by name, read-only: of the model `training_1.5b`, of its larger `sibling_3b`, of `training` and
-    `optimizer`, and the numbers in the `report`'s claims."""
+    """Figures by name, read-only: of `training_1.5b`, its larger `sibling_3b`, `training`, `optimizer` and the `report`."""
     return MappingProxyType(entry("facts", group))
 
 

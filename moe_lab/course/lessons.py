@@ -55,8 +55,8 @@ class Question:
         return true[0]
 
 
-# What the reader chose and what was measured: of this kernel by question, and of all notebooks, by the question's text, in
-# the file that `make lab` lays beside the working copies. Without them nothing is written.
+# What the reader chose and what was measured: of this kernel by question; of all notebooks, by the question's text, in the
+# file that `make lab` lays beside the working copies, if it is there.
 guesses: dict[Question, str] = {}
 answers: dict[Question, str] = {}
 KEPT = ROOT / "work" / "answers.json"
@@ -76,10 +76,8 @@ def keep(what: str, question: Question, option: str) -> None:
 
 
 async def ask(question: Question) -> None:
-    """Show the options and wait until one is chosen; where nobody can click, print them: then there is no guess.
-
-    Interrupt goes on without a guess. A question that was answered before, in this kernel or another day, keeps its answer
-    until another option is chosen, and nothing waits.
+    """Show the options and wait until one is chosen or Interrupt comes; where nobody can click, print them. A question that was
+    answered before, in this kernel or another day, keeps its answer until another option is chosen, and nothing waits.
     """
     answers.pop(question, None)  # asked again: not scored before it is revealed again
     if not is_interactive():

@@ -5,8 +5,7 @@
     ...
     claim("05.1", loss < trigram, "validation loss is below the trigram", loss=loss, trigram=trigram)
 
-papermill turns `-p flag false` into the text "false", YAML makes a text of 1e-3, and a misspelt name is injected with
-no more than a warning. All three are settled here, before anything runs.
+papermill turns `-p flag false` into the text "false" and injects a misspelt name with no more than a warning: not here.
 """
 
 from __future__ import annotations
@@ -67,9 +66,9 @@ class Lab:
 def begin(**parameters: Any) -> Lab:
     """Validate a notebook's parameters, resolve its config, and print it. Raises ConfigError (one line).
 
-    Known: `profile` (it wins over MOE_LAB_PROFILE, which wins over lab), `config` (a YAML file in place of the
-    profile's; from the repository's root), `overrides` (a list, or one text: "training.steps=20 model.d_model=64"),
-    `run_dir` (default: a new dated directory under runs/, made by whoever writes there), `seed`, `device`, `resume`.
+    Known: `profile` (it wins over MOE_LAB_PROFILE, which wins over lab), `config` (a YAML file in place of the profile's),
+    `overrides` (a list, or one text: "training.steps=20 model.d_model=64"), `run_dir` (default: a new dated directory under
+    runs/), `seed`, `device`, `resume`. Paths are from the repository's root.
     """
     refuse_injected()
     lab = resolve(**parameters)

@@ -41,11 +41,9 @@ NOTEBOOKS = ROOT / "notebooks"
 
 
 def execute(path: Path, output: Path, parameters: Mapping[str, Any], **environment: str) -> None:
-    """Run the notebook by papermill in this Python; what its cells write to stderr (progress) is shown as it comes.
-    `environment` is the kernel's, for the time of this execution.
-
-    Everything up to the cell that did not pass is in `output`. Raises RunError, one line, where a cell fails or the
-    kernel dies, and KeyboardInterrupt after a Ctrl-C.
+    """Run the notebook by papermill in this Python, in this `environment`; what its cells write to stderr (progress) is shown
+    as it comes. Everything up to the cell that did not pass is in `output`. Raises RunError, one line, where a cell fails or
+    the kernel dies, and KeyboardInterrupt after a Ctrl-C.
     """
     stopping = False
 
@@ -94,10 +92,7 @@ def declared_parameters(path: str | Path) -> dict[str, Any]:
 
 
 def validate_parameters(notebook_path: str | Path, parameters: Mapping[str, Any]) -> tuple[dict[str, Any], Lab]:
-    """Parameters for papermill: names known to the notebook, values of its types; and the config and the run that they mean.
-
-    Raises ConfigError before a kernel starts. A parameter that is None is passed on as it is.
-    """
+    """Parameters for papermill, of the notebook's names and types, and what they mean. Raises ConfigError."""
     defaults = declared_parameters(notebook_path)
     refuse_unknown(parameters, defaults, f"{Path(notebook_path).name}: ")
     kinds = {name: type(default) for name, default in defaults.items()} | KINDS
@@ -108,9 +103,7 @@ def validate_parameters(notebook_path: str | Path, parameters: Mapping[str, Any]
 def run_notebook(
     path: str | Path, parameters: Mapping[str, Any] | None = None, run_dir: str | Path | None = None
 ) -> Path:
-    """Validate, execute, convert, and say where things are. The executed notebook, its HTML and the run's own files lie in
-    one directory (given, or new and dated), which is returned.
-
+    """Validate, execute, convert, and say where things are: in one directory (given, or new and dated), which is returned.
     Raises ConfigError before a kernel starts, else as `execute`.
     """
     path = find_notebook(path)

@@ -42,8 +42,8 @@ class Corpus(NamedTuple):
 def read_corpus(data: DataConfig, progress: bool = True) -> Corpus:
     """Read `data.source`, at most `data.max_bytes` bytes of it, and split it. See `split` for the rule.
 
-    Text is UTF-8 (a byte-order mark is dropped) and CRLF becomes LF. What is binary (holds a NUL byte), not UTF-8,
-    unreadable, empty, or hidden in a folder is skipped and counted in `skipped`.
+    Text is UTF-8 (a byte-order mark is dropped) and CRLF becomes LF. What is binary (holds a NUL byte), not UTF-8, unreadable,
+    empty, or hidden in a folder is counted in `skipped`.
     Raises ConfigError, one line, if the source does not exist, cannot be read, or yields no text.
     """
     skipped: Counter[str] = Counter()
@@ -200,10 +200,8 @@ def reading(data: DataConfig) -> Iterator[None]:
 def split(documents: dict[str, str], by_text: bool) -> tuple[list[str], list[str]]:
     """Training and validation text of {name: text}.
 
-    A document is validation if sha256 of its name (`by_text`, for a Hugging Face data set: of its text), read as a
-    number, is 0 modulo 20. Few documents may give a lopsided split: where validation would hold less than 2 % or
-    more than 20 % of the bytes, the last 5 % of every document is validation instead, cut at a line end if one is
-    near, and both parts count as documents.
+    A document is validation if sha256 of its name (`by_text`: of its text), read as a number, is 0 modulo 20. Where that
+    would be less than 2 % or more than 20 % of the bytes, the last 5 % of every document is validation instead.
     """
     train: list[str] = []
     validation: list[str] = []

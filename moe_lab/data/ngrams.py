@@ -48,9 +48,8 @@ def witten_bell_probabilities(train: np.ndarray, targets_stream: np.ndarray, voc
     down to p_0 = 1 / vocab_size; `order` is the n of the result: 1 unigram, 2 bigram, 3 trigram. A target with fewer
     than n - 1 tokens before it has an unseen history.
     Raises ConfigError if `order` tokens do not fit into one 64-bit key.
-    Source: Witten and Bell 1991, "The zero-frequency problem" (method C); as an interpolation in Chen and Goodman
-    1998, "An empirical study of smoothing techniques for language modeling" (TR-10-98), sec. 2, "Witten-Bell
-    smoothing".
+    Source: Witten and Bell 1991, "The zero-frequency problem" (method C), interpolated as in Chen and Goodman 1998, "An
+    empirical study of smoothing techniques for language modeling" (TR-10-98), sec. 2.
     """
     bits = (vocab_size - 1).bit_length()
     if bits * order > 63:

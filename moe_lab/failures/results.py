@@ -97,8 +97,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def plain(name: str, value: Any) -> Any:
-    """`value` as JSON holds it (numpy's and torch's too), with six digits of a fraction. Raises ConfigError for what is
-    not finite. A Spread becomes a mapping."""
+    """As JSON holds it (numpy's and torch's too), with six digits; of a Spread a mapping. Raises ConfigError: not finite."""
     if isinstance(value, Spread):
         value = {key: part for key, part in value._asdict().items() if key != "sd" or value.n > 1}
     elif isinstance(value, dict):

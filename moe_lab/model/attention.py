@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from moe_lab.config import ModelConfig
-from moe_lab.model.layers import in_autocast, no_autocast
+from moe_lab.model.layers import autocast_dtype, no_autocast
 
 BLOCK = 64  # queries whose scores are made at once on a CPU: they fit its cache
 SHORT = 512  # tokens up to which all probabilities are kept for the backward pass
@@ -31,8 +31,7 @@ class KeyValueCache(NamedTuple):
 def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine tables, each (B, 1, T, C / 2) float32, for positions (B, T) int64 in the sequence.
 
-    Source: Su et al. 2021, sec. 3.4.2, https://arxiv.org/abs/2104.09864, with the halves of a head as the pairs
-    (GPT-NeoX order, as in Llama) where the paper pairs neighbours.
+    Source: Su et al. 2021, sec. 3.4.2, https://arxiv.org/abs/2104.09864; as in Llama the pairs are the halves of a head.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angles = (positions.float().unsqueeze(-1) * (1.0 / theta**exponents)).unsqueeze(1)
@@ -123,7 +122,7 @@ class Attention(nn.Module):
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries (B, H, T, C), rotated keys and values (B, G, T, C)."""
         table = rotary(positions, self.head_dim, self.theta)
-        x = in_autocast(x)  # once for all three
+        x = x.to(autocast_dtype(x))  # once for all three
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -131,10 +130,8 @@ class Attention(nn.Module):
         return Rotation.apply(q, *table), Rotation.apply(k, *table), v
 
     def forward(self, x: Tensor, positions: Tensor, keep: Tensor | None = None) -> tuple[Tensor, None]:
-        """x (B, T, D) in order of time, positions (B, T) int64 → (B, T, D), and no routing.
-
-        A row sees itself and the rows before it, whatever their positions; `keep` is not needed here, since
-        MoD puts the rows that do not count last.
+        """x (B, T, D) in order of time, positions (B, T) int64 → (B, T, D), and no routing. A row sees itself and the rows
+        before it, whatever their positions; `keep` is not needed, since rows that do not count come last.
         """
         y = attend(*self.project(x, positions))
         return self.o_proj(y.transpose(1, 2).flatten(2)), None

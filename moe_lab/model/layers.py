@@ -46,7 +46,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor | None = None, keep: Tensor | None = None) -> tuple[Tensor, None]:
         """(…, d_model) → (…, d_model), and no routing. Each token by itself: positions and `keep` are not needed."""
-        x = in_autocast(x)  # once for both
+        x = x.to(autocast_dtype(x))  # once for both
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)), None
 
     def step(self, x: Tensor, positions: Tensor, keep: Tensor | None, start: int, cache) -> Tensor:
@@ -85,7 +85,7 @@ def no_autocast(x: Tensor):
     return torch.autocast(x.device.type, enabled=False)
 
 
-def in_autocast(x: Tensor) -> Tensor:
-    """x in the dtype in which autocast would multiply it: who multiplies it several times casts it once."""
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """In which autocast would multiply x: who multiplies it several times casts it once."""
     device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -115,8 +115,7 @@ class RoutingMamba(nn.Module):
     """A mixture of whole Mamba blocks, where a layer is both Mamba and MoE.
 
     Every expert scans all tokens, so that no state has gaps, and the router's K weights weigh the outputs: it saves no
-    compute. Source: Zhan et al. 2025, https://arxiv.org/abs/2506.18145, who share one routing among an expert's
-    projections around a common scan; here whole blocks are mixed, as the case has it.
+    compute. Source: Zhan et al. 2025, https://arxiv.org/abs/2506.18145, whose experts share a scan; not here, as in the case.
     """
 
     def __init__(self, config: ModelConfig):

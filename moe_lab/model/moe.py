@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from moe_lab.config import ModelConfig
-from moe_lab.model.layers import RouterMLP
+from moe_lab.model.layers import RouterMLP, autocast_dtype
 
 # Each expert's rows are padded to a multiple of this. Grouped kernels want it, and a token's result then does not
 # depend, to the last bit, on how many other tokens chose the same expert (matrix products of few rows round differently).
@@ -59,10 +59,8 @@ class Router(nn.Module):
 class MoE(nn.Module):
     """Every token goes to its K best experts; their outputs are summed with the router's weights.
 
-    Nothing is dropped unless the config sets a capacity factor. Then, in training only, an expert takes at most
-    factor · N · K / E slots (rounded up), earlier tokens first, and `Routing.drop_rate` reports the rest (Fedus et al. 2021,
-    sec. 2.2, https://arxiv.org/abs/2101.03961). In evaluation nothing is dropped, so that a token's output does
-    not depend on the rest of the batch.
+    With a capacity factor, in training only, an expert takes at most factor · N · K / E slots (rounded up), earlier tokens
+    first, and `Routing.drop_rate` reports the rest (Fedus et al. 2021, sec. 2.2, https://arxiv.org/abs/2101.03961).
     """
 
     def __init__(self, config: ModelConfig):
@@ -125,11 +123,9 @@ class MoE(nn.Module):
 
     def experts(self, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         """Sum over K of weight · SwiGLU_expert(token): (N, D), (N, K) with id E for nowhere, (N, K) → (N, D)."""
-        where = tokens.device.type
-        dtype = torch.get_autocast_dtype(where) if torch.is_autocast_enabled(where) else tokens.dtype
         rows, copied, ends = self.arrange(expert_ids)
         weights = weights.masked_fill(expert_ids == self.n_experts, 0)
-        grouped = Spread.apply(tokens, dtype, rows, copied)  # (n_rows, D)
+        grouped = Spread.apply(tokens, autocast_dtype(tokens), rows, copied)  # (n_rows, D)
         return Collect.apply(self.swiglu(grouped, ends), weights, rows, copied).type_as(tokens)
 
     @torch.compiler.disable  # torch 2.13 knows grouped_mm's shapes for bfloat16 alone when it compiles
@@ -146,8 +142,7 @@ class MoE(nn.Module):
 
         rows (N, K), each slot's row; copied (n_rows,), whose token a row holds, any where no slot stands; ends (E,) int32,
         where each expert's rows end. Slots that go nowhere share a row of padding: rows past the last group are never
-        written, and may hold anything. Works on the device without reading a count back (torch's float32 fallback of
-        grouped_mm on CUDA does read `ends`; its bfloat16 kernel does not).
+        written. No count is read back from the device (torch's float32 grouped_mm on CUDA does read `ends`).
         """
         slot_experts, top_k = expert_ids.flatten(), expert_ids.shape[1]  # (S,)
         order = slot_experts.argsort(stable=True)
@@ -206,13 +201,10 @@ class Collect(Function):
 def load_balancing_loss(routing: Routing) -> Tensor:
     """Auxiliary loss that is least when the experts share the tokens evenly.
 
-    `E * sum_e load_e * prob_e`: `load_e` is the share of routed slots that went to expert e (a count, no
-    gradient), `prob_e` its mean router probability (gradient).
-
-    Returns a scalar, dimensionless: 1 when the load is uniform, E / K when the same K experts take every token.
-    The caller applies the weight. Raises ValueError if no token was routed.
-    Source: Fedus et al. 2021, eq. 4-6, https://arxiv.org/abs/2101.03961, with their top-1 count taken over the
-    K slots of a token.
+    `E * sum_e load_e * prob_e`: `load_e` is the share of routed slots that went to expert e (a count, no gradient), `prob_e`
+    its mean router probability. A scalar, dimensionless, not weighted: 1 when the load is uniform, E / K when the same K
+    experts take every token. Raises ValueError if no token was routed.
+    Source: Fedus et al. 2021, eq. 4-6, https://arxiv.org/abs/2101.03961, with their top-1 count taken over K slots.
     """
     n_tokens, n_experts = routing.logits.shape
     if n_tokens == 0:

@@ -1,8 +1,7 @@
 """bfloat16 parameters that keep their small updates: fp32 masters, Kahan summation, stochastic rounding.
 
-A bf16 weight has 8 significant bits, so an update below 2^-9 of it can vanish in the sum. The cure is to keep the
-parameters in fp32 and compute under autocast (`precision.parameters: float32`). Here is what helps while they stay in
-bf16, and two poor remedies which do not address the loss of updates at all.
+A bf16 weight has 8 significant bits, so an update below 2^-9 of it can vanish in the sum. The cure is fp32 parameters and
+autocast (`precision.parameters: float32`). Here is what helps while they stay in bf16, and two poor remedies.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,8 +23,8 @@ def stochastic_round(x: Tensor, generator: torch.Generator | None = None) -> Ten
     """Round float32 to one of the two neighbouring bfloat16 values, to the nearer one more often: unbiased.
 
     bfloat16 is the upper half of float32, so noise added to the lower 16 bits carries into it with just the probability
-    lower / 2^16. A value that bfloat16 has stays. For weight updates: Zamirai et al. 2020, https://arxiv.org/abs/2010.06192.
-    Any shape; the noise is drawn on the tensor's device, from torch's global generator unless one is given.
+    lower / 2^16. For weight updates: Zamirai et al. 2020, https://arxiv.org/abs/2010.06192. The noise is drawn on the
+    tensor's device.
     """
     bits = x.view(torch.int32)
     noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)

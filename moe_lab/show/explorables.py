@@ -8,9 +8,8 @@ An explorable is a function that draws and a line that names its controls, in wh
     def explore_decay() -> None:
         explore(decay, rate=Slider("rate", 0.5, 0, 1, 0.01), kind=Choice("kind", {"sum": "sum", "mean": "mean"}))
 
-The notebook's cell is `explore_decay()`. Headless it shows the start position, or what `still()` draws, which must not
-give away what the notebook asks next. The alt text says what is seen now, so that a test, and whoever cannot see, can
-follow each move: add a line to EXPLORABLES in tests/browser/test_explorables_browser.py and real keys and clicks will be tried.
+The notebook's cell is `explore_decay()`. Headless it shows the start position, or what `still()` draws. The alt text says what
+is seen now: a line in EXPLORABLES of tests/browser/test_explorables_browser.py, and real keys and clicks are tried on it.
 """
 
 from __future__ import annotations
@@ -70,10 +69,7 @@ def explore(
     still: Callable[[], tuple[Figure, str, str]] | None = None,
     **controls: Slider | Choice,
 ) -> None:
-    """Show `draw(**values)`, and again at each move of one of `controls`, which bear its arguments' names.
-
-    Headless it shows what `still()` draws; without it, the controls' start values.
-    """
+    """Show `draw(**values)`, and again at each move of one of `controls`, which bear its arguments' names."""
     if not is_interactive():
         show(*(still() if still else draw(**{name: control.value for name, control in controls.items()})))
         return

@@ -10,7 +10,6 @@ finding; in a plain script those lines alone. Two runs side by side, the sick on
 
     pair = LivePair({"float32": healthy, "bf16": sick}).start()    # trainers; a watch on each is made here
     rows = await pair.finished()                                   # the record of each, by name
-    pair.watches["bf16"].findings
 """
 
 from __future__ import annotations

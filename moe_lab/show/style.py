@@ -1,8 +1,7 @@
 """One style for every figure, and the way from a figure to a cell's output.
 
-Figures are `Figure` objects, never pyplot: its global state is shared by all threads. Margins are fixed, since
-constrained layout doubles the time of a redraw. A series is told apart by colour, by line style or marker, and by a
-label beside it, so that nothing hangs on colour alone.
+Figures are `Figure` objects, never pyplot: its global state is shared by all threads. Margins are fixed, since constrained
+layout doubles the time of a redraw. A series has a colour, a line style or marker, and a label: nothing hangs on colour alone.
 """
 
 from __future__ import annotations

@@ -77,10 +77,8 @@ def to_resume(path: Path, state: dict[str, Any], given: Config) -> tuple[dict[st
 
 @contextlib.contextmanager
 def opened(trainer: Trainer) -> Iterator[None]:
-    """The run's directory, held against other processes and with everything that a run begins with.
-
-    `fit` opens it itself. For who writes there too, such as a Watch with a log: nobody else writes by then, and what lies
-    beyond the checkpoint is cut. Raises RunError if another process trains there, or did meanwhile.
+    """The run's directory, held against other processes and with everything that a run begins with. `fit` opens it itself; this
+    is for who writes there too, such as a Watch with a log. Raises RunError if another process trains there, or did meanwhile.
     """
     run_dir = trainer.run_dir
     try:
