@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from checks.remedies import REMEDIES
 from helpers import refused
 from tiny_run import contents, tiny, train
 
@@ -14,7 +15,6 @@ from moe_lab import RunError, Trainer, build_model
 from moe_lab.config import from_dict
 from moe_lab.health.sampling import start_sample
 from moe_lab.optim import build_optimizers
-from moe_lab.optim.rounding import REMEDIES
 from moe_lab.train import read_record
 from moe_lab.train.checkpoint import (
     checkpoint_bytes,

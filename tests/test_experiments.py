@@ -18,6 +18,7 @@ from moe_lab.config import ConfigError, to_dict
 from moe_lab.failures import experiments, results
 from moe_lab.failures.experiments import Arm, Experiment, collect, make_trainer, run_cell
 from moe_lab.failures.results import Results, load_results, spread
+from moe_lab.optim.rounding import REMEDIES
 from moe_lab.train import read_record
 
 
@@ -75,8 +76,12 @@ def test_finished_cells_are_not_run_again(elsewhere, monkeypatch) -> None:
     assert collect(design, workers=0, progress=False).rows == first.rows
 
 
+def fails(*given) -> None:
+    raise KeyError("no such remedy")
+
+
 def test_an_error_keeps_what_is_finished_and_a_process_computes_what_is_computed_here(elsewhere, monkeypatch) -> None:
-    bad = {"bad": Arm(config=tiny(elsewhere), remedy="no such remedy")}
+    bad = {"bad": Arm(config=tiny(elsewhere), remedy=("bad", fails))}
     design = small(elsewhere, seeds=(0,), evaluate_at=(2,))
     design = replace(design, arms=design.arms | bad)
     rows = []
@@ -113,7 +118,7 @@ def test_a_key_follows_everything_that_a_cell_is_computed_from(elsewhere) -> Non
     variants = [
         small(elsewhere, seeds=(5,)),
         small(elsewhere, evaluate_at=(4,)),
-        small(elsewhere, arms={"lr 0.01": Arm(config=arm.config, remedy="masters")}),
+        small(elsewhere, arms={"lr 0.01": Arm(config=arm.config, remedy=("masters", REMEDIES["masters"]))}),
         small(elsewhere, arms={"lr 0.01": Arm(config=arm.config.with_(model={"dropout": 0.2}))}),
     ]
     keys = {base, *map(key_of, variants)}
@@ -133,7 +138,10 @@ def test_a_run_that_diverges_is_a_result(elsewhere) -> None:
 
 def test_a_remedy_starts_from_the_same_values(elsewhere) -> None:
     config = tiny(elsewhere, precision={"parameters": "bfloat16"})
-    plain, remedied = make_trainer(config, None, elsewhere / "a"), make_trainer(config, "masters", elsewhere / "b")
+    plain, remedied = (
+        make_trainer(config, None, elsewhere / "a"),
+        make_trainer(config, REMEDIES["masters"], elsewhere / "b"),
+    )
     for a, b in zip(plain.model.parameters(), remedied.model.parameters(), strict=True):
         assert a.dtype == b.dtype and (a == b).all()
     assert [type(o).__name__ for o in remedied.optimizers] == ["Rounded", "Rounded"]

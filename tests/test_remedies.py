@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from checks.remedies import KEPT, PARTLY, REMEDIES
 from helpers import seeded
 from test_rounding import EVERYTHING, MAX_LR, remedied
 from torch import nn
@@ -11,7 +12,6 @@ from torch import nn
 from moe_lab import build_model
 from moe_lab.config import OptimizerConfig
 from moe_lab.optim import build_optimizers, groups_of
-from moe_lab.optim.rounding import KEPT, PARTLY, REMEDIES
 
 CONFIG = OptimizerConfig(type="muon")
 

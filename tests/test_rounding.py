@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from checks.remedies import REMEDIES
 from helpers import MECHANISMS, normal, refused, tiny
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
@@ -13,7 +14,7 @@ from moe_lab import build_model
 from moe_lab.config import OptimizerConfig
 from moe_lab.health.during.intended import keeps_lost_bits
 from moe_lab.optim import Muon, build_optimizers, groups_of
-from moe_lab.optim.rounding import MODES, REMEDIES, Rounded, stochastic_round
+from moe_lab.optim.rounding import MODES, Rounded, stochastic_round
 
 EVERYTHING = tiny(**MECHANISMS["all"])
 MAX_LR = 2e-3

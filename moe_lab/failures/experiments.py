@@ -34,7 +34,7 @@ from moe_lab.data.corpus import read_corpus
 from moe_lab.data.prepare import CACHE
 from moe_lab.failures.bugs import planted
 from moe_lab.failures.results import RESULTS, Results, load_results, provenance
-from moe_lab.optim.rounding import PARTLY, REMEDIES
+from moe_lab.optim.rounding import Remedy
 from moe_lab.train import RunError, Trainer, read_record
 from moe_lab.train.evaluate import evaluate
 from moe_lab.train.record import write_atomically
@@ -48,13 +48,13 @@ LATER = {("model", "zero_init_output"): False, ("training", "compile"): False}
 @dataclass(frozen=True, kw_only=True)
 class Cell:
     """One run. `probe(trainer, **options)` drives the trainer by `trainer.steps(until)` and returns the row; a function of a
-    module, since it is sent to another process. `options` are plain values. `remedy` is a key of `optim.rounding.REMEDIES`
-    or `PARTLY`, for bf16 parameters. `bugs`: ids of what is planted (`bugs.planted`) while the run is built and driven."""
+    module, since it is sent to another process. `options` are plain values. `remedy`: for bf16 parameters, a name and a
+    function such as those of `optim.rounding.REMEDIES`. `bugs`: ids of what is planted (`bugs.planted`) while the run is built and driven."""
 
     config: Config
     probe: Callable[..., dict[str, Any]]
     options: Mapping[str, Any]
-    remedy: str | None = None
+    remedy: tuple[str, Remedy] | None = None
     bugs: tuple[str, ...] = ()
 
     @property
@@ -64,7 +64,9 @@ class Cell:
         for (section, name), before in LATER.items():
             if config[section][name] == before:
                 del config[section][name]
-        what = {"config": config, "remedy": self.remedy, **self.options} | ({"bugs": self.bugs} if self.bugs else {})
+        what = {"config": config, "remedy": self.remedy and self.remedy[0], **self.options} | (
+            {"bugs": self.bugs} if self.bugs else {}
+        )
         return hashlib.sha256(json.dumps([FORMAT, what], sort_keys=True).encode()).hexdigest()[:24]
 
 
@@ -72,7 +74,7 @@ class Arm(NamedTuple):
     """One setting of a factorial run: what a Cell has of it."""
 
     config: Config
-    remedy: str | None = None
+    remedy: tuple[str, Remedy] | None = None
     bugs: tuple[str, ...] = ()
 
 
@@ -155,7 +157,7 @@ def run_cell(cell: Cell, path: Path) -> Path:
     start, began = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, planted(*cell.bugs):
-        trainer = make_trainer(cell.config, cell.remedy, folder)
+        trainer = make_trainer(cell.config, cell.remedy and cell.remedy[1], folder)
         made = provenance() | {"corpus": trainer.dataset.corpus_hash, "started": began}
         row = cell.probe(trainer, **cell.options)
     wall = {"wall_s": round(time.perf_counter() - start, 1), "updates": trainer.step}
@@ -163,12 +165,12 @@ def run_cell(cell: Cell, path: Path) -> Path:
     return path
 
 
-def make_trainer(config: Config, remedy: str | None, folder: str | Path) -> Trainer:
+def make_trainer(config: Config, remedy: Remedy | None, folder: str | Path) -> Trainer:
     """A Trainer for one cell, its optimizers wrapped by a remedy for bf16 parameters where the arm has one."""
     if remedy is None:
         return Trainer(config, folder)
     model = Trainer(config.with_(precision={"parameters": "float32"}), folder).model  # the start values before the cast
-    optimizers = (REMEDIES | PARTLY)[remedy](model, config.optimizer, config.training.max_lr)
+    optimizers = remedy(model, config.optimizer, config.training.max_lr)
     return Trainer(config, folder, model=model, optimizers=optimizers)
 
 

@@ -1,10 +1,10 @@
 """bfloat16 parameters that keep their small updates: fp32 masters, Kahan summation, stochastic rounding.
 
 A bf16 weight has 8 significant bits, so an update below 2^-9 of it can vanish in the sum. The cure is fp32 parameters and
-autocast (`precision.parameters: float32`). Here is what helps while they stay in bf16, and two poor remedies.
+autocast (`precision.parameters: float32`). Here is what helps while they stay in bf16.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -154,48 +154,6 @@ def wrapped(mode: str, model: nn.Module, config: OptimizerConfig, max_lr: float)
     return optimizers
 
 
-def norm_weights(model: nn.Module) -> list[nn.Parameter]:
-    return [p for name, p in model.named_parameters() if name.endswith("norm.weight")]
-
-
-def faster_norms(model: nn.Module, config: OptimizerConfig, max_lr: float) -> list[Optimizer]:
-    """Plain bf16 parameters; the RMSNorm weights in a group `norms` of their own, at ten times the LR."""
-    norms = set(norm_weights(model))
-    optimizers = build_optimizers(model.to(torch.bfloat16), config, max_lr)
-    group = optimizers[-1].param_groups[-1]  # AdamW's, of what does not decay
-    norms_group = group | {key: 10 * group[key] for key in ("lr", "initial_lr")}
-    norms_group |= {"params": [p for p in group["params"] if p in norms], "name": "norms"}
-    group["params"] = [p for p in group["params"] if p not in norms]
-    optimizers[-1].add_param_group(norms_group)
-    return optimizers
-
-
-def smaller_norms(model: nn.Module, config: OptimizerConfig, max_lr: float) -> list[Optimizer]:
-    """Plain bf16 parameters; the RMSNorm weights start at 0.1 in place of 1, where bf16 is about ten times finer."""
-    for p in norm_weights(model):
-        nn.init.constant_(p, 0.1)
-    return build_optimizers(model.to(torch.bfloat16), config, max_lr)
-
-
-def partly_cast(kept: Sequence[str], model: nn.Module, config: OptimizerConfig, max_lr: float) -> list[Optimizer]:
-    """bf16 parameters, but those whose names hold one of `kept` stay in float32."""
-    exact = {p: p.detach().clone() for name, p in model.named_parameters() if any(part in name for part in kept)}
-    model.to(torch.bfloat16)
-    for p, value in exact.items():
-        p.data = value
-    return build_optimizers(model, config, max_lr)
-
-
 # Each takes a float32 model, casts it to bfloat16 in place, and returns its optimizers, ready for a Trainer.
-REMEDIES: dict[str, Callable[[nn.Module, OptimizerConfig, float], list[Optimizer]]] = {
-    **{mode: partial(wrapped, mode) for mode in MODES},
-    "norm_lr_x10": faster_norms,
-    "norms_at_0.1": smaller_norms,
-}
-# What stays in float32 while the rest is cast, by kind of tensor; the first is practitioners' remedy. Such a Trainer's config
-# says `precision.parameters: float32`: nothing is left for it to cast.
-KEPT = {
-    "norms": ("norm.weight",),
-    "Mamba's vectors": ("A_log", ".D", "dt_proj.bias", "conv1d"),
-}
-PARTLY = {f"{kind} in float32": partial(partly_cast, parts) for kind, parts in KEPT.items()}
+Remedy = Callable[[nn.Module, OptimizerConfig, float], list[Optimizer]]
+REMEDIES: dict[str, Remedy] = {mode: partial(wrapped, mode) for mode in MODES}

@@ -3,6 +3,7 @@
 checklist.py     the lines that a notebook adds to the checklist
 questions_00.py, questions_01.py, figures_00.py, figures_01.py   what these notebooks ask and draw
 machine_00.py    what the machine has, and the minutes of each notebook on it
+remedies.py      remedies for bf16 parameters that only these notebooks try
 designs.py       the tables of runs behind 03 to 04a: settings, seeds, updates
 measure_01.py    collisions of tokens; two runs that look alike
 explore_01.py    what a first and a last loss mean; where a loss starts, with sliders

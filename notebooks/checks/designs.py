@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from checks.remedies import NAMED, PARTLY, REMEDIES
 from moe_lab.config import ROOT, Config, load_config
 from moe_lab.failures.experiments import Arm, Experiment
-from moe_lab.optim.rounding import PARTLY, REMEDIES
 
 # (Muon's LR, AdamW's LR beside it), Muon in the convention `original`, as the case has it
 FAILURE = (3e-4, 9e-5)  # the second run of the case
@@ -95,7 +95,7 @@ def attribution(d_model: int) -> Experiment:
         cast = with_lrs(config, *lrs, parameters="bfloat16")
         arms |= {f"{name}, float32": Arm(with_lrs(config, *lrs)), f"{name}, bf16": Arm(cast)}
         if name in POINTS:
-            arms[f"{name}, masters"] = Arm(cast, remedy="masters")
+            arms[f"{name}, masters"] = Arm(cast, remedy=NAMED["masters"])
     return Experiment(name=f"attribution_{d_model}", arms=arms)
 
 
@@ -104,7 +104,7 @@ def remedies(d_model: int) -> Experiment:
     config = study_config(d_model)
     kept = with_lrs(config, *CURE, parameters="bfloat16")
     arms = {"float32": Arm(with_lrs(config, *CURE)), "bf16": Arm(kept)}
-    arms |= {remedy: Arm(kept, remedy=remedy) for remedy in REMEDIES}
+    arms |= {remedy: Arm(kept, remedy=NAMED[remedy]) for remedy in REMEDIES}
     return Experiment(name=f"remedies_{d_model}", arms=arms)
 
 
@@ -116,7 +116,7 @@ def kept_norms(d_model: int) -> Experiment:
     for name, config, lrs in (("cure", constant, CURE), ("decay", decaying, CENTRE)):
         exact = with_lrs(config, *lrs)
         arms |= {f"{name}, float32": Arm(exact), f"{name}, bf16": Arm(with_lrs(config, *lrs, parameters="bfloat16"))}
-        arms[f"{name}, norms in float32"] = Arm(exact, remedy="norms in float32")
+        arms[f"{name}, norms in float32"] = Arm(exact, remedy=NAMED["norms in float32"])
     return Experiment(name=f"kept_norms_{d_model}", arms=arms)
 
 
@@ -127,7 +127,7 @@ def kinds() -> Experiment:
     optimizer = CASE_OPTIMIZER | {"embedding_lr_ratio": 0.6}
     config = config.with_(model=CASE_MODEL, training={"max_lr": 1e-2}, optimizer=optimizer)
     arms = {"float32": Arm(config), "bf16": Arm(config.with_(precision={"parameters": "bfloat16"}))}
-    return Experiment(name="kinds", arms=arms | {name: Arm(config, remedy=name) for name in PARTLY})
+    return Experiment(name="kinds", arms=arms | {name: Arm(config, remedy=NAMED[name]) for name in PARTLY})
 
 
 def reproduction() -> Experiment:

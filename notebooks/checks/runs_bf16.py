@@ -11,6 +11,7 @@ from IPython.display import display
 from torch import Tensor
 
 from checks.figures_03 import pair_figure
+from checks.remedies import PARTLY, REMEDIES
 from moe_lab import health
 from moe_lab.config import Config
 from moe_lab.failures.experiments import make_trainer
@@ -64,7 +65,7 @@ class Run:
         if remedy is not None and not remedy.endswith("in float32"):
             config = config.with_(precision={"parameters": "bfloat16"})
         self.folder = TemporaryDirectory()
-        self.trainer = make_trainer(config, remedy, self.folder.name)
+        self.trainer = make_trainer(config, remedy and (REMEDIES | PARTLY)[remedy], self.folder.name)
         if bug is not None:
             bug(self.trainer.model)
         # a watch replays a few of Muon's matrices, to be cheap; here it replays all of them
