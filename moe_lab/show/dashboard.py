@@ -63,6 +63,7 @@ class Live:
         self.training: Future[Any] = Future()
         self._threads = [threading.Thread(target=self._train, daemon=True)]
         self._number, self._cell = next(_numbers), None
+        self._told: list[tuple[str, Finding]] = []
 
     def work(self) -> Any:
         raise NotImplementedError
@@ -109,7 +110,6 @@ class Live:
     async def finished(self) -> Any:
         """Await the end in a cell: the controls work meanwhile, and Interrupt stops the run gracefully."""
         tenths, spoken = 0, time.monotonic()  # headless: tenths of the run, and when
-        told_of: dict[str, int] = {}  # findings of each watch
         try:
             with Waiting() as waiting:
                 while not self.training.done():
@@ -121,14 +121,12 @@ class Live:
                     if not self.controls and (tenth > tenths or silent):
                         tenths, spoken = tenth, time.monotonic()
                         print(f"{10 * tenth:3d} %  {self.status()}", file=sys.stderr, flush=True)
-                    if not self.controls:
-                        self._tell(told_of)
+                    self._tell()
         except (asyncio.CancelledError, KeyboardInterrupt):
             self.stop()
         for thread in self._threads:  # a second Interrupt gives up waiting
             thread.join()
-        if not self.controls:
-            self._tell(told_of)
+        self._tell()
         self._close()  # again, from this cell: headless clients drop what a thread sends after its cell is over
         return self.training.result()
 
@@ -186,11 +184,12 @@ class Live:
 
     # ---- output ----
 
-    def _tell(self, n_told: dict[str, int]) -> None:
-        for name, watch in self.watches.items():
-            for finding in list(watch.findings)[n_told.get(name, 0) :]:
-                n_told[name] = n_told.get(name, 0) + 1
-                print(" ".join(f"{name} {finding}".split()), file=sys.stderr, flush=True)
+    def _tell(self) -> None:
+        """Headless: what was found since the last call."""
+        for news in () if self.controls else self.findings():
+            if news not in self._told:
+                self._told.append(news)
+                print(*" ".join(map(str, news)).split(), file=sys.stderr, flush=True)
 
     def _bundle(self) -> dict[str, str]:
         bundle = to_html(*self.figure())

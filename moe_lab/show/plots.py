@@ -175,7 +175,9 @@ def draw_loss(axes: Axes, training: Curve, validation: Curve, floors: Mapping[st
     if len(evaluated):
         text += f", validation loss {evaluated[-1]:.3f} at step {evaluated_at[-1]:.0f}"
         if "trigram" in floors:
-            text += f", {beside(evaluated[-1], floors['trigram'])} the trigram table ({floors['trigram']:.3f})"
+            above = evaluated[-1] - floors["trigram"]
+            side = "below" if above < 0 else "above"
+            text += f", {abs(above):.3f} {side} the trigram table ({floors['trigram']:.3f})"
     return text
 
 
@@ -224,7 +226,3 @@ def draw_load(axes: Axes, load: np.ndarray) -> list[str]:
             axes.text(expert, layer, f"{value:.1f}", ha="center", va="center", fontsize=8, color=colour)
     layer, expert = np.unravel_index(load.argmax(), load.shape)
     return [f"busiest expert: MoE layer {layer}, expert {expert}, {load.max():.2f} times the even share"]
-
-
-def beside(loss: float, floor: float) -> str:
-    return f"{abs(loss - floor):.3f} {'below' if loss < floor else 'above'}"

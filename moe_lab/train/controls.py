@@ -46,11 +46,6 @@ class Controls:
             raise ValueError(f"lr_scale={scale} must be more than 0")
         self.ask("lr_scale", value=float(scale))
 
-    def looked(self) -> bool:
-        """Whether somebody looked since the last call."""
-        looks, self.looks = self.looks, False
-        return looks
-
     def replay(self, path: str | Path) -> None:
         """Repeat a run that was steered by hand: the actions of its controls.jsonl, at their steps."""
         known = {"stop", "save", "lr_scale", *self.acts}

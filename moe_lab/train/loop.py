@@ -129,7 +129,8 @@ class Trainer:
         try:
             while self.step < last and not self.obey_controls():
                 report = self.update()
-                if self.step % self.config.training.log_interval == 0 or self.controls.looked():
+                if self.step % self.config.training.log_interval == 0 or self.controls.looks:
+                    self.controls.looks = False
                     self.flush()
                 yield report
         finally:
