@@ -48,7 +48,9 @@ def sabotage(page: Page) -> None:
     line = page.locator("div[style*='font-weight']", has_text="error: lost_updates").first
     wait_for(lambda: line.count() and line.is_visible(), "the failure is not found", 60)
     assert re.search(r"watch since step \d+: error: lost_updates: .*\(step \d+\)", line.inner_text())
-    assert line.evaluate("node => getComputedStyle(node).color") == "rgb(198, 40, 40)"
+    colour = line.evaluate("node => getComputedStyle(node).color")  # mixed with the page's ink
+    red, green, blue = map(float, re.findall(r"[\d.]+", colour)[:3])
+    assert red > 4 * green > 0 and green == blue, colour
     assert re.search(r"parameters to bf16 at step \d+", page.locator(PICTURE).first.get_attribute("alt"))
 
 
