@@ -4,8 +4,8 @@ Every row of detection_rows.py is a training of 100 updates beside its healthy t
 with examine before where it knows the kind of model. Five seeds of both tell whether the fault does harm: on the same held-out
 batches, by a one-sided permutation test (126 of 252 ways to label ten runs, and p ≤ 0.05). A row with harm is sick, one without is
 latent and counts apart. The rows are in two halves: what the rules are fixed with (`--half calibration`), and what judges them.
-A second set judges too (`--half second`): its harm is measured first and with nobody watching (`--half second --harm`); the runs
-that are watched later must come to the same numbers. Writes benchmarks/detection.json.
+A second and a third set judge too (`--half second`): their harm is measured first and with nobody watching (`--half second --harm`);
+the runs that are watched later must come to the same numbers. Writes benchmarks/detection.json.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from itertools import combinations, product
 from statistics import fmean
 from typing import Any
 
-from benchmarks.detection_rows import HALVES, ROWS, SECOND, halves
+from benchmarks.detection_rows import APART, HALVES, ROWS, THIRD, halves
 from benchmarks.programs import HEALTH, Job, alarms, kept, sources_of, trained, watched
 from moe_lab.config import ROOT
 from moe_lab.data.prepare import CACHE
@@ -34,19 +34,20 @@ BODIES += ("healthy_families", "healthy_language", "healthy_senses", "healthy_ki
 
 
 def jobs(half: str | None, harm: bool = False) -> Iterable[Job]:
-    """Three seeds of each row are watched, and two more only trained; with `harm` all five are only trained. Of the second set,
-    whose harm is known, no more than three are run."""
+    """Three seeds of each row are watched, and two more only trained; with `harm` all five are only trained. Of the sets
+    apart, whose harm is known, no more than three are run."""
     split, sources, seen = halves(), sources_of(*BODIES), set()
     rows = [row for row in ROWS if half in (None, split[row.name])]
     for seed, row, sick in product(SEEDS, rows, (True, False)):  # the first seed of all rows first
         name, is_watched = row.twins[not sick], seed in WATCHED and not harm
-        is_idle = not is_watched and (row.sickness == ON_PAPER or (split[row.name] == SECOND and not harm))
+        is_idle = not is_watched and (row.sickness == ON_PAPER or (split[row.name] in APART and not harm))
         if (name, seed) in seen or is_idle:
             continue
         seen.add((name, seed))
         run, files = (watched, sources + HEALTH) if is_watched else (trained, sources)
-        # a row's own function, and not its whole file: another row may change
-        own = "" if row.plain and not sick else inspect.getsource(row.make)
+        # a row's own function, and not its whole file: another row may change. The third set's files hold bodies, too
+        source = inspect.getmodule(row.make) if split[row.name] == THIRD else row.make
+        own = "" if row.plain and not sick else inspect.getsource(source)
         yield Job(name, seed, partial(run, partial(row.make, sick=sick), seed, STEPS), files, own)
 
 
@@ -86,7 +87,7 @@ def told_of(run: dict[str, Any], right: Sequence[str], trigger: int) -> dict[str
 
 
 def judged(results: dict[str, list[dict[str, Any]]], before: dict[str, Any], harm: bool) -> list[dict[str, Any]]:
-    """A line a row. `before`: the lines of earlier runs, from which the second set's harm is taken."""
+    """A line a row. `before`: the lines of earlier runs, from which the harm of the sets apart is taken."""
     lines, split = [], halves()
     for row in ROWS:
         if any(name not in results for name in row.twins):
@@ -107,7 +108,7 @@ def judged(results: dict[str, list[dict[str, Any]]], before: dict[str, Any], har
                 "failed": sorted({run["failed"] for run in (*sick, *healthy) if "failed" in run}),
             }
         )
-        if split[row.name] == SECOND and not harm and not on_paper:
+        if split[row.name] in APART and not harm and not on_paper:
             lines[-1] |= measured_harm(before.get(row.name), row.name, achieved)
         else:
             lines[-1] |= harm_of(achieved, on_paper)
@@ -129,7 +130,7 @@ def measured_harm(line: dict[str, Any] | None, name: str, achieved: list[list[fl
     Raises ValueError if it was not measured."""
     if line is None:
         raise ValueError(
-            f"{OUT.name}: no harm of the row «{name}»: python -m benchmarks.detection --half {SECOND} --harm"
+            f"{OUT.name}: no harm of the row «{name}»: python -m benchmarks.detection --half {halves()[name]} --harm"
         )
     same = all(known[: len(now)] == now for known, now in zip(line["held_out"], achieved, strict=True))
     return {key: line[key] for key in ("is_sick", "p", "n_seeds", "held_out")} | {"same_numbers": same}
@@ -167,8 +168,8 @@ def main() -> None:
     parser.add_argument("--finished", action="store_true", help="only of runs that are finished; computes nothing")
     parser.add_argument("--harm", action="store_true", help="only whether the faults do harm: no watch is run")
     half, only_finished, harm = (args := parser.parse_args()).half, args.finished, args.harm
-    if harm and half != SECOND:
-        parser.error(f"--harm is for --half {SECOND}: the other rows' harm comes with their watched runs")
+    if harm and half not in APART:
+        parser.error(f"--harm is for --half {' and '.join(APART)}: the other rows' harm comes with their watched runs")
     file = json.loads(OUT.read_text(encoding="utf-8")) if OUT.exists() else {}
     before = file.get("rows", [])
     results: dict[str, list[dict[str, Any]]] = {}

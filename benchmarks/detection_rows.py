@@ -1,4 +1,4 @@
-"""All rows of the detection table, and in which part each stands: calibration, judged, or the second judged set."""
+"""All rows of the detection table, and in which part each stands: calibration, judged, or a judged set of its own."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from benchmarks import (
     detection_data,
     detection_loops,
     detection_models,
+    detection_reports,
+    detection_reports_models,
     detection_schedules,
     detection_structure,
     detection_threads,
@@ -15,18 +17,22 @@ from benchmarks import (
 )
 from benchmarks.detection_twins import Row
 
-SECOND = "second"  # judges too, with rows that were written after the first judged half had been looked at
-HALVES = ("calibration", "judged", SECOND)
+# sets that judge too, each with rows that were written after the one before had been looked at
+SECOND, THIRD = APART = ("second", "third")
+HALVES = ("calibration", "judged", *APART)
 TABLES = (detection_loops, detection_schedules, detection_models, detection_structure, detection_data)
 FIRST: list[Row] = [row for table in TABLES for row in table.ROWS]
-LAST: list[Row] = [*detection_threads.ROWS, *detection_threads_models.ROWS]
-ROWS: list[Row] = FIRST + LAST
+LATER: dict[str, list[Row]] = {
+    SECOND: [*detection_threads.ROWS, *detection_threads_models.ROWS],
+    THIRD: [*detection_reports.ROWS, *detection_reports_models.ROWS],
+}
+ROWS: list[Row] = [*FIRST, *LATER[SECOND], *LATER[THIRD]]
 CLASSES = tuple(dict.fromkeys(row.sickness for row in FIRST))
 
 
 def halves() -> dict[str, str]:
     """Row → half. Within a class the first rows take turns, in the order of a hash of their names: nobody chose."""
-    split = {row.name: SECOND for row in LAST}
+    split = {row.name: name for name, rows in LATER.items() for row in rows}
     for sickness in CLASSES:
         names = [row.name for row in FIRST if row.sickness == sickness]
         for i, name in enumerate(sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())):

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 
 from benchmarks import programs
 from benchmarks.detection import SEEDS, WATCHED, jobs, measured_harm, p_worse, told_of
-from benchmarks.detection_rows import CLASSES, HALVES, ROWS, SECOND, halves
+from benchmarks.detection_rows import APART, CLASSES, HALVES, ROWS, halves
 from benchmarks.programs import HEALTH
 from moe_lab.health import RULES
 
@@ -27,24 +27,26 @@ def test_each_class_has_rows_in_both_halves_and_each_row_one_name() -> None:
         assert abs(counts[0] - counts[1]) <= 1 and min(counts) >= 1
 
 
-def test_the_second_set_has_two_rows_of_each_class_over_twelve_kinds_and_knows_its_rules() -> None:
+@pytest.mark.parametrize("half", APART)
+def test_a_set_apart_has_two_rows_of_each_class_over_twelve_kinds_and_knows_its_rules(half: str) -> None:
     split = halves()
-    rows = [row for row in ROWS if split[row.name] == SECOND]
+    rows = [row for row in ROWS if split[row.name] == half]
     assert 24 <= len(rows) <= 30 and len({row.kind for row in rows}) >= 12
     assert {row.sickness for row in rows} == set(CLASSES)
     assert min(Counter(row.sickness for row in rows).values()) >= 2
     assert {rule for row in ROWS for rule in row.right} <= set(RULES)
 
 
-def test_harm_is_measured_before_a_watch_and_its_numbers_are_held_against_it() -> None:
-    runs = list(jobs(SECOND, harm=True))
+@pytest.mark.parametrize("half", APART)
+def test_harm_is_measured_before_a_watch_and_its_numbers_are_held_against_it(half: str) -> None:
+    runs = list(jobs(half, harm=True))
     assert not any(path in HEALTH for job in runs for path in job.sources) and {job.seed for job in runs} == set(SEEDS)
-    assert {job.seed for job in jobs(SECOND)} == set(WATCHED)
+    assert {job.seed for job in jobs(half)} == set(WATCHED)
     line = {"is_sick": True, "p": 0.004, "n_seeds": 5, "held_out": [[2.0, 3.0], [1.0, None]]}
     assert measured_harm(line, "row", [[2.0], [1.0]])["same_numbers"]
     assert not measured_harm(line, "row", [[2.0], [1.5]])["same_numbers"]
     with pytest.raises(ValueError, match="no harm of the row"):
-        measured_harm(None, "row", [[], []])
+        measured_harm(None, next(row.name for row in ROWS if halves()[row.name] == half), [[], []])
 
 
 def test_the_permutation_test_agrees_with_counting_all_orders() -> None:
