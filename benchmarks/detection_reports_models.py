@@ -305,6 +305,7 @@ def resized_too_late(seed: int, sick: bool) -> Program:
     loop_body = language_model("gpt2", seed)
     before = [adamw(loop_body.model, loop_body.lr)]
     model, table = loop_body.model, nn.Embedding(260, 64)
+    nn.init.normal_(table.weight, std=0.02)
     table.weight.data[:256] = model.get_input_embeddings().weight.data
     model.set_input_embeddings(table)
     model.lm_head, model.config.vocab_size = nn.Linear(64, 260, bias=False), 260
