@@ -73,7 +73,6 @@ class ModelConfig:
     mamba_expand: Count = 2  # Mamba's inner width over d_model
     mamba_d_conv: TwoOrMore = 4  # taps of Mamba's causal convolution
     mamba_dt_rank: Count | None = None  # rank of Mamba's step-size projection; None: ⌈d_model / 16⌉
-    mamba_kernel: Literal["torch", "mamba_ssm"] = "torch"  # who computes the scan
     n_pred_tokens: Count = 2  # prediction heads: t+1 … t+n
     aux_loss_weights: tuple[NonNegative, ...] = (1.0, 0.5)  # weight of each head; made to sum to 1
 

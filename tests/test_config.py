@@ -22,7 +22,7 @@ model: {vocab_size: 300, d_model: 24, n_layers: 5, n_heads: 4, n_kv_heads: 4, he
   n_experts: 3, moe_top_k: 1,
   d_ff_expert: 16, moe_router_hidden: 0, moe_capacity_factor: 1.5, moe_balance_weight: 0.2, moe_z_weight: 0.3,
   mod_enabled: true, mod_capacity_factor: 0.4, mod_router_hidden: 6, mod_predictor_weight: 0.6, mamba_enabled: true,
-  mamba_layers: [0], ssm_state_dim: 3, mamba_expand: 4, mamba_d_conv: 5, mamba_dt_rank: 6, mamba_kernel: mamba_ssm,
+  mamba_layers: [0], ssm_state_dim: 3, mamba_expand: 4, mamba_d_conv: 5, mamba_dt_rank: 6,
   n_pred_tokens: 3, aux_loss_weights: [1, 0.25, 0]}
 training: {steps: 7, total_tokens: 70, batch_size: 3, gradient_accumulation_steps: 2, max_lr: 0.5, min_lr_ratio: 0.2,
   warmup_steps: 4, max_grad_norm: 2.0, log_interval: 3, eval_interval: 5, save_interval: 6, keep_checkpoints: 9,
@@ -49,6 +49,12 @@ def test_every_field_arrives_and_survives_a_round_trip(tmp_path: Path) -> None:
     assert load_config(path) == config
     assert from_dict(to_dict(config)) == config
     assert yaml.safe_load(to_yaml(config)) == to_dict(config) == given
+
+
+def test_a_stored_config_may_hold_a_field_that_is_gone_at_what_is_done_now(tmp_path: Path) -> None:
+    assert from_dict({"model": {"mamba_kernel": "torch"}}) == Config()
+    with refused(ConfigError, match="unknown key model.mamba_kernel"):
+        from_dict({"model": {"mamba_kernel": "mamba_ssm"}})
 
 
 def test_a_file_may_hold_one_section_and_numbers_need_no_point(tmp_path: Path) -> None:

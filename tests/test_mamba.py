@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from helpers import assert_agreement, assert_nonzero, normal, perturb, refused, seeded, tiny
+from helpers import assert_agreement, assert_nonzero, normal, perturb, seeded, tiny
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_lab import build_model
-from moe_lab.config import ConfigError
 from moe_lab.model import scan
 from moe_lab.model.mamba import Mamba, RoutingMamba
 from moe_lab.model.scan import selective_scan
@@ -180,12 +179,3 @@ def test_start_values_of_the_state_space(routing: bool) -> None:
         bound = block.dt_rank**-0.5
         assert 0.9 * bound < block.dt_proj.weight.abs().max() <= bound
         assert block.conv1d.bias.any()
-
-
-@pytest.mark.parametrize(("has_device", "lacks"), [(False, "a CUDA device"), (True, "the package mamba_ssm")])
-def test_a_kernel_that_is_not_there_is_named(monkeypatch, has_device: bool, lacks: str) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: has_device)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    message = f"^model.mamba_kernel=mamba_ssm needs {lacks}, which is missing here; install it or set torch$"
-    with refused(ConfigError, match=message):
-        build_model(tiny(mamba_enabled=True, mamba_layers=(0,), mamba_kernel="mamba_ssm"))

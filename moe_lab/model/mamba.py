@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_lab.config import ConfigError, ModelConfig
+from moe_lab.config import ModelConfig
 from moe_lab.model.moe import Router, Routing
 from moe_lab.model.scan import selective_scan
 
@@ -32,8 +31,6 @@ class Mamba(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         d_inner, self.dt_rank, self.d_state = config.mamba_expand * config.d_model, config.dt_rank, config.ssm_state_dim
-        require_kernel(config.mamba_kernel)
-        self.scan = cuda_scan if config.mamba_kernel == "mamba_ssm" else selective_scan
         self.in_proj = nn.Linear(config.d_model, 2 * d_inner, bias=False)
         self.conv1d = nn.Conv1d(d_inner, d_inner, config.mamba_d_conv, groups=d_inner)
         self.x_proj = nn.Linear(d_inner, self.dt_rank + 2 * self.d_state, bias=False)
@@ -61,7 +58,7 @@ class Mamba(nn.Module):
         u, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, T, I) each
         u = F.silu(self.convolve(F.pad(u, (0, 0, self.conv1d.kernel_size[0] - 1, 0))))
         delta, B, C = self.select(u)
-        return self.finish(self.scan(delta, self.rates(), B, C, u.float())[0], u, gate), None
+        return self.finish(selective_scan(delta, self.rates(), B, C, u.float())[0], u, gate), None
 
     def convolve(self, u: Tensor) -> Tensor:
         """(B, W - 1 + T, I) → (B, T, I). As an image of height 1 whose channels come last: nothing is transposed."""
@@ -102,7 +99,7 @@ class Mamba(nn.Module):
             index = keep.sum(1, keepdim=True) + torch.arange(newest.shape[1], device=x.device)  # (B, W - 1)
             newest = inputs.gather(1, index.unsqueeze(-1).expand_as(newest))
         if x.shape[1] > 1:
-            y, state = self.scan(delta, self.rates(), B, C, u.float())
+            y, state = selective_scan(delta, self.rates(), B, C, u.float())
         else:
             state = (delta * self.rates()).exp() * cache.state + B.transpose(1, 2) * (delta * u.float())
             y = (C.transpose(1, 2) * state).sum(1, keepdim=True)  # no matrix product: autocast would round the state
@@ -143,19 +140,3 @@ class RoutingMamba(nn.Module):
         """`Mamba.step` of every expert, mixed."""
         outputs = [expert.step(x, positions, keep, start, c) for expert, c in zip(self.experts, cache, strict=True)]
         return self.mix(torch.stack(outputs, dim=-1), self.router(x.flatten(0, 1)))
-
-
-def require_kernel(name: str) -> None:
-    """Raise ConfigError unless the scan that the config names can run here."""
-    if name == "mamba_ssm" and not (torch.cuda.is_available() and importlib.util.find_spec("mamba_ssm")):
-        lacks = "the package mamba_ssm" if torch.cuda.is_available() else "a CUDA device"
-        raise ConfigError(f"model.mamba_kernel=mamba_ssm needs {lacks}, which is missing here; install it or set torch")
-
-
-def cuda_scan(delta: Tensor, rates: Tensor, B: Tensor, C: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """`selective_scan` by the authors' kernel, which puts time last and A as (I, N)."""
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-
-    x, delta, B, C = (t.transpose(1, 2).contiguous() for t in (x, delta, B, C))
-    y, state = selective_scan_fn(x, delta, rates.t().contiguous(), B, C, return_last_state=True)
-    return y.transpose(1, 2), state.transpose(1, 2)
