@@ -1,9 +1,9 @@
 """Many ranks: `torchrun --nproc-per-node 2 -m moe_lab.connect.distributed configs/lab.yaml --strategy fsdp`.
 
 The micro-batches of a step are dealt out to the ranks, so the update is that of one process, whatever their number; the
-gradients are averaged by DDP, or by FSDP2 (`fully_shard`), which also spreads weights and optimizer states. Each rank has a
-record: rank 0's is the run's directory and holds the means over all, rank k's lies in its folder rank_k. `accelerate launch`
-starts the same module. What comes after, expert parallelism as in torchtitan, needs other products in the MoE layer alone.
+gradients are averaged by DDP, or by FSDP2 (`fully_shard`), which also spreads weights and optimizer states. Each rank
+has a record: rank 0's is the run's directory and holds the means over all, rank k's lies in its folder rank_k.
+`accelerate launch` starts the same module. What comes after: expert parallelism, as in torchtitan.
 """
 
 from __future__ import annotations
@@ -265,7 +265,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def leave(code: int) -> NoReturn:
     """Ends this rank's process without taking the interpreter down first: DTensor's caches keep gloo's threads past
-    `destroy_process_group`, and one that lets go of a tensor while the interpreter ends takes the rank down with SIGABRT.
+    `destroy_process_group`, and one that lets go of a tensor at the interpreter's end takes the rank down with SIGABRT.
     """
     sys.stdout.flush()
     sys.stderr.flush()

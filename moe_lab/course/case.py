@@ -42,7 +42,7 @@ def claim(id: str) -> SimpleNamespace:
 
 
 def bug(id: str) -> SimpleNamespace:
-    """Bug B01 … B26: `sentence`, `symptom`, and whether it was seen by running the code of that day (`ran`), or read there."""
+    """Bug B01 … B26: `sentence`, `symptom`, and whether it was seen by running that day's code (`ran`), or read."""
     return SimpleNamespace(**{"ran": False} | entry("bugs", id))
 
 
@@ -52,7 +52,7 @@ def observed_run(name: str) -> SimpleNamespace:
 
 
 def facts(group: str) -> Mapping[str, Any]:
-    """Figures by name, read-only: of `training_1.5b`, its larger `sibling_3b`, `training`, `optimizer` and the `report`."""
+    """Figures by name, read-only: of `training_1.5b`, `sibling_3b`, `training`, `optimizer` and the `report`."""
     return MappingProxyType(entry("facts", group))
 
 
@@ -75,9 +75,9 @@ def judge(id: str, lab: Lab, /, *, corpus: str | None = None, **numbers: Any) ->
     """Print what the numbers make of a claim, `C05 holds only if: sentence`; in profile lab, `make outputs` also puts it in
     VERDICTS in place of the claim's older entry (by MOE_LAB_KEEP_VERDICTS: a reader's run leaves the record alone).
 
-    Outcome and sentence are what the function of that name in notebooks/checks/verdicts_NN.py returns of the `numbers`, which
-    are as in `notebook.claim`; `corpus` is the hash of the text. The printed line holds no number. Raises ConfigError for an
-    unknown id or outcome, no function or two, and for a number that is not finite.
+    Outcome and sentence are what the function of that name in notebooks/checks/verdicts_NN.py returns of the `numbers`,
+    which are as in `notebook.claim`; `corpus` is the hash of the text. The printed line holds no number. Raises
+    ConfigError for an unknown id or outcome, no function or two, and for a number that is not finite.
     """
     about = claim(id).sentence
     notebook, verdict = verdict_of(id)

@@ -55,8 +55,8 @@ class Question:
         return true[0]
 
 
-# What the reader chose and what was measured: of this kernel by question; of all notebooks, by the question's text, in the
-# file that `make lab` lays beside the working copies, if it is there.
+# What the reader chose and what was measured: of this kernel by question; of all notebooks, by the question's text, in
+# the file that `make lab` lays beside the working copies, if it is there.
 guesses: dict[Question, str] = {}
 answers: dict[Question, str] = {}
 KEPT = ROOT / "work" / "answers.json"
@@ -76,8 +76,8 @@ def keep(what: str, question: Question, option: str) -> None:
 
 
 async def ask(question: Question) -> None:
-    """Show the options and wait until one is chosen or Interrupt comes; where nobody can click, print them. A question that was
-    answered before, in this kernel or another day, keeps its answer until another option is chosen, and nothing waits.
+    """Show the options and wait until one is chosen or Interrupt comes; where nobody can click, print them. A question
+    that was answered before, on another day too, keeps its answer until another is chosen, and nothing waits.
     """
     answers.pop(question, None)  # asked again: not scored before it is revealed again
     if not is_interactive():

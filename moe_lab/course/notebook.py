@@ -66,9 +66,9 @@ class Lab:
 def begin(**parameters: Any) -> Lab:
     """Validate a notebook's parameters, resolve its config, and print it. Raises ConfigError (one line).
 
-    Known: `profile` (it wins over MOE_LAB_PROFILE, which wins over lab), `config` (a YAML file in place of the profile's),
-    `overrides` (a list, or one text: "training.steps=20 model.d_model=64"), `run_dir` (default: a new dated directory under
-    runs/), `seed`, `device`, `resume`. Paths are from the repository's root.
+    Known: `profile` (it wins over MOE_LAB_PROFILE, which wins over lab), `config` (a YAML file in place of the
+    profile's), `overrides` (a list, or one text: "training.steps=20 model.d_model=64"), `run_dir` (default: a new dated
+    directory under runs/), `seed`, `device`, `resume`. Paths are from the repository's root.
     """
     refuse_injected()
     lab = resolve(**parameters)

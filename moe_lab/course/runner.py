@@ -1,10 +1,7 @@
 """Execute notebooks without a person: one of them, or the whole sequence.
 
-    python -m moe_lab notebook notebooks/05_fixed_training.ipynb profile=smoke
-    python -m moe_lab notebook all profile=smoke             # each into a folder of one new directory under runs/
-
-The first Ctrl-C goes to the cell that runs, so that a training saves its checkpoint, and ends the notebook after that cell; a
-second one ends it at once.
+The first Ctrl-C goes to the cell that runs, so that a training saves its checkpoint, and ends the notebook after that
+cell; a second one ends it at once.
 """
 
 from __future__ import annotations
@@ -41,9 +38,9 @@ NOTEBOOKS = ROOT / "notebooks"
 
 
 def execute(path: Path, output: Path, parameters: Mapping[str, Any], **environment: str) -> None:
-    """Run the notebook by papermill in this Python, in this `environment`; what its cells write to stderr (progress) is shown
-    as it comes. Everything up to the cell that did not pass is in `output`. Raises RunError, one line, where a cell fails or
-    the kernel dies, and KeyboardInterrupt after a Ctrl-C.
+    """Run the notebook by papermill in this Python, in this `environment`; what its cells write to stderr (progress) is
+    shown as it comes. Everything up to the cell that did not pass is in `output`. Raises RunError, one line, where a
+    cell fails or the kernel dies, and KeyboardInterrupt after a Ctrl-C.
     """
     stopping = False
 
@@ -103,8 +100,8 @@ def validate_parameters(notebook_path: str | Path, parameters: Mapping[str, Any]
 def run_notebook(
     path: str | Path, parameters: Mapping[str, Any] | None = None, run_dir: str | Path | None = None
 ) -> Path:
-    """Validate, execute, convert, and say where things are: in one directory (given, or new and dated), which is returned.
-    Raises ConfigError before a kernel starts, else as `execute`.
+    """Validate, execute, convert, and say where things are: in one directory (given, or new and dated), which is
+    returned. Raises ConfigError before a kernel starts, else as `execute`.
     """
     path = find_notebook(path)
     parameters, lab = validate_parameters(path, parameters or {})

@@ -15,9 +15,8 @@ class Batches:
     """An endless, seeded stream of batches; where it stands fits into two numbers.
 
     Window i covers `tokens[i * T : i * T + T + 1]`, so that each token but the first is a target once. An epoch is a
-    permutation of all whole windows and follows from (seed, epoch) alone; the tokens after the last whole window are
-    not used. A batch may span two epochs, so that no window is dropped or repeated.
-    `tokens` (1-D, whole numbers) hold one window at least, which `prepare` makes sure of.
+    permutation of all whole windows and follows from (seed, epoch) alone. A batch may span two epochs, so that no
+    window is dropped or repeated. `tokens` (1-D, whole numbers) hold one window at least.
     """
 
     def __init__(self, tokens: np.ndarray, seq_len: int, batch_size: int, seed: int):

@@ -42,9 +42,9 @@ class Corpus(NamedTuple):
 def read_corpus(data: DataConfig, progress: bool = True) -> Corpus:
     """Read `data.source`, at most `data.max_bytes` bytes of it, and split it. See `split` for the rule.
 
-    Text is UTF-8 (a byte-order mark is dropped) and CRLF becomes LF. What is binary (holds a NUL byte), not UTF-8, unreadable,
-    empty, or hidden in a folder is counted in `skipped`.
-    Raises ConfigError, one line, if the source does not exist, cannot be read, or yields no text.
+    Text is UTF-8 (a byte-order mark is dropped) and CRLF becomes LF. What is binary (holds a NUL byte), not UTF-8,
+    unreadable, empty, or hidden in a folder is counted in `skipped`. Raises ConfigError, one line, if the source does
+    not exist, cannot be read, or yields no text.
     """
     skipped: Counter[str] = Counter()
     documents: dict[str, str] = {}  # name -> text
@@ -72,8 +72,7 @@ def read_corpus(data: DataConfig, progress: bool = True) -> Corpus:
 def contents_of(data: DataConfig, skipped: Counter[str]) -> Iterator[tuple[str, bytes | None]]:
     """Name and bytes (None: unreadable) of each document, read as they are asked for.
 
-    A name is a path relative to the source, with forward slashes, or the number of a row. Of a file, at most one byte
-    more than `data.max_bytes` is read, so that a cut can be seen.
+    A name is a relative path or the number of a row. Of a file, a byte more than `data.max_bytes` is read: a cut shows.
     """
     if data.source.startswith("hf:"):
         for row, text in enumerate(stream_texts(data)):
@@ -193,15 +192,15 @@ def reading(data: DataConfig) -> Iterator[None]:
         raise
     except Exception as error:  # hub, network and file formats raise their own kinds, and all are about the source
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        todo = "check the name, data.subset, data.data_files and the network, or give a text of your own: data.source=FOLDER"
+        todo = "check the name, data.subset, data.data_files and the network, or give your own text: data.source=FOLDER"
         raise ConfigError(f"data.source={data.source} cannot be read ({reason}); {todo}") from error
 
 
 def split(documents: dict[str, str], by_text: bool) -> tuple[list[str], list[str]]:
     """Training and validation text of {name: text}.
 
-    A document is validation if sha256 of its name (`by_text`: of its text), read as a number, is 0 modulo 20. Where that
-    would be less than 2 % or more than 20 % of the bytes, the last 5 % of every document is validation instead.
+    A document is validation if sha256 of its name (`by_text`: of its text), read as a number, is 0 modulo 20. Where
+    that would be less than 2 % or more than 20 % of the bytes, the last 5 % of every document is validation instead.
     """
     train: list[str] = []
     validation: list[str] = []

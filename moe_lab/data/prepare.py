@@ -40,9 +40,9 @@ class Dataset(NamedTuple):
 def prepare(data: DataConfig, model: ModelConfig, cache_dir: Path | None = None, progress: bool = True) -> Dataset:
     """Read the corpus, and train a tokenizer and encode the text unless that was done before.
 
-    The files lie in `cache_dir / "data"`, in a folder named by their content: the source itself is read each time. But a
-    Hugging Face data set of which much is asked for is streamed once, and named by what the library knows of its files.
-    Raises ConfigError if the source cannot be read or holds too little text for `model.max_seq_len`.
+    The files lie in `cache_dir / "data"`, in a folder named by their content: the source itself is read each time. But
+    a Hugging Face data set of which much is asked for is streamed once, and named by what the library knows of its
+    files. Raises ConfigError if the source cannot be read or holds too little text for `model.max_seq_len`.
     """
     cache, corpus = Path(cache_dir or CACHE) / "data", None
     if data.source.startswith("hf:") and data.max_bytes > IN_MEMORY:

@@ -60,11 +60,9 @@ def bytes_of(tokenizer: Tokenizer) -> np.ndarray:
 
 
 def write_meta(folder: Path, tokenizer: Tokenizer, validation: np.ndarray) -> None:
-    """What a tokenized text's meta.json says: of the vocabulary, and the bytes that its validation targets stand for."""
-    meta = {
-        "vocab_size": tokenizer.get_vocab_size(),
-        "validation_bytes": int(bytes_of(tokenizer)[validation[1:]].sum()),
-    }
+    """A tokenized text's meta.json: the vocabulary's size, and the bytes that its validation targets stand for."""
+    sizes = bytes_of(tokenizer)
+    meta = {"vocab_size": len(sizes), "validation_bytes": int(sizes[validation[1:]].sum())}
     (folder / "meta.json").write_text(json.dumps(meta))
 
 

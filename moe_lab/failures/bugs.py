@@ -4,8 +4,8 @@
         model = build_model(config)   # and whatever trains it
     show_difference("B03")            # the healthy and the sick lines
 
-B03 to B26 are edits of healthy functions, or texts where they are no code (B14, B23). B01, B02 and three common bugs that the
-case did not have are functions.
+B03 to B26 are edits of healthy functions, or texts where they are no code (B14, B23). B01, B02 and three common bugs
+that the case did not have are functions.
 """
 
 from __future__ import annotations

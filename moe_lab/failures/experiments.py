@@ -1,9 +1,9 @@
 """The run engine: a table of settings → a row of measurements each, kept by content.
 
-A cell is a real training by the package's Trainer, usually in a process of its own with one thread, so that a result does
-not depend on how many cells run at once. A finished row is kept in `.cache/runs` under a name made from what it was computed
-from; after an interruption, only missing cells run. All arms of one seed share start values and data order (both follow from
-`training.seed`), so differences between arms are taken within a seed.
+A cell is a real training by the package's Trainer, usually in a process of its own with one thread, so that a result
+does not depend on how many cells run at once. A finished row is kept in `.cache/runs` under a name made from what it
+was computed from; after an interruption, only missing cells run. All arms of one seed share start values and data order
+(both follow from `training.seed`), so differences between arms are taken within a seed.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ GONE = {"mamba_kernel": "torch"}  # fields that `model` had then, at the value t
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One run. `probe(trainer, **options)` drives the trainer by `trainer.steps(until)` and returns the row; a function of a
-    module, since it is sent to another process. `options` are plain values. `remedy`: for bf16 parameters, a name and a
-    function such as those of `optim.rounding.REMEDIES`. `bugs`: ids of what is planted (`bugs.planted`) while the run is built and driven."""
+    """One run. `probe(trainer, **options)`, a function of a module, drives the trainer by `trainer.steps(until)` and
+    returns the row; `options` are plain values. `remedy`: for bf16 parameters, a name and a function such as those of
+    `optim.rounding.REMEDIES`. `bugs`: ids of what is planted (`bugs.planted`) while the run is built and driven."""
 
     config: Config
     probe: Callable[..., dict[str, Any]]

@@ -97,7 +97,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def plain(name: str, value: Any) -> Any:
-    """As JSON holds it (numpy's and torch's too), with six digits; of a Spread a mapping. Raises ConfigError: not finite."""
+    """As JSON holds it (numpy's, torch's and Spreads too), with six digits. Raises ConfigError if it is not finite."""
     if isinstance(value, Spread):
         value = {key: part for key, part in value._asdict().items() if key != "sd" or value.n > 1}
     elif isinstance(value, dict):

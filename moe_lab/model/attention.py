@@ -31,7 +31,7 @@ class KeyValueCache(NamedTuple):
 def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine tables, each (B, 1, T, C / 2) float32, for positions (B, T) int64 in the sequence.
 
-    Source: Su et al. 2021, sec. 3.4.2, https://arxiv.org/abs/2104.09864; as in Llama the pairs are the halves of a head.
+    Source: Su et al. 2021, sec. 3.4.2, https://arxiv.org/abs/2104.09864; a head's halves are paired, as in Llama.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angles = (positions.float().unsqueeze(-1) * (1.0 / theta**exponents)).unsqueeze(1)
@@ -67,8 +67,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class BlockAttention(Function):
     """Causal attention on a CPU, BLOCK queries at a time: q (N, T·R, C), R queries a position, k and v (N, T, C).
 
-    In bfloat16 torch's own kernel spends most of its backward pass outside matrix products. As there, scores and their
-    softmax are float32.
+    As in torch's own kernel, which in bfloat16 is slow backward, scores and their softmax are float32.
     """
 
     @staticmethod
@@ -130,8 +129,8 @@ class Attention(nn.Module):
         return Rotation.apply(q, *table), Rotation.apply(k, *table), v
 
     def forward(self, x: Tensor, positions: Tensor, keep: Tensor | None = None) -> tuple[Tensor, None]:
-        """x (B, T, D) in order of time, positions (B, T) int64 → (B, T, D), and no routing. A row sees itself and the rows
-        before it, whatever their positions; `keep` is not needed, since rows that do not count come last.
+        """x (B, T, D) in order of time, positions (B, T) int64 → (B, T, D), and no routing. A row sees itself and the
+        rows before it, whatever their positions; `keep` is not needed, since rows that do not count come last.
         """
         y = attend(*self.project(x, positions))
         return self.o_proj(y.transpose(1, 2).flatten(2)), None

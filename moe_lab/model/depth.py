@@ -46,12 +46,11 @@ class EveryToken(nn.Module):
 class Depth(nn.Module):
     """The router of one sublayer and its causal predictor.
 
-    In training the C tokens with the highest router scores are computed, and sigmoid(score) multiplies the sublayer's output,
-    which is how the router learns. That choice looks at the whole sequence, so training leaks a little of the future. In
-    evaluation and generation a predictor, trained to tell from a token alone whether it will be among the C, decides instead.
+    In training the C tokens with the highest router scores are computed, and sigmoid(score) multiplies the sublayer's
+    output, which is how the router learns. That choice leaks a little of the future. In evaluation and generation a
+    predictor, trained to tell from a token alone whether it will be among the C, decides instead.
 
-    Source: Raposo et al. 2024, sec. 3.3–3.5, https://arxiv.org/abs/2404.02258; their router weight is not squashed,
-    ours is, so that a sublayer cannot change sign; every sublayer has its own router, as the case has it.
+    Source: Raposo et al. 2024, sec. 3.3–3.5, https://arxiv.org/abs/2404.02258, whose router weight is not squashed.
     """
 
     def __init__(self, config: ModelConfig):

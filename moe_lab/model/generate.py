@@ -55,8 +55,8 @@ def generate(
 ) -> Tensor | str:
     """Continue a prompt: ids (B, T) int64 → (B, T + max_new_tokens) int64; a text → the text with its continuation.
 
-    A text needs `tokenizer` (a `tokenizers.Tokenizer`). `model` is a LanguageModel; it computes as in evaluation, and its mode is
-    not changed: another thread may be training it. Raises ValueError past max_seq_len and for options out of range.
+    A text needs `tokenizer` (a `tokenizers.Tokenizer`). `model` is a LanguageModel; it computes as in evaluation, and
+    its mode stays: another thread may train it. Raises ValueError past max_seq_len and for options out of range.
     """
     is_text = isinstance(prompt, str)
     if is_text:

@@ -112,7 +112,7 @@ class RoutingMamba(nn.Module):
     """A mixture of whole Mamba blocks, where a layer is both Mamba and MoE.
 
     Every expert scans all tokens, so that no state has gaps, and the router's K weights weigh the outputs: it saves no
-    compute. Source: Zhan et al. 2025, https://arxiv.org/abs/2506.18145, whose experts share a scan; not here, as in the case.
+    compute. Source: Zhan et al. 2025, https://arxiv.org/abs/2506.18145, whose experts share a scan.
     """
 
     def __init__(self, config: ModelConfig):

@@ -59,8 +59,8 @@ class Router(nn.Module):
 class MoE(nn.Module):
     """Every token goes to its K best experts; their outputs are summed with the router's weights.
 
-    With a capacity factor, in training only, an expert takes at most factor · N · K / E slots (rounded up), earlier tokens
-    first, and `Routing.drop_rate` reports the rest (Fedus et al. 2021, sec. 2.2, https://arxiv.org/abs/2101.03961).
+    With a capacity factor, in training only, an expert takes at most factor · N · K / E slots (rounded up), earlier
+    tokens first; `drop_rate` is the rest (Fedus et al. 2021, sec. 2.2, https://arxiv.org/abs/2101.03961).
     """
 
     def __init__(self, config: ModelConfig):
@@ -106,10 +106,8 @@ class MoE(nn.Module):
     def experts_unpadded(self, tokens: Tensor, expert_ids: Tensor) -> Tensor:
         """The outputs of tokens (N, D) by their experts (N, K), slot by slot: (S, D)."""
         experts, slots = expert_ids.flatten().sort()  # (S,) each: slots in the order of their experts
-        ends = torch.searchsorted(
-            experts, torch.arange(self.n_experts, device=slots.device), right=True, out_int32=True
-        )
-
+        ids = torch.arange(self.n_experts, device=slots.device)
+        ends = torch.searchsorted(experts, ids, right=True, out_int32=True)
         rows = tokens[slots // expert_ids.shape[1]]
         y = self.swiglu(rows, ends)
         return torch.empty_like(y).index_copy_(0, slots, y)
@@ -201,10 +199,10 @@ class Collect(Function):
 def load_balancing_loss(routing: Routing) -> Tensor:
     """Auxiliary loss that is least when the experts share the tokens evenly.
 
-    `E * sum_e load_e * prob_e`: `load_e` is the share of routed slots that went to expert e (a count, no gradient), `prob_e`
-    its mean router probability. A scalar, dimensionless, not weighted: 1 when the load is uniform, E / K when the same K
-    experts take every token. Raises ValueError if no token was routed.
-    Source: Fedus et al. 2021, eq. 4-6, https://arxiv.org/abs/2101.03961, with their top-1 count taken over K slots.
+    `E * sum_e load_e * prob_e`: `load_e` is the share of routed slots that went to expert e (a count, no gradient),
+    `prob_e` its mean router probability. A scalar, dimensionless, not weighted: 1 when the load is uniform, E / K when
+    the same K experts take every token. Raises ValueError if no token was routed. Source: Fedus et al. 2021, eq. 4-6,
+    https://arxiv.org/abs/2101.03961, with their top-1 count taken over K slots.
     """
     n_tokens, n_experts = routing.logits.shape
     if n_tokens == 0:

@@ -194,7 +194,7 @@ def recomputed(block: Block, x: Tensor, generator: torch.Generator | None):
 
 
 def build_model(config: ModelConfig, seed: int = 0, device: str | torch.device = "cpu") -> LanguageModel:
-    """A model with start values that depend on `seed` alone, on every device; the caller's random state is left as it was.
+    """A model with start values that depend on `seed` alone, on every device; the caller's random state stays.
 
     device="meta" gives shapes without memory.
     """

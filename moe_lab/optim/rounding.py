@@ -1,7 +1,7 @@
 """bfloat16 parameters that keep their small updates: fp32 masters, Kahan summation, stochastic rounding.
 
-A bf16 weight has 8 significant bits, so an update below 2^-9 of it can vanish in the sum. The cure is fp32 parameters and
-autocast (`precision.parameters: float32`). Here is what helps while they stay in bf16.
+A bf16 weight has 8 significant bits, so an update below 2^-9 of it can vanish in the sum. The cure is fp32 parameters
+and autocast (`precision.parameters: float32`). Here is what helps while they stay in bf16.
 """
 
 from collections.abc import Callable
@@ -45,9 +45,9 @@ class Rounded(Optimizer):
       https://arxiv.org/abs/2010.06192). About 16 bits: an update below 2^-17 of the weight may still vanish. 2 more bytes.
     - `stochastic`: the working copy is the parameter itself, and rounded at random. Nothing more is kept.
 
-    Except in `masters`, float32 copies exist during a step only. The inner optimizer's moments are float32 always.
-    `state[p]` holds them beside `master` or `compensation`; each group's `rounding` names the mode, which a Watch reads. Options that change
-    in `param_groups`, such as the LR, reach the inner optimizer. A closure is called once, before the update. Weights are
+    Except in `masters`, float32 copies exist during a step only. `state[p]` holds the inner optimizer's moments,
+    float32, and `master` or `compensation`; each group's `rounding` names the mode. Options that change in
+    `param_groups`, such as the LR, reach the inner optimizer. A closure is called once, before the update. Weights are
     to be loaded before wrapping, or together with this optimizer's state: a step overwrites them from the masters.
     Raises ValueError for an unknown mode, an optimizer that has stepped, or parameters of another dtype.
     """

@@ -6,8 +6,7 @@ import math
 def lr_share(step: int, n_steps: int, warmup_steps: int, min_ratio: float) -> float:
     """The share of the peak LR with which update `step` (1 … n_steps) runs.
 
-    Linear warm-up: update n runs at n / warmup_steps, so the first one does not run at the full LR. Then a cosine
-    from 1 after the warm-up to `min_ratio` at the last update, and `min_ratio` beyond it.
+    Linear warm-up: update n runs at n / warmup_steps. Then a cosine to `min_ratio` at the last update, and that later.
     Source of the cosine: Loshchilov & Hutter 2017, eq. 5, https://arxiv.org/abs/1608.03983, without restarts.
     """
     if step <= warmup_steps:

@@ -8,8 +8,8 @@ An explorable is a function that draws and a line that names its controls, in wh
     def explore_decay() -> None:
         explore(decay, rate=Slider("rate", 0.5, 0, 1, 0.01), kind=Choice("kind", {"sum": "sum", "mean": "mean"}))
 
-The notebook's cell is `explore_decay()`. Headless it shows the start position, or what `still()` draws. The alt text says what
-is seen now: a line in EXPLORABLES of tests/browser/test_explorables_browser.py, and real keys and clicks are tried on it.
+The notebook's cell is `explore_decay()`. Headless it shows the start position, or what `still()` draws. The alt text
+says what is seen now: a line in EXPLORABLES of tests/browser/test_explorables_browser.py tries real keys and clicks.
 """
 
 from __future__ import annotations

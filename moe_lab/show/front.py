@@ -36,8 +36,8 @@ def cell_of(request: dict[str, Any]) -> str | None:
 def keep_live(widget: Any) -> None:
     """Let a slider move more than once while a cell awaits.
 
-    ipykernel 7.4.0 serves such messages but sends no "idle" status for them, and the front end holds back the next change of
-    a widget until one comes. The "busy" after it is for the front end's status line.
+    ipykernel 7.4.0 serves such messages but sends no "idle" status for them, and the front end holds back the next
+    change of a widget until one comes. The "busy" after it is for the front end's status line.
     """
     try:
         kernel = get_ipython().kernel
@@ -87,8 +87,8 @@ class Waiting:
 def release_thread_pool() -> None:
     """Free the OpenMP workers that belong to this thread, if torch's library is GNU's, until its next operation.
 
-    With those of an idle notebook thread beside those of the training thread there are more than cores, and then they sleep
-    instead of spin between two operations: a training step of the lab's model takes half as long again.
+    With those of an idle notebook thread beside those of the training thread there are more than cores, and then they
+    sleep instead of spin between two operations: a training step of the lab's model takes half as long again.
     """
     torch.get_num_threads()  # loads the library
     maps = Path("/proc/self/maps")

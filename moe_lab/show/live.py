@@ -4,9 +4,8 @@
     summary = await run.finished()                # a later cell; buttons work meanwhile (ipykernel >= 7.4)
     run.show()                                    # anywhere: the same once more, after a reload of the page for instance
 
-The trainer runs in a worker thread, and buttons only set its locked controls. What a watch finds stands in red under the
-figure. Headless there are no widgets, one figure at the end, and a line of progress every tenth of the run and for each
-finding; in a plain script those lines alone. Two runs side by side, the sick one and its control, in turn:
+The trainer runs in a worker thread, and buttons only set its locked controls. Headless there are no widgets, one figure
+at the end, and a line for each tenth of the run and each finding; in a plain script those lines alone. A pair:
 
     pair = LivePair({"float32": healthy, "bf16": sick}).start()    # trainers; a watch on each is made here
     rows = await pair.finished()                                   # the record of each, by name
@@ -53,9 +52,9 @@ def observing(watch: Watch, every: int, last: int) -> Callable[[dict], None]:
 class LiveRun(Live):
     """Runs `trainer.fit()` in a thread, shows it, and hands its summary to the cell that waits.
 
-    `floors` are lines for the loss panel (nats per token by name; None: the trainer's). A `watch` is told the losses, and
-    what it finds is shown. `acts` are buttons of their own, functions of this run that are called between two updates and
-    written to controls.jsonl; headless they come when `trainer.controls.scheduled` says so. `rows` are the whole record's.
+    `floors` are lines for the loss panel (nats per token by name; None: the trainer's). A `watch` is told the losses,
+    and what it finds is shown. `acts` are buttons, functions of this run that are called between two updates and
+    written to controls.jsonl; headless they come when `trainer.controls.scheduled` says so. `rows` are the record's.
     """
 
     def __init__(
@@ -117,9 +116,9 @@ class LiveRun(Live):
 class LivePair(Live):
     """Trains `trainers` (two, by name) in turn, an update each, and hands the record of each to the cell that waits.
 
-    Give them the same seed and data, and directories of their own. Each is evaluated when `fit` would do it, saved only by the
-    button, and its rows are those of a run alone (seconds apart). `until` counts updates from the run's first; None: all of
-    them. `watches` are made here for trainers that have none.
+    Give them the same seed and data, and directories of their own. Each is evaluated when `fit` would do it, saved only
+    by the button, and its rows are those of a run alone (seconds apart). `until` counts updates from the run's first;
+    None: all of them. `watches` are made here for trainers that have none.
     """
 
     def __init__(

@@ -29,7 +29,7 @@ def column(rows: Rows, name: str, along: str = "step") -> Curve:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Mean over a twentieth of the run (at least 5 rows) around each value; at the start, where losses fall fast, over fewer."""
+    """Mean over a twentieth of the run (at least 5 rows) around each value; over fewer at the start."""
     n, half = len(values), max(5, len(values) // 20) // 2
     sums = np.concatenate([[0.0], np.cumsum(np.nan_to_num(values))])
     index = np.arange(n)
@@ -64,7 +64,7 @@ def training_figure(
     marks: Sequence[Mark] = (),
     arrived: Mapping[str, float] | None = None,
 ) -> tuple[Figure, str]:
-    """Loss, norm weights, gradient norm and expert load of a run so far; any number of rows will do.
+    """Loss, norm weights, gradient norm and expert load of a run so far, of any number of rows.
 
     `floors` are losses in nats per token by name (uniform, unigram, bigram, trigram); `arrived` are shares of the intended
     updates that 16-bit weights have taken, by kind of tensor.

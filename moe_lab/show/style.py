@@ -1,7 +1,7 @@
 """One style for every figure, and the way from a figure to a cell's output.
 
-Figures are `Figure` objects, never pyplot: its global state is shared by all threads. Margins are fixed, since constrained
-layout doubles the time of a redraw. A series has a colour, a line style or marker, and a label: nothing hangs on colour alone.
+Figures are `Figure` objects, never pyplot: its global state is shared by all threads. Margins are fixed, since
+constrained layout doubles the time of a redraw. A series has a line style or marker and a label beside its colour.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ def save(figure: Figure, path: Path) -> Path:
 def to_html(figure: Figure, alt: str, caption: str = "") -> dict[str, str]:
     """A MIME bundle: the picture as SVG where that is light, else as PNG, on white paper in a dark theme too.
 
-    `alt` says what is seen, for whoever does not see it; `caption` says what it means. Without a caption `alt` stands below
-    the picture too, hidden from screen readers. HTML, since JupyterLab and nbconvert drop the alternative text of image/png.
+    `alt` says what is seen, for whoever does not see it; `caption` says what it means. Without a caption `alt` stands
+    below the picture too, hidden from screen readers. Front ends drop the alternative text of image/png: so HTML.
     """
     data, kind = svg(figure), "svg+xml"
     if len(data) > LARGEST_SVG:

@@ -83,8 +83,8 @@ def prune(run_dir: Path, keep: int) -> None:
 
 
 def load_checkpoint(path: Path, device: str = "cpu") -> dict[str, Any]:
-    """Read tensors and plain values only, to `device`; "meta" reads the plain values alone, whatever the file's size. Raises
-    DamagedError if the file is cut short or holds anything else; RunError if it cannot be read or does not fit into memory.
+    """Read tensors and plain values only, to `device`; "meta" reads the plain values alone, whatever the file's size.
+    Raises DamagedError if the file is cut short or holds anything else; RunError if it cannot be read or held.
     """
     try:
         with path.open("rb") as file:  # Python calls a failing disk an OSError; torch alone, a damaged file
@@ -108,8 +108,8 @@ def step_of(path: Path) -> int:
 
 
 def latest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any]]:
-    """The whole checkpoint with the highest step, and its content; prints a line for each file that is damaged. Raises RunError
-    if there is none, or if a file cannot be read: to go on from an older one would lose what it holds.
+    """The whole checkpoint with the highest step, and its content; prints a line for each file that is damaged. Raises
+    RunError if there is none, or if a file cannot be read: to go on from an older one would lose what it holds.
     """
     steps = {}
     for path in sorted((run_dir / FOLDER).glob("*.pt")):
@@ -148,8 +148,8 @@ def snapshot(trainer: Trainer, tensors: bool = True) -> dict[str, Any]:
 
 
 def restore(trainer: Trainer, state: dict[str, Any]) -> None:
-    """Everything as it was, except the options of the optimizers' groups: the config given decides those. The random numbers
-    follow when the run begins. Raises RunError if the text has changed.
+    """Everything as it was, except the options of the optimizers' groups: the config given decides those. The random
+    numbers follow when the run begins. Raises RunError if the text has changed.
     """
     restore_place(trainer, state)
     trainer.model.load_state_dict(state["model_state_dict"])

@@ -67,9 +67,9 @@ def seconds_per_product(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def choose_threads(config: Config) -> str | None:
-    """Compute with no more threads than there are free cores, and with one where that is faster, by a second's measurement on
-    this run's sizes: OpenMP's threads wait for each other by spinning. OMP_NUM_THREADS, if set, stands. Returns what to tell
-    the reader if the machine is busy.
+    """Compute with no more threads than there are free cores, and with one where that is faster, by a second's
+    measurement on this run's sizes: OpenMP's threads wait for each other by spinning. OMP_NUM_THREADS, if set, stands.
+    Returns what to tell the reader if the machine is busy.
     """
     most = torch.get_num_threads()
     if most == 1 or "OMP_NUM_THREADS" in os.environ:
@@ -103,7 +103,7 @@ def bfloat16_products(model: nn.Module, compute: str, device: torch.device) -> c
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep freed memory for the next step, which allocates as much, and spare page faults. Returns whether it did.
+    """Let glibc keep freed memory for the next step, which allocates as much. Returns whether it did.
 
     It holds for the whole process and for good: a notebook's kernel keeps the memory of its largest run.
     """

@@ -52,9 +52,9 @@ def refuse_used(trainer: Trainer) -> None:
 
 
 def to_resume(path: Path, state: dict[str, Any], given: Config) -> tuple[dict[str, Any], Config]:
-    """The state of a checkpoint and the config to go on with; prints each difference, and which value is used. What the run
-    had found for `compute: auto`, and a vocabulary that the text could not fill, stand without a line. Raises RunError for
-    another architecture.
+    """The state of a checkpoint and the config to go on with; prints each difference, and which value is used. What the
+    run had found for `compute: auto`, and a vocabulary that the text could not fill, stand without a line. Raises
+    RunError for another architecture.
     """
     merged, lines = to_dict(from_dict(state["config"], str(path))), []
     for name, values in to_dict(given).items():
@@ -77,8 +77,8 @@ def to_resume(path: Path, state: dict[str, Any], given: Config) -> tuple[dict[st
 
 @contextlib.contextmanager
 def opened(trainer: Trainer) -> Iterator[None]:
-    """The run's directory, held against other processes and with everything that a run begins with. `fit` opens it itself; this
-    is for who writes there too, such as a Watch with a log. Raises RunError if another process trains there, or did meanwhile.
+    """The run's directory, held against other processes and with everything that a run begins with: for who writes
+    there beside `fit`, such as a Watch with a log. Raises RunError if another process trains there, or did meanwhile.
     """
     run_dir = trainer.run_dir
     try:

@@ -30,11 +30,11 @@ from moe_lab.train.record import RECORD, append_jsonl, write_summary
 class Trainer:
     """Trains one model in one run directory (its files: README, "How to read a run").
 
-    `config` is resolved here: device, precision, the vocabulary that the text yields. A given `model` is moved to the run's
-    device, unless its `optimizers` are given too: then it must be there already. `listeners` are called, on fit's thread, with
-    each finished record row. With `resume` the run stands at the directory's last checkpoint from here on. Nothing is written
-    to `run_dir` before `fit`, `steps` or `opened`. Raises ConfigError for the config, the text or the model, RunError for the
-    directory: one that holds a record needs `resume=True`.
+    `config` is resolved here: device, precision, the vocabulary that the text yields. A given `model` is moved to the
+    run's device, unless its `optimizers` are given too: then it must be there already. `listeners` are called, on fit's
+    thread, with each finished record row. With `resume` the run stands at the directory's last checkpoint from here on.
+    Nothing is written to `run_dir` before `fit`, `steps` or `opened`. Raises ConfigError for the config, the text or
+    the model, RunError for the directory: one that holds a record needs `resume=True`.
     """
 
     def __init__(
@@ -84,9 +84,8 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Train to the end, to `stop()` or to Ctrl-C. Returns the summary, which is also in summary.json.
 
-        The first Ctrl-C finishes the update, saves checkpoint_interrupted.pt and returns; a second one raises
-        KeyboardInterrupt at once. Raises RunError for a directory in use, a full disk, too little memory, and a gradient
-        that is not finite.
+        The first Ctrl-C finishes the update, saves checkpoint_interrupted.pt and returns; a second one ends it at once.
+        Raises RunError for a directory in use, a full disk, too little memory, and a gradient that is not finite.
         """
         with self.opened(), signals_ask_to_stop(self.controls):
             status = "interrupted"
@@ -116,10 +115,9 @@ class Trainer:
 
         Begins the run if need be, makes updates, and yields each one's Report, until `until` of them are done (counted
         from the run's first; default and limit: `n_steps`) or a stop is asked for; obeys `controls` before each update.
-        A later call goes on where this one ended. The record is written every `log_interval` steps, sooner while somebody looks,
-        and however the generator ends. Unlike `fit`, which makes the same updates, it neither evaluates, saves, locks the
-        directory nor writes a summary.
-        Raises ValueError for `until` beyond `n_steps`, RunError as `fit` does.
+        A later call goes on where this one ended. The record is written every `log_interval` steps, sooner while
+        somebody looks, and however the generator ends. Unlike `fit`, it neither evaluates, saves, locks the directory
+        nor writes a summary. Raises ValueError for `until` beyond `n_steps`, RunError as `fit` does.
         """
         last = self.n_steps if until is None else until
         if last > self.n_steps:
@@ -187,8 +185,7 @@ class Trainer:
     def flush(self) -> None:
         """Fetch the waiting readings, append them to the record and tell the listeners.
 
-        Raises RunError for a gradient that was not finite. It is noticed here and not in its step, since looking
-        would stall a GPU; nothing is saved in between, so the last checkpoint is sound.
+        Raises RunError for a gradient that was not finite: to look in its step would stall a GPU. A save flushes first.
         """
         rows = self.readings.fetch()
         if not rows:

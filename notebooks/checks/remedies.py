@@ -1,5 +1,5 @@
-"""What notebooks 03 and 03a try beside the package's remedies for bf16 parameters: two poor ones, which do not address the loss
-of updates at all, and casts that leave one kind of tensor in float32."""
+"""What notebooks 03 and 03a try beside the package's remedies for bf16 parameters: two poor ones, which do not address
+the loss of updates at all, and casts that leave one kind of tensor in float32."""
 
 from __future__ import annotations
 
