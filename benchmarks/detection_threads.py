@@ -165,7 +165,9 @@ def same_noise(seed: int, sick: bool) -> Program:
     return Loop(diffusion(seed, seeded=sick)).program()
 
 
-@row(ROWS, DATA, "factors", "loss_not_falling", plain=True)  # pytorch/pytorch#16045, LAMDA-Tabular/TALENT#92
+@row(
+    ROWS, DATA, "factors", "loss_not_falling", "shared_target", plain=True
+)  # pytorch/pytorch#16045, LAMDA-Tabular/TALENT#92
 def column_of_targets(seed: int, sick: bool) -> Program:
     """targets of shape (B, 1) beside outputs of shape (B,): each output is held against every target"""
     loop = Loop(factorised(seed))

@@ -75,7 +75,9 @@ def both_factors_zero(seed: int, sick: bool) -> Program:
     return Loop(loop_body).program(expect_frozen=frozen)
 
 
-@row(ROWS, SIGNAL, "GRU", "loss_not_falling", "faint_gradient", plain=True)  # bkitano/llama-from-scratch#5
+@row(
+    ROWS, SIGNAL, "GRU", "loss_not_falling", "faint_gradient", "squashed_twice", plain=True
+)  # bkitano/llama-from-scratch#5
 def softmax_twice(seed: int, sick: bool) -> Program:
     """the model ends in a softmax, and the cross-entropy makes another one"""
     loop = Loop(gru(seed))

@@ -376,3 +376,18 @@ def test_batch_norms_that_keep_a_fresh_model_s_statistics(momentum, budget, scal
             model(scale * torch.randn(64, 8) + scale - 1).square().mean().backward()
             optimizer.step()
     assert ("mode_mismatch" in said(watch)) == told
+
+
+def test_a_pass_that_cannot_be_repeated_is_told_as_not_checked(capsys: pytest.CaptureFixture) -> None:
+    class Once(Mixer):
+        def forward(self, ids: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():
+                raise RuntimeError("trains\nalone")
+            return super().forward(ids)
+
+    watch = watched(Once(), next_token)
+    watch.report()
+    line = "not checked: whether the model sees the future: its pass could not be repeated: RuntimeError: trains alone"
+    assert said(watch) == [] and line in capsys.readouterr().out.splitlines()
+    watched(Mixer(), next_token).report()
+    assert "sees the future" not in capsys.readouterr().out

@@ -29,6 +29,11 @@ PADDED = 8  # equal tokens at a row's end from which on they look like padding
 ROWS_PADDED = 0.25  # share of the rows that end so: lines of code end in blanks less often
 MOST_ROWS, FEWEST_ROWS = 512, 32  # that are compared with their neighbours
 ALIKE = 6.0, 1.2  # standard deviations and times that neighbours are more alike than in 200 other orders
+SLID, HEAD, PAIRS = (
+    0.5,
+    8,
+    16,
+)  # share of rows that are a neighbour moved by a few places; tokens that show it, pairs at least
 SELDOM = 8  # times that a token must follow targets before its absence says anything
 ONE_END = 0.9  # share of one token right before it, from which on another one is the end, and this its padding
 
@@ -118,11 +123,13 @@ def never_a_target(labelled: Sequence[Tokens]) -> Finding | None:
     if agreement(labelled, shift) < SHIFTED:
         return None
     before: dict[int, Counter] = {}  # token → those right before it that are asked for
+    inner: Counter = Counter()  # … → how often it stands before a row's last run
     asked, n_asked, n_places = set(), 0, 0
     for ids, labels in labelled:
         is_asked = torch.zeros_like(ids, dtype=torch.bool)
         is_asked[:, shift:] = (labels != IGNORED)[:, : ids.shape[1] - shift]
         asked.update(ids[is_asked].tolist())
+        inner.update(ids[~runs_of(ids)[1]].tolist())
         n_asked, n_places = n_asked + int(is_asked.sum()), n_places + is_asked[:, 1:].numel()
         ends = is_asked[:, :-1] & ~is_asked[:, 1:]
         for token, last in zip(ids[:, 1:][ends].tolist(), ids[:, :-1][ends].tolist(), strict=True):
@@ -134,6 +141,7 @@ def never_a_target(labelled: Sequence[Tokens]) -> Finding | None:
         if token not in asked
         and last.total() >= SELDOM
         and skipped ** last.total() < UNLIKELY
+        and inner[token] < n_asked  # else it fills holes between targets, as a decoder is given them
         and last.most_common(1)[0][1] < ONE_END * last.total()
     }
     if not never:
@@ -174,6 +182,37 @@ def runs_of(ids: Tensor) -> tuple[Tensor, Tensor]:
     is_new = torch.cat([torch.ones_like(ids[:, :1]), (ids[:, 1:] != ids[:, :-1]).long()], 1)
     starts = (places * is_new).cummax(1).values
     return places - starts + 1, starts == starts[:, -1:]
+
+
+def windows_slide(seen: Sequence[Tokens]) -> Finding | None:
+    """Rows that are the one before, or the same row of the batch before, moved on by a quarter of their length at most."""
+    ids = torch.stack([tokens.ids for tokens in seen if tokens.ids.shape == seen[0].ids.shape])  # (n, B, T)
+    rows = ids.flatten(0, 1)
+    moved = [moved_on(rows[:-1], rows[1:]), moved_on(ids[:-1].flatten(0, 1), ids[1:].flatten(0, 1))]
+    share, places = max(moved, key=lambda told: (told[0], -told[1]))
+    if share <= SLID:
+        return None
+    message = (
+        f"{share:.0%} of the rows are a neighbour, {places} of {rows.shape[1]} places on: one text, again and again"
+    )
+    advice = (
+        "shuffle the windows, or begin each where the last one ends: an update sees one text as often as it has rows"
+    )
+    return Finding("one_text", "warning", "data", message, advice, round(share, 3), SLID)
+
+
+def moved_on(before: Tensor, after: Tensor) -> tuple[float, int]:
+    """Of pairs of rows (n, T) the share in which one is the other, moved on, and by how many places most are."""
+    length, found = before.shape[1], {}
+    if len(before) < PAIRS or length < 2 * HEAD:
+        return 0.0, 0
+    for first, second in ((before, after), (after, before)):
+        begins = first.unfold(1, HEAD, 1)[:, 1 : length // 4 + 1]  # (n, places, HEAD)
+        for i, place in (begins == second[:, None, :HEAD]).all(-1).nonzero().tolist():
+            is_moved = torch.equal(first[i, place + 1 :], second[i, : length - place - 1])
+            if is_moved and not torch.equal(first[i], second[i]):
+                found[i] = place + 1
+    return len(found) / len(before), Counter(found.values()).most_common(1)[0][0] if found else 0
 
 
 def neighbours_alike(seen: Sequence[Tokens]) -> Finding | None:

@@ -21,6 +21,7 @@ from ..tokens import (
     raw,
     rows_repeat,
     uneven,
+    windows_slide,
 )
 
 LOOKED_AT = 64  # batches at most
@@ -56,7 +57,10 @@ def check_data(
     ids = torch.cat([tokens.ids.flatten() for tokens in seen])
     vocab_size = vocab_size or int(ids.max()) + 1
     labelled = [tokens for tokens in seen if tokens.labels is not None]
-    found = [looks_random([tokens.ids for tokens in seen], vocab_size), rows_repeat(seen) or neighbours_alike(seen)]
+    found = [
+        looks_random([tokens.ids for tokens in seen], vocab_size),
+        rows_repeat(seen) or windows_slide(seen) or neighbours_alike(seen),
+    ]
     if labelled:
         found += [labels_elsewhere(labelled), never_a_target(labelled), padding_is_target(labelled), uneven(labelled)]
     if validation is not None:

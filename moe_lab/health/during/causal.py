@@ -22,8 +22,8 @@ BY_CHOICE = (
 
 
 def future_leak(forward: ForwardProbe) -> Finding | None:
-    """Of the pass that was heard last. None where nothing leaks, or it cannot be told: the model's own code, called in a way
-    that it may not be made for, two passes that differ by themselves, or no targets before the changed tokens."""
+    """Of the pass that was heard last. None where nothing leaks, or it cannot be told: two passes differ by themselves, no targets
+    are before the changed tokens, or the model's own code may not be made for being called so: that is kept, to be told."""
     heard = forward.heard
     if forward.inputs is None or is_sharded(forward.model):
         return None
@@ -49,7 +49,8 @@ def future_leak(forward: ForwardProbe) -> Finding | None:
         if float((again - before).abs().max()) > limit:
             return None
         otherwise = float((read(changed, held(made)) - before).abs().max())
-    except Exception:
+    except Exception as error:
+        heard.untried = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         return None
     message = (
         f"tokens changed from position {cut} on move the logits of targets before it by {moved:.2g} (limit {limit:.1g})"
@@ -75,12 +76,13 @@ def logits(
         given = ids.T if heard.is_time_first else ids
         return (given.to(args[0]).reshape(args[0].shape), *args[1:])
 
-    handle = heard.table.register_forward_pre_hook(put)
+    handles = [table.register_forward_pre_hook(put) for table in heard.tables]
     try:
         with choices or nullcontext():
             output = forward.repeat({}, exact=True)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     n = ids.numel()
     scores = next(
         t for t in tensors_of(output) if t.ndim > 1 and t.shape[-1] == heard.vocab_size and t.numel() == n * t.shape[-1]

@@ -58,7 +58,10 @@ class Heard:
     """Listens to the table of tokens, the head and the whole model. Ids, targets and five numbers a pass wait for `fetch`."""
 
     def __init__(self, model: nn.Module, table: nn.Module | None, head: nn.Module | None):
-        self.model, self.table, self.head = model, table, head
+        self.model, self.head = model, head
+        embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+        # an encoder and a decoder may each have a module of their own around the same weights
+        self.tables = [m for m in embeddings if table is not None and m.weight is table.weight]
         self.update, self.n_heard, self.vocab_size = 1, 0, 0
         self.is_inside = False  # of the model's own forward pass, which may do more than its head
         self.ids: list[Tensor] = []  # what the table was asked for in this pass: the last is a decoder's
@@ -72,10 +75,12 @@ class Heard:
         self.call = 0  # of the table, in the last pass that was heard: which one holds the ids
         self.is_time_first = False
         self.was_tried, self.leak = False, None  # whether the model sees the future
+        self.untried = ""  # … why that could not be told
 
     def hooks(self, hook: Callable) -> Iterator[Any]:
         yield self.model.register_forward_pre_hook(hook(self.begin), with_kwargs=True)
-        yield self.table.register_forward_pre_hook(hook(self.note_ids))
+        for table in self.tables:
+            yield table.register_forward_pre_hook(hook(self.note_ids))
         if self.head is not None:
             yield self.head.register_forward_hook(hook(partial(self.note_scores, hook)))
         yield self.model.register_forward_hook(hook(partial(self.end, hook)))
@@ -170,11 +175,15 @@ class Heard:
         """What `check_data` would say of these batches."""
         labelled = [p.tokens for p in self.likelihoods]
         if labelled:
-            if self.is_next_token:
+            asked = sum(int((t.labels != IGNORED).sum()) for t in labelled)
+            if self.is_next_token and 2 * asked > sum(t.ids.numel() for t in labelled):  # else there are holes
                 yield about.looks_random([t.ids for t in labelled], self.vocab_size)
             for check in (about.copies_inputs, about.labels_elsewhere, about.never_a_target, about.padding_is_target):
                 yield check(labelled)
-            yield about.rows_repeat([Tokens(p.rows, None) for p in self.once])
+            once = self.once
+            yield about.rows_repeat([Tokens(p.rows, None) for p in once]) or about.windows_slide(
+                [p.tokens for p in once]
+            )
 
 
 def compared(scores: Tensor, gradient: Tensor, target: Tensor) -> Tensor:

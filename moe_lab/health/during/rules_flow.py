@@ -70,6 +70,25 @@ def differs_by_mode(module: nn.Module) -> bool:
 
 @rule(
     "warning",
+    "{names}: in each of {value} passes all rows are held against one target, another one in each: the loss can teach their mean alone",
+    "compare the shapes in the loss: (B,) beside (B, 1) makes (B, B), each output beside every target; or each batch has one label",
+)
+def shared_target(state: State) -> Ill:
+    return {name: {"value": n, "limit": 0} for name, n in state.forward.aims.shared().items()}
+
+
+@rule(
+    "warning",
+    "{names}: {squash} comes before a loss that makes another one ({value} passes): it cannot come near zero, and hardly teaches",
+    "give cross-entropy and BCE-with-logits the logits themselves; keep softmax and sigmoid for predictions",
+)
+def squashed_twice(state: State) -> Ill:
+    told = state.forward.aims.twice()
+    return {name: {"value": n, "limit": 0, "squash": squash} for name, (squash, n) in told.items()}
+
+
+@rule(
+    "warning",
     "{value:.0%} of the last batches had come a short while before, though none did at first",
     "look for a worker or shard that has come to its end and starts over, a buffer that is not filled again, or a sampler made anew",
 )
@@ -97,13 +116,23 @@ def mode_mismatch(state: State) -> Ill:
 EVALUATING = "{n} modules would compute otherwise in training, and updates are made in evaluation mode: {names}"
 TRAIN = "call model.train() after each evaluation, and before the first update"
 
-ASKED = ("constant_tokens", "random_tokens", "repeated_data", "label_shift", "never_a_target", "padding_in_loss")
+ASKED = (
+    "constant_tokens",
+    "random_tokens",
+    "repeated_data",
+    "one_text",
+    "label_shift",
+    "never_a_target",
+    "padding_in_loss",
+)
 
 RULES = (
     *(Rule("future_leak", name, partial(leaks, severity=name), "{message}", "{advice}") for name in ("error", "info")),
     Rule("evaluation_mode", "error", partial(evaluating, has_trained=True), EVALUATING, TRAIN),
     Rule("evaluation_mode", "warning", partial(evaluating, has_trained=False), EVALUATING, TRAIN),
     repeated_data,
+    shared_target,
+    squashed_twice,
     mode_mismatch,
     *(Rule(name, SAID[name][0], partial(heard, name=name), "{message}", "{advice}") for name in ASKED),
 )

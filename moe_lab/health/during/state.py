@@ -59,7 +59,8 @@ class State:
         missed = hidden(model, optimizers).items()
         self.hidden = {name: (p, p.detach().flatten()[:WHOLE].clone()) for name, p in missed}
         self.follow()
-        self.forward, self.outside = ForwardProbe(model, is_new=not start_step), Outside(model, self.waiting)
+        self.forward = ForwardProbe(model, not start_step, self.waiting)
+        self.outside = Outside(model, self.waiting)
 
     # ---- what happens ------------------------------------------------------------------------------------------------
 

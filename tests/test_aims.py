@@ -1,0 +1,235 @@
+"""What a loss asks of a model's outputs, as their gradients tell: each fault beside losses and shapes that are meant."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from itertools import cycle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_flow import Mixer, V, batch, of_pairs, watched
+from torch import Tensor, nn
+from torch.optim import AdamW
+from toy import finding, said
+
+from moe_lab.health import Watch
+from moe_lab.health.during.aims import KINDS, what_squashes
+
+WAY = torch.randn(10, 6, generator=torch.Generator().manual_seed(7))
+
+
+def inputs(step: int, rows: int = 32) -> Tensor:
+    return torch.randn(rows, 10, generator=torch.Generator().manual_seed(step))
+
+
+def net(*last: nn.Module, outputs: int = 1) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, outputs), *last)
+
+
+def trained(model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], n: int = 21, scale: float = 1.0) -> Watch:
+    """`loss_of(outputs, numbers (B, 6))`."""
+    optimizer = AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    with Watch(model, optimizer, quiet=True) as watch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own word on shapes that differ
+        for step in range(n):
+            x = inputs(step)
+            optimizer.zero_grad()
+            loss = loss_of(model(x), scale * x @ WAY)
+            loss.backward()
+            optimizer.step()
+            watch.observe(loss=loss.detach())
+    return watch
+
+
+def by_hand(a: Tensor, b: Tensor) -> Tensor:
+    return ((a - b) ** 2).mean()
+
+
+@pytest.mark.parametrize("loss", [F.mse_loss, by_hand, F.smooth_l1_loss, F.huber_loss])
+def test_targets_that_broadcast_beside_outputs(loss: Callable) -> None:
+    """(B, 1) beside (B,), either way round; squares a long way off, too."""
+    found = finding(trained(net(), lambda out, told: loss(out, told[:, 0])), "shared_target")
+    assert found.severity == "warning" and "(B,) beside (B, 1)" in found.advice
+    assert "shared_target" in said(trained(net(nn.Flatten(0)), lambda out, told: loss(out, told[:, :1])))
+    if loss in (F.mse_loss, by_hand):
+        assert "shared_target" in said(trained(net(), lambda out, told: loss(out, 20 + told[:, 0])))
+    assert "shared_target" not in said(trained(net(), lambda out, told: loss(out, told[:, :1])))
+    assert "shared_target" not in said(trained(net(), lambda out, told: loss(out[:, 0], told[:, 0])))
+
+
+class Scaled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 300 * x
+
+
+TURN = cycle((0.0, 1.0))
+ONE_NUMBER = {
+    "absolute errors": lambda out, told: F.l1_loss(out, told[:, :1]),
+    "weights of the rows": lambda out, told: (told[:, 1:2].exp() * (out - told[:, :1]) ** 2).mean(),
+    "a mask (B, 1)": lambda out, told: ((out - told[:, :1]) ** 2 * (told[:, 1:2] > 0)).sum(),
+    "true and false": lambda out, told: F.binary_cross_entropy_with_logits(out, (told[:, :1] > 0).float()),
+    "true alone": lambda out, told: F.binary_cross_entropy_with_logits(out, torch.ones_like(out)),
+    "one number for good": lambda out, told: F.mse_loss(out, torch.ones_like(out)),
+    "true, then false": lambda out, told, turn=TURN: F.mse_loss(out, torch.full_like(out, next(turn))),
+    "their own mean": lambda out, told: F.mse_loss(out, (out.mean() + 1).detach().expand_as(out)),
+    "each beside each": lambda out, told: F.softplus((out - out.T) * (told[:, :1] < told[:, 0]).float()).mean(),
+    "a normaliser": lambda out, told: out.logsumexp(0).sum() - out[:4].sum(),
+    "a mean over the batch": lambda out, told: (out.mean() - told[:, 0].mean()) ** 2,
+}
+
+
+@pytest.mark.parametrize("kind", ONE_NUMBER)
+def test_targets_that_are_shared_on_purpose_or_not_at_all(kind: str) -> None:
+    assert "shared_target" not in said(trained(net(), ONE_NUMBER[kind]))
+
+
+def test_outputs_far_wider_than_their_targets_keep_an_order_too() -> None:
+    assert "shared_target" not in said(
+        trained(net(Scaled()), lambda out, told: F.mse_loss(out, told[:, :1]), scale=1e-2)
+    )
+
+
+# ---- squashed twice --------------------------------------------------------------------------------------------------
+
+
+def classes(told: Tensor) -> Tensor:
+    return told.argmax(1)
+
+
+def hot(told: Tensor) -> Tensor:
+    return F.one_hot(classes(told), told.shape[1]).float()
+
+
+CE, BCE = F.cross_entropy, F.binary_cross_entropy_with_logits
+SQUASHED = {
+    "softmax in the model": (nn.Softmax(-1), lambda out, told: CE(out, classes(told)), "a softmax"),
+    "softmax in the loss": (None, lambda out, told: CE(out.softmax(-1), classes(told)), "a softmax"),
+    "classes with weights": (
+        nn.Softmax(-1),
+        lambda out, told: CE(out, classes(told), weight=WAY[0].exp()),
+        "a softmax",
+    ),
+    "sigmoid in the model": (nn.Sigmoid(), lambda out, told: CE(out, classes(told)), "a sigmoid"),
+    "sigmoid in the loss": (None, lambda out, told: CE(out.sigmoid(), classes(told)), "a sigmoid"),
+    "sigmoid twice": (nn.Sigmoid(), lambda out, told: BCE(out, hot(told)), "a sigmoid"),
+    "sigmoid twice in the loss": (None, lambda out, told: BCE(out.sigmoid(), hot(told)), "a sigmoid"),
+}
+PLAIN = {
+    "logits": (None, lambda out, told: CE(out, classes(told))),
+    "log-probabilities": (nn.LogSoftmax(-1), lambda out, told: F.nll_loss(out, classes(told))),
+    "log-probabilities once more": (nn.LogSoftmax(-1), lambda out, told: CE(out, classes(told))),  # changes nothing
+    "logarithms of shares": (nn.Softmax(-1), lambda out, told: F.nll_loss(out.log(), classes(told))),
+    "binary of shares": (nn.Sigmoid(), lambda out, told: F.binary_cross_entropy(out, hot(told))),
+    "binary of logits": (None, lambda out, told: BCE(out, hot(told))),
+    "squares of shares": (nn.Softmax(-1), lambda out, told: F.mse_loss(out, hot(told))),
+    "squares of sigmoids": (nn.Sigmoid(), lambda out, told: F.mse_loss(out, hot(told))),
+    "smoothed labels": (None, lambda out, told: CE(out, classes(told), label_smoothing=0.1)),
+    "cosines over a temperature": (None, lambda out, told: CE(F.normalize(out, dim=-1) / 0.1, classes(told))),
+    "a teacher": (None, lambda out, told: CE(out, (told / 2).softmax(-1))),
+    "a teacher's temperature": (None, lambda out, told: F.kl_div((out / 2).log_softmax(-1), told.softmax(-1))),
+    "next to nothing": (None, lambda out, told: CE(1e-4 * out, classes(told))),
+    "capped logits": (None, lambda out, told: CE(10 * (out / 10).tanh(), classes(told))),
+}
+
+
+@pytest.mark.parametrize("kind", SQUASHED)
+def test_a_softmax_or_sigmoid_before_a_loss_that_makes_one(kind: str) -> None:
+    last, loss, told = SQUASHED[kind]
+    found = finding(trained(net(*[last] * (last is not None), outputs=6), loss), "squashed_twice")
+    assert found.severity == "warning" and f": {told} comes before" in found.message
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_losses_that_squash_once(kind: str) -> None:
+    last, loss = PLAIN[kind]
+    assert "squashed_twice" not in said(trained(net(*[last] * (last is not None), outputs=6), loss))
+
+
+def test_shares_of_which_there_are_many() -> None:
+    """The gradient of their logarithms is nearly that of logits."""
+    way = torch.randn(6, 20_000, generator=torch.Generator().manual_seed(1))
+    loss_of = lambda out, told: F.nll_loss(out.log(), (told @ way).argmax(1))  # noqa: E731
+    assert said(trained(net(nn.Softmax(-1), outputs=20_000), loss_of)) == []
+    twice = lambda out, told: CE(out, (told @ way).argmax(1))  # noqa: E731
+    assert "squashed_twice" in said(trained(net(nn.Softmax(-1), outputs=20_000), twice))
+
+
+def test_rounding_is_no_softmax() -> None:
+    rest = dict.fromkeys(KINDS, 1.0) | {KINDS[0]: 1e-12, KINDS[1]: 1e-15}
+    assert KINDS[:2] == [("cross-entropy", "nothing"), ("cross-entropy", "a softmax")]
+    assert what_squashes(rest, False, [0, 0]) == ""
+    assert what_squashes(rest | {KINDS[0]: 1e-6}, False, [0, 0]) == "a softmax"
+
+
+def test_one_output_that_is_true_or_false() -> None:
+    true = lambda told: (told[:, :1] > 0).float()  # noqa: E731
+    assert "squashed_twice" in said(trained(net(nn.Sigmoid()), lambda out, told: BCE(out, true(told))))
+    assert said(trained(net(nn.Sigmoid()), lambda out, told: F.binary_cross_entropy(out, true(told)))) == []
+
+
+# ---- encoders and decoders, windows ----------------------------------------------------------------------------------
+
+
+class Pair(nn.Module):
+    """An encoder and a decoder whose modules of tokens share their weights, as those of transformers' models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.shared, self.encoder, self.decoder = nn.Embedding(V, 32), nn.Embedding(V, 32), nn.Embedding(V, 32)
+        self.encoder.weight = self.decoder.weight = self.shared.weight
+        self.mixed, self.head = nn.Linear(32, 32), nn.Linear(32, V, bias=False)
+
+    def forward(self, ids: Tensor, begun: Tensor) -> Tensor:
+        seen = self.encoder(ids).mean(1, keepdim=True)
+        return self.head(self.mixed(self.decoder(begun) + seen))
+
+
+@pytest.mark.parametrize("is_shifted", [True, False])
+def test_a_decoder_that_is_given_its_own_answers(is_shifted: bool) -> None:
+    def loss_of(model: Callable, step: int) -> Tensor:
+        ids = batch(step)
+        begun = F.pad(ids[:, :-1], (1, 0)) if is_shifted else ids
+        return CE(model(batch(1000 + step), begun).flatten(0, 1), ids.flatten())
+
+    watch = watched(Pair(), loss_of)
+    assert watch.state.forward.heard.passes and ("label_shift" in said(watch)) == (not is_shifted)
+
+
+def test_holes_in_a_decoders_answers_are_filled_and_no_end() -> None:
+    """Masked words alone are asked for, and what is no target stands as padding in a decoder's inputs."""
+
+    def loss_of(model: Callable, step: int) -> Tensor:
+        ids = batch(step)
+        holes = torch.rand(ids.shape, generator=torch.Generator().manual_seed(step)) < 0.9
+        begun = F.pad(ids.masked_fill(holes, 0)[:, :-1], (1, 0))
+        return CE(model(ids, begun).flatten(0, 1), ids.masked_fill(holes, -100).flatten())
+
+    watch = watched(Pair(), loss_of)
+    assert watch.state.forward.heard.is_next_token and said(watch) == []
+
+
+TEXT = batch(3, 1, 5000)[0]
+WINDOWS = {
+    "one place on, in a batch": (lambda step: 8 * step + torch.arange(8), True),
+    "one place back": (lambda step: 4000 - 8 * step - torch.arange(8), True),
+    "streams, one place on": (lambda step: 500 * torch.arange(8) + step, True),
+    "by halves": (lambda step: 12 * (8 * step + torch.arange(8)), False),
+    "side by side": (lambda step: 24 * (8 * step + torch.arange(8)), False),
+    "streams, side by side": (lambda step: 500 * torch.arange(8) + 24 * step, False),
+    "shuffled": (lambda step: torch.randint(900, (8,), generator=torch.Generator().manual_seed(step)), False),
+}
+
+
+@pytest.mark.parametrize("kind", WINDOWS)
+def test_windows_that_are_their_neighbours_moved_on(kind: str) -> None:
+    starts, is_told = WINDOWS[kind]
+
+    def rows(step: int) -> tuple[Tensor, Tensor]:
+        ids = TEXT[starts(step)[:, None] + torch.arange(25)]
+        return ids[:, :-1], ids[:, 1:]
+
+    assert ("one_text" in said(watched(Mixer(), of_pairs(rows)))) == is_told
