@@ -1,7 +1,5 @@
 """What can be seen before the first update: each fault put into a small model beside the same model without it."""
 
-from functools import partial
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +7,7 @@ import transformers
 from helpers import MECHANISMS, model_with
 from torch import Tensor, nn
 
-from moe_lab.health import check_causality, check_train_eval, examine
+from moe_lab.health import check_causality, examine
 
 V, D, T = 64, 16, 24
 
@@ -277,77 +275,3 @@ def test_noise_and_other_shapes_are_refused() -> None:
     for fn, message in ((lambda ids: torch.rand(*ids.shape, 3), "dropout"), (lambda ids: ids.float()[0], "logits")):
         with pytest.raises(ValueError, match=message):
             check_causality(fn, 7, 5)
-
-
-def test_dropout_is_no_difference_between_modes() -> None:
-    model, ids = Tiny(), batch()[0]
-    modes = (lambda x: model.train()(x)), (lambda x: model.eval()(x))
-    assert check_train_eval(*modes, ids) is None
-    model.dropout.p = 0.0
-    finding = check_train_eval(modes[0], lambda x: 1.1 * model.eval()(x), ids)
-    assert (finding.rule, finding.severity) == ("mode_mismatch", "info")
-
-
-class Noisy(nn.Module):
-    """x + Wx, and then what `kind` says."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.kind, self.layer, self.drop = kind, nn.Linear(8, 8), nn.Dropout(0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.layer(x)
-        if self.kind == "anew":
-            return x + nn.Linear(8, 8)(x)
-        if self.kind == "filled":  # a layer that is only a way to write a product
-            layer = nn.Linear(8, 8)
-            layer.weight, layer.bias = self.layer.weight, self.layer.bias
-            return x + layer(x)
-        if "set again" in self.kind:  # as a dropout of weights does
-            self.layer.weight = nn.Parameter(self.layer.weight.detach())
-        if self.kind == "attention":
-            return nn.functional.scaled_dot_product_attention(x[None], x[None], x[None], dropout_p=0.5)[0]
-        if self.kind == "sampled":
-            return x + torch.randn_like(x)
-        by_kind = {"function": nn.functional.dropout, "sound": partial(nn.functional.dropout, training=self.training)}
-        return by_kind.get(self.kind.removeprefix("set again, "), self.drop)(x)
-
-
-@pytest.mark.parametrize(
-    ("kind", "told"),
-    [
-        ("function", ("mode_mismatch", "warning", "dropout")),
-        ("attention", ("mode_mismatch", "warning", "scaled_dot_product_attention")),
-        ("anew", ("not_in_optimizer", "error", "Linear(8, 8)")),
-        ("sampled", ("mode_mismatch", "info", "evaluation")),
-        ("sound", None),
-        ("module", None),
-        ("filled", None),
-        ("set again", None),
-        ("set again, function", ("mode_mismatch", "warning", "dropout")),
-    ],
-)
-def test_what_is_random_in_evaluation(kind: str, told: tuple | None) -> None:
-    torch.manual_seed(0)
-    model, x = Noisy(kind), torch.randn(16, 8)
-    before = torch.get_rng_state()
-    finding = check_train_eval(lambda x: model.train()(x), lambda x: model.eval()(x), x)
-    assert (finding and (finding.rule, finding.severity, finding.where)) == told
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_a_module_that_reads_its_childs_weights_by_hand_is_heard_too() -> None:
-    """As routers in float32 do; one that both modes call is well."""
-
-    class Router(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gate = nn.Linear(4, 1)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x * nn.functional.linear(x, self.gate.weight).sigmoid()
-
-    router, x = Router(), torch.randn(3, 4)
-    assert check_train_eval(router, router, x) is None
-    finding = check_train_eval(router, lambda x: x, x)
-    assert (finding.rule, finding.severity) == ("mode_mismatch", "warning") and finding.where.startswith("Router")

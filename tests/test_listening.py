@@ -92,6 +92,15 @@ class Around(nn.Module):
         return self.head(x + (mixer(x.transpose(0, 1)).transpose(0, 1) if isinstance(mixer, TimeFirst) else mixer(x)))
 
 
+def test_a_norm_multiplies_each_token_by_a_factor_of_its_own() -> None:
+    """A token without a mean comes out of a layer norm as it went in, but for its length; the text holds it in a third of its places."""
+    model = Around("norm", nn.LayerNorm(D))
+    ids = torch.where(torch.rand(3, 24) < 0.3, 0, torch.randint(1, V, (3, 24)))
+    with torch.no_grad():
+        model.embedding.weight[0] -= model.embedding.weight[0].mean()
+    assert "scaled_copies" not in dict(said(model, given=(ids[:, :-1], ids[:, 1:])))
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "expected"),
     [

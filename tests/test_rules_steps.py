@@ -8,6 +8,7 @@ import optimi
 import pytest
 import torch
 import torch.nn.functional as F
+from pytorch_optimizer import ADOPT
 from stand_ins import DionMuon, JordanMuon, MoonlightMuon, NorMuon, original_factor
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
@@ -132,7 +133,8 @@ def test_which_dimension_a_product_sums_over() -> None:
 
 def test_laws_are_of_orthogonal_steps_alone() -> None:
     p = nn.Parameter(torch.zeros(4, 4))
-    for optimizer in (AdamW([p]), SGD([p], lr=0.1), optimi.Lion([p], lr=0.1), MoonlightMuon(0.1, 0.0, [p], [])):
+    made = AdamW([p]), SGD([p]), optimi.Lion([p], lr=0.1), MoonlightMuon(0.1, 0.0, [p], []), ADOPT([p])
+    for optimizer in made:  # the last one's first step moves nothing
         assert law_of(optimizer, optimizer.param_groups[0]) is None
     jordan, torchs = JordanMuon([p]), torch.optim.Muon([p], adjust_lr_fn="match_rms_adamw")
     assert law_of(jordan, jordan.param_groups[0]).tall[2] == pytest.approx(2, rel=0.1)

@@ -22,6 +22,7 @@ PROMISES = re.compile(
 )
 # distances of tokens: farthest asked for, since a real memory may fade to nothing, and least worth asking
 FAR, NEAR = 32, 8
+FEWEST = 3  # different tokens of which one factor is told
 
 
 class Listening(Listener):
@@ -55,7 +56,7 @@ class Listening(Listener):
     @torch.no_grad()
     def compare(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
         """Of modules (B, T, D) → (B, T, D) with parameters, per token c = ⟨in, out⟩ / ⟨in, in⟩ and the rest: kept where 2–98 % of the
-        tokens have no rest and one c that is not 1."""
+        tokens have no rest and one c that is not 1: several that differ, since a norm multiplies each by a factor of its own."""
         out = output[0] if isinstance(output, (tuple, list)) and output else output
         if not (args and all(isinstance(t, Tensor) and t.ndim == 3 for t in (args[0], out))):
             return
@@ -64,8 +65,9 @@ class Listening(Listener):
         x, y = args[0].float().flatten(0, 1), out.float().flatten(0, 1)
         c = (x * y).sum(1) / x.square().sum(1).clamp(min=1e-12)
         left = (y - c.unsqueeze(1) * x).norm(dim=1) / y.norm(dim=1).clamp(min=1e-12)
-        copies = c[(left < 1e-3) & (y.norm(dim=1) > 0)]
-        is_some = 0.02 <= len(copies) / len(c) <= 0.98
+        alone = (left < 1e-3) & (y.norm(dim=1) > 0)
+        copies = c[alone]
+        is_some = 0.02 <= len(copies) / len(c) <= 0.98 and len(x[alone].norm(dim=1).unique()) >= FEWEST
         if is_some and float(copies.std(correction=0)) < 1e-3 and abs(float(copies.mean()) - 1) > 1e-2:
             self.factors[name] = float(copies.mean())
 

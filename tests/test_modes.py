@@ -1,0 +1,101 @@
+"""What training and evaluation compute, one beside the other."""
+
+from functools import partial
+
+import pytest
+import torch
+from test_examine import Tiny, batch
+from torch import Tensor, nn
+
+from moe_lab.health import check_train_eval
+
+
+def test_dropout_is_no_difference_between_modes() -> None:
+    model, ids = Tiny(), batch()[0]
+    modes = (lambda x: model.train()(x)), (lambda x: model.eval()(x))
+    assert check_train_eval(*modes, ids) is None
+    model.dropout.p = 0.0
+    finding = check_train_eval(modes[0], lambda x: 1.1 * model.eval()(x), ids)
+    assert (finding.rule, finding.severity) == ("mode_mismatch", "info")
+
+
+class Noisy(nn.Module):
+    """x + Wx, and then what `kind` says."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.layer, self.drop = kind, nn.Linear(8, 8), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.layer(x)
+        if self.kind == "anew":
+            return x + nn.Linear(8, 8)(x)
+        if self.kind == "filled":  # a layer that is only a way to write a product
+            layer = nn.Linear(8, 8)
+            layer.weight, layer.bias = self.layer.weight, self.layer.bias
+            return x + layer(x)
+        if "set again" in self.kind:  # as a dropout of weights does
+            self.layer.weight = nn.Parameter(self.layer.weight.detach())
+        if self.kind == "attention":
+            return nn.functional.scaled_dot_product_attention(x[None], x[None], x[None], dropout_p=0.5)[0]
+        if self.kind == "sampled":
+            return x + torch.randn_like(x)
+        by_kind = {"function": nn.functional.dropout, "sound": partial(nn.functional.dropout, training=self.training)}
+        return by_kind.get(self.kind.removeprefix("set again, "), self.drop)(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("function", ("mode_mismatch", "warning", "dropout")),
+        ("attention", ("mode_mismatch", "warning", "scaled_dot_product_attention")),
+        ("anew", ("not_in_optimizer", "error", "Linear(8, 8)")),
+        ("sampled", ("mode_mismatch", "info", "evaluation")),
+        ("sound", None),
+        ("module", None),
+        ("filled", None),
+        ("set again", None),
+        ("set again, function", ("mode_mismatch", "warning", "dropout")),
+    ],
+)
+def test_what_is_random_in_evaluation(kind: str, told: tuple | None) -> None:
+    torch.manual_seed(0)
+    model, x = Noisy(kind), torch.randn(16, 8)
+    before = torch.get_rng_state()
+    finding = check_train_eval(lambda x: model.train()(x), lambda x: model.eval()(x), x)
+    assert (finding and (finding.rule, finding.severity, finding.where)) == told
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_module_that_reads_its_childs_weights_by_hand_is_heard_too() -> None:
+    """As routers in float32 do; one that both modes call is well."""
+
+    class Router(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Linear(4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * nn.functional.linear(x, self.gate.weight).sigmoid()
+
+    router, x = Router(), torch.randn(3, 4)
+    assert check_train_eval(router, router, x) is None
+    finding = check_train_eval(router, lambda x: x, x)
+    assert (finding.rule, finding.severity) == ("mode_mismatch", "warning") and finding.where.startswith("Router")
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_layers_that_training_leaves_out_at_random(share: float) -> None:
+    """LayerDrop (Fan et al. 2020) is well; a layer that no training pass computes is not."""
+
+    class Stack(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self:
+                x = x if self.training and torch.rand(()) < share else layer(x)
+            return x
+
+    torch.manual_seed(3)
+    model = Stack(*(nn.Linear(4, 4) for _ in range(8)))
+    finding = check_train_eval(lambda x: model.train()(x), lambda x: model.eval()(x), torch.randn(3, 4))
+    alarm = finding.where if finding and finding.severity == "warning" else None
+    assert alarm == (None if share < 1 else "Linear(4, 4)")
