@@ -64,6 +64,8 @@ def narrow(page: Page) -> None:
 
 
 def save(page: Page, path: Path) -> None:
+    """Not before the picture that stays is drawn: what is saved in a run's first seconds says that nothing is to be seen yet."""
+    page.wait_for_selector(f"[class^='moe-still'] {PICTURE}", state="attached", timeout=60000)
     written = path.stat().st_mtime_ns
     command(page, "docmanager:save")
     wait_for(lambda: path.stat().st_mtime_ns > written and "moe-still" in path.read_text(), "it is not saved")

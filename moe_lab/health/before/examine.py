@@ -29,9 +29,8 @@ from .preflight import plan_of, preflight
 from .schedule import first_update
 from .structure import broken_tie, cannot_move, not_linear, outside_of_parameters, stale, without_effect
 
-NEXT_TOKEN = (
-    0.05  # share by which a loss may differ from the next-token loss and still be one, auxiliary terms included
-)
+# share by which a loss may differ from the next-token loss and still be one, auxiliary terms included
+NEXT_TOKEN = 0.05
 SAME_LOSS = 1e-4  # share of the loss, by which two ways to sum it may differ
 FIRST_LOSS = 0.2  # nats; auxiliary terms and tied embeddings move a first loss by less
 SPARE = 4  # of ten forward passes, when loss, modes and causality have theirs: for tensors without a gradient, then arguments

@@ -25,9 +25,8 @@ OVER_LENGTH = (
 ROWS = 32  # sequences of a pass
 SIGMAS = 5.0  # distances between two trainings' outputs that training and evaluation may be apart
 SAME = 1e-3  # of the outputs' deviation: below it two modes are one
-RETRIES = (
-    8  # of a layer that training left out: one that is left out half of the time stays away from all in one of 512
-)
+# of a layer that training left out: one that is left out half of the time stays away from all in one of 512
+RETRIES = 8
 
 
 @torch.no_grad()

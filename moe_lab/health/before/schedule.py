@@ -10,9 +10,8 @@ from torch.optim import Optimizer
 from ..findings import Finding
 from .plan import Plan
 
-OFF_BUDGET = (
-    1.5  # decay over budget, or the reverse, up to which a rounded number or a tail at the least LR explains it
-)
+# decay over budget, or the reverse, up to which a rounded number or a tail at the least LR explains it
+OFF_BUDGET = 1.5
 INTERVALS = ("log_interval", "eval_interval", "save_interval")
 ONE_UNIT = "count all of it in updates: one is accumulation × micro-batches"
 

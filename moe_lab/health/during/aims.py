@@ -26,13 +26,10 @@ CROSSED, APART = 3, 0.8  # passes in which some outputs are to rise and others t
 ROWS, ELEMENTS = 8, 2**15  # outputs of a pass at least, and numbers that are kept of it
 OUTPUTS = 3  # tensors of an answer that are heard: the first
 LEVELS, ROUNDED = 4, 32  # gradients that must be told apart in a pass, and roundings within which two are the same
-SHARED = (
-    0.01  # of the targets' way from pass to pass, what one target for all rows leaves of a pass; own targets leave √N
-)
-EXACT, AHEAD = (
-    1e-4,
-    0.01,
-)  # share of the gradient, squared, that the right loss leaves, and beside what the plain one does
+# of the targets' way from pass to pass, what one target for all rows leaves of a pass; own targets leave √N
+SHARED = 0.01
+# share of the gradient, squared, that the right loss leaves, and beside what the plain one does
+EXACT, AHEAD = 1e-4, 0.01
 ROUNDING = 1e-9  # … that is rounding in float32
 SUM = 0.01  # how far shares may be from adding up to 1
 
@@ -62,9 +59,8 @@ class Aims:
     def __init__(self, model: nn.Module, waiting: Waiting):
         self.model, self.waiting, self.n_heard = model, waiting, 0
         self.ones: dict[str, list[OneNumber]] = {}  # by the output's place in the answer
-        self.squashed: dict[
-            str, list[str]
-        ] = {}  # … what lay before each pass's cross-entropy, "" where nothing is told
+        # … what lay before each pass's cross-entropy, "" where nothing is told
+        self.squashed: dict[str, list[str]] = {}
 
     def hooks(self, hook: Callable) -> Iterator[Any]:
         yield self.model.register_forward_hook(hook(partial(self.note, hook)))
@@ -88,9 +84,8 @@ class Aims:
         self.ones.setdefault(name, []).append(OneNumber(*numbers))
 
     def take_rests(self, name: str, numbers: list[float]) -> None:
-        self.squashed.setdefault(name, []).append(
-            what_squashes(dict(zip(KINDS, numbers, strict=False)), bool(numbers[-3]), numbers[-2:])
-        )
+        found = what_squashes(dict(zip(KINDS, numbers, strict=False)), bool(numbers[-3]), numbers[-2:])
+        self.squashed.setdefault(name, []).append(found)
 
     # ---- what was heard ----------------------------------------------------------------------------------------------
 
@@ -129,15 +124,8 @@ def one_number(x: Tensor, g: Tensor, rough: float) -> Tensor:
     rest = (pull - slope * away).square().mean().sqrt() / slope
     below = g.mean() / slope
     both = (g > near).any() & (g < -near).any()
-    told = [
-        x.mean() - below,
-        below,
-        rest,
-        x.std(),
-        ~(steps < -near).any(),
-        (g.sort().values.diff() > near).sum() + 1,
-        both,
-    ]
+    is_ordered, n_levels = ~(steps < -near).any(), (g.sort().values.diff() > near).sum() + 1
+    told = x.mean() - below, below, rest, x.std(), is_ordered, n_levels, both
     return torch.stack([number.float() for number in told])
 
 
