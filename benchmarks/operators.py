@@ -3,18 +3,21 @@
 Each operator is applied, at the last value of its grid and to all layers, to three families in tiny random form, trained for 100
 updates; examine and a Watch look on at their defaults. An operator *acts* if the run's losses differ from the unharmed run's of the
 same seed, and does *harm* if a one-sided permutation test over five seeds shows a worse held-out loss. *Named*: a finding of at least
-`warning` that the unharmed run does not have; CAUSES says which rules would name the cause, and was written before the first run.
-Runs in the environment of `make tools`; writes benchmarks/operators.json.
+`warning` that its twin does not have; CAUSES says which rules would name the cause, and was written before the first run. The twin of
+an operator that replaces `forward` of modules has the same modules wrapped, and nothing changed in them: what is said of the wrapping
+is no merit. Runs in the environment of `make tools`; writes benchmarks/operators.json.
 """
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from itertools import product
 from typing import Any
 
 import defaultplusplus
 import torch
+from defaultplusplus.deform.injection import DynamicFault
 from defaultplusplus.deform.operator_impls.registry import get_injector
 from defaultplusplus.deform.operators import OPERATORS
 
@@ -40,6 +43,7 @@ CAUSES = {  # operators, by what their code does → the rules that would name t
     "FSW NSG NSB OSL ORI": ("initial_loss",),
     "RSR": ("scaled_copies", "initial_loss"),
 }
+WRAPPING = {operator for operator in OPERATORS if issubclass(get_injector(operator), DynamicFault)}
 RIGHT = {operator: rules for operators, rules in CAUSES.items() for operator in operators.split()}
 
 
@@ -56,23 +60,28 @@ def family(name: str, seed: int) -> Body:
     return body._replace(batches=batches)
 
 
-def mutated(name: str, operator: str | None, seed: int) -> Program:
+def mutated(name: str, operator: str | None, idle: bool, seed: int) -> Program:
     """A family's healthy training, or the same with an operator's injector entered after the model was built."""
     body = family(name, seed)
     if operator:
         grid = OPERATORS[operator].param_grid
-        get_injector(operator, param_value=grid[-1] if grid else None)(body.model).__enter__()
+        injector = get_injector(operator, param_value=grid[-1] if grid else None)(body.model)
+        if idle:
+            injector._mutate_inputs, injector._mutate_output = lambda args, kwargs: (args, kwargs), lambda out: out
+        injector.__enter__()
     return Loop(body).program()
 
 
-def job(name: str, operator: str | None, seed: int) -> Job:
-    sources = sources_of("operators", *BODIES)
+def job(name: str, operator: str | None, seed: int, idle: bool = False) -> Job:
+    sources = sources_of(*BODIES)
     run, files = (watched, sources + HEALTH) if seed == 0 or not operator else (trained, sources)
-    return Job(f"{name} {operator}", seed, partial(run, partial(mutated, name, operator), seed, STEPS), files)
+    own = inspect.getsource(family) + inspect.getsource(mutated)
+    make = partial(mutated, name, operator, idle)
+    return Job(f"{name} {operator}{' idle' * idle}", seed, partial(run, make, seed, STEPS), files, own)
 
 
 def computed() -> dict[str, list[dict[str, Any]]]:
-    """Runs by family and operator: one seed of each, and the others of those that change anything."""
+    """Runs by family and operator: one seed of each, and the others and the twins of those that change anything."""
     pairs = [
         (name, operator)
         for name, (scope, _) in FAMILIES.items()
@@ -80,8 +89,10 @@ def computed() -> dict[str, list[dict[str, Any]]]:
     ]
     results = {run["name"]: [run] for run in kept([job(*pair, 0) for pair in pairs], "operators, seed 0")}
     acting = [pair for pair in pairs if pair[1] is None or acts(results, *pair)]
-    for run in kept([job(*pair, seed) for pair, seed in product(acting, SEEDS[1:])], "operators, the other seeds"):
-        results[run["name"]].append(run)
+    jobs = [job(*pair, seed) for pair, seed in product(acting, SEEDS[1:])]
+    jobs += [job(*pair, 0, idle=True) for pair in acting if pair[1] in WRAPPING]
+    for run in kept(jobs, "operators, the other seeds and twins"):
+        results.setdefault(run["name"], []).append(run)
     return results
 
 
@@ -94,31 +105,30 @@ def judged(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """A line an operator and family."""
     lines = []
     for label, runs in results.items():
-        name, operator = label.split()
-        if operator == "None":
+        name, operator, *idle = label.split()
+        if operator == "None" or idle:
             continue
         well = results[f"{name} None"]
-        component = OPERATORS[operator].component.value
-        line = {"family": name, "operator": operator, "component": component, "action": OPERATORS[operator].action}
+        line = {"family": name, "operator": operator, "action": OPERATORS[operator].action}
         if failed := [run["failed"] for run in runs if "failed" in run]:
             lines.append(line | {"outcome": "does not apply", "why": failed[0]})
             continue
+        usual = {finding[1] for finding in alarms(results.get(f"{label} idle", well)[0])}
+        line["said"] = sorted({finding[1] for finding in alarms(runs[0])} - usual)
         if not acts(results, name, operator):
             lines.append(line | {"outcome": "no effect"})
             continue
         p = p_worse([run["held_out"] for run in runs], [run["held_out"] for run in well])
-        usual = {finding[1] for finding in alarms(well[0])}
-        said = [finding[1] for finding in alarms(runs[0]) if finding[1] not in usual]
-        outcome = "harm" if p <= HARM else "latent"
-        named = next((rule for rule in said if rule in RIGHT.get(operator, ())), None)
-        lines.append(line | {"outcome": outcome, "p": round(p, 4), "said": sorted(set(said)), "named": named})
+        named = [rule for rule in line["said"] if rule in RIGHT.get(operator, ())]
+        lines.append(line | {"outcome": "harm" if p <= HARM else "latent", "p": round(p, 4), "named": named})
     return lines
 
 
 def summary(lines: list[dict[str, Any]], results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     found: dict[str, Any] = {"operators": len(OPERATORS), "version": defaultplusplus.__version__}
-    unharmed = [alarms(run) for name in FAMILIES for run in results[f"{name} None"]]
-    found["unharmed"] = {"runs": len(unharmed), "with_alarm": sum(map(bool, unharmed))}
+    for twin in ("None", "idle"):
+        runs = [alarms(run) for label, several in results.items() if label.endswith(twin) for run in several]
+        found[twin] = {"runs": len(runs), "with_alarm": sum(map(bool, runs))}
     for outcome in ("harm", "latent", "no effect", "does not apply"):
         mine = [line for line in lines if line["outcome"] == outcome]
         found[outcome] = {
