@@ -113,41 +113,41 @@ def operators() -> list[str]:
     if found is None:
         return [NOT_YET.format("operators")]
     counts = found["summary"]
+    well, wrapped = ("{with_alarm} of {runs}".format(**counts[twin]) for twin in ("None", "idle"))
     lines = [
-        f"{origin(found)} defaultplusplus {counts['version']} ships {counts['operators']} operators.",
+        f"{origin(found)} defaultplusplus {counts['version']} ships {counts['operators']} operators. Alarms in {well} unharmed runs, and "
+        f"in {wrapped} whose modules are wrapped as an operator does it, and compute as before.",
         "",
         "| outcome | pairs of operator and family | operators | cause named | anything said |",
         "| --- " * 5 + "|",
     ]
     for outcome in ("harm", "latent", "no effect", "does not apply"):
         c = counts[outcome]
-        said = (str(c["named"]), str(c["said_anything"])) if outcome in ("harm", "latent") else ("", "")
-        lines.append(f"| {outcome} | {c['pairs']} | {c['operators']} | {said[0]} | {said[1]} |")
-    missed = [f"{p['operator']} ({p['family']})" for p in found["pairs"] if p["outcome"] == "harm" and not p["named"]]
-    return [*lines, "", "With harm and not named: " + (", ".join(missed) or "none") + "."]
+        named = c["named"] if outcome in ("harm", "latent") else ""
+        lines.append(f"| {outcome} | {c['pairs']} | {c['operators']} | {named} | {c['said_anything']} |")
+    named, missed = [], []
+    for pair in (pair for pair in found["pairs"] if pair["outcome"] in ("harm", "latent")):
+        told = f"{pair['operator']} ({pair['family']})"
+        if pair["named"]:
+            named.append(f"{told} `{pair['named'][0]}`")
+        elif pair["outcome"] == "harm":
+            missed.append(told)
+    return [*lines, "", f"Named: {', '.join(named)}. With harm and not named: {', '.join(missed)}."]
 
 
 def tools() -> list[str]:
     found = kept("tools")
     if found is None:
         return [NOT_YET.format("tools")]
-    lines = [
-        origin(found),
-        "",
-        "| tool | version | caught, of the sick rows | of the latent ones | false alarms on the twins | seconds a run |",
-        "| --- " * 6 + "|",
-    ]
-    for tool, line in found["tools"].items():
-        seconds = "" if line["seconds"] is None else f"{line['seconds']:.2f}"
-        shown = (f"{line['caught']} of {line['sick']}", f"{line['caught_latent']} of {line['latent']}")
-        cells = [
-            tool,
-            found["provenance"]["versions"].get(tool, ""),
-            *shown,
-            f"{line['false_alarms']} of {line['tried']}",
-            seconds,
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+    lines = [origin(found)]
+    for name, several in found["tools"].items():
+        head = ("tool", "version", "caught, of the sick rows", "of the others", "false alarms on the twins", "fails on")
+        lines += ["", f"**{name}**:", "", "| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
+        for tool, line in several.items():
+            caught = (f"{line['caught']} of {line['sick']}", f"{line['caught_latent']} of {line['latent']}")
+            alarmed = f"{line['false_alarms']} of {line['tried']}"
+            cells = (tool, found["provenance"]["versions"].get(tool, ""), *caught, alarmed, str(line["failed"]))
+            lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 

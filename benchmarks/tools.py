@@ -1,16 +1,16 @@
 """Peers side by side: what other tools for sick trainings say of the judged rows. `make tools`, in an environment of its own.
 
-Each judged row's sick program and its healthy twin, seed 0, 100 updates. A tool that reads a log gets ours (loss, learning rate,
+Each row of two judged sets, the sick program and its healthy twin, seed 0, 100 updates. A tool that reads a log gets ours (loss, rate,
 gradient norm and seconds, a line an update); one that looks at gradients is called before each update; one that patches the model or
 takes features has a run of its own. All at their defaults, and nothing is asked of the cause: *caught* is any alarm on the sick run that
-the twin does not have, *false alarm* is any alarm on the healthy twin. Seconds are of
-processor time, the tool's own, a run of 100 updates.
+the twin does not have, *false alarm* is any alarm on the healthy twin. Seconds are of processor time, the tool's own.
 Writes benchmarks/tools.json.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import json
 import math
@@ -26,13 +26,14 @@ from typing import Any
 import torch
 
 from benchmarks.detection import BODIES, STEPS, kind_of
-from benchmarks.detection_rows import ROWS, halves
+from benchmarks.detection_rows import ROWS, THIRD, halves
 from benchmarks.programs import HEALTH, Job, Program, alarms, kept, sources_of, watched
 from moe_lab.config import ROOT
 from moe_lab.failures.results import provenance, write_json
 
 TOOLS = ("torch-audit", "torchdiag", "traintools", "training-doctor", "trainpulse", "trainspotter", "trainproof")
-ENCODERS, DECODERS = {"BERT"}, {"Llama", "Mixtral", "Mamba", "GPT-2"}  # kinds that defaultplusplus is made for
+ENCODERS, DECODERS = {"BERT"}, {"Llama", "Mixtral", "Mamba", "GPT-2", "OPT", "Qwen2-MoE"}  # of defaultplusplus
+SETS = ("judged", THIRD)  # rules were mended after the first had been looked at; the third was written later
 EVERY = 10  # updates between looks of the tools that are asked to look now and then
 Told = dict[str, list[str]]  # tool → what it is alarmed by
 Log = list[dict[str, float]]
@@ -169,6 +170,7 @@ def featured(make: Callable[[int], Program], arch: str) -> list[str]:
     with contextlib.suppress(Exception):  # a state space model has no attention to show
         program.model.set_attn_implementation("eager")
     program.model.config.output_attentions = program.model.config.output_hidden_states = True
+    program.model.config.architectures = [type(program.model).__name__]  # as a saved model's config has it
 
     def keep(model: Any, args: tuple, kwargs: dict, output: Any) -> None:
         seen.update({key: kwargs[key] for key in ("input_ids", "labels") if key in kwargs}, outputs=output)
@@ -213,20 +215,20 @@ def ours(make: Callable[[int], Program]) -> dict[str, Any]:
 
 def jobs() -> list[Job]:
     split, found = halves(), []
-    for row in (row for row in ROWS if split[row.name] == "judged"):
+    for row in (row for row in ROWS if split[row.name] in SETS):
+        sources, own = sources_of("tools", *BODIES), inspect.getsource(inspect.getmodule(row.make))
         for sick in (True, False):
             make, name = partial(row.make, sick=sick), f"{row.name}: {'sick' if sick else 'healthy'}"
-            found.append(Job(f"tools: {name}", 0, partial(tried, make, row.kind), sources_of("tools", *BODIES)))
-            found.append(Job(f"health: {name}", 0, partial(ours, make), sources_of("tools", *BODIES) + HEALTH))
+            found.append(Job(f"tools: {name}", 0, partial(tried, make, row.kind), sources, own))
+            found.append(Job(f"health: {name}", 0, partial(ours, make), sources + HEALTH, own))
     return found
 
 
 def table(runs: dict[str, dict[str, Any]], rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Tool → rows that it could be tried on, caught of the sick and of the latent ones, false alarms, seconds a run."""
+    """Tool → rows that it could be tried on, caught of the sick and of the latent ones, false alarms, rows on which it fails."""
     found: dict[str, dict[str, Any]] = {}
     for tool in ("health", *TOOLS, "defaultplusplus"):
         line = {"tried": 0, "sick": 0, "caught": 0, "latent": 0, "caught_latent": 0, "false_alarms": 0, "failed": 0}
-        spent = []
         for row in rows:
             both = [
                 runs.get(f"{'health' if tool == 'health' else 'tools'}: {row['row']}: {twin}", {})
@@ -234,26 +236,25 @@ def table(runs: dict[str, dict[str, Any]], rows: list[dict[str, Any]]) -> dict[s
             ]
             if any(tool not in run.get("told", {}) for run in both):
                 continue
-            ill, well = ({said for said in run["told"][tool] if not said.startswith("failed")} for run in both)
+            if any(said.startswith("failed") for run in both for said in run["told"][tool]):
+                line["failed"] += 1
+                continue
+            ill, well = (set(run["told"][tool]) for run in both)
             line["tried"] += 1
-            line["failed"] += any(said.startswith("failed") for run in both for said in run["told"][tool])
             kind = "sick" if kind_of(row) == "sick" else "latent"
             line[kind] += 1
             line["caught" if kind == "sick" else "caught_latent"] += bool(ill - well)
             line["false_alarms"] += bool(well)
-            spent += [run["seconds"][tool] for run in both if "seconds" in run]
-        found[tool] = line | {"seconds": round(sum(spent) / len(spent), 3) if spent else None}
+        found[tool] = line
     return found
 
 
 def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     rows = json.loads((ROOT / "benchmarks" / "detection.json").read_text(encoding="utf-8"))["rows"]
-    judged = [row for row in rows if row["half"] == "judged"]
     runs = {run["name"]: run for run in kept(jobs(), "tools")}
-    found = table(runs, judged)
-    for tool, line in found.items():
-        print(f"{tool:16}", line)
+    found = {name: table(runs, [row for row in rows if row["half"] == name]) for name in SETS}
+    print(json.dumps(found, indent=2))
     versions = {tool: version(tool) for tool in (*TOOLS, "traincheck", "defaultplusplus")}
     made = provenance() | {"updates": STEPS, "versions": versions}
     write_json(ROOT / "benchmarks" / "tools.json", {"provenance": made, "tools": found, "runs": list(runs.values())})
