@@ -121,7 +121,7 @@ class Sums:
     """What is added up over a tensor's sampled elements. Touched ones alone, unless it says all: those whose gradient has been
     non-zero at least once (an embedding's row counts from its first gradient on). r: realised, u: intended displacement."""
 
-    n_touched: float
+    n_touched: float = 0
     unchanged: float  # bit-identical since the watch began
     unchanged_lately: float  # … since the last reading
     down: float  # of those that moved

@@ -37,7 +37,7 @@ def sample_positions(shape: Sequence[int]) -> Tensor:
 
 def elements(tensor: Tensor, positions: Tensor) -> Tensor:
     """The elements at flat positions on the tensor's device. Not `take`, which Apple's GPUs have no kernel for."""
-    return tensor.flatten()[positions]
+    return tensor.flatten().index_select(0, positions)
 
 
 def fetched(tensors: Sequence[Tensor | float]) -> list:

@@ -52,12 +52,8 @@ class Bank:
 
     def touch(self, tensors: Sequence[Tracked]) -> None:
         """Mark the sampled elements of these tensors of the bank that have a gradient now."""
-        has = torch.cat([t.sample(t.param.grad) != 0 for t in tensors])
-        if len(tensors) == len(self.tensors):
-            self.touched |= has
-            return
-        for t, part in zip(tensors, has.split([t.n_elements for t in tensors]), strict=True):
-            self.touched[self.places[id(t)]] |= part
+        for t in (t for t in tensors if t.n_touched < t.n_elements):  # as of the last reading
+            self.touched[self.places[id(t)]] |= t.sample(t.param.grad) != 0
 
     def intend(self, t: Tracked, moved: Tensor) -> None:
         self.intended[self.places[id(t)]] += moved

@@ -17,7 +17,7 @@ from ..torch_private import is_elsewhere, is_in_backward
 from .heard import named_tensors
 
 LOOK_EVERY = 5  # updates between looks
-READINGS = 40  # of the scalars, at most
+READINGS, SEARCHES = 40, 3  # looks at the scalars at most, and those that search all modules for them
 KEPT = 400  # looks at a module, which has several of them an update where gradients are accumulated
 UNSEEN = 3  # looks without a choice after which a module is let alone
 CHOICES = ("topk", "argmax", "max", "multinomial")
@@ -120,8 +120,9 @@ class Terms:
     """Scalars with a graph that modules keep, or that the model and modules of experts give: do they vary at all?"""
 
     def __init__(self, model: nn.Module, waiting: Waiting):
-        self.model, self.waiting = model, waiting
+        self.model, self.waiting, self.update = model, waiting, 1  # that comes next
         self.modules = {"output": model, **{name: module for name, (module, _) in expert_modules(model).items()}}
+        self.keepers: dict[str, nn.Module] = {}  # modules that keep some, once they were looked for
         self.given: dict[str, Tensor] = {}
         self.values: dict[str, list[float]] = {}
 
@@ -130,15 +131,22 @@ class Terms:
             yield module.register_forward_hook(hook(partial(self.keep, name)))
 
     def keep(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
-        self.given |= scalars_of(output, name)
+        if self.is_due(self.update):
+            self.given |= scalars_of(output, name)
+
+    def is_due(self, n: int) -> bool:
+        return n % LOOK_EVERY == 1 and n <= LOOK_EVERY * READINGS
 
     def before_update(self, n: int) -> None:
-        if n % LOOK_EVERY != 1 or n > LOOK_EVERY * READINGS:
-            self.given = {}
+        self.update = n + 1
+        if not self.is_due(n):
             return
-        for name, module in self.model.named_modules():
+        is_search = n <= LOOK_EVERY * SEARCHES
+        for name, module in self.model.named_modules() if is_search else self.keepers.items():
             kept = {key: value for key, value in vars(module).items() if isinstance(value, Tensor)}
-            self.given |= {key.removeprefix("."): value for key, value in scalars_of(kept, name).items()}
+            if found := scalars_of(kept, name):
+                self.keepers[name] = module
+                self.given |= {key.removeprefix("."): value for key, value in found.items()}
         for name, value in self.given.items():
             self.waiting.add(value, self.values.setdefault(name, []).append)
         self.given = {}

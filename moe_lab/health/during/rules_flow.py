@@ -56,7 +56,7 @@ def evaluating(state: State, has_trained: bool) -> Ill:
     has a head, or a root, in training mode; frozen batch norms are meant to keep their statistics."""
     if len(state.modes) < MODES or any(state.modes) or state.has_trained != has_trained:
         return {}
-    return {name: {} for name, module in state.model.named_modules() if differs_by_mode(module)}
+    return {name: {} for name, module in state.modules.items() if differs_by_mode(module)}
 
 
 def differs_by_mode(module: nn.Module) -> bool:

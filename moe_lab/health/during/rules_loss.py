@@ -58,8 +58,7 @@ def learning_rates(state: State, name: str) -> Ill:
     if not judged:
         return {}
     # the table is of models that train as a whole: a new head on a frozen base takes less
-    whole = all(p.requires_grad for p in state.model.parameters())
-    low_too = whole and state.is_fresh and all(group.is_steady for group in judged)
+    low_too = state.is_whole and state.is_fresh and all(group.is_steady for group in judged)
     if name == "lr_too_low" and state.expected_start and state.losses:  # what has learned so much is not slow
         low_too &= state.losses[0] - fmean(state.losses[-LR_STEADY:]) < LEARNED * state.expected_start
     ill = {}

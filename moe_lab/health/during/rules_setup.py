@@ -26,7 +26,7 @@ ON_PURPOSE = 0.5  # share of the parameters from which on frozen ones look like 
 )
 def not_in_optimizer(state: State) -> Ill:
     """A copy that the model keeps of itself is meant, unless gradients reach it. Tensors that were replaced are another matter."""
-    present = set(map(id, state.model.parameters()))
+    present = set(map(id, state.named.values()))
     trainable = [t for t in state.tracked if t.owner is None and t.param.requires_grad and id(t.param) in present]
     trainable = [t for t in trainable if t.name not in state.copied or t.with_gradient]
     thawed = [t for t in trainable if t.is_late and t.with_gradient >= THAWED]  # frozen on purpose no longer
@@ -48,10 +48,11 @@ def updated_twice(state: State) -> Ill:
 
 def frozen(state: State, on_purpose: bool) -> Ill:
     """Frozen tensors by name, none if their share of the parameters looks meant and `on_purpose` is not, or the reverse."""
-    named = state.model.named_parameters()
-    found = {name: p for name, p in named if not p.requires_grad and name not in state.copied}
+    if not state.is_changed:
+        return {}
+    found = {name: p for name, p in state.named.items() if not p.requires_grad and name not in state.copied}
     share = sum(p.numel() for p in found.values()) / state.n_parameters
-    tables = {id(m.weight) for m in state.model.modules() if isinstance(m, nn.Embedding)}
+    tables = {id(m.weight) for m in state.modules.values() if isinstance(m, nn.Embedding)}
     tables |= {id(p) for p in found.values() if p.ndim > 2 and len(p) == 1}  # added to every row of a batch
     tables |= {id(p) for p in (state.forward.heard.head or nn.Identity()).parameters()}
     if (share > ON_PURPOSE or all(id(p) in tables for p in found.values())) != on_purpose:
@@ -77,7 +78,7 @@ DELTAS = 1e-4, 0.2  # a fresh median; Mamba draws 0.001 to 0.1 (Gu & Dao 2023, s
 @rule("warning", "{message}", "{advice}")
 def broken_tie(state: State) -> Ill:
     model = unwrapped(state.model)
-    found = structure.broken_tie(model, plan_of(model))
+    found = structure.broken_tie(model, plan_of(model)) if state.is_changed else None
     return {found.where: found.to_dict()} if found else {}
 
 
@@ -89,7 +90,7 @@ def broken_tie(state: State) -> Ill:
 def delta_start(state: State) -> Ill:
     """Of modules whose own matrix is log 1, log 2, …, log N in each row: decay rates that no update has touched."""
     found = {}
-    for name, module in state.model.named_modules() if not state.n_seen else ():
+    for name, module in state.modules.items() if not state.n_seen else ():
         rates = [p for p in module.parameters(recurse=False) if p.ndim == 2 and is_decay_rates(p)]
         for key, child in module.named_children() if rates else ():
             if isinstance(child, nn.Linear) and child.bias is not None and child.out_features == len(rates[0]):

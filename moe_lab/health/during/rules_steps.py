@@ -34,7 +34,7 @@ def members(state: State, group: GroupState) -> list[Tracked]:
 def laws(state: State) -> list[tuple[GroupState, list[Tracked]]]:
     """Groups with orthogonal steps, whose law was found once, and their matrices; convolutions are flattened on purpose."""
     kernels = (nn.modules.conv._ConvNd,)
-    convolved = {id(p) for m in state.model.modules() if isinstance(m, kernels) for p in m.parameters(recurse=False)}
+    convolved = {id(p) for m in state.modules.values() if isinstance(m, kernels) for p in m.parameters(recurse=False)}
     found = []
     for group in state.groups if state.n_seen else ():
         matrices = [t for t in members(state, group) if t.param.ndim in (2, 3) and id(t.param) not in convolved]
@@ -61,7 +61,7 @@ def mixed_stack(state: State) -> Ill:
 )
 def turned_factor(state: State) -> Ill:
     """The law makes tall matrices' steps larger, so takes rows for outputs, or the reverse; the graph says what is summed over."""
-    linear = {id(m.weight) for m in state.model.modules() if isinstance(m, nn.Linear)}
+    linear = {id(m.weight) for m in state.modules.values() if isinstance(m, nn.Linear)}
     ill = []
     for group, matrices in laws(state):
         for t in (t for t in matrices if t.param.shape[-1] != t.param.shape[-2]):
@@ -120,8 +120,7 @@ def lr_too_low(state: State) -> Ill:
     moved, fell = moved_by(state), 1 - last / first if first > 0 else 1.0
     limit = min(TINY, TRAVEL / (state.budget or PLANNED))
     steady = bool(state.groups) and all(g.is_steady for g in state.groups)
-    whole = all(p.requires_grad for p in state.model.parameters())
-    if not (moved < limit and fell < LEARNED_LITTLE and steady and whole and state.is_fresh) or explained(state):
+    if not (moved < limit and fell < LEARNED_LITTLE and steady and state.is_whole and state.is_fresh) or explained(state):
         return {}
     return {"steps": {"value": moved, "limit": limit, "fell": fell}}
 

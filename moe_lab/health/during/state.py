@@ -54,7 +54,11 @@ class State:
         self.has_trained = False  # … it ever was
         self.banks: list[Bank] = []
         self.groups: list[GroupState] = []
-        self.signature: tuple = ()
+        self.signature: tuple = ()  # of what is trained: as long as it stays, so do the next four
+        self.named: dict[str, nn.Parameter] = {}
+        self.modules: dict[str, nn.Module] = {}
+        self.n_parameters, self.is_whole = 0, True  # whether all of them train
+        self.is_changed = False  # since the check before
         self.copied = copied(model, optimizers)
         missed = hidden(model, optimizers).items()
         self.hidden = {name: (p, p.detach().flatten()[:WHOLE].clone()) for name, p in missed}
@@ -126,10 +130,14 @@ class State:
 
     def follow(self) -> None:
         """Take in what is new: parameters that were unfrozen or given to an optimizer, and their groups."""
-        signature = (*map(id, held_by(self.optimizers)), *((id(p), p.requires_grad) for p in self.model.parameters()))
-        if signature == self.signature:
+        named = dict(self.model.named_parameters())
+        signature = (*map(id, held_by(self.optimizers)), *((id(p), p.requires_grad) for p in named.values()))
+        self.is_changed = signature != self.signature
+        if not self.is_changed:
             return
-        self.signature = signature
+        self.signature, self.named, self.modules = signature, named, dict(self.model.named_modules())
+        self.n_parameters = sum(p.numel() for p in named.values())
+        self.is_whole = all(p.requires_grad for p in named.values())
         known = {(id(g.optimizer), g.number): g for g in self.groups}
         numbered = [(o, n) for o in self.optimizers for n in range(len(o.param_groups))]
         self.groups = [known.get((id(o), n)) or GroupState(o, n) for o, n in numbered]
@@ -169,10 +177,6 @@ class State:
         return [t for bank in self.banks if bank.read_at is not None for t in bank.tensors]
 
     @property
-    def n_parameters(self) -> int:
-        return sum(p.numel() for p in self.model.parameters())
-
-    @property
     def expected_start(self) -> float | None:
         """Expected first loss of a language model whose head and embedding were found."""
         if self.forward.vocab_size is None or self.forward.logit_variance is None:
@@ -193,6 +197,6 @@ class State:
     @property
     def has_new_norms(self) -> bool | None:
         """Whether most norms were constant when the watch began; None without norms."""
-        owners = {f"{name}.weight" for name, module in self.model.named_modules() if "Norm" in type(module).__name__}
+        owners = {f"{name}.weight" for name, module in self.modules.items() if "Norm" in type(module).__name__}
         norms = [t.constant for t in self.readings if t.name in owners]
         return sum(norms) > len(norms) / 2 if norms else None
