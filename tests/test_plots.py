@@ -14,7 +14,7 @@ from PIL import Image
 
 from moe_lab.config import Config
 from moe_lab.show.plots import pair_figure, smooth, training_figure
-from moe_lab.show.style import GREY, INK, LARGEST_SVG, LETTERS, SERIES, new_figure, png, to_html
+from moe_lab.show.style import GREY, INK, LARGEST_SVG, LETTERS, SERIES, label_right, new_axes, new_figure, png, to_html
 
 FLOORS = {"uniform": 8.32, "unigram": 6.61, "bigram": 4.49, "trigram": 4.08}
 MANY = [eval_row(0), *(step_row(step) for step in range(1, 1501)), eval_row(1500)]
@@ -122,14 +122,25 @@ def test_the_loss_over_time_says_when_each_table_was_passed() -> None:
         eval_row(step) | {"seconds": 6.0 * step, "validation_loss": loss}
         for step, loss in ((0, 8.3), (10, 6.0), (20, 4.2))
     ]
-    figure, description = time_figure(rows, FLOORS, of_steps(20))
+    figure, description, _ = time_figure(rows, FLOORS, of_steps(20))
     curves = [line.get_xdata() for line in figure.axes[0].get_lines() if len(line.get_xdata()) == 20]
     assert all(list(curve) == pytest.approx([0.1 * step for step in range(1, 21)]) for curve in curves)
     assert len(curves) == 2
-    passed = (
-        "the uniform table after 0.0 minutes, the unigram table after 1.0 minutes, the bigram table after 2.0 minutes"
-    )
-    assert description == f"2.0 minutes in all. The validation loss was seen below {passed}."
+    passed = "below uniform after 0.0 minutes; below unigram after 1.0 minutes; below bigram after 2.0 minutes"
+    assert description == f"2.0 minutes in all. The validation loss was {passed}."
+    rows[-2]["validation_loss"] = 8.0  # one evaluation finds two tables passed
+    assert "below unigram, bigram after 2.0 minutes." in time_figure(rows, FLOORS, of_steps(20))[1]
+
+
+def test_labels_stand_at_their_values_on_any_scale() -> None:
+    for scale, options in (("linear", {}), ("log", {}), ("symlog", {"linthresh": 0.1})):
+        axes = new_axes(new_figure(), (0.1, 0.1, 0.5, 0.8), "", "", "")
+        axes.set_yscale(scale, **options)
+        axes.set_ylim(0.01, 100)
+        label_right(axes, [(7, "low", INK), (60, "high", INK)])
+        for text, value in zip(axes.texts, (7, 60), strict=True):
+            drawn = axes.transAxes.transform(text.get_position())[1]
+            assert drawn == pytest.approx(axes.transData.transform((0, value))[1]), scale
 
 
 def test_the_scale_is_the_losses_and_of_the_floors_those_that_are_near() -> None:

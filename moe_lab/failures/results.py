@@ -81,7 +81,7 @@ class Results:
 
     def provenance(self) -> str:
         """One line: how many runs, which commits, corpus, torch, minutes of one core."""
-        found = {key: ", ".join(value[:12] for value in values) for key, values in origins(self.rows).items()}
+        found = {k: ", ".join(v if k == "machine" else v[:12] for v in some) for k, some in origins(self.rows).items()}
         made = f"commit {found['commit']}, corpus {found['corpus']}, torch {found['torch']}, {found['machine']}"
         minutes = sum(row["wall_s"] for row in self.rows) / 60
         return f"{self.name}: {len(self.rows)} runs, {made}, {minutes:.0f} minutes of one core"

@@ -117,7 +117,7 @@ def pair_figure(
         norm.plot(*moved, color=colour, linewidth=1.8, linestyle=line)
         everything += [losses, evaluated]
         labels += [(value, f"{name} {value:.2f}", colour) for value in smooth(losses)[-1:] if math.isfinite(value)]
-        norms += [(math.log10(max(value, 1e-5)), f"{name} {value:.2g}", colour) for value in moved[1][-1:]]
+        norms += [(value, f"{name} {value:.2g}", colour) for value in moved[1][-1:]]
         if len(steps):
             words = [f"training loss {smooth(losses)[-1]:.3f}", f"norm weights moved by up to {moved[1][-1]:.2g}"]
             words += [f"{text} at step {step}" for step, text, _ in marks.get(name, ())]
@@ -127,8 +127,7 @@ def pair_figure(
     draw_marks(loss, [(s, f"{n}: {text}", colours[n]) for n in rows for s, text, _ in marks.get(n, ())], named=True)
     label_right(loss, labels + draw_floors(loss, floors))
     norm.set_ylim(-2e-5, None)
-    for row, (_, text, colour) in enumerate(sorted(norms, reverse=True)):
-        norm.text(1.04, 0.9 - 0.1 * row, text, color=colour, fontsize=8.5, transform=norm.transAxes)
+    label_right(norm, norms)
     return figure, "\n".join(texts) or "No update yet."
 
 

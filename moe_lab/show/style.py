@@ -72,12 +72,12 @@ def draw_floors(axes: Axes, floors: Mapping[str, float]) -> list[tuple[float, st
 
 
 def label_right(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
-    """Write (value, text, colour) labels right of the axes at the height of their values, pushed apart where they
-    would overlap. Call it after the limits of y are set."""
-    low, high = axes.get_ylim()
+    """Write (value, text, colour) labels right of the axes at the height of their values, on any scale, pushed apart where
+    they would overlap. Call it after the limits of y are set."""
     gap = 13 / axes.bbox.height  # a line of text, as a share of the axes' height
     labels = sorted(labels)
-    places = [(value - low) / (high - low) for value, _, _ in labels]
+    low, high, *heights = axes.yaxis.get_transform().transform([*axes.get_ylim(), *(value for value, _, _ in labels)])
+    places = [max(0.04, (height - low) / (high - low)) for height in heights]
     for _ in range(60):  # neighbours push each other apart until no two lines of text overlap
         for i in range(1, len(places)):
             overlap = max(0.0, gap - (places[i] - places[i - 1]))

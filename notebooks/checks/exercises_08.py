@@ -94,3 +94,18 @@ def check_micro_loss(micro_loss: Callable[..., float]) -> None:
         "the tokens are right, and the balance is added twice: that is Mixtral's"
     )
     assert math.isclose(update, 3.75 + 0.02), f"two passes with 10 and 30 targets add up to {update:.3f}, not to 3.770"
+
+
+@exercise
+def check_options(options: Mapping[str, object]) -> None:
+    """`options`: changes to the arguments of a run whose loss is NaN from its ninth update on, so that its log says so."""
+    assert isinstance(options, Mapping), "a dict of TrainingArguments, such as {'logging_steps': 5}"
+    lab = notebook.resolve(profile="smoke", device="cpu")
+    texts = runs_08.Texts(lab)
+    args = transformers.TrainingArguments(**runs_08.usual(lab) | {"max_steps": 12} | dict(options))
+    trainer = transformers.Trainer(runs_08.gpt2(texts.vocab_size, Poisoned), args, train_dataset=texts)
+    runs_08.quiet(trainer).train()
+    assert trainer.model.n_passes >= 9, "the run ended before its loss was NaN: that is no cure"
+    shown = runs_08.logged(trainer)
+    assert shown, "this log shows no loss at all"
+    assert any(map(math.isnan, shown)), f"the log still ends at a loss of {shown[-1]:g}: which option filters it?"

@@ -2,19 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from moe_lab import load_config, plan
-from moe_lab.config import ROOT, Config
+from moe_lab import health, load_config, plan
+from moe_lab.config import ROOT, Config, to_dict
 from moe_lab.course.lessons import exercise
+from moe_lab.model import count_parameters
 
 CARD_GB = 24
-LEAST_TOKENS = 131_072
+WORDS = ("sound", "a learning rate", "the schedule", "the batch")
+CHANGES = {  # what differs from the cured config with 512 micro-batches an update
+    "A": ["training.warmup_steps=4000", "training.steps=3000"],
+    "B": ["training.gradient_accumulation_steps=4"],
+    "C": [],
+    "D": ["training.max_lr=0.05"],
+}
+HINTS = {
+    "sound": "preflight has nothing to say of it, and its work is in its passes: what is left to accuse it of?",
+    "a learning rate": "look at the rates that preflight prints, of each optimizer",
+    "the schedule": "how many of its updates run at the peak rate? preflight counts them",
+    "the batch": "preflight counts no operations; `plan.flops` does",
+}
 
 
 def reported() -> Config:
     """The case as it ran."""
     return load_config(ROOT / "configs" / "training_1.5b_as_reported.yaml")
+
+
+def sent() -> dict[str, Config]:
+    """Four plans for the case's model, each with nothing or one thing wrong."""
+    path = ROOT / "configs" / "training_1.5b.yaml"
+    return {
+        name: load_config(path, ["training.gradient_accumulation_steps=512", *more]) for name, more in CHANGES.items()
+    }
+
+
+@exercise
+def check_trouble(trouble: Mapping[str, str]) -> None:
+    """`trouble`: what is wrong with each plan, found by the tools and not by what was changed."""
+    assert isinstance(trouble, Mapping) and set(trouble) == set(CHANGES), f"a dict of {', '.join(CHANGES)}"
+    assert set(trouble.values()) <= set(WORDS), f"the words are {', '.join(map(repr, WORDS))}"
+    for name, config in sent().items():
+        assert trouble[name] == (wrong := trouble_of(config)), f"{name}: {HINTS[wrong]}"
+
+
+def trouble_of(config: Config) -> str:
+    rules = {f.rule for f in health.preflight(to_dict(config), count_parameters(config.model).total)}
+    if "schedule" in rules:
+        return "the schedule"
+    if rules & {"lr_too_high", "muon_convention", "lr_too_low"}:
+        return "a learning rate"
+    work = plan.flops(config)
+    return "the batch" if work.optimizer > sum(work) / 2 else "sound"
 
 
 @exercise

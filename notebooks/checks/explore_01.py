@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moe_lab.show.explorables import Slider, explore
-from moe_lab.show.style import BLUE, GREEN, GREY, INK, PALE, VERMILION, new_axes, new_figure
+from moe_lab.show.style import BLUE, GREEN, GREY, INK, LETTERS, PALE, VERMILION, new_axes, new_figure
 
 START_OFF = 0.2  # nats between a first loss and where it should be: the limit of the watch's rule `initial_loss`
 AT_LN_V = 0.05  # nats: a loss as near to ln V as this has found nothing
@@ -82,7 +82,7 @@ def draw_line(axes: Axes, first: float, last: float, vocab_size: float, half_var
     axes.annotate("", (last, 0.4), (first, 0.4), arrowprops={"arrowstyle": "->", "color": colour, "linewidth": 1.6})
     axes.plot(first, 0, marker="o", color=BLUE, markersize=8)
     axes.plot(last, 0, marker="s" if good else "X", color=colour, markersize=8)
-    axes.set_title(f"V = {vocab_size:,.0f}: {verdict.sentence}.", loc="left", fontsize=9, color=colour)
+    axes.set_title(f"V = {vocab_size:,.0f}: {verdict.sentence}.", loc="left", fontsize=9, color=LETTERS[colour])
     return f"First loss {first:.2f}, last {last:.2f}, V = {vocab_size:,.0f}, expected start {start:.2f}: {verdict.sentence}."
 
 

@@ -43,19 +43,13 @@ def spectra(spectra: Mapping[str, Sequence[float]]) -> Shown:
         axes.plot(range(1, len(values) + 1), values, color=colour, linestyle=line, linewidth=1.8)
         labels.append((values[-1], name, colour))
         said.append(f"{name} from {values[0]:.2g} down to {values[-1]:.2g}")
-    log_labels(axes, labels)
+    label_right(axes, labels)
     alt = "Singular values by rank, on a logarithmic scale: " + "; ".join(said) + ". A band marks 0.7 to 1.2."
-    return figure, alt, "Newton–Schulz lifts every direction of the gradient to about the same strength."
-
-
-def log_labels(axes, labels: Sequence[tuple[float, str, str]]) -> None:
-    """`label_right` for a logarithmic axis: places are shares of the logs."""
-    low, high = (math.log(end) for end in axes.get_ylim())
-    axes.set_yscale("log")
-    linear = axes.figure.add_axes(axes.get_position())
-    linear.set_ylim(low, high)
-    linear.axis("off")
-    label_right(linear, [(math.log(value), name, colour) for value, name, colour in labels])
+    return (
+        figure,
+        alt,
+        "Newton–Schulz makes strong directions of the gradient equally strong; the weakest ones stay behind.",
+    )
 
 
 def step_sizes(rms: Mapping[str, Mapping[int, float]], liu: float = 0.2) -> Shown:
@@ -138,7 +132,7 @@ def horizon(optima: Mapping[str, Mapping[int, Best]], reference: float = -0.32) 
         said.append(f"{name} " + ", ".join(texts))
     axes.set_xticks(updates, [f"{n:,}" for n in updates])
     axes.minorticks_off()
-    log_labels(axes, labels)
+    label_right(axes, labels)
     alt = "Best learning rate over the number of updates, both axes logarithmic. " + "; ".join(said) + "."
     return (
         figure,

@@ -95,7 +95,7 @@ def lr_surface(panels: Mapping[str, Surface]) -> Shown:
     return (
         figure,
         alt,
-        "Cross: the fitted optimum; its arms are 95 % intervals. The darker, the higher the fitted loss.",
+        "Dots: one run each, with its loss. Cross: the fitted optimum and its 95 % intervals. Darker: a higher fitted loss.",
     )
 
 
