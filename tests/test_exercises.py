@@ -21,7 +21,6 @@ from moe_lab.health.measures import is_lost
 CONVENTIONS = {"A": "match_rms_adamw", "B": "plain", "C": "original"}
 PATIENTS = {"A": "rounded away", "B": "a rate too low", "C": "random tokens", "D": "healthy"}
 TRAINERS = {"A": "a loss that is too large", "B": "healthy", "C": "weights that are NaN", "D": "bfloat16 weights"}
-CONFIGS = {"A": "the schedule", "B": "the batch", "C": "sound", "D": "a learning rate"}
 CONFIG = """
 model: {d_model: 1536, n_layers: 20, n_heads: 12, n_kv_heads: 3, d_ff: 4096, vocab_size: 50257}
 training: {max_lr: 0.0003, warmup_steps: 100, steps: 1000}
@@ -191,12 +190,6 @@ WRONG = {
         (untrained, "not the checkpoint's"),
         (lambda folder: None, "return the model"),
     ],
-    "08.options": [
-        ({"logging_steps": 4}, "which option filters it"),
-        ({"max_steps": 5}, "that is no cure"),
-        ({"logging_strategy": "no"}, "no loss at all"),
-        ("logging_nan_inf_filter=False", "a dict of TrainingArguments"),
-    ],
     "08.micro_loss": [
         (lambda token_sum, n, balance, items: None, "return a number"),
         (lambda token_sum, n, balance, items: token_sum / (items or n), "the pass is alone"),
@@ -209,14 +202,6 @@ WRONG = {
         (["model.d_ff=1024", "precision.parameters=float32"], "the model must stay"),
         (["training.activation_checkpointing=true"], "that is the sickness"),
         (["precision.parameters=float32"], "can be computed again"),
-    ],
-    "09.trouble": [
-        (CONFIGS | {"A": "sound"}, "how many of its updates"),
-        (CONFIGS | {"B": "sound"}, "counts no operations"),
-        (CONFIGS | {"C": "a learning rate"}, "what is left to accuse"),
-        (CONFIGS | {"D": "the batch"}, "look at the rates"),
-        ({"A": "sound"}, "a dict of A, B, C, D"),
-        (CONFIGS | {"A": "healthy"}, "the words are"),
     ],
     "09.tokens": [(100_000, "a power of two"), (65_536, "Muon still makes"), (262_144, "would do")],
     "05.diagnosis": [
