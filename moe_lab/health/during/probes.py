@@ -83,14 +83,28 @@ def decay_arrives(optimizer: Optimizer, group: dict, dtype: torch.dtype, lr: flo
     return None
 
 
+def is_linear(optimizer: Optimizer, group: dict) -> bool:
+    """Whether twice the gradients make twice the steps, as under SGD, with momentum or without; RAdam's first ones are such, too."""
+    with tried(group) as device:
+        once, twice = (fresh_shadow(optimizer, group, torch.zeros(16, device=device)) for _ in range(2))
+        for g in waves(device):
+            steps = advance(once, g.clone()), advance(twice, 2 * g)
+        return bool(steps[0].any() and torch.allclose(2 * steps[0], steps[1], rtol=DISAGREE))
+    return False
+
+
+def waves(device: torch.device) -> list[Tensor]:
+    """Gradients (16,) of a few updates."""
+    return [torch.sin(t * torch.arange(1.0, 17.0)).to(device) for t in range(1, 9)]
+
+
 def is_adam(optimizer: Optimizer, group: dict) -> bool:
     """Whether a group's steps are Adam's (Kingma & Ba 2015, alg. 1), found by trying both on made-up gradients."""
     with tried(group) as device:
         start = torch.zeros(16, device=device)
         shadow = fresh_shadow(optimizer, group, start.clone(), weight_decay=0.0)
         adam = torch.optim.Adam([start], lr=1.0, betas=group["betas"])
-        for t in range(1, 9):
-            g = torch.sin(t * torch.arange(1.0, 17.0)).to(device)
+        for g in waves(device):
             if (advance(shadow, g.clone()).abs() - advance(adam, g).abs()).abs().max() > DISAGREE:
                 return False
         return True

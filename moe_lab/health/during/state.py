@@ -95,7 +95,7 @@ class State:
 
     def after_update(self, optimizer: Optimizer, made_gradients: bool) -> None:
         attend()
-        self.steps.end(optimizer, self.counts[id(optimizer)])
+        self.steps.end(optimizer)
         self.forward.heard.update = self.n_seen + 1
         if made_gradients:
             self.read_gradients(optimizer)

@@ -1,8 +1,8 @@
-"""What a learning rate does, measured on steps that were taken: their size, their spectrum, what they depend on.
+"""What a learning rate does, measured on steps that were taken: their size, their spectrum, how even they are.
 
 A class's name does not tell: one called Muon may scale by any of five rules, and one group may hold matrices under Muon and
-a head under Adam. So of a few tensors of each group two steps in a row are looked at, every few updates at first. Of 16-bit
-weights, whose own displacement is rounded, the replayed steps are taken instead, where there are any.
+a head under Adam. So a step of a few tensors of each group is looked at, every few updates at first. Of 16-bit weights,
+whose own displacement is rounded, the replayed step is taken instead, where there is one.
 """
 
 # Shapes: S matrices of a stack (1 for others), R lines along the longer side (whole ones stay orthogonal), N their length.
@@ -20,33 +20,23 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..sampling import Waiting, plain
+from .probes import is_linear
 from .tracking import GroupState, Tracked
 
-EVERY, PAIRS = 5, 12  # updates between pairs of steps, pairs of a tensor; then the kind is known
+EVERY, LOOKS = 5, 12  # updates between steps that are measured, steps of a tensor; then the kind is known
 PER_GROUP = 4  # tensors of a group that are measured
 STACK, LINES, LENGTH = 4, 64, 1024  # the most of S, of R, and of N where there is no spectrum
 FEWEST, FLATTEST = 8, 4  # R, and N over R, up to which orthogonal lines can be told from random ones
 
-# Muon's Newton–Schulz leaves a spread up to 0.4, independent elements have 1. A rule that is linear in the gradients leaves
-# rounding errors, Adafactor 1 % and Adam 20 %. Adam's RMS is 0.2 to 1 times its LR, a little more under Nesterov's rule.
-ORTHOGONAL, LINEAR, SIGN, ADAM = 0.6, 5e-3, 1.002, (0.1, 2.0)
-OLD_NEWS = 3e-4  # share of a squared step, not explained by the one before, below which float32 shows no more
+# Muon's Newton–Schulz leaves a spread up to 0.4, independent elements have 1. Adam's RMS is 0.2 to 1 times its LR, a little
+# more or less under Nesterov's rule.
+ORTHOGONAL, SIGN, ADAM = 0.6, 1.002, (0.1, 2.0)
 
 
 class Step(NamedTuple):
     rms: float  # root mean square of the elements that moved, over the LR, without the decay
     spread: float  # of the squared singular values; 0: all equal, 1: as of independent elements; NaN: no spectrum
-    rest: float  # of what the step before and the weight do not explain, the share that the gradients do not either
     evenness: float  # mean fourth power over the squared mean square: 1 where all elements move as far
-
-    @property
-    def kind(self) -> str:
-        """`linear` (SGD), `orthogonal` (Muon), `sign` (Lion), `adam` (about one LR an element), or `other`."""
-        if self.rest < LINEAR:
-            return "linear"
-        if self.spread < ORTHOGONAL:
-            return "orthogonal"
-        return "sign" if self.evenness < SIGN else "adam" if ADAM[0] <= self.rms <= ADAM[1] else "other"
 
 
 class Steps:
@@ -55,9 +45,7 @@ class Steps:
     def __init__(self, waiting: Waiting) -> None:
         self.waiting = waiting
         self.chosen: list[Tracked] = []
-        # by the tensor's id: LR, weight, gradient, and the step where it was replayed
-        self.before: dict[int, tuple] = {}
-        self.first: dict[int, tuple[Tensor, Tensor]] = {}  # the first of two steps, and its gradient
+        self.before: dict[int, tuple] = {}  # by the tensor's id: LR, weight, and the step where it was replayed
 
     def choose(self, tracked: Sequence[Tracked]) -> None:
         """Of each group the largest tensor of each kind, those with a spectrum first."""
@@ -69,51 +57,33 @@ class Steps:
 
     def begin(self, optimizer: Optimizer, n: int, replayed: Mapping[int, Tensor]) -> None:
         """Before update n (from 1). `replayed`: by the tensor's id, the intended step of a 16-bit one: whole, or of its sample."""
-        if n % EVERY not in (1, 2):
+        if n % EVERY != 2:  # the first of all may be another rule's: Adam's is a sign
             return
-        for t in (t for t in self.chosen if t.optimizer is optimizer and len(t.steps) < PAIRS):
+        for t in (t for t in self.chosen if t.optimizer is optimizer and len(t.steps) < LOOKS):
             lr, grad, moved = t.group.get("lr"), t.param.grad, replayed.get(id(t))
             if lr is None or grad is None or grad.is_sparse or (t.is_narrow and moved is None):
                 continue
+            is_whole = moved is None or moved.shape == t.param.shape
+            weight = part(t.param) if is_whole else t.sample(t.param).float()
             lr = lr.detach().clone() if isinstance(lr, Tensor) else lr
-            if moved is None or moved.shape == t.param.shape:
-                moved = moved if moved is None else part(moved)
-                self.before[id(t)] = lr, part(t.param), part(grad), moved
-            else:
-                self.before[id(t)] = lr, t.sample(t.param).float(), t.sample(grad).float(), moved
+            self.before[id(t)] = lr, weight, part(moved) if is_whole and moved is not None else moved
 
-    def end(self, optimizer: Optimizer, n: int) -> None:
+    def end(self, optimizer: Optimizer) -> None:
         for t in (t for t in self.chosen if t.optimizer is optimizer and id(t) in self.before):
-            lr, weight, grad, moved = self.before.pop(id(t))
+            lr, weight, moved = self.before.pop(id(t))
             moved = part(t.param) - weight if moved is None else moved
             step = (moved / lr + (t.group.get("weight_decay") or 0.0) * weight).float()
-            if n % EVERY == 1:
-                self.first[id(t)] = step, grad
-            elif id(t) in self.first:
-                before, grad_before = self.first.pop(id(t))
-                columns = [step, before, weight, grad, grad_before]
-                if all(column.shape == step.shape for column in columns):
-                    self.waiting.add(numbers(columns, has_spectrum(t.param)), partial(self.take, t))
+            self.waiting.add(numbers(step, has_spectrum(t.param)), partial(self.take, t))
 
     def take(self, t: Tracked, values: Sequence[float]) -> None:
-        square, moved, fourth, spread, *gram = values
-        if moved and all(map(math.isfinite, (fourth, *gram))):
-            cosines = torch.tensor(gram, dtype=torch.float64).view(5, 5)
-            new = left_over(cosines, [1, 2])
-            if new > OLD_NEWS:
-                rest = left_over(cosines, [1, 2, 3, 4]) / new
-                t.steps.append(Step(math.sqrt(square / moved), spread, rest, fourth * moved / square**2))
+        square, moved, fourth, spread = values
+        if moved and math.isfinite(fourth) and square:
+            t.steps.append(Step(math.sqrt(square / moved), spread, fourth * moved / square**2))
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     """(A, B) of a matrix, of each one of a stack, or of a convolution's kernel as Muon takes it."""
     return tuple(shape[-2:]) if len(shape) == 3 else (shape[0], math.prod(shape[1:]))
-
-
-def left_over(cosines: Tensor, columns: list[int]) -> float:
-    """Share of the first column, squared, that a linear combination of these others does not explain."""
-    mine = cosines[0, columns]
-    return 1 - (mine @ torch.linalg.pinv(cosines[columns][:, columns], rtol=1e-5, hermitian=True) @ mine).item()
 
 
 def has_spectrum(p: Tensor) -> bool:
@@ -133,22 +103,28 @@ def part(tensor: Tensor) -> Tensor:
     return x.float() if x.dtype.itemsize < 4 else x.clone()
 
 
-def numbers(columns: Sequence[Tensor], spectral: bool) -> Tensor:
-    """(29,) float32, on the device: of the first column Σ u², the elements that moved, Σ u⁴ and the spread; and the cosines of all."""
-    step = columns[0]
-    flat = torch.stack([column.float().flatten() for column in columns])
-    with torch.autocast(flat.device.type, enabled=False):
-        flat = flat / flat.norm(dim=1, keepdim=True).clamp(min=1e-30)
-        cosines = flat @ flat.T
-        spread = flat.new_full((), math.nan)
-        if spectral and step.ndim == 3:
+def numbers(step: Tensor, spectral: bool) -> Tensor:
+    """(4,) float32, on the device: Σ u², the elements that moved, Σ u⁴ and the spread."""
+    spread = step.new_full((), math.nan)
+    if spectral and step.ndim == 3:
+        with torch.autocast(step.device.type, enabled=False):
             lines = step / step.norm()
             grams = lines @ lines.mT  # (S, R, R)
-            n_lines, length = step.shape[1:]
-            same = n_lines * grams.square().sum() / grams.diagonal(dim1=1, dim2=2).sum(1).square().sum()
-            spread = (same - 1) * length / n_lines  # noise has 1 + R/N, orthogonal lines 1
-    sums = torch.stack([step.square().sum(), (step != 0).sum(), step.pow(4).sum(), spread])
-    return torch.cat([sums, cosines.flatten()])
+        n_lines, length = step.shape[1:]
+        same = n_lines * grams.square().sum() / grams.diagonal(dim1=1, dim2=2).sum(1).square().sum()
+        spread = (same - 1) * length / n_lines  # noise has 1 + R/N, orthogonal lines 1
+    return torch.stack([step.square().sum(), (step != 0).sum(), step.pow(4).sum(), spread])
+
+
+def kind(t: Tracked, step: Step) -> str:
+    """`orthogonal` (Muon), `linear` (SGD), `sign` (Lion), `adam` (about one LR an element), or `other`."""
+    if step.spread < ORTHOGONAL:
+        return "orthogonal"
+    if t.owner.is_linear == "untried":
+        t.owner.is_linear = is_linear(t.optimizer, t.group)
+    if t.owner.is_linear or step.evenness < SIGN:
+        return "linear" if t.owner.is_linear else "sign"
+    return "adam" if ADAM[0] <= step.rms <= ADAM[1] else "other"
 
 
 def kind_of(members: Sequence[Tracked]) -> tuple[str, list[tuple[Tracked, Step]]]:
@@ -157,6 +133,6 @@ def kind_of(members: Sequence[Tracked]) -> tuple[str, list[tuple[Tracked, Step]]
     `orthogonal` if any is: beside Muon's matrices may be some that have no spectrum, or a head under Adam.
     """
     seen = [(t, Step(*map(median, zip(*t.steps, strict=True)))) for t in members if t.steps]
-    kinds = [step.kind for _, step in seen]
-    kind = "orthogonal" if "orthogonal" in kinds else mode(kinds) if kinds else "unknown"
-    return kind, [(t, step) for t, step in seen if step.kind == kind]
+    kinds = [kind(t, step) for t, step in seen]
+    most = "orthogonal" if "orthogonal" in kinds else mode(kinds) if kinds else "unknown"
+    return most, [pair for pair, its in zip(seen, kinds, strict=True) if its == most]
