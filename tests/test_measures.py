@@ -84,14 +84,6 @@ def test_prediction_goes_from_nothing_lost_to_all() -> None:
     assert measures.predict_lost(w, 1e-6, torch.float32).realised == pytest.approx(1, abs=0.02)
 
 
-def test_direction_bias() -> None:
-    then = torch.tensor([1.0, 1.0, 2.0, 2.0])
-    now = torch.tensor([1.0, 0.5, 2.0, 1.0])
-    assert measures.direction_bias(now, then) == 1.0
-    assert measures.direction_bias(torch.tensor([2.0, 0.0]), torch.tensor([1.0, 1.0])) == 0
-    assert math.isnan(measures.direction_bias(then, then))
-
-
 def test_the_reach_tends_to_the_largest_step() -> None:
     for betas in ((0.9, 0.95), (0.9, 0.999), (0.5, 0.6)):
         tail = measures.adam_reach([0.0] * 9999 + [1.0], betas)

@@ -58,12 +58,6 @@ def predict_lost(weight: Tensor, step_rms: float, dtype: torch.dtype = torch.bfl
     return Prediction(is_lost(kept, update, dtype).float().mean().item(), realised_share(realised, update))
 
 
-def direction_bias(now: Tensor, then: Tensor) -> float:
-    """(down - up) / (down + up) over the elements that moved: 1 when all fell, 0 when balanced. NaN when none moved."""
-    down, up = (now < then).sum().item(), (now > then).sum().item()
-    return (down - up) / (down + up) if down + up else math.nan
-
-
 def adam_ratio_bound(t: float, betas: Sequence[float] = (0.9, 0.95)) -> float:
     """The largest |m̂|/sqrt(v̂) that any gradients can give at Adam's update t, from 1, or in the limit: t = math.inf.
 

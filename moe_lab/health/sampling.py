@@ -56,6 +56,7 @@ class Waiting:
 
     def __init__(self) -> None:
         self.pairs: list[tuple[Tensor | float, Callable[[Any], object]]] = []
+        self.update = 1  # of those seen, the one that comes next
 
     def add(self, numbers: Tensor | float, take: Callable[[Any], object]) -> None:
         self.pairs.append((numbers, take))

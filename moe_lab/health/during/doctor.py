@@ -82,9 +82,8 @@ class Doctor:
             if has_step_hooks(other) and trained and not parameters(other) & mine:
                 together += [other] if trained_by(other, modules) == trained else []
         self.known |= set(map(id, together))
-        names = (
-            f"{' and '.join(type(m).__name__ for m in trained)} under {', '.join(type(o).__name__ for o in together)}"
-        )
+        kinds = [", ".join(type(thing).__name__ for thing in things) for things in (trained, together)]
+        names = " under ".join(kinds)
         try:
             model = trained[0] if len(trained) == 1 else nn.ModuleList(trained)
             self.watches[key] = Watch(model, together)

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..findings import grouped
-from ..sampling import WHOLE, fetched, plain
+from ..sampling import WHOLE, Waiting, plain
 from ..torch_private import is_step_under_way
 from .heard import tensors_of
 from .listener import Listener
@@ -58,9 +58,9 @@ class Events(Listener):
 
     where, what = "gradients", "the order of backward passes and updates is not looked at"
 
-    def __init__(self, model: nn.Module, tensors: Sequence[Tracked]) -> None:
+    def __init__(self, model: nn.Module, tensors: Sequence[Tracked], waiting: Waiting) -> None:
         super().__init__()
-        self.model, self.tensors = model, tensors
+        self.model, self.tensors, self.waiting = model, tensors, waiting
         self.n_losses = self.n_observed = 0  # since the last update, and in all: losses may come in bunches
         self.ears: list[Ear] = []
         self.watched: set[int] = set()  # ids of optimizers
@@ -72,8 +72,7 @@ class Events(Listener):
         # cleared gradients had a use: an optimizer that is not watched steps, or inputs get some, to be attacked by
         self.had_use = False
         self.by_turns = False  # a watched one stepped between another's passes, as a generator's
-        self.waiting: list[tuple[int, dict[str, list[Truth]]]] = []
-        self.looks: dict[int, deque[dict[str, bool]]] = {}  # by optimizer, what its last updates were like
+        self.looks: dict[int, deque[dict[str, list[bool]]]] = {}  # by optimizer, what its last updates were like
 
     def hooks(self, hook: Callable) -> Iterator[Any]:
         trained = [t for t in self.tensors if t.owner and t.param.requires_grad and not t.is_master]
@@ -151,27 +150,23 @@ class Events(Listener):
             left = [ear for ear in mine if ear.t.param.grad is not None]
             look["twice"] = [ear.t.param.grad is ear.last and ear.nothing ^ True for ear in left]
         if mine:
-            self.waiting.append((id(optimizer), look))
+            told: dict[str, list[bool]] = {kind: [] for kind in look}
+            self.looks.setdefault(id(optimizer), deque(maxlen=KEPT)).append(told)
+            for kind, truth in ((kind, truth) for kind, many in look.items() for truth in many):
+                self.waiting.add(truth, told[kind].append)
         for ear in self.ears:
             ear.n_others += 1
         for ear in mine:
             ear.begin()
 
-    def fetch(self) -> None:
-        values = [v for _, look in self.waiting for many in look.values() for v in many if isinstance(v, Tensor)]
-        known = dict(zip(map(id, values), fetched(values), strict=True))
-        for optimizer, look in self.waiting:
-            kinds = {kind: bool(many) and all(known.get(id(v), v) for v in many) for kind, many in look.items()}
-            self.looks.setdefault(optimizer, deque(maxlen=KEPT)).append(kinds)
-        self.waiting = []
-
     def share(self, kind: str, last: int = KEPT) -> list[float]:
         """Of each optimizer's last updates, the share that were of this kind; none before there are a few."""
         recent = [list(looks)[-last:] for looks in self.looks.values()]
-        return [sum(look.get(kind, False) for look in looks) / len(looks) for looks in recent if len(looks) >= LOOKS]
+        shares = [[bool(told := look.get(kind)) and all(told) for look in looks] for looks in recent]
+        return [sum(share) / len(share) for share in shares if len(share) >= LOOKS]
 
     def forget(self) -> None:
-        self.ears, self.waiting, self.held, self.for_all = [], [], [], ignore
+        self.ears, self.held, self.for_all = [], [], ignore
         LISTENING.discard(self)
         attend()
 

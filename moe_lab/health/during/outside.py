@@ -9,7 +9,7 @@ import inspect
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -58,7 +58,6 @@ class Outside(Listener):
 
     def before_update(self, n: int) -> None:
         """Before update n of those seen, from 1."""
-        self.routing.update = self.repeats.update = self.averages.update = n + 1
         self.counts.added = {}
         self.terms.before_update(n)
 
@@ -179,46 +178,39 @@ class Counts:
 
     def __init__(self, model: nn.Module, waiting: Waiting):
         self.model, self.waiting = model, waiting
-        self.changing: set[tuple[int, str]] = set()  # module and name of those that were seen to change
-        self.before: dict[tuple[int, str], Tensor] = {}
-        self.added: dict[tuple[int, str], list[Tensor]] = {}  # by passes forward since the last update
+        self.before: dict[str, Tensor] = {}  # by the buffer's name
+        self.added: dict[str, list[Tensor]] = {}  # by passes forward since the last update
         self.doubled: dict[str, list[bool]] = {}
 
     def hooks(self, hook: Callable) -> Iterator[Any]:
         for name, module in self.model.named_modules():
-            own = [key for key, b in module.named_buffers(recurse=False) if 1 < b.numel() <= COUNTED]
+            buffers = module.named_buffers(recurse=False)
+            own = {f"{name}.{key}": key for key, b in buffers if 1 < b.numel() <= COUNTED and b.dtype != torch.bool}
             if own:
                 yield module.register_forward_pre_hook(hook(partial(self.begin, own)))
                 # a recomputed pass stops by an exception once it has what is needed
-                yield module.register_forward_hook(hook(partial(self.end, name, own)), always_call=True)
+                yield module.register_forward_hook(hook(partial(self.end, own)), always_call=True)
 
-    def begin(self, own: Sequence[str], module: nn.Module, args: tuple) -> None:
-        for key in own:
-            buffer, place = getattr(module, key), (id(module), key)
-            self.before[place] = buffer.clone() if place in self.changing else (buffer, buffer._version)
+    def begin(self, own: Mapping[str, str], module: nn.Module, args: tuple) -> None:
+        if self.waiting.update % LOOK_EVERY == 1:
+            self.before |= {name: getattr(module, key).clone() for name, key in own.items()}
 
-    def end(self, name: str, own: Sequence[str], module: nn.Module, args: tuple, output: object) -> None:
-        for key in own:
-            buffer, place = getattr(module, key), (id(module), key)
-            before = self.before.pop(place, None)
-            if isinstance(before, tuple):
-                if before[0] is not buffer or before[1] != buffer._version:
-                    self.changing.add(place)
-            elif before is not None:
-                added = buffer - before
-                if not is_in_backward():
-                    self.added.setdefault(place, []).append(added)
-                elif place in self.added:
-                    again = [torch.isclose(added, first, rtol=1e-3).all() for first in self.added[place][-4:]]
-                    looks = self.doubled.setdefault(f"{name}.{key}", [])
-                    self.waiting.add(torch.stack(again).any() & (added != 0).any(), looks.append)
+    def end(self, own: Mapping[str, str], module: nn.Module, args: tuple, output: object) -> None:
+        for name, before in [(name, self.before.pop(name)) for name in own if name in self.before]:
+            added = getattr(module, own[name]) - before
+            if not is_in_backward():
+                self.added.setdefault(name, []).append(added)
+            elif name in self.added:
+                again = [torch.isclose(added, first, rtol=1e-3).all() for first in self.added[name][-4:]]
+                looks = self.doubled.setdefault(name, [])
+                self.waiting.add(torch.stack(again).any() & (added != 0).any(), looks.append)
 
 
 class Averages:
     """Batch norms whose momentum keeps what a fresh model starts with: how far are they from the batches, in these' own terms?"""
 
     def __init__(self, model: nn.Module, waiting: Waiting):
-        self.waiting, self.update, kinds = waiting, 1, nn.modules.batchnorm._BatchNorm
+        self.waiting, kinds = waiting, nn.modules.batchnorm._BatchNorm
         norms = {n: m for n, m in model.named_modules() if isinstance(m, kinds) and m.running_mean is not None}
         self.slow = {n: m for n, m in norms.items() if m.momentum is not None and 0 < m.momentum < SLOW}
         self.off: dict[str, list[float]] = {}  # looks
@@ -229,7 +221,7 @@ class Averages:
 
     def look(self, name: str, module: nn.Module, args: tuple) -> None:
         """Standard deviations between the means, or factors of two between the variances, of the middle channel."""
-        if module.training and self.update % LOOK_EVERY == 1:
+        if module.training and self.waiting.update % LOOK_EVERY == 1:
             variance, mean = torch.var_mean(args[0].float(), [d for d in range(args[0].ndim) if d != 1])
             away = (mean - module.running_mean).abs() / (variance + module.eps).sqrt()
             apart = ((variance + module.eps) / (module.running_var + module.eps)).log2().abs()

@@ -21,7 +21,7 @@ class Repeats:
     """A fingerprint of each training batch: whole numbers, so that no order of additions matters."""
 
     def __init__(self, model: nn.Module, waiting: Waiting):
-        self.model, self.waiting, self.update = model, waiting, 1
+        self.model, self.waiting = model, waiting
         self.last: dict[int, tuple[int, int]] = {}  # by fingerprint, when it was last seen: the update, and its number
         self.n, self.n_early = 0, 0  # batches so far, and repetitions among the first
         self.recent: deque[tuple[int, bool]] = deque(maxlen=RECENT)  # update, and whether it came back too soon
@@ -35,7 +35,7 @@ class Repeats:
         if module.training and given and not any(t.requires_grad for t in given):
             first, *rest = [self.fingerprint(t) for t in given]
             whole = sum((part.to(first.device) for part in rest), first)
-            self.waiting.add(whole, partial(self.take, self.update))
+            self.waiting.add(whole, partial(self.take, self.waiting.update))
 
     def fingerprint(self, tensor: Tensor) -> Tensor:
         key = (*tensor.shape, tensor.device)

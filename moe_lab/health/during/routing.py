@@ -49,7 +49,6 @@ class Routing:
         found = {} if any(map(is_elsewhere, model.modules())) else expert_modules(model)
         self.modules = [(module, Experts(name, sizes)) for name, (module, sizes) in found.items()]
         self.active: list[Choices] = []
-        self.update = 1  # that comes next
 
     @property
     def experts(self) -> list[Experts]:
@@ -62,7 +61,11 @@ class Routing:
             yield module.register_forward_hook(hook(self.end), always_call=True)
 
     def begin(self, experts: Experts, count: Callable, module: nn.Module, args: tuple) -> None:
-        if self.update % LOOK_EVERY != 1 or not module.training or (experts.n_looks >= UNSEEN and not experts.loads):
+        if (
+            self.waiting.update % LOOK_EVERY != 1
+            or not module.training
+            or (experts.n_looks >= UNSEEN and not experts.loads)
+        ):
             return
         if not (is_in_backward() or torch.compiler.is_compiling()):
             self.active.append(Choices(CHOICES, count))
@@ -74,7 +77,7 @@ class Routing:
         if scores.ndim and scores.shape[-1] in experts.sizes and scores.shape[:-1] in (chosen.shape[:-1], chosen.shape):
             k = chosen.shape[-1] if chosen.ndim == scores.ndim and chosen.shape != scores.shape[:-1] else 1
             counts = torch.bincount(chosen.flatten(), minlength=scores.shape[-1])
-            self.waiting.add(counts, partial(experts.take, self.update, k))
+            self.waiting.add(counts, partial(experts.take, self.waiting.update, k))
 
     def end(self, module: nn.Module, args: tuple, output: object) -> None:
         if self.active:
@@ -120,7 +123,7 @@ class Terms:
     """Scalars with a graph that modules keep, or that the model and modules of experts give: do they vary at all?"""
 
     def __init__(self, model: nn.Module, waiting: Waiting):
-        self.model, self.waiting, self.update = model, waiting, 1  # that comes next
+        self.model, self.waiting = model, waiting
         self.modules = {"output": model, **{name: module for name, (module, _) in expert_modules(model).items()}}
         self.keepers: dict[str, nn.Module] = {}  # modules that keep some, once they were looked for
         self.given: dict[str, Tensor] = {}
@@ -131,14 +134,13 @@ class Terms:
             yield module.register_forward_hook(hook(partial(self.keep, name)))
 
     def keep(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
-        if self.is_due(self.update):
+        if self.is_due(self.waiting.update):
             self.given |= scalars_of(output, name)
 
     def is_due(self, n: int) -> bool:
         return n % LOOK_EVERY == 1 and n <= LOOK_EVERY * READINGS
 
     def before_update(self, n: int) -> None:
-        self.update = n + 1
         if not self.is_due(n):
             return
         is_search = n <= LOOK_EVERY * SEARCHES

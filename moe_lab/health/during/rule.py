@@ -19,7 +19,8 @@ class Rule(NamedTuple):
     higher one.
 
     `message` and `advice` may use {names} of the tensors, or else of what is ill, {n}, how many, their {share} of the
-    parameters, {updates} seen, and the first one's facts; those may also set the finding's `where`, `value` and `limit`.
+    parameters, {updates} seen, and the first one's facts; those may also set the finding's `where`, `value` and `limit`, and
+    a lower severity.
     """
 
     id: str  # of findings.RULES
@@ -28,24 +29,23 @@ class Rule(NamedTuple):
     message: str
     advice: str
 
+    def severity_of(self, facts: list[Tracked] | Mapping[str, Any]) -> str:
+        return self.severity if isinstance(facts, list) else facts.get("severity", self.severity)
+
     def finding(self, state: State, ill: Ill) -> Finding:
         tensors = [t for facts in ill.values() if isinstance(facts, list) for t in facts]
         facts = {"value": len(tensors), "limit": 0} if tensors else next(iter(ill.values()))
         words = {
             "n": len(tensors or ill),
-            "each": ", ".join(
-                str(fact["told"]) for fact in ill.values() if isinstance(fact, Mapping) and "told" in fact
-            ),
+            "each": ", ".join(fact["told"] for fact in ill.values() if isinstance(fact, Mapping) and "told" in fact),
             "names": several([t.name for t in tensors] or list(ill)),
             "share": sum(t.param.numel() for t in tensors) / state.n_parameters,
             "updates": state.n_seen,
             **facts,
         }
         where = words.get("where", words["names"])
-        message, advice = self.message.format(**words), self.advice.format(**words)
-        return Finding(
-            self.id, self.severity, where, message, advice, facts.get("value"), facts.get("limit"), state.step
-        )
+        told = self.message.format(**words), self.advice.format(**words), facts.get("value"), facts.get("limit")
+        return Finding(self.id, self.severity_of(facts), where, *told, state.step)
 
 
 def rule(severity: str, message: str, advice: str) -> Callable[[Callable[[State], Ill]], Rule]:

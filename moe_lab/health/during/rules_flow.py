@@ -25,13 +25,12 @@ def heard(state: State, name: str) -> Ill:
     return {f.where: f.to_dict() for f in state.forward.heard.found if f.rule == name}
 
 
-def leaks(state: State, severity: str) -> Ill:
+def leaks(state: State) -> Ill:
     """Whether the model sees what it is to foretell; tried once, at the first check that knows the targets."""
     heard = state.forward.heard
     if heard.is_next_token and not heard.was_tried:
         heard.was_tried, heard.leak = True, future_leak(state.forward)
-    found = heard.leak
-    return {found.where: found.to_dict()} if found and found.severity == severity else {}
+    return {heard.leak.where: heard.leak.to_dict()} if heard.leak else {}
 
 
 @rule(
@@ -127,7 +126,7 @@ ASKED = (
 )
 
 RULES = (
-    *(Rule("future_leak", name, partial(leaks, severity=name), "{message}", "{advice}") for name in ("error", "info")),
+    Rule("future_leak", "error", leaks, "{message}", "{advice}"),
     Rule("evaluation_mode", "error", partial(evaluating, has_trained=True), EVALUATING, TRAIN),
     Rule("evaluation_mode", "warning", partial(evaluating, has_trained=False), EVALUATING, TRAIN),
     repeated_data,

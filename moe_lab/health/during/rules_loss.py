@@ -150,7 +150,12 @@ def loss_not_falling(state: State) -> Ill:
     return {"loss": facts}
 
 
-def initial_loss(state: State, multiplied: bool) -> Ill:
+@rule(
+    "warning",
+    "the first loss is {value:.3f}; {shown} {limit:.3f}{factor}",
+    "look for a division by the accumulation done twice or not at all, padding in the loss, or a wrong init",
+)
+def initial_loss(state: State) -> Ill:
     """Where the targets are known, against the cross-entropy of the model's own logits: other terms may be in the loss, and only
     a whole factor is told. Else against what an untrained model shows, and only one that is a number of times that is surely
     ill: tied embeddings, auxiliary terms and a frozen base move it by a quarter of a nat, too."""
@@ -167,23 +172,16 @@ def initial_loss(state: State, multiplied: bool) -> Ill:
     factors = range(2, MOST_ACCUMULATED + 1) if is_new else [state.forward.heard.n_first]
     small = next((a for a in factors if a > 1 and abs(first * a - expected) < START_OFF * a**0.5), None)
     large = next((a for a in factors if a > 1 and abs(first / a - expected) < START_OFF), None)
-    if small or large:
-        factor = f": it is {small or large} times too {'small' if small else 'large'}"
-    elif own is not None or first < expected - PRETRAINED:
+    is_told = bool(small or large)
+    if not is_told and (own is not None or first < expected - PRETRAINED):
         return {}  # other terms; trained before, or another loss altogether
-    else:
-        factor = ""
+    factor = f": it is {small or large} times too {'small' if small else 'large'}" if is_told else ""
     shown = "an untrained model of this vocabulary shows" if own is None else "the cross-entropy of its own logits is"
-    facts = {"value": first, "limit": expected, "factor": factor, "shown": shown}
-    return {"loss": facts} if bool(factor) == multiplied else {}
+    severity = "warning" if is_told else "info"
+    return {"loss": {"value": first, "limit": expected, "factor": factor, "shown": shown, "severity": severity}}
 
 
 ROSE = "the loss rose from {first:.2f} to {last:.2f}"
-
-FIRST = "the first loss is {value:.3f}; {shown} {limit:.3f}{factor}"
-DIVIDED = (
-    "look for a division by the accumulation that is done twice or not at all, padding in the loss, or a wrong init"
-)
 
 RULES = (
     *(
@@ -193,6 +191,5 @@ RULES = (
     nonfinite_loss,
     Rule("lr_too_high", "error", loss_rose, ROSE, "lower the learning rate, or lengthen the warm-up"),
     loss_not_falling,
-    Rule("initial_loss", "warning", partial(initial_loss, multiplied=True), FIRST, DIVIDED),
-    Rule("initial_loss", "info", partial(initial_loss, multiplied=False), FIRST, DIVIDED),
+    initial_loss,
 )

@@ -108,13 +108,11 @@ def jumped(state: State) -> Ill:
 MERGED = "{where} were made with learning rates of {a:.3g} and {b:.3g}, and both step at {value:.3g}"
 SCALE = "a scheduler writes one number over all groups: let it scale each group's own, or give it a list"
 BROUGHT = "{where} was made with a learning rate of {limit:.3g}; since its state was loaded it steps at {value:.3g}"
-SET_AGAIN = (
-    "load_state_dict brings the checkpoint's LR back: set lr, initial_lr and the scheduler's base again after it"
-)
+SET_AGAIN = "load_state_dict brings the checkpoint's LR back: set lr, initial_lr and the scheduler's base after it"
 JUMPED = "the learning rate of {where} was {limit:.3g} and is {value:.3g} from update {at} on: no schedule goes there at once"
 OTHER_RUN = "look for a state or a scheduler of another run, or of this one's start, that was loaded then, or a second scheduler"
 RISING = (
-    "the learning rate of {where} is {now:.2g} and still rises as slowly as to arrive at update {value}, beyond {limit}"
+    "the learning rate of {where} is {now:.2g} and rises so slowly that it arrives at update {value}, beyond {limit}"
 )
 ANEW = "the warm-up of {where} began anew {n} times: its learning rate rises to {value:.2g} at most, and {limit:.2g} was asked for"
 COUNTER = "let the schedule count the updates of the whole run: neither those of an epoch, nor of a scheduler made in the loop"

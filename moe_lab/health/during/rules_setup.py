@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +45,13 @@ def updated_twice(state: State) -> Ill:
     return {t.name: [t] for t in state.tracked if n_owners[id(t.param)] > 1}
 
 
-def frozen(state: State, on_purpose: bool) -> Ill:
-    """Frozen tensors by name, none if their share of the parameters looks meant and `on_purpose` is not, or the reverse."""
+@rule(
+    "warning",
+    "{n} tensors have requires_grad=False ({value:.0%} of the parameters is frozen{meant}): {names}",
+    "name them in expect_frozen if that is meant; else set requires_grad=True before the optimizer is built",
+)
+def frozen_module(state: State) -> Ill:
+    """Frozen tensors by name: an info where their share of the parameters, or what they are, looks meant."""
     if not state.is_changed:
         return {}
     found = {name: p for name, p in state.named.items() if not p.requires_grad and name not in state.copied}
@@ -55,10 +59,10 @@ def frozen(state: State, on_purpose: bool) -> Ill:
     tables = {id(m.weight) for m in state.modules.values() if isinstance(m, nn.Embedding)}
     tables |= {id(p) for p in found.values() if p.ndim > 2 and len(p) == 1}  # added to every row of a batch
     tables |= {id(p) for p in (state.forward.heard.head or nn.Identity()).parameters()}
-    if (share > ON_PURPOSE or all(id(p) in tables for p in found.values())) != on_purpose:
-        return {}
+    is_meant = share > ON_PURPOSE or all(id(p) in tables for p in found.values())
+    told = {"severity": "info", "meant": ", as under adapters or of fixed tables"} if is_meant else {"meant": ""}
     known = state.frozen_on_purpose | {t.name for t in state.tracked}  # an optimizer may train copies
-    return {name: {"value": share, "limit": ON_PURPOSE} for name in found if name not in known}
+    return {name: {"value": share, "limit": ON_PURPOSE, **told} for name in found if name not in known}
 
 
 @rule(
@@ -108,21 +112,11 @@ def is_decay_rates(p: Tensor) -> bool:
     return bool((values.float() - wanted).abs().max() < 0.02)
 
 
-FROZEN = "{n} tensors have requires_grad=False ({value:.0%} of the parameters is frozen): {names}"
-UNFREEZE = "name them in expect_frozen if that is meant; else set requires_grad=True before the optimizer is built"
-
 RULES = (
     not_in_optimizer,
     Rule("not_in_optimizer", "error", outside_of_parameters, structure.HIDDEN, structure.REGISTER),
     updated_twice,
-    Rule("frozen_module", "warning", partial(frozen, on_purpose=False), FROZEN, UNFREEZE),
-    Rule(
-        "frozen_module",
-        "info",
-        partial(frozen, on_purpose=True),
-        FROZEN + ", as under adapters or of fixed tables",
-        UNFREEZE,
-    ),
+    frozen_module,
     broken_tie,
     delta_start,
     weight_decay_on_norms,

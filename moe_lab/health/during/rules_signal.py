@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from statistics import median
 
-from .rule import Ill, Rule, by_kind, rule
+from .rule import Ill, by_kind, rule
 from .state import State
 from .tracking import Tracked
 
@@ -15,14 +14,11 @@ WAIT, WAIT_READINGS = 15, 3  # updates and readings before a gradient is called 
 STARVED, STARVED_IN, STARVED_AT = 0.1, 50, 70  # of an even load, updates, and the first that it is judged at
 COLLAPSED, COLLAPSED_IN = 0.9, 20  # share of the choices that fall on as many experts as a token chooses, and updates
 # where it is told, and where it is an alarm: of healthy routers many choose alike from update 20 to 60, and come back by themselves
-TOLD_AT, LASTS_AT = 40, 80
+TOLD_AT, LAST_AT = 40, 80
 LEAST = 100  # choices that an even load has in them, so that 10 % is no accident
 CONSTANT, N_VALUES = 1e-5, 10  # spread over mean up to which float32's rounding explains it; values
 SLOWED = 0.5  # as of lost updates
-BALANCE = (
-    "look whether a balancing term is in the loss with its gradient and weight, whether the router learns, and whether a bias "
-    "that balances is updated"
-)
+BALANCE = "is a balancing term in the loss with its gradient and weight, does the router learn, is a bias that balances updated?"
 TWICE = 3  # updates in which a count was doubled
 
 
@@ -60,14 +56,20 @@ def loads(state: State, updates: int, earliest: int) -> dict[str, tuple[list[int
     return found
 
 
-def collapsed_experts(state: State, earliest: int, everywhere: bool) -> Ill:
-    """`everywhere`: in most of the modules, as where a term, a sign or a bias that balances them all is at fault."""
-    found, known = {}, loads(state, COLLAPSED_IN, earliest)
+@rule(
+    "warning",
+    "{names}: the {k} busiest of its {of} experts take {value:.0%} of the tokens' choices after {updates} updates",
+    BALANCE,
+)
+def collapsed_experts(state: State) -> Ill:
+    """An alarm where it lasts, in most of the modules, as where a term, a sign or a bias that balances them all is at fault."""
+    found, known = {}, loads(state, COLLAPSED_IN, TOLD_AT)
     for name, (total, k) in known.items():
         share = sum(sorted(total)[-k:]) / sum(total)
         if share > COLLAPSED and 2 * k <= len(total):
             found[name] = {"value": share, "limit": COLLAPSED, "k": k, "of": len(total)}
-    return {} if everywhere and 2 * len(found) <= len(known) else found
+    lasts = bool(loads(state, COLLAPSED_IN, LAST_AT)) and 2 * len(found) > len(known)
+    return {name: facts | {"severity": "warning" if lasts else "info"} for name, facts in found.items()}
 
 
 @rule(
@@ -129,14 +131,9 @@ def rough_positions(state: State) -> Ill:
     return {name: {"value": size, "limit": 0} for name, size in (state.outside.positions or {}).items()}
 
 
-ALIKE = "{names}: the {k} busiest of its {of} experts take {value:.0%} of the tokens' choices after {updates} updates"
-
 RULES = (
     faint_gradient,
-    Rule("collapsed_experts", "info", partial(collapsed_experts, earliest=TOLD_AT, everywhere=False), ALIKE, BALANCE),
-    Rule(
-        "collapsed_experts", "warning", partial(collapsed_experts, earliest=LASTS_AT, everywhere=True), ALIKE, BALANCE
-    ),
+    collapsed_experts,
     starved_experts,
     constant_term,
     counted_twice,

@@ -80,9 +80,7 @@ def starved_steps(state: State) -> Ill:
     apart = max(norms, default=0) - min(norms, default=0)  # 0: nothing changes any more, as where LBFGS has arrived
     if len(norms) == LOOKS and 0 < apart < SAME_NORM * max(norms) and max(norms) < SMALLEST_CLIP:
         told = f"the gradients of every update arrive with a norm of {norms[-1]:.2g}, neither more nor less"
-        cure = (
-            "look for clipping before GradScaler.unscale_ (the clip sees scaled gradients), or a max_norm far too small"
-        )
+        cure = "look for clipping before GradScaler.unscale_ (it sees scaled gradients), or a max_norm far too small"
         found["gradients"] = {"told": told, "cure": cure, "value": norms[-1], "limit": SMALLEST_CLIP}
     for group in state.groups if state.n_seen >= LR_STEADY else ():
         mine = members(state, group)

@@ -53,9 +53,7 @@ def lost_updates(state: State, limit: float, ulps: float) -> Ill:
     kinds = by_kind(t for t in state.readings if t.intended_square and t.is_narrow and not explained(t))
     shares = {kind: share_of(mine) for kind, mine in kinds.items()}
     low = {kind: share for kind, share in shares.items() if share.rho + SIGMAS * share.error < limit}
-    still = {
-        kind: sum(t.unchanged for t in kinds[kind]) / max(1, sum(t.n_touched for t in kinds[kind])) for kind in low
-    }
+    still = {k: sum(t.unchanged for t in kinds[k]) / max(1, sum(t.n_touched for t in kinds[k])) for k in low}
     # of a kind that intends half an ULP and more, some elements would move by chance
     proven = [k for k, share in low.items() if share.intended_ulps >= (LOST_ULPS[1] if still[k] == 1 else ulps)]
     losing = {kinds[kind][0].optimizer for kind in proven}
@@ -231,8 +229,7 @@ TWICE = "the optimizer steps on gradients that it has used already, with no back
 STEP_ONCE = "something else calls step(), too: a trainer, a wrapper or a callback; let one of them do it"
 GONE = "a gradient arrives and is gone when the optimizer steps"
 CLEAR_BEFORE = (
-    "zero_grad() stands between the backward pass and step(), or a validation in between calls it: move it before the "
-    "backward pass"
+    "zero_grad() stands between backward pass and step(), or a validation there calls it: move it before both"
 )
 THROWN = "several backward passes come, and each finds the one before cleared: the step has the last one alone"
 CLEAR_AFTER = "zero_grad() stands in the loop over micro-batches: call it once, before the first or after the step"
@@ -254,9 +251,7 @@ FIND_CUT = (
 )
 IDLE = "{n} trainable tensors got no gradient in {updates} updates, and no effect of theirs on the output was seen: {names}"
 UNUSED = "{n} trainable tensors got no gradient in {updates} updates, and no forward pass takes them: {names}"
-USE = (
-    "find out whether the loss should use them (a head, a loss term, a branch that is never taken), else leave them out"
-)
+USE = "find out whether the loss should use them (a head, a term, a branch that is never taken), else leave them out"
 
 RULES = (
     no_updates,

@@ -44,7 +44,8 @@ class State:
         self.frozen_on_purpose, self.start_step = frozen_on_purpose, start_step
         self.findings = findings  # made so far, by the watch
         self.tracked: list[Tracked] = []
-        self.waiting, self.events, self.ranks = Waiting(), Events(model, self.tracked), Ranks(model)
+        self.waiting, self.ranks = Waiting(), Ranks(model)
+        self.events = Events(model, self.tracked, self.waiting)
         self.losses: list[float] = []  # the first HISTORY and at least as many of the last
         self.counts = Counter({id(o): start_step for o in optimizers})  # of the run's updates
         self.window_start = self.last_read = start_step
@@ -96,7 +97,7 @@ class State:
     def after_update(self, optimizer: Optimizer, made_gradients: bool) -> None:
         attend()
         self.steps.end(optimizer)
-        self.forward.heard.update = self.n_seen + 1
+        self.waiting.update = self.forward.heard.update = self.n_seen + 1
         if made_gradients:
             self.read_gradients(optimizer)
 
@@ -116,7 +117,6 @@ class State:
         """Take in what is new, fetch what waits on the devices, and read the samples."""
         self.follow()
         self.waiting.fetch()
-        self.events.fetch()
         self.forward.heard.fetch()
         if self.replays.was_wrong:
             self.restart_window()

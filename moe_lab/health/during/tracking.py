@@ -155,14 +155,10 @@ def refuse_bad_input(model: nn.Module, optimizers: list[Any], expect_frozen: Seq
     names = [name for name, _ in model.named_parameters()]
     for prefix in expect_frozen:
         if not any(name.startswith(prefix) for name in names):
-            raise ValueError(
-                f"expect_frozen: no parameter's name starts with {prefix!r}; the first is {next(iter(names), None)!r}"
-            )
+            raise ValueError(f"expect_frozen: no parameter's name starts with {prefix!r}; there are {names[:1]} …")
     for name, p in model.named_parameters():
         if p.device.type == "meta":
-            raise ValueError(
-                f"{name} is on the meta device and holds no values; materialise the model before watching it"
-            )
+            raise ValueError(f"{name} is on the meta device, without values; materialise the model before watching it")
 
 
 def held_by(optimizers: Iterable[Optimizer]) -> list[Tensor]:
@@ -189,9 +185,8 @@ def module_of(model: Any) -> nn.Module:
     modules = [model] if isinstance(model, nn.Module) else [v for v in attributes(model) if isinstance(v, nn.Module)]
     if len(modules) != 1:
         kind = type(model).__name__
-        raise ValueError(
-            f"model={kind} is no torch.nn.Module, and holds {len(modules)} of them; pass the module itself"
-        )
+        told = f"holds {len(modules)} of them; pass the module itself"
+        raise ValueError(f"model={kind} is no torch.nn.Module, and {told}")
     return modules[0]
 
 

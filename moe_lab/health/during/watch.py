@@ -8,6 +8,7 @@ and an error of the watch ends the watch, with a finding, and not the training.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -74,6 +75,8 @@ class Watch:
         self.rules: Sequence[Rule] = ALL
         self.next_check = (start_step // CHECK_EVERY + 1) * CHECK_EVERY
         self.attach()
+        failed = partial(self.fail, where="the ranks", what="what other ranks see is not compared")
+        self.hear_ranks = Hook(partial(self.state.ranks.exchange, self.state), failed)
         self.hear_ranks()
         for kind in {type(wrapper).__name__: None for wrapper in wrappers}:
             message = f"{kind} is unknown here: what it holds is watched, and not what it does itself"
@@ -104,13 +107,6 @@ class Watch:
         except Exception as error:
             self.stop(error)
         return self.findings[n:]
-
-    def hear_ranks(self) -> None:
-        try:
-            with torch.no_grad():
-                self.state.ranks.exchange(self.state)
-        except Exception as error:
-            self.fail(error, "the ranks", "what other ranks see is not compared")
 
     def report(self) -> None:
         """Print a table, a line a kind of tensor, and the findings so far; while attached, of a reading made now."""
@@ -197,10 +193,10 @@ class Watch:
         """Ask each rule, and publish what it has to say of what it did not name before."""
         for rule in rules:
             try:
-                ill = rule.when(self.state)
-                ill = {name: ill[name] for name in ill if self.published.is_news(rule.id, rule.severity, name)}
-                if ill:
-                    self.published.add(rule.finding(self.state, ill), list(ill))
+                ill = rule.when(self.state).items()
+                news = {k: facts for k, facts in ill if self.published.is_news(rule.id, rule.severity_of(facts), k)}
+                if news:
+                    self.published.add(rule.finding(self.state, news), list(news))
             except Exception as error:  # it is asked again at the next check
                 self.fail(error, f"rule {rule.id}", f"the rule {rule.id} failed")
 
