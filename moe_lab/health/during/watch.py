@@ -75,8 +75,6 @@ class Watch:
         self.rules: Sequence[Rule] = ALL
         self.next_check = (start_step // CHECK_EVERY + 1) * CHECK_EVERY
         self.attach()
-        failed = partial(self.fail, where="the ranks", what="what other ranks see is not compared")
-        self.hear_ranks = Hook(partial(self.state.ranks.exchange, self.state), failed)
         self.hear_ranks()
         for kind in {type(wrapper).__name__: None for wrapper in wrappers}:
             message = f"{kind} is unknown here: what it holds is watched, and not what it does itself"
@@ -107,6 +105,10 @@ class Watch:
         except Exception as error:
             self.stop(error)
         return self.findings[n:]
+
+    def hear_ranks(self) -> None:
+        failed = partial(self.fail, where="the ranks", what="what other ranks see is not compared")
+        Hook(self.state.ranks.exchange, failed)(self.state)
 
     def report(self) -> None:
         """Print a table, a line a kind of tensor, and the findings so far; while attached, of a reading made now."""
