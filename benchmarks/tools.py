@@ -15,6 +15,7 @@ import io
 import json
 import math
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -239,7 +240,7 @@ def table(runs: dict[str, dict[str, Any]], rows: list[dict[str, Any]]) -> dict[s
             if any(said.startswith("failed") for run in both for said in run["told"][tool]):
                 line["failed"] += 1
                 continue
-            ill, well = (set(run["told"][tool]) for run in both)
+            ill, well = ({re.sub(r"[\d.]+", "", said) for said in run["told"][tool]} for run in both)  # numbers are no alarms
             line["tried"] += 1
             kind = "sick" if kind_of(row) == "sick" else "latent"
             line[kind] += 1
