@@ -36,6 +36,7 @@ TOOLS = ("torch-audit", "torchdiag", "traintools", "training-doctor", "trainpuls
 ENCODERS, DECODERS = {"BERT"}, {"Llama", "Mixtral", "Mamba", "GPT-2", "OPT", "Qwen2-MoE"}  # of defaultplusplus
 SETS = ("judged", THIRD)  # rules were mended after the first had been looked at; the third was written later
 EVERY = 10  # updates between looks of the tools that are asked to look now and then
+NUMBER = re.compile(r"\b[\d.]+\b")  # in what a tool says: no alarm of its own
 Told = dict[str, list[str]]  # tool → what it is alarmed by
 Log = list[dict[str, float]]
 
@@ -240,7 +241,7 @@ def table(runs: dict[str, dict[str, Any]], rows: list[dict[str, Any]]) -> dict[s
             if any(said.startswith("failed") for run in both for said in run["told"][tool]):
                 line["failed"] += 1
                 continue
-            ill, well = ({re.sub(r"[\d.]+", "", said) for said in run["told"][tool]} for run in both)  # numbers are no alarms
+            ill, well = ({NUMBER.sub("", said) for said in run["told"][tool]} for run in both)
             line["tried"] += 1
             kind = "sick" if kind_of(row) == "sick" else "latent"
             line[kind] += 1
@@ -258,7 +259,8 @@ def main() -> None:
     print(json.dumps(found, indent=2))
     versions = {tool: version(tool) for tool in (*TOOLS, "traincheck", "defaultplusplus")}
     made = provenance() | {"updates": STEPS, "versions": versions}
-    write_json(ROOT / "benchmarks" / "tools.json", {"provenance": made, "tools": found, "runs": list(runs.values())})
+    told = [{key: run[key] for key in ("name", "commit", "told", "failed") if key in run} for run in runs.values()]
+    write_json(ROOT / "benchmarks" / "tools.json", {"provenance": made, "tools": found, "runs": told})
 
 
 if __name__ == "__main__":
