@@ -9,8 +9,6 @@
 Each command has a --help of its own; errors are one line, exit code 2. `make lab` opens the notebooks in JupyterLab.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from importlib.metadata import version

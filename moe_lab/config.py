@@ -5,8 +5,6 @@ A file may hold one section; what it leaves out has its default; a key that no f
 error is a `ConfigError` of one line that names the field.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import typing
@@ -208,7 +206,7 @@ class Config:
             return self.training.steps or 1000
         return math.ceil(self.training.total_tokens / self.tokens_per_step)
 
-    def with_(self, **changes: dict[str, Any]) -> Config:
+    def with_(self, **changes: dict[str, Any]) -> "Config":
         """A variation, validated again: `with_(training={"steps": 20}, model={"dropout": 0.1})`."""
         parts = {name: replace(getattr(self, name), **new) for name, new in changes.items()}
         return replace(self, **parts)

@@ -3,8 +3,6 @@
 Operations follow from the shapes. Memory is read off an update of fake tensors, which have shapes and dtypes and no values.
 """
 
-from __future__ import annotations
-
 import math
 import weakref
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """How the sections of moe_lab.config are checked, and what YAML and a command line say. Errors are one line."""
 
-from __future__ import annotations
-
 import difflib
 import inspect
 import math

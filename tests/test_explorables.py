@@ -7,11 +7,11 @@ import IPython.display
 import pytest
 import torch
 from checks import explore_03, figures_02
+from checks.explorables import Choice, Slider, explore
 from helpers import tiny
 from matplotlib.figure import Figure
 
 from moe_lab import build_model
-from moe_lab.show.explorables import Choice, Slider, explore
 from moe_lab.show.style import new_figure
 
 

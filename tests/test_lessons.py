@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import IPython.display
 import ipywidgets
 import pytest
+from checks.exercise import exercise
 
 from moe_lab.course import lessons
-from moe_lab.course.lessons import NO_GUESS, Question, answers, ask, exercise, guesses, reveal, score
+from moe_lab.course.lessons import NO_GUESS, Question, answers, ask, guesses, reveal, score
 
 OPTIONS = {
     "it falls": lambda m: m["last"] < m["first"],

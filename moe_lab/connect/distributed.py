@@ -6,8 +6,6 @@ has a record: rank 0's is the run's directory and holds the means over all, rank
 `accelerate launch` starts the same module. What comes after: expert parallelism, as in torchtitan.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import os

@@ -14,8 +14,6 @@ Importing this module registers the model with transformers' Auto classes. It ra
 
 # Shapes: B windows, T tokens of a window, V vocabulary.
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -93,7 +91,7 @@ class LabForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixin)
         self.post_init()
 
     @classmethod
-    def of(cls, model: LanguageModel) -> LabForCausalLM:
+    def of(cls, model: LanguageModel) -> "LabForCausalLM":
         """Around a model that is there: the weights are shared, not copied."""
         with torch.device("meta"):
             it = cls(LabConfig(model=asdict(model.config)))

@@ -8,8 +8,6 @@ case.judge("C05", lab, cost=0.057)
 An id or a name that the case does not have raises ConfigError, with the nearest one.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

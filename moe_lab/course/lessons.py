@@ -1,4 +1,4 @@
-"""What makes a notebook a lesson: questions before results, and exercises whose checks say what is wrong.
+"""What makes a notebook a lesson: questions before results.
 
     await ask(questions_03.cause)                            # shows the options; a person chooses one
     reveal(questions_03.cause, with_gradient=15, looks=15)   # which of them was measured
@@ -7,10 +7,7 @@
 Questions stand in notebooks/checks/questions_NN.py, so that no notebook shows its answers in code.
 """
 
-from __future__ import annotations
-
 import asyncio
-import functools
 import html
 import json
 import random
@@ -161,28 +158,3 @@ def score() -> None:
 def right_of(guessed: Mapping[str, str], measured: Mapping[str, str]) -> tuple[int, int]:
     made = [text for text in measured if guessed.get(text, NO_GUESS) != NO_GUESS]
     return sum(guessed[text] == measured[text] for text in made), len(made)
-
-
-def exercise(check: Callable[..., None]) -> Callable[..., bool]:
-    """Make a judge of a reader's answer from assertions about it: the first that fails is printed as a hint.
-
-    The judge returns whether all hold; `None` in the answer's place is not started.
-    """
-
-    @functools.wraps(check)
-    def judge(answer: object, *facts: object) -> bool:
-        if answer is None:
-            print("not started: replace None by your answer and run this cell again")
-            return False
-        try:
-            check(answer, *facts)
-        except AssertionError as error:
-            print(f"not yet: {error}")
-        except Exception as error:  # the reader's code may raise anything; say it, and go on
-            print(f"not yet: your code raised {type(error).__name__}: {error}")
-        else:
-            print("right")
-            return True
-        return False
-
-    return judge

@@ -8,8 +8,6 @@
 papermill turns `-p flag false` into the text "false" and injects a misspelt name with no more than a warning: not here.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

@@ -4,8 +4,6 @@ The first Ctrl-C goes to the cell that runs, so that a training saves its checkp
 cell; a second one ends it at once.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 import os

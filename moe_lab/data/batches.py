@@ -2,8 +2,6 @@
 
 # Shapes: B windows in a batch, T seq_len; a window holds T + 1 tokens, that is T inputs and T targets.
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
 
@@ -25,8 +23,7 @@ class Batches:
 
     def go_to(self, epoch: int, position: int) -> None:
         """Stand where `position` windows of an epoch are handed out."""
-        # A hash, since torch's CPU generator uses only the low 32 bits of a seed: seed and epoch side by side in 64
-        # bits would give every seed the same order.
+        # a hash, since torch's CPU generator uses only the low 32 bits of a seed
         digest = hashlib.sha256(f"{self.seed} {epoch}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
         self.order = torch.randperm(len(self.windows), generator=generator, dtype=torch.int32)  # 4 bytes a window

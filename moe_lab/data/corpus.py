@@ -200,7 +200,8 @@ def split(documents: dict[str, str], by_text: bool) -> tuple[list[str], list[str
     """Training and validation text of {name: text}.
 
     A document is validation if sha256 of its name (`by_text`: of its text), read as a number, is 0 modulo 20. Where
-    that would be less than 2 % or more than 20 % of the bytes, the last 5 % of every document is validation instead.
+    that would be less than 2 % or more than 20 % of the bytes, the last 5 % of every document (cut at a line end, if one
+    is at most 2.5 % away) is validation instead.
     """
     train: list[str] = []
     validation: list[str] = []
@@ -208,19 +209,17 @@ def split(documents: dict[str, str], by_text: bool) -> tuple[list[str], list[str
         (validation if is_validation(text if by_text else name) else train).append(text)
     if 0.02 <= n_utf8(validation) / (n_utf8(train) + n_utf8(validation)) <= 0.20:
         return train, validation
-    parts = [cut_near_end(text) for text in documents.values()]
-    return [head for head, _ in parts], [tail for _, tail in parts if tail]
+    train, validation = [], []
+    for text in documents.values():
+        cut = len(text) - len(text) // 20
+        cut = text.find("\n", cut - len(text) // 40, cut + len(text) // 40) + 1 or cut  # at a line end nearby
+        train.append(text[:cut])
+        validation += [text[cut:]] if text[cut:] else []
+    return train, validation
 
 
 def is_validation(identity: str) -> bool:
     return int(hashlib.sha256(raw(identity)).hexdigest(), 16) % 20 == 0
-
-
-def cut_near_end(text: str) -> tuple[str, str]:
-    """`text` in two, cut before the last 5 % or at a line end that is at most 2.5 % away from there."""
-    cut = len(text) - len(text) // 20
-    cut = text.find("\n", cut - len(text) // 40, cut + len(text) // 40) + 1 or cut
-    return text[:cut], text[cut:]
 
 
 def raw(text: str) -> bytes:

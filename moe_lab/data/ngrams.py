@@ -1,7 +1,5 @@
 """Loss floors: what tables of counts reach on the very targets of the model's validation loss."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

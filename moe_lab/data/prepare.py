@@ -1,7 +1,5 @@
 """From documents to token streams on disk: a byte-level BPE of the training text, kept by content."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

@@ -4,8 +4,6 @@ Each split is one file that grows, not a row of shards: a memory map of it is on
 are those of a small corpus. What is written since the last save is written again after a stop.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """A byte-level BPE of the training text, and texts as its tokens."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -23,13 +21,10 @@ def train_tokenizer(texts: list[str], vocab_size: int, progress: bool) -> Tokeni
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,  # a pair seen once would only spell out one place of a small text
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    # a pair seen once would only spell out one place of a small text
+    options = {"special_tokens": [END_OF_TEXT], "min_frequency": 2, "show_progress": False}
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, **options)
     todo = [piece for text in texts for piece in pieces(text)]
     tokenizer.train_from_iterator(tqdm(todo, desc="counting words", delay=2, disable=not progress), trainer)
     tokenizer.encode_special_tokens = True
@@ -52,16 +47,11 @@ def encode(tokenizer: Tokenizer, texts: list[str], progress: bool) -> np.ndarray
     return np.concatenate(parts)
 
 
-def bytes_of(tokenizer: Tokenizer) -> np.ndarray:
-    """(V,): how many bytes each token stands for. The byte-level alphabet writes each as one character; an end is none."""
-    sizes = np.array([len(tokenizer.id_to_token(i)) for i in range(tokenizer.get_vocab_size())])
-    sizes[END_OF_TEXT_ID] = 0
-    return sizes
-
-
 def write_meta(folder: Path, tokenizer: Tokenizer, validation: np.ndarray) -> None:
     """A tokenized text's meta.json: the vocabulary's size, and the bytes that its validation targets stand for."""
-    sizes = bytes_of(tokenizer)
+    # the byte-level alphabet writes each byte as one character; an end of text is none
+    sizes = np.array([len(tokenizer.id_to_token(i)) for i in range(tokenizer.get_vocab_size())])
+    sizes[END_OF_TEXT_ID] = 0
     meta = {"vocab_size": len(sizes), "validation_bytes": int(sizes[validation[1:]].sum())}
     (folder / "meta.json").write_text(json.dumps(meta))
 

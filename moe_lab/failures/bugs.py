@@ -8,8 +8,6 @@ B03 to B26 are edits of healthy functions, or texts where they are no code (B14,
 that the case did not have are functions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path

@@ -1,6 +1,5 @@
 """A bug as an edit: a few words of a healthy function's source are replaced while a `with` block runs."""
 
-from __future__ import annotations
 import __future__
 
 import difflib

@@ -6,8 +6,6 @@ was computed from; after an interruption, only missing cells run. All arms of on
 (both follow from `training.seed`), so differences between arms are taken within a seed.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -1,7 +1,5 @@
 """What runs measured: tables of rows with their spread over seeds, where numbers come from, and committed results."""
 
-from __future__ import annotations
-
 import json
 import math
 import platform

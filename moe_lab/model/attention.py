@@ -2,8 +2,6 @@
 
 # Shapes: B batch, T time, D d_model, H query heads, G key/value heads, R = H / G, C head_dim, S cached positions.
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """How many parameters a config has, without allocating one."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from moe_lab.config import ModelConfig

@@ -2,8 +2,6 @@
 
 # Shapes: B batch, T time, D d_model, C = ceil(capacity * T) chosen tokens of a sequence.
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

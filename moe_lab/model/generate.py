@@ -1,7 +1,5 @@
 """Text from a model: the prompt in one pass, which fills the caches, then one token a step."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

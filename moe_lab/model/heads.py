@@ -1,7 +1,5 @@
 """Multi-token prediction: head k predicts the token k + 1 places ahead, from the same hidden state."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """The parts that every block shares: the dense feed-forward sublayer, the small MLP of the routers, dropout."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -3,8 +3,6 @@
 # Shapes: B batch, T time, D d_model, I d_inner = expand * D, N d_state, R dt_rank, W d_conv, E experts.
 # Paper's symbols: Δ step size (delta), A decay rates, B input and C output projections, D skip.
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

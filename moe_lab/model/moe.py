@@ -2,8 +2,6 @@
 
 # Shapes: B batch, T time, D d_model, F d_ff_expert, N = B*T tokens, E experts, K experts a token, S = N*K slots.
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 
@@ -33,7 +31,7 @@ class Routing(NamedTuple):
         n_experts = self.logits.shape[-1]
         return F.one_hot(self.expert_ids, n_experts).float().mean(dim=(0, 1))
 
-    def of(self, rows: Tensor) -> Routing:
+    def of(self, rows: Tensor) -> "Routing":
         """The routing of the tokens where `rows` (N,) bool is true."""
         return Routing(self.weights[rows], self.expert_ids[rows], self.logits[rows], self.drop_rate)
 

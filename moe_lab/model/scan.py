@@ -10,8 +10,6 @@ leaves each chunk, then from what the chunks before let in. Over a whole chunk t
 
 # Shapes: B batch, T time, N d_state, D d_inner, K chunks of L positions in a block. N before D: D is long, so inner loops are.
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Sequence
 

@@ -2,8 +2,6 @@
 
 # Shapes: B batch, T time, D d_model, V vocabulary, n prediction heads.
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -2,8 +2,6 @@
 
 # Shapes: W ranks, A rows and B columns of a matrix; a rank holds consecutive rows, the last ones perhaps fewer or none.
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

@@ -5,5 +5,4 @@ plots.py        the figure of a run; two runs beside each other
 live.py         LiveRun and LivePair: a training, or two side by side, with a figure, controls and findings
 dashboard.py    what both have: the worker thread, the controls, the output
 front.py        what a front end needs to be told while a cell waits
-explorables.py  figures with controls, and how to make one
 """

@@ -1,14 +1,12 @@
 """What every live training has: a worker thread, a figure, controls, and findings in red. `live.py` has what is trained."""
 
-from __future__ import annotations
-
 import asyncio
 import html
 import itertools
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
 from typing import Any
@@ -32,19 +30,16 @@ STYLE = """<style>body:has(.moe-live-{n}) .moe-still-{n} {{display: none}}
 .jp-OutputArea:has(.moe-still-{n}) .jp-OutputArea-output:is(.jupyter-widgets, [data-mime-type*=widget]):not(:has(*))
 {{display: none}}</style>"""
 _numbers = itertools.count()
-_active: Live | None = None  # a kernel trains one thing at a time; see Live.start
+_active: "Live | None" = None  # a kernel trains one thing at a time; see Live.start
 
 
-def told(findings: Iterable[Finding], whose: str = "") -> str:
-    """Findings as HTML, a line each: errors and warnings in colour and in words, with their step."""
-    lines = []
-    for finding in findings:
-        colour = {"error": RED, "warning": AMBER}.get(finding.severity)
-        # a quarter of the page's own ink: darker on white paper, lighter in a dark theme
-        mixed = f"color:{colour};color:color-mix(in srgb,{colour} 75%,currentColor);font-weight:600"
-        style = mixed if colour else "opacity:.75"
-        lines.append(f'<div style="{style}">{html.escape(" ".join(f"{whose} {finding}".split()))}</div>')
-    return "".join(lines)
+def line_of(whose: str, finding: Finding) -> str:
+    """A finding as HTML: an error or a warning in colour and in words, with its step."""
+    colour = {"error": RED, "warning": AMBER}.get(finding.severity)
+    # a quarter of the page's own ink: darker on white paper, lighter in a dark theme
+    mixed = f"color:{colour};color:color-mix(in srgb,{colour} 75%,currentColor);font-weight:600"
+    words = html.escape(" ".join(f"{whose} {finding}".split()))
+    return f'<div style="{mixed if colour else "opacity:.75"}">{words}</div>'
 
 
 class Live:
@@ -65,14 +60,9 @@ class Live:
         self._number, self._cell = next(_numbers), None
         self._told: list[tuple[str, Finding]] = []
 
-    def work(self) -> Any:
-        raise NotImplementedError
-
-    def figure(self) -> tuple[Figure, str]:
-        raise NotImplementedError
-
-    def status(self) -> str:
-        raise NotImplementedError
+    work: Callable[[], Any]
+    figure: Callable[[], tuple[Figure, str]]
+    status: Callable[[], str]
 
     def start(self):
         """Show the controls and the figure here and begin to train. Returns itself.
@@ -194,7 +184,7 @@ class Live:
     def _bundle(self) -> dict[str, str]:
         bundle = to_html(*self.figure())
         news = self.findings()
-        bundle["text/html"] += "".join(told([finding], name) for name, finding in news)
+        bundle["text/html"] += "".join(line_of(*named) for named in news)
         bundle["text/plain"] += "".join(f"\n{name} {finding}" for name, finding in news)
         return bundle
 
@@ -238,14 +228,11 @@ class Live:
                 one.saved = "…"
                 one.save()
 
-        def show_status(_: widgets.Button) -> None:
-            self._status.value = self.status()
-
         def button(text: str, tooltip: str, act: Callable[[], None], style: str = "") -> widgets.Button:
             layout = {"width": "auto", "min_width": "6em"}
             made = widgets.Button(description=text, tooltip=tooltip, button_style=style, layout=layout)
             made.on_click(lambda _: act())
-            made.on_click(show_status)
+            made.on_click(lambda _: setattr(self._status, "value", self.status()))
             return made
 
         buttons = [

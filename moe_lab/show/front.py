@@ -1,7 +1,5 @@
 """What a front end needs to be told, so that what a cell shows stays alive while a cell waits."""
 
-from __future__ import annotations
-
 import asyncio
 import ctypes
 import os
@@ -60,7 +58,7 @@ class Waiting:
     Its output is cleared when it is queued, and it runs only after the cell that waits: who shows controls there must end.
     """
 
-    def __enter__(self) -> Waiting:
+    def __enter__(self) -> "Waiting":
         _waiting.append(request())
         return self
 

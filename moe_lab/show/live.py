@@ -11,8 +11,6 @@ at the end, and a line for each tenth of the run and each finding; in a plain sc
     rows = await pair.finished()                                   # the record of each, by name
 """
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable, Mapping
@@ -62,14 +60,14 @@ class LiveRun(Live):
         trainer: Any,
         floors: Mapping[str, float] | None = None,
         watch: Watch | None = None,
-        acts: Mapping[str, Callable[[LiveRun], None]] | None = None,
+        acts: Mapping[str, Callable[["LiveRun"], None]] | None = None,
     ):
         super().__init__([trainer], {"": watch} if watch else {}, acts)
         self.trainer, self.floors = trainer, floors or trainer.floors
         self.rows: list[dict[str, Any]] = []
         trainer.controls.acts |= {name: lambda act=act: act(self) for name, act in self.acts.items()}
 
-    def start(self) -> LiveRun:
+    def start(self) -> "LiveRun":
         self.rows += [row for row in read_record(self.trainer.run_dir) if row["step"] <= self.trainer.step]
         self.trainer.listeners.append(self.rows.append)
         for name, watch in self.watches.items():

@@ -3,8 +3,6 @@
 Each function returns the figure and a text description made from the same numbers, for whoever cannot see the figure.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

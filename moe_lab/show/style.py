@@ -4,8 +4,6 @@ Figures are `Figure` objects, never pyplot: its global state is shared by all th
 constrained layout doubles the time of a redraw. A series has a line style or marker and a label beside its colour.
 """
 
-from __future__ import annotations
-
 import base64
 import html
 import io
@@ -135,19 +133,3 @@ def show(figure: Figure, alt: str, caption: str = "") -> None:
     from IPython.display import display
 
     display(to_html(figure, alt, caption), raw=True)
-
-
-def name_sliders() -> None:
-    """Give every slider on the page the label beside it as its name for screen readers; ipywidgets gives none.
-
-    Call it after the sliders are displayed. A saved notebook keeps nothing of it that shows.
-    """
-    from IPython.display import display
-
-    code = """for (const ms of [200, 1000, 4000]) setTimeout(() => {
-      for (const slider of document.querySelectorAll('.widget-slider, .widget-hslider')) {
-        const label = slider.querySelector('.widget-label');
-        for (const handle of slider.querySelectorAll('.noUi-handle'))
-          if (label) handle.setAttribute('aria-label', label.textContent);
-      }}, ms)"""
-    display({"application/javascript": code, "text/plain": ""}, raw=True)

@@ -1,7 +1,5 @@
 """How a command trains, and how it ends: errors are one line on stderr."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from typing import Any

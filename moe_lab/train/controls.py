@@ -1,7 +1,5 @@
 """What a person may change while a run goes on: a small locked record that the loop reads once an update."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import sys

@@ -1,7 +1,5 @@
 """Where and in which precision a run computes."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os

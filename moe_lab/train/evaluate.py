@@ -1,7 +1,5 @@
 """Validation loss: next-token cross-entropy over every target of the validation split, in evaluation mode."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The trainer: one step is one optimizer update. Read `steps` first."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import time

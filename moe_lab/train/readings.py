@@ -1,7 +1,5 @@
 """What the loop reads off each step, kept on the device until it is worth a transfer."""
 
-from __future__ import annotations
-
 import math
 from itertools import islice
 from typing import NamedTuple

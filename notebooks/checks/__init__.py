@@ -1,5 +1,7 @@
 """What the notebooks' exercises are judged by; solutions are in ../solutions.
 
+exercise.py      what makes a check of an exercise
+explorables.py   figures with controls, and how to make one
 checklist.py     the lines that a notebook adds to the checklist
 questions_00.py, questions_01.py, figures_00.py, figures_01.py   what these notebooks ask and draw
 machine_00.py    what the machine has, and the minutes of each notebook on it

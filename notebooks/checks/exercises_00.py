@@ -7,9 +7,9 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from math import isclose
 
+from checks.exercise import exercise
 from moe_lab import Trainer, load_config
 from moe_lab.config import ROOT
-from moe_lab.course.lessons import exercise
 
 AS_REPORTED = ROOT / "configs" / "training_1.5b_as_reported.yaml"
 SMALL = ROOT / "configs" / "smoke.yaml"

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
+from checks.exercise import exercise
 from moe_lab import build_model
 from moe_lab.config import Config, ConfigError, load_config, to_yaml
-from moe_lab.course.lessons import exercise
 from moe_lab.data.prepare import Dataset
 
 DIAGNOSES = ("random tokens", "frequencies only", "beats the tables", "another number")

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
+from checks.exercise import exercise
 from moe_lab import load_config
 from moe_lab.config import ROOT, ModelConfig
-from moe_lab.course.lessons import exercise
 from moe_lab.model import count_parameters
 
 X = torch.arange(16.0).view(8, 2) + 1  # (T, D)

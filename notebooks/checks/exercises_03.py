@@ -9,10 +9,10 @@ from math import isclose
 from pathlib import Path
 from typing import Any
 
+from checks.exercise import exercise
 from checks.runs_bf16 import Run
 from moe_lab import Trainer
 from moe_lab.config import Config, load_config, to_yaml
-from moe_lab.course.lessons import exercise
 from moe_lab.failures import bugs
 
 CAUSES = ("healthy", "no gradient", "not in the optimizer", "rounded away")

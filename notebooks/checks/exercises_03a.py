@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from checks.exercise import exercise
 from checks.runs_bf16 import Run
 from moe_lab.config import Config, load_config, to_yaml
-from moe_lab.course.lessons import exercise
 from moe_lab.optim.schedule import lr_share
 
 STATES = {"float32": "float32", "bf16": "updates lost", "masters": "bf16, nothing lost"}

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.optim import Optimizer
 
-from moe_lab.course.lessons import exercise
+from checks.exercise import exercise
 from moe_lab.health import preflight
 from moe_lab.health.conventions import adamw_equivalent
 from moe_lab.optim import Muon

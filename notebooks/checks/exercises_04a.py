@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from checks.exercise import exercise
 from moe_lab import Trainer, load_config
 from moe_lab.config import ROOT, Config
-from moe_lab.course.lessons import exercise
 from moe_lab.data import Batches
 
 N_UPDATES = 20  # that a patient has behind it

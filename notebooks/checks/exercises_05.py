@@ -9,8 +9,8 @@ import torch
 import yaml
 from torch import nn
 
+from checks.exercise import exercise
 from moe_lab.config import ROOT
-from moe_lab.course.lessons import exercise
 from moe_lab.health.before.preflight import preflight
 
 REPORTED = ROOT / "configs" / "training_1.5b_as_reported.yaml"

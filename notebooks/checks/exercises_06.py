@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 
+from checks.exercise import exercise
 from checks.runs_06 import Patient, small_config
 from moe_lab.config import Config
-from moe_lab.course.lessons import exercise
 from moe_lab.failures import bugs
 from moe_lab.failures.bugs import planted
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from checks.exercise import exercise
 from moe_lab import Trainer, load_config
 from moe_lab.config import ROOT
-from moe_lab.course.lessons import exercise
 from moe_lab.sections import ConfigError
 from moe_lab.train.record import read_record
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 import torch
 
 from checks import runs_08
+from checks.exercise import exercise
 from moe_lab.course import notebook
-from moe_lab.course.lessons import exercise
 
 transformers = runs_08.transformers
 WORDS = ("healthy", "bfloat16 weights", "a loss that is too large", "weights that are NaN")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from checks.exercise import exercise
 from moe_lab import health, load_config, plan
 from moe_lab.config import ROOT, Config, to_dict
-from moe_lab.course.lessons import exercise
 from moe_lab.model import count_parameters
 
 CARD_GB = 24

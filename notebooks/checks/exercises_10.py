@@ -8,10 +8,10 @@ from tempfile import mkdtemp
 
 import yaml
 
+from checks.exercise import exercise
 from checks.ward import COMMITTED, EXAMPLE, Patient, file_of
 from moe_lab import Trainer, health
 from moe_lab.config import Config, from_dict, to_dict
-from moe_lab.course.lessons import exercise
 from moe_lab.failures import bugs
 from moe_lab.health import SICKNESSES
 from moe_lab.optim import build_optimizers

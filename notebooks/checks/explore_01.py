@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moe_lab.show.explorables import Slider, explore
+from checks.explorables import Slider, explore
 from moe_lab.show.style import BLUE, GREEN, GREY, INK, LETTERS, PALE, VERMILION, new_axes, new_figure
 
 START_OFF = 0.2  # nats between a first loss and where it should be: the limit of the watch's rule `initial_loss`

@@ -10,8 +10,8 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from checks.explorables import Choice, Slider, explore
 from moe_lab.health.measures import ulp
-from moe_lab.show.explorables import Choice, Slider, explore
 from moe_lab.show.style import BLUE, GREEN, GREY, INK, LETTERS, PALE, VERMILION, new_axes, new_figure
 
 # (weight, update): the report's case, just lost and just kept on either side of 1, and the same update at a small weight

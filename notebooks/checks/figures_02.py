@@ -15,10 +15,10 @@ from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from checks.explorables import Choice, Slider, explore
 from moe_lab.model.depth import Depth
 from moe_lab.model.moe import Routing, load_balancing_loss
 from moe_lab.show import style
-from moe_lab.show.explorables import Choice, Slider, explore
 from moe_lab.show.style import label_right, new_axes, new_figure, show
 
 CHANGES = LogNorm(1e-5, 3.0)  # of a logit: what the blues of the causality maps mean

@@ -10,9 +10,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from checks.explorables import Choice, Slider, explore
 from checks.explore_03 import bf16_between
 from moe_lab.optim.rounding import stochastic_round
-from moe_lab.show.explorables import Choice, Slider, explore
 from moe_lab.show.style import GREY, PALE, SERIES, draw_floors, label_right, new_axes, new_figure
 
 N_UPDATES = 100  # of the explorable's weight

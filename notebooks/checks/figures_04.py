@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
+from checks.explorables import Choice, Slider, explore
 from moe_lab.health.conventions import GPT3, adamw_equivalent, muon_element_step
 from moe_lab.show import style
-from moe_lab.show.explorables import Choice, Slider, explore
 from moe_lab.show.style import draw_floors, label_right, new_axes, new_figure
 
 Shown = tuple[Figure, str, str]

@@ -12,8 +12,6 @@ The notebook's cell is `explore_decay()`. Headless it shows the start position, 
 says what is seen now: a line in EXPLORABLES of tests/browser/test_explorables_browser.py tries real keys and clicks.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -21,7 +19,7 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 
 from moe_lab.show.live import is_interactive, keep_live
-from moe_lab.show.style import name_sliders, show, to_html
+from moe_lab.show.style import show, to_html
 
 
 class Slider(NamedTuple):
@@ -87,3 +85,19 @@ def explore(
     for widget in widgets.values():
         keep_live(widget)
         widget.observe(lambda _: handle.update(picture(), raw=True), names="value")
+
+
+def name_sliders() -> None:
+    """Give every slider on the page the label beside it as its name for screen readers; ipywidgets gives none.
+
+    Call it after the sliders are displayed. A saved notebook keeps nothing of it that shows.
+    """
+    from IPython.display import display
+
+    code = """for (const ms of [200, 1000, 4000]) setTimeout(() => {
+      for (const slider of document.querySelectorAll('.widget-slider, .widget-hslider')) {
+        const label = slider.querySelector('.widget-label');
+        for (const handle of slider.querySelectorAll('.noUi-handle'))
+          if (label) handle.setAttribute('aria-label', label.textContent);
+      }}, ms)"""
+    display({"application/javascript": code, "text/plain": ""}, raw=True)
