@@ -21,15 +21,11 @@ from moe_lab.model import LanguageModel, build_model
 from moe_lab.model.attention import Attention
 from moe_lab.model.count import count_parameters, idle
 from moe_lab.model.depth import Depth
-from moe_lab.model.moe import MoE
 from moe_lab.optim.groups import group_of
 
 BYTES = {"float32": 4, "bfloat16": 2}
-FORMATS = {
-    "float32": ("float32", "float32"),
-    "autocast": ("float32", "bfloat16"),
-    "pure bf16": ("bfloat16", "bfloat16"),
-}
+FORMATS = {"float32": ("float32", "float32"), "autocast": ("float32", "bfloat16")}
+FORMATS |= {"pure bf16": ("bfloat16", "bfloat16")}
 
 
 class Flops(NamedTuple):
@@ -66,7 +62,7 @@ def forward_flops(block: nn.Module, config: Config) -> float:
     total = 0.0
     for _, layer, depth in block.sublayers():
         share = depth.capacity if isinstance(depth, Depth) else 1.0
-        active = sum(p.numel() for p in matrices(layer)) - (idle(layer, config.model) if isinstance(layer, MoE) else 0)
+        active = sum(p.numel() for p in matrices(layer)) - idle(layer, config.model)
         total += 2 * (share * active + sum(p.numel() for p in depth.parameters()))
         if isinstance(layer, Attention):  # scores and weighted sum, of all pairs, as is customary: half are masked
             total += share * 4 * share * config.model.max_seq_len * layer.q_proj.out_features

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from browser.fake_trainer import eval_row, step_row
 from checks.figures_05 import time_figure
+from checks.pair import pair_figure
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from moe_lab.config import Config
-from moe_lab.show.plots import pair_figure, smooth, training_figure
+from moe_lab.show.plots import smooth, training_figure
 from moe_lab.show.style import GREY, INK, LARGEST_SVG, LETTERS, SERIES, label_right, new_axes, new_figure, png, to_html
 
 FLOORS = {"uniform": 8.32, "unigram": 6.61, "bigram": 4.49, "trigram": 4.08}

@@ -7,6 +7,7 @@ import time
 
 import pytest
 from browser.fake_trainer import FakeTrainer, eval_row, step_row
+from checks.pair import LivePair
 from IPython.core.interactiveshell import InteractiveShell
 from tiny_run import tiny, without_times
 
@@ -14,7 +15,7 @@ from moe_lab import Trainer
 from moe_lab.health.findings import Finding
 from moe_lab.show import dashboard, live
 from moe_lab.show.front import is_interactive
-from moe_lab.show.live import LivePair, LiveRun, observing
+from moe_lab.show.live import LiveRun, observing
 from moe_lab.show.style import SERIES
 from moe_lab.train.record import RECORD, append_jsonl, read_record
 

@@ -3,7 +3,6 @@
 The micro-batches of a step are dealt out to the ranks, so the update is that of one process, whatever their number; the
 gradients are averaged by DDP, or by FSDP2 (`fully_shard`), which also spreads weights and optimizer states. Each rank
 has a record: rank 0's is the run's directory and holds the means over all, rank k's lies in its folder rank_k.
-`accelerate launch` starts the same module. What comes after: expert parallelism, as in torchtitan.
 """
 
 import argparse
@@ -57,14 +56,9 @@ class Reporting(nn.Module):
 class SharedReadings(Readings):
     """Means over the ranks of what each one read."""
 
-    def __init__(self, model: nn.Module):
-        super().__init__(model)
-        self.device = self.norms[0].device
-        self.norms = [p for p in self.norms if local(p).numel()]
-
     def norm_deviation(self) -> Tensor:
-        apart = [(local(p).detach().float() - 1).abs().max() for p in self.norms]
-        most = torch.stack(apart).max() if apart else torch.zeros((), device=self.device)
+        apart = torch.cat([local(p).detach().float().flatten() - 1 for p in self.norms])
+        most = torch.cat([apart.abs(), apart.new_zeros(1)]).max()  # a rank may hold nothing of the norms
         dist.all_reduce(most, dist.ReduceOp.MAX)
         return most
 
@@ -108,7 +102,9 @@ class RankTrainer(Trainer):
         dist.barrier(group=self.group)  # the others find the tokens made
         if self.rank > 0:
             dataset = prepare(config.data, config.model, progress=False)
-        device = own_device(config)
+        device = pick_device(config.training.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device := torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
         model = build_model(replace(config.model, vocab_size=dataset.vocab_size), config.training.seed, device)
         sample = start_sample(model)  # of whole tensors
         if strategy == "fsdp":
@@ -186,14 +182,6 @@ def shard(model: LanguageModel) -> None:
         register_fsdp_forward_method(model, name)
 
 
-def own_device(config: Config) -> torch.device:
-    device = pick_device(config.training.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
 def agree_on(config: Config, n_ranks: int, group: dist.ProcessGroup) -> None:
     """Raise ConfigError unless all ranks were given this config, and can share out its micro-batches."""
     given: list = [None] * n_ranks
@@ -201,15 +189,11 @@ def agree_on(config: Config, n_ranks: int, group: dist.ProcessGroup) -> None:
     for rank, other in enumerate(given):
         if other != given[0]:
             differing = ", ".join(differences(given[0], other))
-            raise ConfigError(
-                f"rank {rank} was given another config than rank 0 ({differing}); start all with the same"
-            )
+            raise ConfigError(f"rank {rank} was given another config than rank 0 ({differing}); start all alike")
     n_micro = config.training.gradient_accumulation_steps
     if n_micro % n_ranks:
-        todo = "set it to a multiple of their number (and training.batch_size lower, for the same step)"
-        raise ConfigError(
-            f"training.gradient_accumulation_steps={n_micro} cannot be shared out to {n_ranks} ranks; {todo}"
-        )
+        what = f"training.gradient_accumulation_steps={n_micro} cannot be shared out to {n_ranks} ranks"
+        raise ConfigError(f"{what}; set it to a multiple (and training.batch_size lower, for the same step)")
 
 
 def train(args: argparse.Namespace) -> int:
@@ -218,10 +202,9 @@ def train(args: argparse.Namespace) -> int:
     try:
         dist.init_process_group("nccl" if pick_device(config.training.device).type == "cuda" else "gloo")
     except (ValueError, RuntimeError) as error:  # no launcher, or a port that is taken
+        how = "torchrun --standalone --nproc-per-node 2 -m moe_lab.connect.distributed …"
         reason = " ".join(str(error).split())[:160]
-        raise ConfigError(
-            f"the ranks cannot meet ({reason}); start with: torchrun --standalone --nproc-per-node 2 -m moe_lab.connect.distributed …"
-        ) from None
+        raise ConfigError(f"the ranks cannot meet ({reason}); start with: {how}") from None
     rank = dist.get_rank()
     try:
         trainer = RankTrainer(config, args.run_dir, args.strategy, args.resume)
@@ -234,7 +217,9 @@ def train(args: argparse.Namespace) -> int:
             print(f"{status}: {where}; this rank's watch: {found}")
         return int(any(finding.severity == "error" for finding in findings))
     except (RuntimeError, dcp.CheckpointException) as error:
-        if isinstance(error, RunError) or not is_about_ranks(error):
+        words = ("gloo", "connection", "nccl", "peer", "socket")  # Gloo has no class of its own for a rank that is gone
+        of_ranks = isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
+        if isinstance(error, RunError) or not of_ranks:
             raise
         last = [folder.name for folder in whole_checkpoints(args.run_dir)][-1:] or ["none"]
         lost = f"rank {rank}: another rank is gone; last whole checkpoint: {last[0]}"
@@ -243,21 +228,13 @@ def train(args: argparse.Namespace) -> int:
         dist.destroy_process_group()
 
 
-def is_about_ranks(error: BaseException) -> bool:
-    """Whether it was raised because a rank does not answer. Gloo has no class of its own for that."""
-    words = ("gloo", "connection", "nccl", "peer", "socket")
-    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="torchrun … -m moe_lab.connect.distributed")
     parser.add_argument("config", help="a YAML file, such as configs/lab.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--strategy", choices=STRATEGIES, default="fsdp", help="DDP copies the model, FSDP2 spreads it")
     parser.add_argument("--run-dir", type=Path, required=True)
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the last checkpoint, with any number of ranks"
-    )
+    parser.add_argument("--resume", action="store_true", help="from the last checkpoint, with any number of ranks")
     return exit_code(train, parser.parse_intermixed_args(argv))
 
 

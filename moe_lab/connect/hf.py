@@ -1,12 +1,9 @@
 """Hugging Face: our model as a `PreTrainedModel`, our optimizers and loss terms in a `transformers.Trainer`.
 
-    from moe_lab.connect import hf
-
     trainer = hf.LabTrainer(config, "runs/hf", callbacks=[hf.HealthCallback()])  # the text, recipe and model of a config
     trainer.train()
     trainer.save_model("model")  # safetensors
     model = AutoModelForCausalLM.from_pretrained("model")  # wherever this module is imported
-    model.generate(ids, max_new_tokens=50)
 
 Importing this module registers the model with transformers' Auto classes. It raises ImportError, one line, without the extra
 `hf` or with versions that it does not know.

@@ -1,10 +1,5 @@
 """The case: what the report claims, what it missed and what it observed, from case.yaml beside this file; and what the
 notebooks found about each claim, in notebooks/results/verdicts.json.
-
-case.claim("C05").sentence, case.bug("B18").symptom, case.observed_run("second").adamw_lr
-case.facts("training_1.5b")["d_model"]
-case.judge("C05", lab, cost=0.057)
-
 An id or a name that the case does not have raises ConfigError, with the nearest one.
 """
 

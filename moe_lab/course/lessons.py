@@ -1,9 +1,5 @@
 """What makes a notebook a lesson: questions before results.
 
-    await ask(questions_03.cause)                            # shows the options; a person chooses one
-    reveal(questions_03.cause, with_gradient=15, looks=15)   # which of them was measured
-    score()
-
 Questions stand in notebooks/checks/questions_NN.py, so that no notebook shows its answers in code.
 """
 
@@ -137,10 +133,8 @@ def reveal(question: Question, **measured: Any) -> None:
     close_box(question)
     keep("answers", question, right)
     guess = guesses.get(question, NO_GUESS)
-    if guess == NO_GUESS:
-        print("you did not guess")
-    else:
-        print("✓ as you predicted" if guess == right else f"✗ you predicted: {guess}")
+    said = {NO_GUESS: "you did not guess", right: "✓ as you predicted"}
+    print(said.get(guess, f"✗ you predicted: {guess}"))
     print(textwrap.fill(question.tempts, 100))
 
 

@@ -1,10 +1,5 @@
 """What the first cells of every notebook call: check the parameters, say what will run, and keep claims honest.
 
-    lab = notebook.begin(profile=profile, seed=seed, device=device)
-    lab.provenance()
-    ...
-    claim("05.1", loss < trigram, "validation loss is below the trigram", loss=loss, trigram=trigram)
-
 papermill turns `-p flag false` into the text "false" and injects a misspelt name with no more than a warning: not here.
 """
 
@@ -107,10 +102,11 @@ def resolve(**parameters: Any) -> Lab:
     if files and "://" not in files:
         files = str(ROOT / files)
     config = config.with_(data={"source": source, "data_files": files})
-    if values.get("resume") and "run_dir" not in values:
+    is_given, resume = "run_dir" in values, values.get("resume", False)
+    if resume and not is_given:
         raise ConfigError("resume=True needs run_dir: the directory of the run to go on with")
-    run_dir = ROOT / values["run_dir"] if "run_dir" in values else new_run_dir(profile)
-    return Lab(config, profile, run_dir, "run_dir" in values, values.get("resume", False))
+    run_dir = ROOT / values["run_dir"] if is_given else new_run_dir(profile)
+    return Lab(config, profile, run_dir, is_given, resume)
 
 
 def new_run_dir(name: str) -> Path:

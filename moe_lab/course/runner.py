@@ -57,8 +57,7 @@ def execute(path: Path, output: Path, parameters: Mapping[str, Any], **environme
         if stopping:
             raise KeyboardInterrupt
 
-    # without encryption ipykernel warns, in every run
-    encryption = "auto" if zmq.has("curve") else "disabled"
+    encryption = "auto" if zmq.has("curve") else "disabled"  # where there is none, ipykernel warns in every run
     options = {"progress_bar": sys.stderr.isatty(), "stderr_file": sys.stderr, "on_cell_start": before_cell}
     options |= {"kernel_name": "python3", "cwd": path.parent}
     options["config"] = Config(KernelManager={"transport_encryption": encryption})

@@ -60,11 +60,10 @@ def prepare(data: DataConfig, model: ModelConfig, cache_dir: Path | None = None,
         raise ConfigError(f"{folder} is damaged ({' '.join(str(error).split())}); delete it, and run again") from error
     tokenizer.encode_special_tokens = True  # a text that spells <|endoftext|> out does not end there
     if len(train) < model.max_seq_len + 1 or len(validation) < 2:
-        raise ConfigError(
-            f"data.source={data.source} is too little text: {len(train):,} training tokens (model.max_seq_len + 1 = "
-            f"{model.max_seq_len + 1:,} are needed) and {len(validation):,} validation tokens (2 are needed); "
-            "give more text, raise data.max_bytes or lower model.max_seq_len"
-        )
+        found = f"{len(train):,} training tokens (model.max_seq_len + 1 = {model.max_seq_len + 1:,} are needed)"
+        found += f" and {len(validation):,} validation tokens (2 are needed)"
+        todo = "give more text, raise data.max_bytes or lower model.max_seq_len"
+        raise ConfigError(f"data.source={data.source} is too little text: {found}; {todo}")
     was_read = f"{data.source}: {corpus.n_documents:,} documents, {corpus.n_bytes:,} bytes, "
     was_read += f"corpus {corpus.hash[:12]}{count_line(corpus.skipped)}"
     return Dataset(tokenizer, train, validation, folder, corpus.hash, was_read, **meta)

@@ -1,9 +1,5 @@
 """Bugs planted on purpose on a healthy model, its optimizers, its loop or its data. Nothing here is on by default.
 
-    with planted("B03", "B04"):       # the case's bugs by id; `moe_lab.course.case.bug("B03")` says one in words
-        model = build_model(config)   # and whatever trains it
-    show_difference("B03")            # the healthy and the sick lines
-
 B03 to B26 are edits of healthy functions, or texts where they are no code (B14, B23). B01, B02 and three common bugs
 that the case did not have are functions.
 """
@@ -21,7 +17,7 @@ from moe_lab.config import ConfigError, ModelConfig, read_yaml
 from moe_lab.failures.edits import Edit, applied, as_html, by_function, difference, edited, owner_of, source_of
 from moe_lab.model import build_model
 
-# ---- healthy skeletons of what the package does elsewhere, or not at all: B07 and B16 edit them --------------------------
+# healthy skeletons of what the package does elsewhere, or not at all: B07 and B16 edit them
 
 
 def loop(n_micro: int, accumulation: int, interval: int, on: Callable[[str], object]) -> None:
@@ -42,8 +38,6 @@ def moved(state: dict[str, Tensor], config: ModelConfig, seed: int) -> dict[str,
     start = build_model(config, seed).state_dict()
     return {name: ((state[name] - p).norm() / p.norm()).item() for name, p in start.items()}
 
-
-# ---- the case's bugs -----------------------------------------------------------------------------------------------------
 
 BUGS = read_yaml(Path(__file__).with_name("bugs.yaml"))
 
@@ -82,9 +76,6 @@ def show_difference(id: str) -> None:
     display({"text/html": as_html(f"{names}  (− healthy, + with {id})", lines), "text/plain": text}, raw=True)
 
 
-# ---- B01, B02 and three common bugs --------------------------------------------------------------------------------------
-
-
 def cast_parameters(model: nn.Module) -> nn.Module:
     """B01: `model.to(dtype=torch.bfloat16)` before training, and an optimizer on what that leaves."""
     return model.to(dtype=torch.bfloat16)
@@ -92,7 +83,6 @@ def cast_parameters(model: nn.Module) -> nn.Module:
 
 def lr_of_another_optimizer(max_lr: float) -> float:
     """B02: the LR that suits Muon is replaced by the 3e-4 that is usual for AdamW, whatever was asked for."""
-    del max_lr
     return 3e-4
 
 

@@ -1,9 +1,8 @@
 """The run engine: a table of settings → a row of measurements each, kept by content.
 
-A cell is a real training by the package's Trainer, usually in a process of its own with one thread, so that a result
-does not depend on how many cells run at once. A finished row is kept in `.cache/runs` under a name made from what it
-was computed from; after an interruption, only missing cells run. All arms of one seed share start values and data order
-(both follow from `training.seed`), so differences between arms are taken within a seed.
+A cell is a real training, usually in a process of its own with one thread, so that a result does not depend on how many
+run at once. Finished rows are kept in `.cache/runs`. All arms of one seed share start values and data order (both follow
+from `training.seed`), so differences between arms are taken within a seed.
 """
 
 import hashlib
@@ -22,7 +21,7 @@ from datetime import UTC, datetime
 from itertools import chain, product
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -44,17 +43,23 @@ LATER = {("model", "zero_init_output"): False, ("training", "compile"): False}
 GONE = {"mamba_kernel": "torch"}  # fields that `model` had then, at the value that all runs had
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One run. `probe(trainer, **options)`, a function of a module, drives the trainer by `trainer.steps(until)` and
-    returns the row; `options` are plain values. `remedy`: for bf16 parameters, a name and a function such as those of
-    `optim.rounding.REMEDIES`. `bugs`: ids of what is planted (`bugs.planted`) while the run is built and driven."""
+@dataclass(frozen=True)
+class Arm:
+    """One setting. `remedy`: for bf16 parameters, a name and a function such as those of `optim.rounding.REMEDIES`.
+    `bugs`: ids of what is planted (`bugs.planted`) while the run is built and driven."""
 
     config: Config
-    probe: Callable[..., dict[str, Any]]
-    options: Mapping[str, Any]
     remedy: tuple[str, Remedy] | None = None
     bugs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell(Arm):
+    """One run. `probe(trainer, **options)`, a function of a module, drives the trainer by `trainer.steps(until)` and
+    returns the row; `options` are plain values."""
+
+    probe: Callable[..., dict[str, Any]]
+    options: Mapping[str, Any]
 
     @property
     def key(self) -> str:
@@ -64,18 +69,9 @@ class Cell:
         for (section, name), before in LATER.items():
             if config[section][name] == before:
                 del config[section][name]
-        what = {"config": config, "remedy": self.remedy and self.remedy[0], **self.options} | (
-            {"bugs": self.bugs} if self.bugs else {}
-        )
+        what = {"config": config, "remedy": self.remedy and self.remedy[0], **self.options}
+        what |= {"bugs": self.bugs} if self.bugs else {}
         return hashlib.sha256(json.dumps([FORMAT, what], sort_keys=True).encode()).hexdigest()[:24]
-
-
-class Arm(NamedTuple):
-    """One setting of a factorial run: what a Cell has of it."""
-
-    config: Config
-    remedy: tuple[str, Remedy] | None = None
-    bugs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +89,7 @@ class Experiment:
         cells = {}
         for seed, (name, arm) in product(self.seeds, self.arms.items()):
             config = arm.config.with_(training={"seed": seed, "steps": steps})
-            cells[name, seed] = Cell(config=config, probe=losses_at, options=options, remedy=arm.remedy, bugs=arm.bugs)
+            cells[name, seed] = Cell(**vars(arm) | {"config": config}, probe=losses_at, options=options)
         return cells
 
 

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from torch import nn
+
 from moe_lab.config import ModelConfig
 from moe_lab.model.depth import Depth
 from moe_lab.model.moe import MoE
@@ -19,18 +21,19 @@ class ParameterCount(NamedTuple):
 def count_parameters(config: ModelConfig) -> ParameterCount:
     """Count from the meta device: seconds for any size, no memory. The embedding counts whole, as is customary."""
     model = build_model(config, device="meta")
-    total = sum(p.numel() for p in model.parameters())
-    active = total - sum(idle(module, config) for module in model.modules() if isinstance(module, MoE))
+    active = total = sum(p.numel() for p in model.parameters())
     skipped = 0.0
-    for block in model.layers:
-        for norm, layer, depth in block.sublayers():
-            if isinstance(depth, Depth):
-                size = sum(p.numel() for module in (norm, layer) for p in module.parameters())
-                skipped += (1 - depth.capacity) * (size - (idle(layer, config) if isinstance(layer, MoE) else 0))
+    for norm, layer, depth in (sublayer for block in model.layers for sublayer in block.sublayers()):
+        active -= idle(layer, config)
+        if isinstance(depth, Depth):
+            size = sum(p.numel() for module in (norm, layer) for p in module.parameters())
+            skipped += (1 - depth.capacity) * (size - idle(layer, config))
     return ParameterCount(total, round(active), active - skipped)
 
 
-def idle(moe: MoE, config: ModelConfig) -> float:
-    """Parameters of the experts that a token is not sent to."""
-    experts = sum(p.numel() for name, p in moe.named_parameters() if not name.startswith("router."))
+def idle(layer: nn.Module, config: ModelConfig) -> float:
+    """Parameters of a sublayer that a token does not use: the experts that it is not sent to."""
+    if not isinstance(layer, MoE):
+        return 0.0
+    experts = sum(p.numel() for name, p in layer.named_parameters() if not name.startswith("router."))
     return (1 - config.moe_top_k / config.n_experts) * experts

@@ -5,14 +5,9 @@
     run.show()                                    # anywhere: the same once more, after a reload of the page for instance
 
 The trainer runs in a worker thread, and buttons only set its locked controls. Headless there are no widgets, one figure
-at the end, and a line for each tenth of the run and each finding; in a plain script those lines alone. A pair:
-
-    pair = LivePair({"float32": healthy, "bf16": sick}).start()    # trainers; a watch on each is made here
-    rows = await pair.finished()                                   # the record of each, by name
+at the end, and a line for each tenth of the run and each finding; in a plain script those lines alone.
 """
 
-import contextlib
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,11 +18,11 @@ from moe_lab.health.during.watch import Watch
 from moe_lab.health.measures import share_of
 from moe_lab.show.dashboard import RED, Live
 from moe_lab.show.front import is_interactive, keep_live
-from moe_lab.show.plots import Mark, next_token_weight, pair_figure, training_figure
+from moe_lab.show.plots import Mark, next_token_weight, training_figure
 from moe_lab.show.style import GREY, INK, VERMILION
 from moe_lab.train.record import read_jsonl, read_record
 
-__all__ = ["LivePair", "LiveRun", "is_interactive", "keep_live"]
+__all__ = ["LiveRun", "is_interactive", "keep_live"]
 
 
 def observing(watch: Watch, every: int, last: int) -> Callable[[dict], None]:
@@ -109,57 +104,6 @@ class LiveRun(Live):
             text += "".join(f" · LR of {name} {lr:.3g}" for name, lr in [*row.get("lr", {}).items()][:1])
         text += "" if controls.lr_scale == 1 else f" · LR × {controls.lr_scale:.3g}"
         return f"{text} · saved {controls.saved}" if controls.saved else text
-
-
-class LivePair(Live):
-    """Trains `trainers` (two, by name) in turn, an update each, and hands the record of each to the cell that waits.
-
-    Give them the same seed and data, and directories of their own. Each is evaluated when `fit` would do it, saved only
-    by the button, and its rows are those of a run alone (seconds apart). `until` counts updates from the run's first;
-    None: all of them. `watches` are made here for trainers that have none.
-    """
-
-    def __init__(
-        self, trainers: Mapping[str, Any], watches: Mapping[str, Watch] | None = None, until: int | None = None
-    ):
-        given = watches or {}
-        made = {n: given.get(n) or Watch(t.model, t.optimizers, t.n_steps, quiet=True) for n, t in trainers.items()}
-        super().__init__(trainers.values(), made)
-        self.named, self.until = dict(trainers), until or self.trainers[0].n_steps
-        self.rows: dict[str, list[dict[str, Any]]] = {name: [] for name in trainers}
-        self.began = time.monotonic()
-        for name, trainer in trainers.items():
-            every = trainer.config.training.log_interval
-            trainer.listeners += [self.rows[name].append, observing(self.watches[name], every, self.until)]
-
-    def work(self) -> dict[str, list[dict[str, Any]]]:
-        with contextlib.ExitStack() as stack:
-            for trainer in self.trainers:
-                stack.enter_context(trainer.opened())
-                trainer.evaluate_if_due()
-            turns = [stack.enter_context(contextlib.closing(t.steps(self.until))) for t in self.trainers]
-            for _ in zip(*turns, strict=False):
-                for trainer in self.trainers:
-                    trainer.evaluate_if_due()
-        return self.rows
-
-    def share(self) -> float:
-        return min(trainer.step for trainer in self.trainers) / self.until
-
-    def figure(self) -> tuple[Figure, str]:
-        rows = {name: list(rows) for name, rows in self.rows.items()}
-        marks = {name: found_by(watch) for name, watch in self.watches.items()}
-        return pair_figure(rows, self.trainers[0].floors, self.trainers[0].config, marks)
-
-    def status(self) -> str:
-        step = min(trainer.step for trainer in self.trainers)
-        text = f"{self.state()} · step {step}/{self.until}"
-        for name, rows in self.rows.items():
-            last = last_with_loss(rows)
-            text += f" · {name}: loss {loss_of(last, self.named[name].config):.3f}" if last else ""
-        if step and not self.training.done():
-            text += left((time.monotonic() - self.began) * (self.until / step - 1))
-        return text
 
 
 def left(seconds: float) -> str:

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moe_lab.config import Config
-from moe_lab.show.style import BLUE, INK, SERIES, VERMILION, draw_floors, label_right, new_axes, new_figure
+from moe_lab.show.style import BLUE, INK, VERMILION, draw_floors, label_right, new_axes, new_figure
 
 Rows = Sequence[Mapping[str, Any]]
 Curve = tuple[np.ndarray, np.ndarray]  # steps, values
@@ -95,38 +95,6 @@ def training_figure(
     if not len(steps):
         return figure, f"No update yet; {config.n_steps} steps are planned.\nThe figure fills as the run goes on."
     return figure, f"Step {steps[-1]:.0f} of {config.n_steps}: {first}.\n{second[:1].upper()}{second[1:]}."
-
-
-def pair_figure(
-    rows: Mapping[str, Rows], floors: Mapping[str, float], config: Config, marks: Mapping[str, Sequence[Mark]]
-) -> tuple[Figure, str]:
-    """Loss and norm weights of runs beside each other, by name, with what happened in each."""
-    figure = new_figure(10, 3.8)
-    loss = new_axes(figure, (0.065, 0.14, 0.34, 0.75), "Training loss (dots: validation)", "step", "nats per token")
-    norm = new_axes(figure, (0.63, 0.14, 0.2, 0.75), "Norm weights: largest |w − 1|", "step", "no unit, 0 at the foot")
-    norm.set_yscale("symlog", linthresh=1e-4)
-    texts, labels, norms, everything = [], [], [], []
-    for (name, some), (colour, line, marker) in zip(rows.items(), SERIES, strict=False):
-        (steps, losses), (evaluated_at, evaluated) = loss_curves(some, config)
-        loss.plot(steps, losses, color=colour, linewidth=0.7, alpha=0.3)
-        loss.plot(steps, smooth(losses), color=colour, linewidth=1.8, linestyle=line)
-        loss.plot(evaluated_at, evaluated, color=colour, linestyle="", marker=marker, markersize=4)
-        moved = column(some, "norm_deviation")
-        norm.plot(*moved, color=colour, linewidth=1.8, linestyle=line)
-        everything += [losses, evaluated]
-        labels += [(value, f"{name} {value:.2f}", colour) for value in smooth(losses)[-1:] if math.isfinite(value)]
-        norms += [(value, f"{name} {value:.2g}", colour) for value in moved[1][-1:]]
-        if len(steps):
-            words = [f"training loss {smooth(losses)[-1]:.3f}", f"norm weights moved by up to {moved[1][-1]:.2g}"]
-            words += [f"{text} at step {step}" for step, text, _ in marks.get(name, ())]
-            texts.append(f"{name}: step {steps[-1]:.0f}, {', '.join(words)}.")
-    set_loss_limits(loss, np.concatenate(everything), floors)
-    colours = dict(zip(rows, (colour for colour, _, _ in SERIES), strict=False))
-    draw_marks(loss, [(s, f"{n}: {text}", colours[n]) for n in rows for s, text, _ in marks.get(n, ())], named=True)
-    label_right(loss, labels + draw_floors(loss, floors))
-    norm.set_ylim(-2e-5, None)
-    label_right(norm, norms)
-    return figure, "\n".join(texts) or "No update yet."
 
 
 def draw_marks(axes: Axes, marks: Sequence[Mark], named: bool) -> None:

@@ -58,10 +58,9 @@ def check_disk(trainer: Trainer, n_checkpoints: int = 1) -> None:
     needed = n_checkpoints * checkpoint_bytes(trainer.model, trainer.optimizers)
     free = shutil.disk_usage(trainer.run_dir).free
     if free < needed:
-        raise RunError(
-            f"{trainer.run_dir}: a checkpoint needs {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; "
-            "free some space, or lower training.keep_checkpoints or the model's size"
-        )
+        what = f"a checkpoint needs {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free"
+        todo = "free some space, or lower training.keep_checkpoints or the model's size"
+        raise RunError(f"{trainer.run_dir}: {what}; {todo}")
 
 
 def save_atomically(state: dict[str, Any], path: Path) -> None:
@@ -135,9 +134,9 @@ def snapshot(trainer: Trainer, tensors: bool = True) -> dict[str, Any]:
     if tensors:
         held["model_state_dict"] = trainer.model.state_dict()
         held["optimizer_state_dict"] = [optimizer.state_dict() for optimizer in trainer.optimizers]
+    schedule = {"step": trainer.step, "max_lr": trainer.config.training.max_lr, "n_steps": trainer.n_steps}
     return held | {
-        "scheduler_state_dict": {"step": trainer.step, "max_lr": trainer.config.training.max_lr}
-        | {"n_steps": trainer.n_steps, "lr_scale": trainer.controls.lr_scale},
+        "scheduler_state_dict": schedule | {"lr_scale": trainer.controls.lr_scale},
         "step": trainer.step,
         "tokens_seen": trainer.tokens(),
         "rng_state": rng,
@@ -165,10 +164,8 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
 def restore_place(trainer: Trainer, state: dict[str, Any]) -> None:
     """Where the run stands. Raises RunError if the text has changed."""
     if state["data_state"]["corpus"] != trainer.dataset.corpus_hash:
-        raise RunError(
-            f"{trainer.run_dir}: the text of data.source={trainer.config.data.source} has changed since the checkpoint; "
-            "bring it back, or start in a new directory"
-        )
+        text = f"the text of data.source={trainer.config.data.source} has changed since the checkpoint"
+        raise RunError(f"{trainer.run_dir}: {text}; bring it back, or start in a new directory")
     trainer.step = state["step"]
     trainer.controls.lr_scale = state["scheduler_state_dict"]["lr_scale"]
     trainer.batches.load_state_dict(state["data_state"])

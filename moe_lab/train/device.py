@@ -31,10 +31,8 @@ def place(model: nn.Module, optimizers: list[Optimizer] | None, precision: Preci
     """The model, on the device and with parameters as `precision` says. Optimizers that are given cannot be moved."""
     elsewhere = {p.device.type for p in model.parameters()} - {device.type}
     if optimizers and elsewhere:
-        raise ConfigError(
-            f"the model given is on {elsewhere.pop()} and the run on {device}: move it there, model.to({str(device)!r}), "
-            "before its optimizers are made"
-        )
+        where = f"the model given is on {elsewhere.pop()} and the run on {device}"
+        raise ConfigError(f"{where}: move it there, model.to({str(device)!r}), before its optimizers are made")
     model.to(device)
     return model.to(torch.bfloat16) if precision.parameters == "bfloat16" else model
 
@@ -120,9 +118,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def out_of_memory_advice(config: Config, device: torch.device, step: int) -> str:
-    training, model = config.training, config.model
-    return (
-        f"out of memory on {device} at step {step}: lower training.batch_size ({training.batch_size}; raise "
-        f"training.gradient_accumulation_steps to keep the step), model.max_seq_len ({model.max_seq_len}) or "
-        f"model.d_model ({model.d_model}), or set training.activation_checkpointing"
-    )
+    size = f"{config.training.batch_size}; raise training.gradient_accumulation_steps to keep the step"
+    model = f"model.max_seq_len ({config.model.max_seq_len}) or model.d_model ({config.model.d_model})"
+    lower = f"lower training.batch_size ({size}), {model}, or set training.activation_checkpointing"
+    return f"out of memory on {device} at step {step}: {lower}"

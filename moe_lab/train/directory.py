@@ -63,13 +63,10 @@ def to_resume(path: Path, state: dict[str, Any], given: Config) -> tuple[dict[st
             if old == new or (key == "compute" and new == "auto") or (key == "vocab_size" and new > old):
                 continue
             if name == "model" and key not in NOT_ARCHITECTURE:
-                raise RunError(
-                    f"{path}: model.{key} is {old} there and {new} in the config given; "
-                    "another architecture cannot resume: start in a new directory"
-                )
-            is_used = key in GIVEN_WINS
-            merged[name][key] = new if is_used else old
-            result = "given value is used" if is_used else "stored value is kept"
+                differs = f"{path}: model.{key} is {old} there and {new} in the config given"
+                raise RunError(f"{differs}; another architecture cannot resume: start in a new directory")
+            result = "given value is used" if key in GIVEN_WINS else "stored value is kept"
+            merged[name][key] = new if key in GIVEN_WINS else old
             lines.append(f"{name}.{key}: stored {old}, given {new}: the {result}")
     print(f"resuming after step {state['step']} of {path}", *lines, sep="\n", file=sys.stderr)
     return state, from_dict(merged, str(path))

@@ -193,10 +193,8 @@ class Trainer:
         self.report_rows([row | {"tokens_per_s": round(rate, 1)} for row in rows])
         for row in rows:
             if not math.isfinite(row["grad_norm"]):
-                raise ckpt.RunError(
-                    f"step {row['step']}: the gradient norm is {row['grad_norm']}, the weights are lost; "
-                    "lower training.max_lr, or resume from the last checkpoint"
-                )
+                lost = f"step {row['step']}: the gradient norm is {row['grad_norm']}, the weights are lost"
+                raise ckpt.RunError(f"{lost}; lower training.max_lr, or resume from the last checkpoint")
 
     def report_rows(self, rows: list[dict]) -> None:
         append_jsonl(self.run_dir / RECORD, rows)
