@@ -78,8 +78,7 @@ def check_file(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
-    for line in lines(config, args.tflops, args.utilisation, args.price, args.ranks):
-        print(line)
+    print(*lines(config, args.tflops, args.utilisation, args.price, args.ranks), sep="\n")
 
 
 def line_of(f: Finding) -> str:
@@ -157,8 +156,7 @@ def command(argv: list[str] | None) -> int | None:
     args, rest = known.parse_known_args(argv)  # argparse leaves over what follows an option
     if rest and "overrides" not in args:
         known.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        args.overrides += rest
+    vars(args).setdefault("overrides", []).extend(rest)
     return args.call(args)
 
 

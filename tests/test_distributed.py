@@ -19,7 +19,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from moe_lab import Trainer, load_config
 from moe_lab.connect.distributed import leave
 from moe_lab.optim import Muon
-from moe_lab.optim.sharded import is_sharded, n_rows
+from moe_lab.optim.sharded import is_sharded
 from moe_lab.train.record import read_record
 
 ROOT = Path(__file__).parents[1]
@@ -220,12 +220,6 @@ def test_muon_on_spread_tensors_is_muon_on_whole_ones(tmp_path: Path, n_ranks: i
     torch.multiprocessing.spawn(rank, arguments, n_ranks)
     for ours, expected in zip(torch.load(tmp_path / "result"), updated(shard=False), strict=True):
         torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5)  # the same products, in other batches
-
-
-@pytest.mark.parametrize(("total", "n_ranks"), [(8, 2), (3, 2), (5, 4), (1, 3), (7, 3)])
-def test_rows_are_dealt_out_as_chunk_does(total: int, n_ranks: int) -> None:
-    chunks = [len(part) for part in torch.arange(total).chunk(n_ranks)]
-    assert [n_rows(total, n_ranks, rank) for rank in range(n_ranks)] == chunks + [0] * (n_ranks - len(chunks))
 
 
 def test_a_record_tells_what_a_rank_saw(two: Path) -> None:

@@ -132,12 +132,10 @@ class Muon(Optimizer):
         """One update. Returns the closure's loss, or None."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            for p in params:
+            cut: dict[bool, list[Tensor]] = {False: [], True: []}
+            for p in (p for p in group["params"] if p.grad is not None):
                 if not self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            cut: dict[bool, list[Tensor]] = {False: [], True: []}
-            for p in params:
                 cut[is_sharded(p) and p.ndim == 2].append(p)
             for pieces in self.batches(cut[False]):
                 update(*map(list, zip(*pieces, strict=True)), group)
@@ -191,7 +189,7 @@ def directions_of(grads: list[Tensor], buffers: list[Tensor], of_grad, of_buffer
 
 
 def update_sharded(params: list[Tensor], buffers: list[Tensor], group: dict) -> None:
-    """Move matrices whose rows are spread over ranks: each is gathered once, on the one rank that orthogonalises it."""
+    """Move matrices whose rows are spread over ranks: each is whole once, on the one rank that orthogonalises it."""
     weights, grads, momenta = ([local(t) for t in ts] for ts in (params, [p.grad for p in params], buffers))
     of_buffer = group["momentum"] if group["nesterov"] else 1.0
     parts = directions_of(grads, momenta, 1 - group["momentum"], of_buffer)

@@ -1,11 +1,11 @@
 """Matrices whose rows are spread over ranks (FSDP2's `fully_shard`), and how ranks share out what needs them whole."""
 
-# Shapes: W ranks, A rows and B columns of a matrix; a rank holds consecutive rows, the last ones perhaps fewer or none.
+# Shapes: M matrices of A rows and B columns; a rank holds `a` consecutive rows of each, the last ones perhaps fewer or none.
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 
@@ -18,54 +18,31 @@ def is_sharded(p: Tensor) -> bool:
     """Whether its first dimension is spread over ranks. Raises ValueError for a layout of another kind."""
     if not hasattr(p, "placements"):
         return False
-    spread = [
-        place for place, n in zip(p.placements, p.device_mesh.shape, strict=True) if n > 1 and not place.is_replicate()
-    ]
+    there = zip(p.placements, p.device_mesh.shape, strict=True)
+    spread = [place for place, n in there if n > 1 and not place.is_replicate()]
     if len(spread) > 1 or any(not place.is_shard(0) for place in spread):
         raise ValueError(f"Muon takes tensors that are whole, or cut along their first dimension; got {p.placements}")
     return bool(spread)
 
 
 def shared_out(params: Sequence[Tensor], parts: Sequence[Tensor], compute: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """This rank's rows of `compute(matrix)` for each matrix, from its rows of them, `parts` (a, B) of one dtype.
+    """This rank's rows of `compute(matrices)` for each matrix, from its rows of them, `parts` (a, B) of one dtype.
 
-    Every matrix is whole on one rank alone, the one with the least to do. `compute` maps (A, B) to (A, B). Two exchanges in all.
+    Matrices of one shape are dealt out whole, as many to each rank, by DTensor's own exchange, and so are the results.
+    `compute` maps (M, A, B) to (M, A, B), M from 0.
     """
-    mesh = params[0].device_mesh
-    axis = next(i for i, place in enumerate(params[0].placements) if place.is_shard())
-    group, n_ranks, me = mesh.get_group(axis), mesh.size(axis), mesh.get_local_rank(axis)
-    owners, load = {}, [0] * n_ranks
-    for i in sorted(range(len(params)), key=lambda i: (-params[i].numel() * min(params[i].shape), i)):
-        owners[i] = min(range(n_ranks), key=load.__getitem__)
-        load[owners[i]] += params[i].numel() * min(params[i].shape)
-    of_owner = [[i for i in range(len(params)) if owners[i] == rank] for rank in range(n_ranks)]
-    mine = of_owner[me]
-    rows = {i: [n_rows(params[i].shape[0], n_ranks, rank) for rank in range(n_ranks)] for i in range(len(params))}
-    nothing = parts[0].new_empty(0)
+    from torch.distributed.tensor import DTensor, Shard  # a second; who has such parameters has loaded it
 
-    sent = [torch.cat([nothing, *(parts[i].flatten() for i in theirs)]) for theirs in of_owner]
-    of_rank = [[rows[i][rank] * params[i].shape[1] for i in mine] for rank in range(n_ranks)]  # elements of my matrices
-    received = exchange(sent, [sum(sizes) for sizes in of_rank], group)
-    pieces = [part.split(sizes) for part, sizes in zip(received, of_rank, strict=True)]
-    done = []
-    for i, shares in zip(mine, zip(*pieces, strict=True), strict=True):
-        done.append(compute(torch.cat(shares).view(params[i].shape)).split(rows[i]))
-    back = [torch.cat([nothing, *(shares[rank].flatten() for shares in done)]) for rank in range(n_ranks)]
-    results: dict[int, Tensor] = {}
-    for theirs, part in zip(of_owner, exchange(back, [part.numel() for part in sent], group), strict=True):
-        shares = part.split([parts[i].numel() for i in theirs])
-        results |= {i: share.view(parts[i].shape) for i, share in zip(theirs, shares, strict=True)}
-    return [results[i] for i in range(len(params))]
-
-
-def n_rows(total: int, n_ranks: int, rank: int) -> int:
-    """Rows on a rank, as `torch.chunk` and with it DTensor deal them out."""
-    each = -(-total // n_ranks)
-    return max(0, min(each, total - rank * each))
-
-
-def exchange(sent: Sequence[Tensor], sizes: Sequence[int], group: dist.ProcessGroup) -> Sequence[Tensor]:
-    """One flat tensor to each rank, one of a known size from each."""
-    out = sent[0].new_empty(sum(sizes))
-    dist.all_to_all_single(out, torch.cat(list(sent)), list(sizes), [t.numel() for t in sent], group=group)
-    return out.split(list(sizes))
+    results, alike = list(parts), defaultdict(list)
+    for i, p in enumerate(params):
+        alike[p.shape].append(i)
+    for (rows, columns), places in alike.items():
+        mesh, placements = params[places[0]].device_mesh, params[places[0]].placements
+        by_rows, by_matrix = ([Shard(dim) if p.is_shard() else p for p in placements] for dim in (1, 0))
+        layout = {"shape": torch.Size((len(places), rows, columns)), "stride": (rows * columns, columns, 1)}
+        stack = DTensor.from_local(torch.stack([parts[i] for i in places]), mesh, by_rows, **layout)
+        mine = compute(stack.redistribute(placements=by_matrix).to_local())
+        moved = DTensor.from_local(mine, mesh, by_matrix, **layout).redistribute(placements=by_rows).to_local()
+        for i, part in zip(places, moved, strict=True):
+            results[i] = part
+    return results
