@@ -113,9 +113,6 @@ class ModelConfig:
     def is_mamba(self, layer: int) -> bool:
         return self.mamba_enabled and layer in self.mamba_layers
 
-    def is_moe(self, layer: int) -> bool:
-        return layer in self.moe_layers
-
 
 @section
 class TrainingConfig:

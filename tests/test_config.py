@@ -239,7 +239,7 @@ def test_the_five_files_are_there() -> None:
 @pytest.mark.parametrize("name", ["smoke", "lab"])
 def test_the_profiles_hold_every_mechanism(name: str) -> None:
     model = load_config(CONFIGS / f"{name}.yaml").model
-    kinds = [(model.is_moe(layer), model.is_mamba(layer)) for layer in range(model.n_layers)]
+    kinds = [(layer in model.moe_layers, model.is_mamba(layer)) for layer in range(model.n_layers)]
     assert (True, False) in kinds, "no layer with a mixture of feed-forward experts"
     assert any(is_mamba for _, is_mamba in kinds) and any(not is_mamba for _, is_mamba in kinds)
     assert model.mod_enabled and model.mod_capacity_factor < 1

@@ -77,7 +77,6 @@ def sample(data: DataConfig, rows: Sequence[dict]) -> list[str] | None:
             n += len(text.encode())
         if n >= SAMPLE:
             return texts
-    return None
 
 
 def begin(draft: Path, data: DataConfig, texts: list[str], vocab_size: int, progress: bool) -> None:
@@ -167,4 +166,4 @@ def load_state(folder: Path) -> State:
 def save_state(folder: Path, state: State) -> None:
     path = folder / "stream.json.new"
     path.write_text(json.dumps(vars(state)))
-    os.replace(path, folder / "stream.json")
+    path.replace(folder / "stream.json")

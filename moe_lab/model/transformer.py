@@ -51,7 +51,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        is_mamba, is_moe = config.is_mamba(layer), config.is_moe(layer)
+        is_mamba, is_moe = config.is_mamba(layer), layer in config.moe_layers
         mixer = (RoutingMamba if is_moe else Mamba) if is_mamba else Attention
         self.seq_norm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.seq_layer = mixer(config)

@@ -71,7 +71,9 @@ class Live:
         """
         global _active
         if _active is not None:
-            _active.stop_and_join()
+            if not _active.training.done():
+                _active.stop()
+            _active._join()
         _active = self
         self._cell = cell_of(request())
         if self.controls:
@@ -90,13 +92,6 @@ class Live:
         for trainer in self.trainers:
             trainer.stop()
 
-    def stop_and_join(self) -> None:
-        """Let the update in flight end and the trainer save."""
-        if not self.training.done():
-            self.stop()
-        for thread in self._threads:
-            thread.join()
-
     async def finished(self) -> Any:
         """Await the end in a cell: the controls work meanwhile, and Interrupt stops the run gracefully."""
         tenths, spoken = 0, time.monotonic()  # headless: tenths of the run, and when
@@ -114,8 +109,7 @@ class Live:
                     self._tell()
         except (asyncio.CancelledError, KeyboardInterrupt):
             self.stop()
-        for thread in self._threads:  # a second Interrupt gives up waiting
-            thread.join()
+        self._join()  # a second Interrupt gives up waiting
         self._tell()
         self._close()  # again, from this cell: headless clients drop what a thread sends after its cell is over
         return self.training.result()
@@ -149,6 +143,11 @@ class Live:
         if self.is_evaluating():
             return f"evaluating, {min(c.evaluated for c in controls):.0%}"
         return "paused" if any(c.paused for c in controls) else "running"
+
+    def _join(self) -> None:
+        """Until the update in flight has ended and the trainer has saved."""
+        for thread in self._threads:
+            thread.join()
 
     # ---- in the worker thread and the drawing thread: no print, no pyplot ----
 

@@ -40,8 +40,7 @@ NOT_ARCHITECTURE = {
 
 def last_written(run_dir: Path) -> int | None:
     """When the directory's record was last changed, in ns since the epoch; None if there is none."""
-    record = run_dir / RECORD
-    return record.stat().st_mtime_ns if record.exists() else None
+    return (run_dir / RECORD).stat().st_mtime_ns if (run_dir / RECORD).exists() else None
 
 
 def refuse_used(trainer: Trainer) -> None:

@@ -172,13 +172,11 @@ class Trainer:
 
     def micro_batches(self) -> list[Tensor]:
         """Of one step: (B, T + 1) int64 each, on the CPU."""
-        training = self.config.training
-        return [self.batches.next_batch() for _ in range(training.gradient_accumulation_steps)]
+        return [self.batches.next_batch() for _ in range(self.config.training.gradient_accumulation_steps)]
 
     def clip(self) -> Tensor:
         """The gradients' norm, before they are clipped."""
-        training = self.config.training
-        return nn.utils.clip_grad_norm_(self.model.parameters(), training.max_grad_norm)
+        return nn.utils.clip_grad_norm_(self.model.parameters(), self.config.training.max_grad_norm)
 
     def flush(self) -> None:
         """Fetch the waiting readings, append them to the record and tell the listeners.
@@ -204,12 +202,12 @@ class Trainer:
 
     def evaluate_if_due(self) -> None:
         """At step 0, every eval_interval steps and at the end, once; given up if a stop is asked for meanwhile."""
-        due = self.step % self.config.training.eval_interval == 0 or self.step == self.n_steps
+        training = self.config.training
+        due = self.step % training.eval_interval == 0 or self.step == self.n_steps
         if not due or self.step == self.evaluated:
             return
         self.flush()
-        batch_size = self.config.training.batch_size
-        result = evaluate(self.model, self.dataset.validation, batch_size, self.autocast, self.controls)
+        result = evaluate(self.model, self.dataset.validation, training.batch_size, self.autocast, self.controls)
         if result is not None:
             row = {"event": "eval", "step": self.step, "tokens": self.tokens(), **result}
             self.report_rows([row | {"seconds": round(self.seconds(), 3)}])
@@ -219,14 +217,12 @@ class Trainer:
     def obey_controls(self) -> bool:
         """Do what was asked for since the last update; wait while paused. Returns whether to stop."""
         while True:
-            actions = self.controls.take(self.step)
-            if actions:
+            if actions := self.controls.take(self.step):
                 append_jsonl(self.run_dir / CONTROLS, actions)
             for act in (self.controls.acts.get(row["action"]) for row in actions):
                 if act is not None:
                     act()
-            stop = self.controls.decision()
-            if stop is not None:
+            if (stop := self.controls.decision()) is not None:
                 return stop
             self.flush()  # who pauses looks at what there is
             with self.off_the_clock():
