@@ -5,13 +5,14 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from moe_lab.optim.products import fast_dtype
-from moe_lab.optim.sharded import is_sharded, local, shared_out
+from moe_lab.optim.sharded import is_sharded, local, on_whole
 
 # The quintic's coefficients, and its epsilon: Jordan 2024, https://kellerjordan.github.io/posts/muon/
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -132,21 +133,18 @@ class Muon(Optimizer):
         """One update. Returns the closure's loss, or None."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
-            cut: dict[bool, list[Tensor]] = {False: [], True: []}
-            for p in (p for p in group["params"] if p.grad is not None):
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
                 if not self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                cut[is_sharded(p) and p.ndim == 2].append(p)
-            for pieces in self.batches(cut[False]):
+            for pieces in self.batches(params):
                 update(*map(list, zip(*pieces, strict=True)), group)
-            if cut[True]:
-                update_sharded(cut[True], [self.state[p]["momentum_buffer"] for p in cut[True]], group)
         return loss
 
     def batches(self, params: list[Tensor]) -> Iterable[list[tuple]]:
         """Weights, gradients and momenta, (M, A, B) each, together where matrices have one shape, in batches of bounded size;
-        and of stacks, apart from matrices, which slices have a gradient: (M, 1, 1) bool. Of a stack whose matrices are spread
-        over ranks, those that are here: they need no other rank."""
+        of stacks, apart from matrices, which slices have a gradient: (M, 1, 1) bool; and the parameter. Of what is spread over
+        ranks, what is here: whole matrices of a stack, which need no other rank, and rows of a matrix."""
         found: list[list[tuple]] = []
         latest: dict[tuple, list[tuple]] = defaultdict(list)  # the batch of a shape that is being filled
         for p in params:
@@ -154,46 +152,31 @@ class Muon(Optimizer):
             stacks = here if p.ndim == 3 else [t.unsqueeze(0) for t in here]
             if not len(stacks[0]):
                 continue
-            n, rows, columns = stacks[0].shape
+            n, (rows, columns) = len(stacks[0]), p.shape[-2:]
             most = max(1, (BATCH_BYTES if p.device.type == "cpu" else LARGE_BATCH_BYTES) // (4 * rows * columns))
-            kind = (p.ndim, rows, columns, p.dtype, p.device)
+            kind = (p.ndim, rows, columns, p.dtype, p.device, is_sharded(p) and (p.device_mesh, p.placements))
             for weight, grad, buffer in zip(*(t.chunk(math.ceil(n / most)) for t in stacks), strict=True):
                 if not latest[kind] or sum(len(piece[0]) for piece in latest[kind]) + len(weight) > most:
                     latest[kind] = []
                     found.append(latest[kind])
                 alive = (grad.amax((1, 2), True) != 0) | (grad.amin((1, 2), True) != 0) if p.ndim == 3 else None
-                latest[kind].append((weight, grad, buffer, alive))
+                latest[kind].append((weight, grad, buffer, alive, p))
         return found
 
 
-def update(weights: list[Tensor], grads: list[Tensor], buffers: list[Tensor], alive: list, group: dict) -> None:
+def update(weights: list, grads: list, buffers: list, alive: list, params: list, group: dict) -> None:
     """Move matrices of one shape, in place; the arguments are a batch's columns."""
-    lr, dtype = group["lr"], weights[0].dtype
+    lr, dtype, p = group["lr"], weights[0].dtype, params[0]
     of_grad, of_buffer = 1 - group["momentum"], group["momentum"] if group["nesterov"] else 1.0
     kept = 1 - lr * group["weight_decay"]
     if alive[0] is not None:  # other slices keep everything, and their direction is their gradient: zero
         of_grad, of_buffer = ([share * a.to(dtype) for a in alive] for share in (of_grad, of_buffer))
         kept = [torch.where(a, kept, 1.0) for a in alive]
-    directions = directions_of(grads, buffers, of_grad, of_buffer)
-    batch = torch.cat(directions) if len(directions) > 1 else directions[0]
-    moves = orthogonalise(batch, group["ns_steps"]).to(dtype)
-    torch._foreach_mul_(weights, kept)
-    alpha = -lr * lr_factor(moves.shape, group["adjust_lr"])
-    torch._foreach_add_(weights, moves.split([len(w) for w in weights]), alpha=alpha)
-
-
-def directions_of(grads: list[Tensor], buffers: list[Tensor], of_grad, of_buffer) -> list[Tensor]:
-    """Take the gradients into the momenta; what is to be orthogonalised."""
     torch._foreach_lerp_(buffers, grads, of_grad)
-    return torch._foreach_lerp(grads, buffers, of_buffer)
-
-
-def update_sharded(params: list[Tensor], buffers: list[Tensor], group: dict) -> None:
-    """Move matrices whose rows are spread over ranks: each is whole once, on the one rank that orthogonalises it."""
-    weights, grads, momenta = ([local(t) for t in ts] for ts in (params, [p.grad for p in params], buffers))
-    of_buffer = group["momentum"] if group["nesterov"] else 1.0
-    parts = directions_of(grads, momenta, 1 - group["momentum"], of_buffer)
-    moves = shared_out(params, parts, lambda x: orthogonalise(x, group["ns_steps"]).to(x.dtype))
-    torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-    factors = [-group["lr"] * lr_factor(p.shape, group["adjust_lr"]) for p in params]
-    torch._foreach_add_(weights, torch._foreach_mul(moves, factors))
+    directions = torch._foreach_lerp(grads, buffers, of_buffer)
+    batch = torch.cat(directions) if len(directions) > 1 else directions[0]
+    compute = partial(orthogonalise, steps=group["ns_steps"])
+    moves = (on_whole(compute, batch, p) if p.ndim == 2 and is_sharded(p) else compute(batch)).to(dtype)
+    torch._foreach_mul_(weights, kept)
+    alpha = -lr * lr_factor(p.shape, group["adjust_lr"])
+    torch._foreach_add_(weights, moves.split([len(w) for w in weights]), alpha=alpha)

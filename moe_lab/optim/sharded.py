@@ -2,8 +2,7 @@
 
 # Shapes: M matrices of A rows and B columns; a rank holds `a` consecutive rows of each, the last ones perhaps fewer or none.
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -25,24 +24,16 @@ def is_sharded(p: Tensor) -> bool:
     return bool(spread)
 
 
-def shared_out(params: Sequence[Tensor], parts: Sequence[Tensor], compute: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """This rank's rows of `compute(matrices)` for each matrix, from its rows of them, `parts` (a, B) of one dtype.
+def on_whole(compute: Callable[[Tensor], Tensor], rows: Tensor, p: Tensor) -> Tensor:
+    """This rank's rows of `compute(matrices)`, (M, a, B), from its rows of M matrices spread as the parameter `p` is.
 
-    Matrices of one shape are dealt out whole, as many to each rank, by DTensor's own exchange, and so are the results.
-    `compute` maps (M, A, B) to (M, A, B), M from 0.
+    The matrices are dealt out whole, as many to each rank, by DTensor's own exchange, and so are the results. `compute`
+    maps (M, A, B) to (M, A, B), M from 0.
     """
     from torch.distributed.tensor import DTensor, Shard  # a second; who has such parameters has loaded it
 
-    results, alike = list(parts), defaultdict(list)
-    for i, p in enumerate(params):
-        alike[p.shape].append(i)
-    for (rows, columns), places in alike.items():
-        mesh, placements = params[places[0]].device_mesh, params[places[0]].placements
-        by_rows, by_matrix = ([Shard(dim) if p.is_shard() else p for p in placements] for dim in (1, 0))
-        layout = {"shape": torch.Size((len(places), rows, columns)), "stride": (rows * columns, columns, 1)}
-        stack = DTensor.from_local(torch.stack([parts[i] for i in places]), mesh, by_rows, **layout)
-        mine = compute(stack.redistribute(placements=by_matrix).to_local())
-        moved = DTensor.from_local(mine, mesh, by_matrix, **layout).redistribute(placements=by_rows).to_local()
-        for i, part in zip(places, moved, strict=True):
-            results[i] = part
-    return results
+    by_rows, by_matrix = ([Shard(dim) if s.is_shard() else s for s in p.placements] for dim in (1, 0))
+    layout = {"shape": torch.Size((len(rows), *p.shape)), "stride": (p.numel(), p.shape[1], 1)}
+    spread = DTensor.from_local(rows, p.device_mesh, by_rows, **layout)
+    mine = compute(spread.redistribute(placements=by_matrix).to_local())
+    return DTensor.from_local(mine, p.device_mesh, by_matrix, **layout).redistribute(placements=by_rows).to_local()
