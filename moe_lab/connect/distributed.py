@@ -38,7 +38,6 @@ from moe_lab.train.controls import Controls
 from moe_lab.train.device import pick_device
 from moe_lab.train.readings import Readings
 
-STRATEGIES = ("ddp", "fsdp")
 PLAIN = "state.pt"  # beside the tensors of a checkpoint: what every rank needs of it, readable alone
 
 
@@ -232,7 +231,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="torchrun … -m moe_lab.connect.distributed")
     parser.add_argument("config", help="a YAML file, such as configs/lab.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--strategy", choices=STRATEGIES, default="fsdp", help="DDP copies the model, FSDP2 spreads it")
+    parser.add_argument(
+        "--strategy", choices=("ddp", "fsdp"), default="fsdp", help="DDP copies the model, FSDP2 spreads it"
+    )
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--resume", action="store_true", help="from the last checkpoint, with any number of ranks")
     return exit_code(train, parser.parse_intermixed_args(argv))

@@ -50,7 +50,7 @@ refuse_versions(NEEDS)
 import transformers  # noqa: E402
 from transformers.modeling_outputs import CausalLMOutput  # noqa: E402
 
-__all__ = ["HealthCallback", "Hybrid", "LabConfig", "LabForCausalLM", "LabTrainer", "Together", "Windows", "arguments"]
+__all__ = ["HealthCallback", "LabConfig", "LabForCausalLM", "LabTrainer"]
 
 
 class LabConfig(transformers.PreTrainedConfig):

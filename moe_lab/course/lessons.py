@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_lab.config import ROOT
-from moe_lab.show.live import is_interactive
+from moe_lab.show.front import is_interactive
 from moe_lab.train.record import write_atomically
 
 NO_GUESS = "I'd rather not guess"

@@ -19,7 +19,7 @@ import torch
 from moe_lab.config import ROOT, Config, load_config
 from moe_lab.failures.results import plain, provenance
 from moe_lab.sections import ConfigError, check_value, parse_word, suggestion
-from moe_lab.show.live import is_interactive
+from moe_lab.show.front import is_interactive
 from moe_lab.train.device import choose_threads, pick_device
 
 PROFILES = ("smoke", "lab", "gpu")

@@ -150,13 +150,10 @@ def print_end(output: Path, parameters: Mapping[str, Any]) -> None:
         print(f"{finding['severity']:16}{finding['rule']} at step {finding['step']}: {finding['where']}")
     if values.get("status") == "interrupted":
         given = {**parameters, "run_dir": output.parent, "resume": "true"}
-        words = [shlex.quote(f"{name}={text_of(value)}") for name, value in given.items()]
-        print(f"{'to go on':16}python -m moe_lab notebook {output.stem} {' '.join(words)}")
-
-
-def text_of(value: Any) -> str:
-    """A parameter as it is typed on the shell."""
-    return " ".join(value) if isinstance(value, list) else "" if value is None else str(value)
+        for name, value in given.items():
+            given[name] = " ".join(value) if isinstance(value, list) else "" if value is None else value
+        words = shlex.join(f"{name}={value}" for name, value in given.items())
+        print(f"{'to go on':16}python -m moe_lab notebook {output.stem} {words}")
 
 
 def find_notebook(path: str | Path) -> Path:

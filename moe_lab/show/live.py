@@ -17,12 +17,9 @@ from matplotlib.figure import Figure
 from moe_lab.health.during.watch import Watch
 from moe_lab.health.measures import share_of
 from moe_lab.show.dashboard import RED, Live
-from moe_lab.show.front import is_interactive, keep_live
 from moe_lab.show.plots import Mark, next_token_weight, training_figure
 from moe_lab.show.style import GREY, INK, VERMILION
 from moe_lab.train.record import read_jsonl, read_record
-
-__all__ = ["LiveRun", "is_interactive", "keep_live"]
 
 
 def observing(watch: Watch, every: int, last: int) -> Callable[[dict], None]:

@@ -176,7 +176,8 @@ class Trainer:
 
     def clip(self) -> Tensor:
         """The gradients' norm, before they are clipped."""
-        return nn.utils.clip_grad_norm_(self.model.parameters(), self.config.training.max_grad_norm)
+        training = self.config.training
+        return nn.utils.clip_grad_norm_(self.model.parameters(), training.max_grad_norm)
 
     def flush(self) -> None:
         """Fetch the waiting readings, append them to the record and tell the listeners.

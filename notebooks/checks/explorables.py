@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from moe_lab.show.live import is_interactive, keep_live
+from moe_lab.show.front import is_interactive, keep_live
 from moe_lab.show.style import show, to_html
 
 

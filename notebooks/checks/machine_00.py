@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 from moe_lab.config import ROOT, Config
 from moe_lab.course.notebook import Lab
 from moe_lab.course.runner import all_notebooks
-from moe_lab.show.live import is_interactive
+from moe_lab.show.front import is_interactive
 from moe_lab.train import Trainer
 from moe_lab.train.device import pick_compute, seconds_per_product
 

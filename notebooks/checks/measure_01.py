@@ -21,7 +21,7 @@ from moe_lab.config import Config, DataConfig
 from moe_lab.data import Batches
 from moe_lab.failures.results import Results
 from moe_lab.health import measures
-from moe_lab.show.live import is_interactive
+from moe_lab.show.front import is_interactive
 from moe_lab.show.style import show, to_html
 
 REDRAW_S = 1.0

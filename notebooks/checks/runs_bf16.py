@@ -15,7 +15,7 @@ from checks.remedies import PARTLY, REMEDIES
 from moe_lab import health
 from moe_lab.config import Config
 from moe_lab.failures.experiments import make_trainer
-from moe_lab.show.live import is_interactive
+from moe_lab.show.front import is_interactive
 from moe_lab.show.plots import next_token_weight
 from moe_lab.show.style import show, to_html
 

@@ -20,7 +20,7 @@ from checks.ward_notes import go_on, keep
 from checks.ward_plans import CAUSES, EXAMPLE, OTHER_CURES, Plan, draw
 from moe_lab.config import ROOT, ConfigError
 from moe_lab.sections import read_yaml, suggestion
-from moe_lab.show.live import is_interactive
+from moe_lab.show.front import is_interactive
 
 COMMITTED = ROOT / "notebooks" / "results" / "ward"
 CHECKLIST = read_yaml(LIST)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from checks.ward import CAUSES, PRICES, Ward, all_cures
 from moe_lab.sections import ConfigError
-from moe_lab.show.live import is_interactive
+from moe_lab.show.front import is_interactive
 
 NONE = "–"
 
