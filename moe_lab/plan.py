@@ -49,7 +49,8 @@ class Memory(NamedTuple):
 
 def flops(config: Config) -> Flops:
     """Of one update. A product of (n, a) and (a, b) is 2nab; what is no matrix product, as Mamba's scan, is left out."""
-    model, recomputed = build_model(config.model, device="meta"), config.training.activation_checkpointing
+    model = build_model(config.model, device="meta")
+    recomputed = config.training.activation_checkpointing
     blocks = sum(forward_flops(block, config) for block in model.layers)
     heads = sum(2 * p.numel() for p in model.lm_heads.parameters())
     passes = (3 + recomputed) * blocks + 3 * heads  # a backward pass multiplies twice as much as a forward pass
@@ -84,7 +85,8 @@ def newton_schulz(shape: torch.Size, steps: int) -> float:
 
 def memory(config: Config, ranks: int = 1) -> Memory:
     """`ranks`: over which FSDP shards weights, gradients and the optimizer's state."""
-    size, model = BYTES[config.precision.parameters], build_model(config.model, device="meta")
+    size = BYTES[config.precision.parameters]
+    model = build_model(config.model, device="meta")
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     one = sum(n for name, n in sizes.items() if group_of(name) == "muon" and config.optimizer.type == "muon")
     weights, moments = size * sum(sizes.values()), size * (2 * sum(sizes.values()) - one)  # Muon keeps one moment
@@ -177,7 +179,9 @@ def batch_lr(tokens: int) -> float:
 
 def lines(config: Config, tflops: float, utilisation: float, price: float, ranks: int = 1) -> Iterator[str]:
     """The plan as text. Raises as `cost` does."""
-    whole, each, tokens = cost(config, tflops, utilisation, price, ranks), flops(config), config.tokens_per_step
+    whole = cost(config, tflops, utilisation, price, ranks)
+    each = flops(config)
+    tokens = config.tokens_per_step
     n = count_parameters(config.model)
     yield f"parameters: {n.total:,}; a token uses {n.active:,}, with MoD's skips {n.active_with_depth:,.0f}"
     yield f"an update of {tokens:,} tokens, TFLOP: {each.passes / 1e12:.4g} in passes, {each.optimizer / 1e12:.4g} in Muon"

@@ -93,7 +93,9 @@ class RankTrainer(Trainer):
     """
 
     def __init__(self, config: Config, run_dir: Path, strategy: str, resume: bool = False):
-        self.rank, self.n_ranks, self.root = dist.get_rank(), dist.get_world_size(), Path(run_dir)
+        self.rank = dist.get_rank()
+        self.n_ranks = dist.get_world_size()
+        self.root = Path(run_dir)
         self.group = dist.new_group(backend="gloo")  # for decisions: on the CPU, so that no device waits for them
         agree_on(config, self.n_ranks, self.group)
         if self.rank == 0:
@@ -109,7 +111,8 @@ class RankTrainer(Trainer):
         if strategy == "fsdp":
             shard(model)
         super().__init__(config, self.root if self.rank == 0 else self.root / f"rank_{self.rank}", resume, model)
-        self.readings, self.controls = SharedReadings(self.model), SharedControls(self.controls.acts)
+        self.readings = SharedReadings(self.model)
+        self.controls = SharedControls(self.controls.acts)
         self.initial_sample = self.initial_sample or sample
         if strategy == "ddp":
             self.compiled = DistributedDataParallel(Reporting(self.model))

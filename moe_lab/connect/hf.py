@@ -233,7 +233,8 @@ class LabTrainer(transformers.Trainer):
         if self.lr_scheduler is None:
             training, n_steps = self.lab.training, num_training_steps
             share = lambda done: lr_share(done + 1, n_steps, training.warmup_steps, training.min_lr_ratio)  # noqa: E731
-            self.lr_scheduler, self._created_lr_scheduler = LambdaLR(optimizer or self.optimizer, share), True
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, share)
+            self._created_lr_scheduler = True
         return self.lr_scheduler
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **counts: Any) -> Any:

@@ -84,7 +84,8 @@ def begin(draft: Path, data: DataConfig, texts: list[str], vocab_size: int, prog
     tokenizer = train_tokenizer(texts, vocab_size, progress)
     part, dtype = texts[: len(texts) // 16 + 1], token_dtype(tokenizer)
     per_byte = len(encode(tokenizer, part, progress=False)) / sum(len(text.encode()) for text in part)
-    needed, free = int(data.max_bytes * per_byte * dtype.itemsize), shutil.disk_usage(draft.parent).free
+    needed = int(data.max_bytes * per_byte * dtype.itemsize)
+    free = shutil.disk_usage(draft.parent).free
     size = f"{data.max_bytes:,} bytes of {data.source} are about {data.max_bytes * per_byte:,.0f} tokens, {needed:,} bytes on disk"
     if needed > free:
         raise ConfigError(f"data.max_bytes: {size}, and {free:,} are free at {draft.parent}; lower it, or make room")
@@ -99,7 +100,8 @@ def begin(draft: Path, data: DataConfig, texts: list[str], vocab_size: int, prog
 
 def go_on(draft: Path, data: DataConfig, rows: Sequence[dict], progress: bool) -> None:
     """Write the tokens of what has not been read yet, saving now and then."""
-    tokenizer, state = Tokenizer.from_file(str(draft / "tokenizer.json")), load_state(draft)
+    tokenizer = Tokenizer.from_file(str(draft / "tokenizer.json"))
+    state = load_state(draft)
     tokenizer.encode_special_tokens = True
     if state.place:
         rows.load_state_dict(state.place)
@@ -139,7 +141,9 @@ def portions(data: DataConfig, rows: Sequence[dict], state: State, bar: tqdm) ->
         n = len(raw(text))
         documents[name].append(text)
         state.hash = hashlib.sha256(f"{state.hash} {n} ".encode() + raw(text)).hexdigest()
-        state.n_documents, state.n_bytes, held = state.n_documents + 1, state.n_bytes + n, held + n
+        state.n_documents = state.n_documents + 1
+        state.n_bytes = state.n_bytes + n
+        held = held + n
         state.validation_text += n if name == "validation" else 0
         if held >= SAVED_EVERY:
             yield documents

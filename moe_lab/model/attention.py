@@ -75,7 +75,8 @@ class BlockAttention(Function):
         later = torch.ones(BLOCK, BLOCK, dtype=torch.bool).triu(1).unsqueeze(1)
         y, probs = torch.empty_like(q), []
         for start in range(0, k.shape[1], BLOCK):
-            rows, seen = slice(start * n_queries, (start + BLOCK) * n_queries), slice(start + BLOCK)
+            rows = slice(start * n_queries, (start + BLOCK) * n_queries)
+            seen = slice(start + BLOCK)
             scores = queries[:, rows] @ keys[:, :, seen]
             own = scores.unflatten(1, (-1, n_queries))[..., start:]  # (N, BLOCK, R, BLOCK): the block's own keys
             own.masked_fill_(later[: own.shape[1], :, : own.shape[-1]], -math.inf)
@@ -88,11 +89,14 @@ class BlockAttention(Function):
     def backward(ctx, grad):
         q, k, v, *probs = ctx.saved_tensors
         n_queries, scale = q.shape[1] // k.shape[1], q.shape[-1] ** -0.5
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        grad_q = torch.empty_like(q)
+        grad_k = torch.zeros_like(k)
+        grad_v = torch.zeros_like(v)
         grad_k, grad_v = grad_k.float(), grad_v.float()  # sums over blocks
         for index, p in enumerate(probs):
             start = index * BLOCK
-            rows, seen = slice(start * n_queries, (start + BLOCK) * n_queries), slice(start + BLOCK)
+            rows = slice(start * n_queries, (start + BLOCK) * n_queries)
+            seen = slice(start + BLOCK)
             grad_v[:, seen] += p.transpose(1, 2) @ grad[:, rows]
             grad_p = grad[:, rows] @ v[:, seen].transpose(1, 2)
             grad_scores = torch._softmax_backward_data(grad_p, p, -1, p.dtype)

@@ -28,7 +28,9 @@ class Mamba(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        d_inner, self.dt_rank, self.d_state = config.mamba_expand * config.d_model, config.dt_rank, config.ssm_state_dim
+        d_inner = config.mamba_expand * config.d_model
+        self.dt_rank = config.dt_rank
+        self.d_state = config.ssm_state_dim
         self.in_proj = nn.Linear(config.d_model, 2 * d_inner, bias=False)
         self.conv1d = nn.Conv1d(d_inner, d_inner, config.mamba_d_conv, groups=d_inner)
         self.x_proj = nn.Linear(d_inner, self.dt_rank + 2 * self.d_state, bias=False)

@@ -63,7 +63,9 @@ class MoE(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        d_model, d_ff, self.n_experts = config.d_model, config.d_ff_expert, config.n_experts
+        d_model = config.d_model
+        d_ff = config.d_ff_expert
+        self.n_experts = config.n_experts
         self.capacity_factor = config.moe_capacity_factor
         self.router = Router(config)
         self.gate_proj = nn.Parameter(torch.empty(self.n_experts, d_ff, d_model))

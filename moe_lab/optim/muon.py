@@ -167,7 +167,8 @@ class Muon(Optimizer):
 def update(weights: list, grads: list, buffers: list, alive: list, params: list, group: dict) -> None:
     """Move matrices of one shape, in place; the arguments are a batch's columns."""
     lr, dtype, p = group["lr"], weights[0].dtype, params[0]
-    of_grad, of_buffer = 1 - group["momentum"], group["momentum"] if group["nesterov"] else 1.0
+    of_grad = 1 - group["momentum"]
+    of_buffer = group["momentum"] if group["nesterov"] else 1.0
     kept = 1 - lr * group["weight_decay"]
     if alive[0] is not None:  # other slices keep everything, and their direction is their gradient: zero
         of_grad, of_buffer = ([share * a.to(dtype) for a in alive] for share in (of_grad, of_buffer))

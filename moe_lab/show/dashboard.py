@@ -52,7 +52,9 @@ class Live:
     def __init__(
         self, trainers: Sequence[Any], watches: Mapping[str, Watch], acts: Mapping[str, Callable] | None = None
     ):
-        self.trainers, self.watches, self.acts = list(trainers), dict(watches), dict(acts or {})
+        self.trainers = list(trainers)
+        self.watches = dict(watches)
+        self.acts = dict(acts or {})
         self.can_show = get_ipython() is not None  # not in a plain script
         self.controls = self.can_show and is_interactive()
         self.training: Future[Any] = Future()

@@ -90,7 +90,9 @@ class LiveRun(Live):
 
     def status(self) -> str:
         """One line: state, progress, loss, speed, time left, the first group's learning rate, the last checkpoint."""
-        controls, n_steps, step = self.trainer.controls, self.trainer.n_steps, self.trainer.step
+        controls = self.trainer.controls
+        n_steps = self.trainer.n_steps
+        step = self.trainer.step
         text = f"{self.state()} · step {step}/{n_steps}"
         if row := last_with_loss(self.rows):
             text += f" · loss {loss_of(row, self.trainer.config):.3f}"

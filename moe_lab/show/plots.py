@@ -99,7 +99,8 @@ def training_figure(
 
 def draw_marks(axes: Axes, marks: Sequence[Mark], named: bool) -> None:
     """A line at the step of each, with its words left of it, away from the curves; those of one step stand beside each other."""
-    curves, there = [line.get_data() for line in axes.lines if len(line.get_xdata()) > 2], {}
+    curves = [line.get_data() for line in axes.lines if len(line.get_xdata()) > 2]
+    there = {}
     for step, text, colour in marks:
         axes.axvline(step, color=colour, linestyle=":", linewidth=1)
         if named:

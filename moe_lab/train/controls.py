@@ -53,7 +53,8 @@ class Controls:
         """Rows for what was asked since the last call, `step` updates done; applies LR changes."""
         with self.lock:
             asked = self.asked + [row for row in self.scheduled if row["step"] == step]
-            self.asked, self.scheduled = [], [row for row in self.scheduled if row["step"] > step]
+            self.asked = []
+            self.scheduled = [row for row in self.scheduled if row["step"] > step]
             for row in asked:
                 self.lr_scale = row.get("value", self.lr_scale)
                 self.stopped = self.stopped or row["action"] == "stop"

@@ -74,7 +74,8 @@ def choose_threads(config: Config) -> str | None:
     if taken >= BUSY:
         most = max(1, min(most, int(cores - taken)))
     rows = min(config.training.batch_size * config.model.max_seq_len, 2048)
-    a, b = torch.ones(rows, config.model.d_model), torch.ones(config.model.d_model, config.model.d_ff)
+    a = torch.ones(rows, config.model.d_model)
+    b = torch.ones(config.model.d_model, config.model.d_ff)
     seconds = {}
     for n in {most, 1}:
         torch.set_num_threads(n)

@@ -69,7 +69,9 @@ class Trainer:
             group.setdefault("initial_lr", group["lr"])
             group.setdefault("name", f"group_{index}")
         self.batches = Batches(self.dataset.train, model_config.max_seq_len, training.batch_size, training.seed)
-        self.listeners, self.controls, self.readings = list(listeners), Controls(), Readings(self.model)
+        self.listeners = list(listeners)
+        self.controls = Controls()
+        self.readings = Readings(self.model)
         self.controls.acts["save"] = lambda: self.save(ckpt.step_path(self.run_dir, self.step))
         self.initial_sample: dict | None = None  # of the parameters before the first update
         self.rng_state: dict | None = None  # to go on with; None: seeded

@@ -65,7 +65,9 @@ def write_summary(trainer: Trainer, status: str) -> dict[str, Any]:
     rows = read_record(trainer.run_dir)
     losses = [row["loss"] for row in rows if "loss" in row][-trainer.config.training.log_interval :]
     validation = next((row["validation_loss"] for row in reversed(rows) if "validation_loss" in row), None)
-    dataset, wall, findings = trainer.dataset, trainer.seconds(), trainer.run_dir / FINDINGS
+    dataset = trainer.dataset
+    wall = trainer.seconds()
+    findings = trainer.run_dir / FINDINGS
     n_targets = len(dataset.validation) - 1
     summary = {
         "status": status,
