@@ -66,8 +66,14 @@ def refresh(names: Sequence[str]) -> None:
     if commit != provenance()["commit"]:
         raise ConfigError(f"{commit} was checked out at the start and {provenance()['commit']} is now: run this again")
     if not names:
-        case.keep_verdicts_of(commit)  # what no notebook judges any longer must not stay
+        keep_verdicts_of(commit)  # what no notebook judges any longer must not stay
         write_claims(found, sum(minutes["lab"] for minutes in measured["notebooks"].values()))
+
+
+def keep_verdicts_of(commit: str | None) -> None:
+    """Leave out the entries that another commit made."""
+    entries = case.read_verdicts().items()
+    case.write_verdicts({id: entry for id, entry in entries if entry["provenance"]["commit"] == commit})
 
 
 def assert_claims(names: Sequence[str]) -> None:

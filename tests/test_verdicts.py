@@ -2,7 +2,6 @@
 
 import json
 import math
-import multiprocessing
 import platform
 import re
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from helpers import refused
 
+from benchmarks.outputs import keep_verdicts_of
 from moe_lab.config import ConfigError
 from moe_lab.course import case, notebook
 from moe_lab.failures.results import cpu_kind
@@ -106,8 +106,9 @@ def test_other_profiles_print_and_write_nothing(path, lab, profile, capsys) -> N
 def test_entries_of_another_commit_go_when_all_are_made_anew(path, lab) -> None:
     case.judge("C05", lab, share=0.1, n=1)
     entry = case.read_verdicts()["C05"]
-    case.store("C06", entry | {"provenance": entry["provenance"] | {"commit": "0ld"}})
-    case.keep_verdicts_of(entry["provenance"]["commit"])
+    older = entry | {"provenance": entry["provenance"] | {"commit": "0ld"}}
+    case.write_verdicts({"C05": entry, "C06": older})
+    keep_verdicts_of(entry["provenance"]["commit"])
     assert case.read_verdicts() == {"C05": entry}
 
 
@@ -159,22 +160,6 @@ def test_a_damaged_file_is_refused_and_kept(path, lab) -> None:
     with refused(ConfigError, match="cannot be read"):
         case.judge("C02", lab, n=1)
     assert path.read_text() == '{"C01": {'
-
-
-def write_ten(path, first: int) -> None:
-    case.VERDICTS = path
-    for n in range(first, first + 10):
-        case.store(f"C{n:02d}", {"claim": ""})
-
-
-def test_two_notebooks_at_once_lose_nothing(path) -> None:
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=write_ten, args=(path, first)) for first in (1, 11)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert list(case.read_verdicts()) == [f"C{n:02d}" for n in range(1, 21)]
 
 
 def test_the_committed_verdicts_are_in_the_case() -> None:

@@ -14,11 +14,8 @@ from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
-from filelock import FileLock
-
 from moe_lab.config import ROOT, differences, load_config
 from moe_lab.course.notebook import Lab
-from moe_lab.data.prepare import CACHE
 from moe_lab.failures.results import plain, provenance
 from moe_lab.sections import ConfigError, read_yaml, suggestion
 from moe_lab.train.record import write_atomically
@@ -81,7 +78,8 @@ def judge(id: str, lab: Lab, /, *, corpus: str | None = None, **numbers: Any) ->
     print(textwrap.fill(f"{id} {outcome}: {sentence}", 100, subsequent_indent="  "))
     if lab.profile == "lab" and os.environ.get("MOE_LAB_KEEP_VERDICTS"):
         entry = {"claim": about, "outcome": outcome, "sentence": sentence, "numbers": kept}
-        store(id, entry | {"provenance": origin_of(lab, notebook, corpus)})
+        entry["provenance"] = origin_of(lab, notebook, corpus)
+        write_verdicts(read_verdicts() | {id: entry})
 
 
 def verdict_of(id: str) -> tuple[str, Callable[..., tuple[str, str]]]:
@@ -108,18 +106,6 @@ def read_verdicts() -> dict[str, dict[str, Any]]:
         return json.loads(VERDICTS.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{VERDICTS}: cannot be read: {str(error).splitlines()[0]}; restore it from git") from None
-
-
-def store(id: str, entry: Mapping[str, Any]) -> None:
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with FileLock(CACHE / "verdicts.lock"):  # two notebooks at once would lose one of two entries
-        write_verdicts(read_verdicts() | {id: entry})
-
-
-def keep_verdicts_of(commit: str | None) -> None:
-    """Leave out the entries that another commit made."""
-    entries = read_verdicts().items()
-    write_verdicts({id: entry for id, entry in entries if entry["provenance"]["commit"] == commit})
 
 
 def write_verdicts(entries: Mapping[str, Any]) -> None:
