@@ -49,17 +49,6 @@ def new_axes(figure: Figure, box: tuple[float, float, float, float], title: str,
     return axes
 
 
-def row_axes(names: Sequence[str], title: str, unit: str) -> Axes:
-    """Axes of a figure of their own, with a row for each name, the first on top."""
-    height = 1 + 0.34 * len(names)
-    box = (0.24, 0.57 / height, 0.6, 1 - 0.92 / height)
-    axes = new_axes(new_figure(10, height), box, title, unit, "")
-    axes.grid(False)
-    axes.set_yticks(range(len(names)), names, fontsize=9, color=INK)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    return axes
-
-
 def draw_floors(axes: Axes, floors: Mapping[str, float]) -> list[tuple[float, str, str]]:
     """Lines at those floors (nats per token by name) that lie within the limits of y; returns labels for `label_right`."""
     low, high = axes.get_ylim()

@@ -2,6 +2,7 @@
 
 exercise.py      what makes a check of an exercise
 explorables.py   figures with controls, and how to make one
+rows.py          axes with a row for each name
 pair.py          two trainings side by side
 checklist.py     the lines that a notebook adds to the checklist
 questions_00.py, questions_01.py, figures_00.py, figures_01.py   what these notebooks ask and draw

@@ -9,8 +9,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from checks.figures_00 import floors_of
+from checks.rows import row_axes
 from moe_lab.show.plots import smooth
-from moe_lab.show.style import BLUE, GREY, INK, SERIES, VERMILION, label_right, new_axes, new_figure, row_axes
+from moe_lab.show.style import BLUE, GREY, INK, SERIES, VERMILION, label_right, new_axes, new_figure
 
 Figures = tuple[Figure, str, str]  # a figure, what is seen, what it means
 committed_floors = floors_of

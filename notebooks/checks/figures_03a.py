@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 
 from checks.figures_00 import curve
+from checks.rows import row_axes
 from moe_lab.failures.results import Results
 from moe_lab.health.during.rules_updates import LOST_ERROR, LOST_WARNING
 from moe_lab.show import style
-from moe_lab.show.style import draw_floors, label_right, new_axes, new_figure, row_axes
+from moe_lab.show.style import draw_floors, label_right, new_axes, new_figure
 
 Drawn = tuple[Figure, str, str]
 Spread = tuple[float, float]  # mean, standard deviation over seeds (NaN for a single one)

@@ -10,8 +10,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from checks.rows import row_axes
 from moe_lab.show import style
-from moe_lab.show.style import draw_floors, label_right, new_axes, new_figure, row_axes
+from moe_lab.show.style import draw_floors, label_right, new_axes, new_figure
 
 Shown = tuple[Figure, str, str]
 

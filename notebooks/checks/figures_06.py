@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
+from checks.rows import row_axes
 from moe_lab.failures.results import Spread
 from moe_lab.show import style
 from moe_lab.show.plots import smooth
-from moe_lab.show.style import draw_floors, label_right, new_axes, new_figure, row_axes
+from moe_lab.show.style import draw_floors, label_right, new_axes, new_figure
 
 Shown = tuple[Figure, str, str]
 SHORT = {  # what a row's label says of a bug; THE_CASE.md says it in a sentence

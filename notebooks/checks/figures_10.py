@@ -7,9 +7,10 @@ from collections.abc import Mapping
 import numpy as np
 from matplotlib.figure import Figure
 
+from checks.rows import row_axes
 from checks.ward import Patient, Result
 from moe_lab.show import style
-from moe_lab.show.style import draw_floors, label_right, new_axes, new_figure, row_axes, show
+from moe_lab.show.style import draw_floors, label_right, new_axes, new_figure, show
 
 GAIN = 0.05  # nats that a branch must gain: the checklist's limit
 
