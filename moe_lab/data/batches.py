@@ -18,9 +18,7 @@ class Batches:
     """
 
     def __init__(self, tokens: np.ndarray, seq_len: int, batch_size: int, seed: int):
-        self.windows = whole_windows(tokens, seq_len)
-        self.batch_size = batch_size
-        self.seed = seed
+        self.windows, self.batch_size, self.seed = whole_windows(tokens, seq_len), batch_size, seed
         self.go_to(epoch=0, position=0)
 
     def go_to(self, epoch: int, position: int) -> None:

@@ -21,7 +21,7 @@ from moe_lab.train import checkpoint as ckpt
 from moe_lab.train import device, directory
 from moe_lab.train.controls import CONTROLS, Controls, signals_ask_to_stop
 from moe_lab.train.evaluate import evaluate
-from moe_lab.train.readings import Readings, Report, load_and_drops
+from moe_lab.train.readings import Readings, Report
 from moe_lab.train.record import RECORD, append_jsonl, write_summary
 
 
@@ -149,7 +149,7 @@ class Trainer:
             group["lr"] = share * group["initial_lr"]
         deviation = self.readings.norm_deviation()
         means: dict[str, Tensor] = {}
-        loads: list[list[Tensor]] = []  # of each micro-batch, of each MoE layer: (E + 1,)
+        loads: list[list[tuple[Tensor, Tensor]]] = []  # of each micro-batch, of each MoE layer
         batches = self.micro_batches()
         n_micro = len(batches)
         for ids in batches:
@@ -162,7 +162,7 @@ class Trainer:
                 (sum(terms.values()) / n_micro).backward()
             for name, term in terms.items():
                 means[name] = means.get(name, 0.0) + term.detach() / n_micro
-            loads.append([load_and_drops(routing) for routing in routings])
+            loads.append([(routing.load(), routing.drop_rate.detach()) for routing in routings])
         grad_norm = self.clip()
         for optimizer in self.optimizers:
             optimizer.step()

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from moe_lab.model.moe import Routing
-
 
 class Report(NamedTuple):
     """One update; the tensors are scalars on the run's device, and nothing was fetched for it."""
@@ -19,11 +17,6 @@ class Report(NamedTuple):
     lr: dict[str, float]  # of each group, in this update
     losses: dict[str, Tensor]  # the weighted terms, measured before the update; their sum is the loss
     grad_norm: Tensor  # before clipping
-
-
-def load_and_drops(routing: Routing) -> Tensor:
-    """(E + 1,) float32 on the device: the share of slots that each expert got, then the share that was dropped."""
-    return torch.cat([routing.load(), routing.drop_rate.reshape(1).float()]).detach()
 
 
 class Readings:
@@ -38,12 +31,14 @@ class Readings:
         apart = torch._foreach_sub([p.detach().float() for p in self.norms], 1.0)
         return torch.stack(torch._foreach_norm(apart, math.inf)).max()
 
-    def add(self, report: Report, loads: list[list[Tensor]], deviation: Tensor, seconds: float) -> None:
-        """Keep a step as a record row whose numbers are still tensors. `loads`: of each micro-batch, of each MoE layer."""
-        means = [torch.stack(of_layer).mean(0) for of_layer in zip(*loads, strict=True)]
+    def add(self, report: Report, loads: list[list[tuple]], deviation: Tensor, seconds: float) -> None:
+        """Keep a step as a record row whose numbers are still tensors. `loads`: of each micro-batch, of each MoE layer the
+        share of slots that each expert got, (E,), and the share that was dropped."""
+        layers = list(zip(*loads, strict=True))
         row = {"step": report.step, "tokens": report.tokens, "loss": None, "losses": report.losses, "lr": report.lr}
         row |= {"grad_norm": report.grad_norm, "norm_deviation": deviation}
-        row |= {"expert_load": [load[:-1] for load in means], "drop_rate": [load[-1] for load in means]}
+        row["expert_load"] = [torch.stack([load for load, _ in layer]).mean(0) for layer in layers]
+        row["drop_rate"] = [torch.stack([drops for _, drops in layer]).mean(0) for layer in layers]
         self.waiting.append(row | {"seconds": seconds})
 
     def fetch(self) -> list[dict]:
