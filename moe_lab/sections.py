@@ -150,10 +150,8 @@ def parse_yaml(text: str, origin: str) -> Any:
 
 
 def parse_word(text: str, hint: Any, origin: str) -> Any:
-    """What a word of a command line says where a value of this type is wanted. Raises as `parse_yaml`.
-
-    It is YAML; but a text is what stands there, 2024 and *.txt too, unless it is quoted or null.
-    """
+    """What a word of a command line says where a value of this type is wanted: YAML; but a text is what stands there, 2024
+    and *.txt too, unless it is quoted or null. Raises as `parse_yaml`."""
     is_plain = text not in ("", "~", "null") and text[0] not in "'\""
     return text if is_plain and hint in (str, str | None) else parse_yaml(text, origin)
 

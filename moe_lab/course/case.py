@@ -66,8 +66,8 @@ def judge(id: str, lab: Lab, /, *, corpus: str | None = None, **numbers: Any) ->
     VERDICTS in place of the claim's older entry (by MOE_LAB_KEEP_VERDICTS: a reader's run leaves the record alone).
 
     Outcome and sentence are what the function of that name in notebooks/checks/verdicts_NN.py returns of the `numbers`,
-    which are as in `notebook.claim`; `corpus` is the hash of the text. The printed line holds no number. Raises
-    ConfigError for an unknown id or outcome, no function or two, and for a number that is not finite.
+    which are as in `notebook.claim`; `corpus` is the hash of the text. Raises ConfigError for an unknown id or outcome, no
+    function or two, and a number that is not finite.
     """
     about = claim(id).sentence
     notebook, verdict = verdict_of(id)

@@ -70,10 +70,8 @@ def read_corpus(data: DataConfig, progress: bool = True) -> Corpus:
 
 
 def contents_of(data: DataConfig, skipped: Counter[str]) -> Iterator[tuple[str, bytes | None]]:
-    """Name and bytes (None: unreadable) of each document, read as they are asked for.
-
-    A name is a relative path or the number of a row. Of a file, a byte more than `data.max_bytes` is read: a cut shows.
-    """
+    """Name (a relative path, or the number of a row) and bytes (None: unreadable) of each document, read as they are asked
+    for; of a file, a byte more than `data.max_bytes`: a cut shows."""
     if data.source.startswith("hf:"):
         for row, text in enumerate(stream_texts(data)):
             yield f"{data.source}/{row}", text.encode()
@@ -136,10 +134,8 @@ def file_names(root: Path) -> list[str]:
 
 
 def stream_texts(data: DataConfig, rows: Iterable[dict] | None = None) -> Iterator[str]:
-    """The texts of the `train` split, or of these rows of it, as they arrive; "" where a row has none.
-
-    Raises ConfigError, whatever the library stumbles over.
-    """
+    """The texts of the `train` split, or of these rows of it, as they arrive; "" where a row has none. Raises ConfigError,
+    whatever the library stumbles over."""
     with reading(data):
         for row in open_source(data)[0] if rows is None else rows:
             field = f"data.text_field={data.text_field}"

@@ -1,7 +1,6 @@
 """A Hugging Face data set that need not fit in memory: tokens are written as the text arrives, and a stop loses little.
 
-Each split is one file that grows, not a row of shards: a memory map of it is one array, so windows, counts and their order
-are those of a small corpus. What is written since the last save is written again after a stop.
+Each split is one file that grows, not a row of shards: a memory map of it is one array, as of a small corpus.
 """
 
 import hashlib

@@ -1,7 +1,6 @@
 """bfloat16 parameters that keep their small updates: fp32 masters, Kahan summation, stochastic rounding.
 
-A bf16 weight has 8 significant bits, so an update below 2^-9 of it can vanish in the sum. The cure is fp32 parameters
-and autocast (`precision.parameters: float32`). Here is what helps while they stay in bf16.
+The cure is fp32 parameters and autocast (`precision.parameters: float32`); here is what helps while they stay in bf16.
 """
 
 from collections.abc import Callable

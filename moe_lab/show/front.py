@@ -32,11 +32,8 @@ def cell_of(request: dict[str, Any]) -> str | None:
 
 
 def keep_live(widget: Any) -> None:
-    """Let a slider move more than once while a cell awaits.
-
-    ipykernel 7.4.0 serves such messages but sends no "idle" status for them, and the front end holds back the next
-    change of a widget until one comes. The "busy" after it is for the front end's status line.
-    """
+    """Let a slider move more than once while a cell awaits: ipykernel 7.4.0 sends no "idle" for such messages, and the front
+    end holds back the next change until one comes. The "busy" after it is for the front end's status line."""
     try:
         kernel = get_ipython().kernel
         lock, publish = kernel._main_asyncio_lock, kernel._publish_status

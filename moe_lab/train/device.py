@@ -100,10 +100,8 @@ def bfloat16_products(model: nn.Module, compute: str, device: torch.device) -> c
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep freed memory for the next step, which allocates as much. Returns whether it did.
-
-    It holds for the whole process and for good: a notebook's kernel keeps the memory of its largest run.
-    """
+    """Let glibc keep freed memory for the next step, which allocates as much; for the whole process and for good. Returns
+    whether it did."""
     if platform.libc_ver()[0] != "glibc":
         return False
     M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
