@@ -258,7 +258,7 @@ class Detached(Toy):
 
 
 class Spare(Toy):
-    """One layer more: never called, taken without a call in vain, or called in vain."""
+    """One layer more: never called, taken without a call in vain, called in vain, or for a loss term that nobody adds."""
 
     def __init__(self, way: str):
         super().__init__()
@@ -269,6 +269,8 @@ class Spare(Toy):
         x = self.embedding(ids)
         if self.way == "called":
             self.spare(x)
+        if self.way == "kept":
+            self.term = self.spare(x).square().mean()
         if self.way == "taken":
             F.linear(x, self.spare.weight, self.spare.bias)
         if self.way != "nothing":
@@ -296,15 +298,37 @@ def test_a_branch_without_gradient() -> None:
     assert {r.name: r.gradient for r in watch.readings}["up.weight"] == "none"
 
 
-@pytest.mark.parametrize("way", ["nothing", "taken", "called"])
-def test_what_no_pass_takes_is_told_and_no_alarm(way: str) -> None:
-    """As the cross-attention of a decoder that is used alone, and a scale that its own module never reads."""
+@pytest.mark.parametrize("way", ["nothing", "taken", "called", "kept"])
+def test_what_no_pass_takes_or_in_vain_is_told_and_no_alarm(way: str) -> None:
+    """As the cross-attention of a decoder that is used alone, a pooled state that is thrown away, and a scale that its own module
+    never reads; but a term that is left on the module was meant for the loss."""
     model = toy(kind=Spare, way=way)
     watch = watched(model, adamw(model), 40)
-    assert said(watch) == ([] if way == "nothing" else ["no_gradient"])
+    assert said(watch) == (["no_gradient"] if way == "kept" else [])
     found = finding(watch, "no_gradient")
-    assert found.severity == ("info" if way == "nothing" else "warning")
-    assert ("3 trainable" in found.message) == ("no forward pass takes" in found.message) == (way == "nothing")
+    assert found.severity == ("warning" if way == "kept" else "info")
+    assert ("3 trainable" in found.message) == (way == "nothing")
+
+
+def test_two_factors_that_are_both_zero_are_not_in_vain() -> None:
+    model = toy(kind=Adapted)
+    nn.init.zeros_(model.first.weight)
+    assert finding(watched(model, adamw(model), 40), "no_gradient").severity == "warning"
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_a_bias_that_a_difference_of_two_scores_cancels(dead: bool) -> None:
+    """A critic's. The bias of units that are all dead has no gradient either, and their weights have none."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+    nn.init.constant_(model[0].bias, -99.0 if dead else 0.0)
+    optimizer = AdamW(model.parameters(), lr=1e-3)
+    with Watch(model, optimizer) as watch:
+        for _ in range(30):
+            optimizer.zero_grad()
+            (model(torch.randn(16, 4) + 1) - model(torch.randn(16, 4))).mean().backward()
+            optimizer.step()
+    assert {r.name: r.gradient for r in watch.readings}["4.bias"] == "zero"
+    assert [f.where.split()[0] for f in watch.findings if f.rule == "no_gradient"] == ["0.bias"] * dead
 
 
 def test_what_the_last_pass_did_not_call_is_not_called_unused() -> None:

@@ -35,8 +35,14 @@ class ForwardProbe(Listener):
         self.precision: dict[str, Any] = {}  # the autocast under which they came
         self.logit_variance: Tensor | None = None
         self.fan_ins: dict[int, int] = {}  # which dimension of a weight the first pass sums over, by its id
-        self.answers: dict[Tensor, bool | None] = {}  # of `matters`: they stand when the inputs are gone
-        self.unused: set[Tensor] = set()  # of those, what no pass takes
+        self.answers: dict[tuple[Tensor, ...], bool | None] = {}  # of `matters`: they stand when the inputs are gone
+        self.told: set[Tensor] = (
+            set()
+        )  # of those, what the repeated pass is known to be about, and nothing that it keeps
+        self.left: list[
+            Tensor
+        ] = []  # on the modules by the last pass that was repeated: a loss term, for somebody to add
+        self.unused: set[Tensor] = set()  # … and what no pass takes, or in vain
         self.uncalled: dict[nn.Module, Any] = {}  # owners of parameters, with the hook that waits for their first call
         linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
         embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
@@ -97,29 +103,31 @@ class ForwardProbe(Listener):
         args, kwargs = self.inputs or ((), {})
         return max((t.shape[1] for t in tensors_of([*args, *kwargs.values()]) if t.ndim > 1), default=0)
 
-    def matters(self, param: Tensor) -> bool | None:
-        """Whether changing `param` changes the model's output for the last input; None where no forward can be repeated."""
-        if self.inputs is not None and param not in self.answers:
-            self.answers[param] = self.try_changed(unwrapped(self.model), param)
-        return self.answers.get(param)
+    def matters(self, *params: Tensor) -> bool | None:
+        """Whether changing all of `params` changes the model's output for the last input; None where no pass can be repeated."""
+        if self.inputs is not None and params not in self.answers:
+            self.answers[params] = self.try_changed(unwrapped(self.model), params)
+        return self.answers.get(params)
 
-    def try_changed(self, model: nn.Module, param: Tensor) -> bool | None:
+    def try_changed(self, model: nn.Module, params: tuple[Tensor, ...]) -> bool | None:
         """A choice that is made in training alone has no say in evaluation. None, too, where two passes differ by themselves."""
-        name = next((name for name, p in model.named_parameters() if p is param), None)
-        if name is None or is_sharded(model):
+        names = {p: name for name, p in model.named_parameters()}
+        if is_sharded(model) or not names.keys() >= set(params):
             return None
-        changed = disturbed(param)
+        same, changed = {names[p]: p for p in params}, {names[p]: disturbed(p) for p in params}
         try:
             with Taken() as taken:
-                before = tensors_of(self.repeat({name: param}))
-            again, after = (tensors_of(self.repeat({name: p})) for p in (param, changed))
+                before = tensors_of(self.repeat(same))
+            left = self.left
+            again, after = (tensors_of(self.repeat(values)) for values in (same, changed))
         except Exception:  # the model's own code, called in a way it may not be made for: then it cannot be told
             return None
-        owner = model.get_submodule(name.rpartition(".")[0])
-        # a pass of another kind may take it, if it is not known that none calls its module, or that this one does
-        was_called = any(id(p) in taken.ids for p in owner.parameters())
-        if id(param) not in taken.ids and (was_called or owner in self.uncalled):
-            self.unused.add(param)
+        for p in params:
+            owner = model.get_submodule(names[p].rpartition(".")[0])
+            # a pass of another kind may take it, if it is not known that none calls its module, or that this one does
+            if owner in self.uncalled or any(id(q) in taken.ids for q in owner.parameters()):
+                self.told |= {p} if not differ(left, self.left) else set()
+                self.unused |= {p} if id(p) not in taken.ids else set()
         return None if differ(before, again) else differ(before, after)
 
     @torch.no_grad()
@@ -140,6 +148,9 @@ class ForwardProbe(Listener):
                 return functional_call(model, {**copies, **changed}, *self.inputs)
         finally:
             Hook.is_repeating = False
+            left = [v for module, _ in kept for v in vars(module).values()]
+            left = [t for v in left for t in (v if isinstance(v, list | tuple) else [v])]  # no iterator may be begun
+            self.left = [t.detach() for t in left if isinstance(t, Tensor)]
             random_state.put_back()
             for module, held in kept:
                 vars(module).clear()
@@ -150,7 +161,7 @@ class ForwardProbe(Listener):
 
     def forget(self) -> None:
         self.heard.forget()
-        self.inputs, self.uncalled = None, {}
+        self.inputs, self.left, self.uncalled = None, [], {}
 
 
 def head_of(model: nn.Module, table: nn.Embedding | None) -> nn.Linear | None:

@@ -106,15 +106,25 @@ def no_gradient(state: State, matters: bool) -> Ill:
         return {}
     never = [t for t in state.tracked if t.owner and t.param.requires_grad and not t.with_gradient]
     never = [t for t in never if t.no_gradient + t.zero_gradient >= WAIT_READINGS]
-    never = [t for t in never if t.name not in state.frozen_on_purpose and not t.is_master]
+    never = [t for t in never if t.name not in state.frozen_on_purpose and not t.is_master and not cancels(state, t)]
     return {kind: ts for kind, ts in by_kind(never).items() if bool(state.forward.matters(ts[0].param)) == matters}
 
 
+def cancels(state: State, t: Tracked) -> bool:
+    """Whether a bias has a gradient of exactly 0 where its module's other tensors get another: nothing is cut off there, and what
+    it adds cancels in the loss, as in a difference of two scores."""
+    beside = [o for o in state.tracked if o.name.rpartition(".")[0] == t.name.rpartition(".")[0]]
+    return t.name.endswith("bias") and t.zero_gradient > 0 and any(o.with_gradient for o in beside)
+
+
 def idle(state: State, used: bool) -> Ill:
-    """Without a gradient where nothing is cut off: what is behind a cut has none either. What no pass takes is a part of the class
-    that this use of it has no need of."""
+    """Without a gradient where nothing is cut off: what is behind a cut has none either. What no pass takes, or takes in vain, is a
+    part of the class that this use of it has no need of; two factors that are both zero have a say together."""
     idle = {} if no_gradient(state, matters=True) else no_gradient(state, matters=False)
-    return {kind: ts for kind, ts in idle.items() if (ts[0].param not in state.forward.unused) == used}
+    together, forward = [t.param for ts in idle.values() for t in ts], state.forward
+    if forward.matters(*together) is False:
+        forward.unused |= forward.told & set(together)
+    return {kind: ts for kind, ts in idle.items() if (ts[0].param not in forward.unused) == used}
 
 
 @rule(
@@ -250,7 +260,7 @@ FIND_CUT = (
     "output, detach(), no_grad or item() between them and the loss"
 )
 IDLE = "{n} trainable tensors got no gradient in {updates} updates, and no effect of theirs on the output was seen: {names}"
-UNUSED = "{n} trainable tensors got no gradient in {updates} updates, and no forward pass takes them: {names}"
+UNUSED = "{n} trainable tensors got no gradient in {updates} updates, and whatever they hold, the output is the same: {names}"
 USE = "find out whether the loss should use them (a head, a term, a branch that is never taken), else leave them out"
 
 RULES = (
