@@ -63,27 +63,29 @@ def first_losses(runs: Mapping[int, Sequence[float]], expected: Mapping[int, flo
     axes.locator_params(axis="x", integer=True)
     label_right(axes, labels)
     listed = ", ".join(f"width {w} {losses[0]:.2f} (expected {expected[w]:.2f})" for w, losses in runs.items())
-    return figure, f"First losses: {listed}.", "Crosses: ln V + var/2. The true size has fewer updates than its copies."
+    return figure, f"First losses: {listed}.", "Crosses: ln V + var/2, what each was expected to begin at."
 
 
-def shares_by_width(shares: Mapping[str, Mapping[int, float]]) -> Drawn:
-    """Share of the intended displacement that arrived, over width, a line a kind of tensor."""
+def shares_by_width(shares: Mapping[str, Mapping[int, float]], foretold: Mapping[str, float], mark: int) -> Drawn:
+    """Share of the intended displacement that arrived after `mark` updates, over width, a line a kind of tensor; rings at the
+    last width are what was `foretold` of it."""
     figure = new_figure(10, 3.6)
-    axes = new_axes(figure, (0.065, 0.16, 0.62, 0.74), "What arrives after 20 updates", "width, log scale", "share")
+    title = f"What arrives after {mark} updates"
+    axes = new_axes(figure, (0.065, 0.16, 0.62, 0.74), title, "width, log scale", "share")
     axes.set_xscale("log")
     labels = []
     colours = (VERMILION, BLUE, GREEN, GREY, INK)
     for (kind, by_width), colour, line in zip(shares.items(), colours, ("-", "--", "-.", ":", "-"), strict=False):
         axes.plot(list(by_width), list(by_width.values()), color=colour, linestyle=line, marker="o", markersize=4)
+        axes.plot([max(by_width)], [foretold[kind]], "o", color=colour, fillstyle="none", markersize=10)
         labels.append((list(by_width.values())[-1], kind, colour))
     widths = list(next(iter(shares.values())))
     axes.set_xticks(widths, [str(width) for width in widths])
     axes.minorticks_off()
     axes.set_ylim(-0.05, 1.05)
     label_right(axes, labels)
-    ends = ", ".join(f"{kind} {list(by.values())[-1]:.2f}" for kind, by in shares.items())
-    return (
-        figure,
-        f"Share that arrived at the last width: {ends}.",
-        "An element moves as far at each width as at the true one.",
+    ends = ", ".join(
+        f"{kind} {list(by.values())[-1]:.2f} (foretold {foretold[kind]:.2f})" for kind, by in shares.items()
     )
+    caption = "Rings: what was foretold of the true width. An element moves as far at each width as there."
+    return figure, f"Share that arrived at the true width: {ends}.", caption

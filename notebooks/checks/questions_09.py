@@ -18,8 +18,8 @@ first_sign = Question(
     "The true run in bf16, watched. By which update can a watch prove that updates are lost?",
     {
         "update 1: it sees the dtype": lambda m: m["named_at"] == 1,
-        "update 20": lambda m: 10 < m["named_at"] <= 20,
-        "update 100": lambda m: 20 < m["named_at"] <= 100,
+        "update 10": lambda m: 1 < m["named_at"] <= 10,
+        "update 100": lambda m: 10 < m["named_at"] <= 100,
         "not before the loss stalls": lambda m: m["named_at"] > 100,
     },
     tempts="The dtype is visible at once, but it proves no harm: healthy runs keep bf16 parameters, with masters beside them. "
