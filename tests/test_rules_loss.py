@@ -81,6 +81,22 @@ def test_a_first_loss_that_was_divided_or_multiplied(factor, told) -> None:
     assert told is None or told in finding(watch, "initial_loss").message
 
 
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_a_divergence_from_a_frozen_teacher_is_no_likelihood(is_frozen: bool) -> None:
+    """It may come to half of ln V by chance. In a model that trains as a whole that is a division, done twice."""
+    both = nn.ModuleDict({"teacher": toy(1).requires_grad_(not is_frozen), "student": toy()})
+    (optimizer,) = adamw(both["student"])
+    with Watch(both, optimizer, expect_frozen=("teacher.",)) as watch:
+        for _ in range(20):
+            ids = torch.randint(VOCAB, (8, 16))
+            wanted, shown = both["teacher"](ids).detach().softmax(-1), both["student"](ids).log_softmax(-1)
+            optimizer.zero_grad()
+            (wanted * (wanted.log() - shown)).sum(-1).mean().backward()
+            optimizer.step()
+            watch.observe(loss=math.log(VOCAB) / 2)
+    assert ("initial_loss" in said(watch)) != is_frozen
+
+
 @pytest.mark.parametrize("inside", [False, True])
 def test_a_layer_of_as_many_units_as_tokens_is_no_head(inside: bool) -> None:
     model = toy(width=VOCAB // 2)  # up has VOCAB units, too

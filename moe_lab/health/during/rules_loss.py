@@ -170,6 +170,8 @@ def initial_loss(state: State) -> Ill:
         return {}
     # of a trained model's small loss, other terms may be twice or three times
     factors = range(2, MOST_ACCUMULATED + 1) if is_new else [state.forward.heard.n_first]
+    if own is None and not state.is_whole:  # beside a frozen teacher it is a divergence from what that one says
+        factors = []
     small = next((a for a in factors if a > 1 and abs(first * a - expected) < START_OFF * a**0.5), None)
     large = next((a for a in factors if a > 1 and abs(first / a - expected) < START_OFF), None)
     is_told = bool(small or large)
