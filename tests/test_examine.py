@@ -1,5 +1,7 @@
 """What can be seen before the first update: each fault put into a small model beside the same model without it."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -120,6 +122,32 @@ def test_nothing_is_changed() -> None:
     examine(model, batch(), loss_of, torch.optim.SGD(model.parameters(), 0.1))
     assert model.training and not model.block.training and torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(p, before[n][0]) and torch.equal(p.grad, before[n][1]) for n, p in model.named_parameters())
+
+
+def wrap_forward(module: nn.Module, depth: int) -> None:
+    """Set a `forward` on the module that calls the former one, as many times, as profilers and dispatchers do."""
+    module.forward = functools.partial(module.forward)
+    for _ in range(depth):
+        module.forward = (lambda inner: lambda *args, **named: inner(*args, **named))(module.forward)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_a_model_whose_modules_are_wrapped_is_copied_whole(depth: int) -> None:
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.drop, self.head = nn.Embedding(64, 32), nn.Dropout(0.3), nn.Linear(32, 64)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.drop(self.table(ids)))
+
+    model, ids = Dropping(), torch.randint(0, 64, (4, 17))
+    for module in (model, model.head):
+        wrap_forward(module, depth)
+    loss_fn = lambda model, batch: F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())  # noqa: E731
+    found = examine(model, (ids[:, :-1], ids[:, 1:]), loss_fn)
+    assert not found.findings and found.not_checked.keys() == {"config", "optimizers"}
+    assert all(p.grad is None for p in model.parameters()) and model.head.training
 
 
 def test_what_was_not_looked_at_is_said() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from ..findings import Finding, grouped, several
 from ..random_state import RandomState
 from ..sampling import tensor_kind
 from ..tokens import IGNORED, SHIFTED, Tokens, agreement
+from .copying import copied
 from .data import check_data, tokens_of
 from .flow import check_causality, check_train_eval
 from .listening import Listening
@@ -116,7 +116,7 @@ class Trial:
     """The copy that is examined, and the passes that several checks share."""
 
     def __init__(self, model: nn.Module, batch: Any, loss_fn: Callable, state: RandomState):
-        self.model, self.batch, self.loss_fn, self.state = copy.deepcopy(unwrapped(model)), batch, loss_fn, state
+        self.model, self.batch, self.loss_fn, self.state = copied(unwrapped(model)), batch, loss_fn, state
         self.model.zero_grad(set_to_none=True)
         self.spare = SPARE
 
