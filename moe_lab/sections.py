@@ -54,7 +54,8 @@ def section(cls: type) -> type:
         for message in getattr(self, "conflicts", tuple)():
             raise ConfigError(f"{name}.{message}")
 
-    cls.hints, cls.__post_init__ = typing.get_type_hints(cls, include_extras=True), check
+    cls.hints = typing.get_type_hints(cls, include_extras=True)
+    cls.__post_init__ = check
     made = dataclass(frozen=True, kw_only=True)(cls)
     made.__doc__ = SectionHelp(name, cls.__doc__)
     return made

@@ -85,7 +85,8 @@ class Experiment:
 
     def cells(self) -> dict[tuple[str, int], Cell]:
         """The cell of each arm and seed."""
-        options, steps = {"evaluate_at": sorted(self.evaluate_at)}, max(self.evaluate_at)
+        options = {"evaluate_at": sorted(self.evaluate_at)}
+        steps = max(self.evaluate_at)
         cells = {}
         for seed, (name, arm) in product(self.seeds, self.arms.items()):
             config = arm.config.with_(training={"seed": seed, "steps": steps})
