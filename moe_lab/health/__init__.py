@@ -24,7 +24,7 @@ HOMES = {
     "Watch": "during.watch",
     "branch_findings": "during.branch",
     "branch_probe": "during.branch",
-    "check_causality": "before.flow",
+    "check_causality": "during.causal",
     "check_data": "before.data",
     "check_train_eval": "before.flow",
     "dry_run": "before.trying",

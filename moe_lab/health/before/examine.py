@@ -1,37 +1,36 @@
-"""All that can be looked at before the first update, in one call: data, set-up, flow of information, gradients, first loss."""
+"""All that can be looked at before the first update, in one call: one pass under the Watch's own ears, and a few beside it."""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..during.forward import disturbed, unwrapped
+from ..during.causal import check_causality
+from ..during.forward import ForwardProbe, disturbed, unwrapped
+from ..during.heard import tensors_of
 from ..during.tracking import all_innermost
 from ..during.watch import Watch
 from ..findings import Finding, grouped, several
 from ..random_state import RandomState
-from ..sampling import tensor_kind
-from ..tokens import IGNORED, SHIFTED, Tokens, agreement
+from ..sampling import Waiting, tensor_kind
+from . import structure
 from .copying import copied
-from .data import check_data, tokens_of
-from .flow import check_causality, check_train_eval
+from .data import check_data
+from .flow import check_train_eval
 from .listening import Listening
 from .preflight import plan_of, preflight
 from .schedule import first_update
-from .structure import broken_tie, cannot_move, not_linear, outside_of_parameters, stale, without_effect
 
-# share by which a loss may differ from the next-token loss and still be one, auxiliary terms included
-NEXT_TOKEN = 0.05
-SAME_LOSS = 1e-4  # share of the loss, by which two ways to sum it may differ
+NEXT_TOKEN = 0.05  # share by which auxiliary terms may move a loss
 FIRST_LOSS = 0.2  # nats; auxiliary terms and tied embeddings move a first loss by less
 SPARE = 4  # of ten forward passes, when loss, modes and causality have theirs: for tensors without a gradient, then arguments
 TOKENS, SHORTEST = 32, 8  # lengths at which causality is tried
@@ -52,14 +51,18 @@ class Examination:
         lines = [str(finding) for finding in self.findings] or ["no findings"]
         return "\n".join([*lines, *(f"not checked: {what}: {why}" for what, why in self.not_checked.items())])
 
-    def ask(self, what: str, check: Callable[[], Any]) -> None:
+    def ask(self, what: str, check: Callable[[], Iterable[Finding] | Finding | None]) -> None:
         """Keep what a check finds; one that cannot be made says why. The training is never ended by a check."""
         try:
             answer = check()
             for finding in [answer] if isinstance(answer, Finding) else answer or ():
                 self.findings += [finding] if finding not in self.findings else []
         except Exception as error:
-            self.not_checked[what] = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self.fail(error, what)
+
+    def fail(self, error: Exception, where: str, what: str = "", stop: Callable[[], None] = lambda: None) -> None:
+        self.not_checked[where] = str(error).splitlines()[0] if str(error) else type(error).__name__
+        stop()
 
 
 def examine(
@@ -77,48 +80,55 @@ def examine(
     passes of the batch, and says what it did not try for that. The random state is put back. Raises what copying the model raises.
     """
     examination = Examination()
-    ask = examination.ask
+    ask, not_given = examination.ask, "none was given"
     if config is None:
-        examination.not_checked["config"] = "none was given"
+        examination.not_checked["config"] = not_given
     else:
         ask("config", lambda: preflight(config))
-    ask("ties", lambda: broken_tie(model, plan_of(model, config)))
+    ask("ties", lambda: structure.broken_tie(model, plan_of(model, config)))
+    optimizers = [] if optimizer is None else all_innermost(optimizer)
     if optimizer is None:
-        examination.not_checked["optimizers"] = "none was given"
+        examination.not_checked["optimizers"] = not_given
     else:
-        optimizers = all_innermost(optimizer)
         ask("optimizers", lambda: setup(model, optimizers))
-        ask("16-bit tensors that cannot move", lambda: cannot_move(model, optimizers))
+        ask("16-bit tensors that cannot move", lambda: structure.cannot_move(model, optimizers))
         ask("the first update's LR", lambda: first_update(plan_of(model, config), optimizers))
-    loss_fn = loss_fn or (lambda model, batch: forward(model, batch).loss)
-    state = RandomState([*model.parameters(), *model.buffers()])
-    try:
-        trial = Trial(model, batch, loss_fn, state)
-        ask("data", lambda: check_data([batch]))
-        ask("gradients", lambda: silent_parts(trial))
-        if optimizer is not None:
-            ask("layers in lists", lambda: outside_of_parameters(trial, unwrapped(model), optimizers))
-            names = {id(p): name for name, p in unwrapped(model).named_parameters()}
-            ask("orthogonal steps", lambda: trial.heard and not_linear(trial.model, trial.value, names, optimizers))
-        ask("residual stream", lambda: trial.heard.scaled_copies())
-        ask("positions", lambda: trial.heard.positions())
-        ask("memory", lambda: trial.heard.memories())
-        ask("arguments without effect", lambda: without_effect(batch, trial.loss, trial.told, trial.spare))
-        ask("training against evaluation", lambda: check_train_eval(trial.trained, trial.evaluated, batch))
-        ask("first loss", lambda: first_loss(trial))
-        ask("causality", lambda: causality(trial))
-    finally:
-        state.put_back()
+    trial = Trial(model, batch, loss_fn or (lambda model, batch: forward(model, batch).loss), optimizers)
+    with trial.state:
+        ask("the loss", lambda: trial.hear(examination.fail))
+        missing = examination.not_checked.pop("the loss", "")
+        for what, check in CHECKS.items():
+            if missing and check not in (data, modes):
+                examination.not_checked[what] = missing
+            else:
+                ask(what, partial(check, trial))
     return examination
 
 
 class Trial:
-    """The copy that is examined, and the passes that several checks share."""
+    """The copy that is examined, what was heard of its one pass forward and backward, and the passes that follow."""
 
-    def __init__(self, model: nn.Module, batch: Any, loss_fn: Callable, state: RandomState):
-        self.model, self.batch, self.loss_fn, self.state = copied(unwrapped(model)), batch, loss_fn, state
+    def __init__(self, model: nn.Module, batch: Any, loss_fn: Callable, optimizers: list[Optimizer]):
+        self.given, self.model = unwrapped(model), copied(unwrapped(model))
         self.model.zero_grad(set_to_none=True)
-        self.spare = SPARE
+        self.batch, self.loss_fn, self.optimizers, self.spare = batch, loss_fn, optimizers, SPARE
+        self.state = RandomState([*model.parameters(), *model.buffers()])
+        self.probe, self.listening = ForwardProbe(self.model, True, Waiting()), Listening(self.model)
+        self.heard = self.probe.heard
+        self.heard.elements = sys.maxsize  # all logits: the loss is compared
+
+    def hear(self, fail: Callable) -> None:
+        ears = self.probe, self.listening
+        for ear in ears:
+            ear.listen(fail)
+        try:
+            with self.listening.ranks:
+                self.loss = self.loss_of(self.batch)  # of which there is a graph
+            self.loss.backward()
+            self.heard.fetch()
+        finally:
+            for ear in ears:
+                ear.detach()
 
     def training(self) -> nn.Module:
         """In training mode, without dropout."""
@@ -127,41 +137,15 @@ class Trial:
         return self.model
 
     @torch.enable_grad()  # kernels may differ without, in their last bits
-    def loss(self, batch: Any) -> Tensor:
+    def loss_of(self, batch: Any) -> Tensor:
         """In training, with the same random numbers each time."""
         self.state.put_back()
         return self.loss_fn(self.training(), batch)
 
-    @cached_property
-    def heard(self) -> Listening:
-        with Listening(self.model) as heard:
-            self.value = self.loss(self.batch)
-        self.value.backward()
-        return heard
-
-    @property
-    def told(self) -> Tensor:
-        """The batch's loss, of which there was a backward pass."""
-        return self.heard and self.value.detach()
-
-    @cached_property
-    def scores(self) -> Tensor:
-        """The logits that `told` was made of."""
-        self.state.put_back()
-        return self.trained(self.batch)
-
-    @torch.no_grad()
-    def trained(self, batch: Any) -> Tensor:
-        return logits(self.training(), batch)
-
-    @torch.no_grad()
-    def evaluated(self, batch: Any) -> Tensor:
-        return logits(self.model.eval(), batch)
-
 
 def setup(model: nn.Module, optimizers: list[Optimizer]) -> list[Finding]:
     """What a watch says before the first update; of an optimizer of other tensors, which no watch takes, that it is one."""
-    if (finding := stale(model, optimizers)) is not None:
+    if (finding := structure.stale(model, optimizers)) is not None:
         return [finding]
     watch = Watch(model, optimizers, quiet=True)
     watch.close()
@@ -175,38 +159,40 @@ def forward(model: nn.Module, batch: Any) -> Any:
     return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 
-def logits(model: nn.Module, batch: Any) -> Tensor:
-    output = forward(model, batch)
+@torch.no_grad()
+def logits(module: nn.Module, batch: Any) -> Tensor:
+    output = forward(module, batch)
     output = getattr(output, "logits", output)
     if isinstance(output, Tensor):
         return output
     raise ValueError(f"the forward pass gives {type(output).__name__}, neither logits nor something that has them")
 
 
+def data(trial: Trial) -> list[Finding]:
+    """Of the batch; and where targets were heard elsewhere than they belong: one batch is too few for the other answers."""
+    return [*check_data([trial.batch]), *(f for f in trial.heard.found if f.rule == "label_shift")]
+
+
 @torch.no_grad()
 def silent_parts(trial: Trial) -> Iterator[Finding]:
     """Trainable tensors that get no gradient, and whether the training loss changes when they do: all of them at once, then kind
     by kind. Raises ValueError where the loss changes by itself."""
-    told = trial.told
     silent = {n: p for n, p in trial.model.named_parameters() if p.requires_grad and p.grad is None}
-    if not silent:
-        return
-    trial.spare -= 1
-    if not torch.equal(trial.loss(trial.batch), told):
-        raise ValueError("two passes with torch's random numbers held give two losses")
 
-    def matters(names: list[str]) -> bool:
+    def matters(names: Iterable[str]) -> bool:
         trial.spare -= 1
         kept = {name: silent[name].clone() for name in names}
-        for name in names:
+        for name in kept:
             silent[name].copy_(disturbed(kept[name]))
-        changed = not torch.equal(trial.loss(trial.batch), told)
-        for name in names:
+        changed = not torch.equal(trial.loss_of(trial.batch), trial.loss)
+        for name in kept:
             silent[name].copy_(kept[name])
         return changed
 
+    if silent and matters(()):
+        raise ValueError("two passes with torch's random numbers held give two losses")
     kinds = list(grouped(silent, tensor_kind).values())
-    some = len(kinds) <= trial.spare or matters(list(silent))
+    some = len(kinds) <= trial.spare or matters(silent)
     answers = [some and matters(names) for names in kinds[: trial.spare if some else None]]
     for answer, severity, what, advice in (
         (True, "error", "change the training loss and get no gradient", CUT_OFF),
@@ -221,42 +207,45 @@ def silent_parts(trial: Trial) -> Iterator[Finding]:
         )
 
 
+def modes(trial: Trial) -> Finding | None:
+    return check_train_eval(lambda b: logits(trial.training(), b), lambda b: logits(trial.model.eval(), b), trial.batch)
+
+
 def first_loss(trial: Trial) -> Finding | None:
-    """The loss that is minimised beside the cross-entropy of the same logits: divided, summed, or of other labels?"""
-    told, own = told_and_own(trial)
+    """The loss that is minimised beside the cross-entropy of its own logits and targets: divided, or summed?"""
+    told, own = float(trial.loss.detach()), trial.heard.first_loss
+    if own is None:
+        raise ValueError("no cross-entropy over tokens was heard in it")
     if math.isclose(told, own, abs_tol=max(FIRST_LOSS, NEXT_TOKEN * own)):
         return None
     message = f"the loss is {told:.4g}, {told / own:.3g} times the cross-entropy of the same logits ({own:.4g})"
-    advice = "it may be summed, divided by the accumulation, or of shifted or padded labels; auxiliary terms add to it"
+    advice = "it may be summed, or divided by the accumulation; auxiliary terms add to it"
     return Finding("initial_loss", "warning", "loss", message, advice, round(told, 4), round(own, 4))
 
 
-def told_and_own(trial: Trial) -> tuple[float, float]:
-    """The loss that is minimised, and the cross-entropy of the labels, or else of the next ids, in training mode.
-    Raises ValueError where these are no ids and logits (B, T, V)."""
-    ids, labels = tokens_of(trial.batch)
-    told, scores = float(trial.told), trial.scores.float().cpu()
-    if scores.ndim != 3 or scores.shape[:2] != ids.shape:
-        raise ValueError("the batch and the logits are not those of a language model")
-    if shifts_itself(ids, labels):
-        scores, labels = scores[:, :-1], (ids if labels is None else labels)[:, 1:]
-    return told, float(F.cross_entropy(scores.flatten(0, 1), labels.flatten(), ignore_index=IGNORED))
-
-
-def shifts_itself(ids: Tensor, labels: Tensor | None) -> bool:
-    """Whether the model is left to find the next token: by its ids alone, or by labels at the same places."""
-    return labels is None or bool(((labels == ids) | (labels == IGNORED)).all())
-
-
 def causality(trial: Trial) -> Finding | None:
-    """Only a model that is trained on the next token must be causal, by its labels or by its very loss: a masked language
-    model may look ahead. In float32, since grouped kernels and 16 bits are not exact."""
-    told, own = told_and_own(trial)
-    ids, labels = tokens_of(trial.batch)
-    by_labels = labels is not None and agreement([Tokens(ids, labels)], 1) > SHIFTED
-    if not by_labels and not (shifts_itself(ids, labels) and math.isclose(told, own, rel_tol=SAME_LOSS)):
+    """Only a model that is trained on the next token must be causal: a masked language model may look ahead, and so may an encoder,
+    whose tokens are not those that are foretold. In float32, since grouped kernels and 16 bits are not exact."""
+    heard, (args, kwargs) = trial.heard, trial.probe.inputs or ((), {})
+    ids = heard.passes[-1].tokens.ids if heard.is_next_token else torch.empty(0)
+    if not any(torch.equal(given, ids.to(given)) for given in tensors_of([args, kwargs])):
         raise ValueError("it cannot be told whether looking ahead is meant; call check_causality")
-    model, vocab_size = trial.model.float().eval(), trial.scores.shape[-1]
-    device = next(model.parameters()).device
+    model = trial.model.float().eval()
     length = min(TOKENS, ids.shape[1], max(SHORTEST, math.isqrt(ids.numel())))  # its square is no more than a batch
-    return check_causality(model, vocab_size, length, device)
+    return check_causality(model, heard.vocab_size, length, next(model.parameters()).device)
+
+
+# in order of certainty
+CHECKS: dict[str, Callable[[Trial], Iterable[Finding] | Finding | None]] = {
+    "data": data,
+    "gradients": silent_parts,
+    "layers in lists": structure.outside_of_parameters,
+    "orthogonal steps": structure.not_linear,
+    "residual stream": lambda trial: trial.listening.scaled_copies(),
+    "positions": lambda trial: trial.listening.positions(),
+    "memory": lambda trial: trial.listening.memories(),
+    "arguments without effect": structure.without_effect,
+    "training against evaluation": modes,
+    "first loss": first_loss,
+    "causality": causality,
+}

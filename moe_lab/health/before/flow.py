@@ -1,11 +1,8 @@
-"""How information flows: from later tokens to earlier ones, from one sequence to another, in training and in evaluation."""
+"""What training and evaluation compute: by who is called in which mode, and by what comes of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import partial
-from inspect import signature
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,75 +13,10 @@ from torch.overrides import TorchFunctionMode
 from ..findings import Finding, several
 from ..random_state import RandomState
 
-LEAK = 1e-4  # of the logits' deviation: grouped kernels are not bit-stable when counts change
-OVER_TIME = "look for a missing mask, a convolution padded on both sides, a top-k or a statistic over the sequence"
-OVER_BATCH = "look for a statistic over the batch, or a mask or reshape that mixes sequences"
-OVER_LENGTH = (
-    "look for a sum or mean over the sequence, a scale or a table made from its length, positions counted from its end"
-)
-ROWS = 32  # sequences of a pass
 SIGMAS = 5.0  # distances between two trainings' outputs that training and evaluation may be apart
 SAME = 1e-3  # of the outputs' deviation: below it two modes are one
 # of a layer that training left out: one that is left out half of the time stays away from all in one of 512
 RETRIES = 8
-
-
-@torch.no_grad()
-def check_causality(
-    fn: Callable[[Tensor], Tensor], vocab_size: int, seq_len: int, device: torch.device | str = "cpu", seed: int = 0
-) -> Finding | None:
-    """Does a token change the logits before it, or those of another sequence? By perturbation at every position. A warning where
-    the first half of a text has other logits alone than with the rest after it: something grows with the length.
-
-    `fn(ids)` maps ids (B, T) int64 to logits (B, T, …), in evaluation mode and without noise of its own; call it in float32.
-    A top-k over time leaks through a discrete choice, which a gradient test does not see. It takes a forward pass of 32 sequences
-    for every 31 positions, and four small ones. Raises ValueError where fn's answer has another shape, or two calls differ.
-    """
-    if seq_len < 2:
-        raise ValueError(f"seq_len={seq_len}: two tokens are needed at least")
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(vocab_size, (1, seq_len), generator=generator)
-    others = (ids + torch.randint(1, vocab_size, (seq_len, seq_len), generator=generator)) % vocab_size
-    late = torch.arange(seq_len) >= torch.arange(seq_len).unsqueeze(1)  # row p: from position p on
-    changed = torch.where(late, others, ids)  # (T, T)
-    pair = torch.cat([ids, ids])
-    before, again = (logits_of(fn, pair.to(device)) for _ in range(2))
-    if not torch.equal(before, again):
-        raise ValueError("fn(ids) gives other logits when it is called again: switch dropout off, fix its random state")
-    limit = LEAK * float(before.std())
-    leaks: dict[int, tuple[int, float]] = {}  # position that hears → position that changed, by how much
-    for positions in torch.arange(1, seq_len).split(ROWS - 1):
-        after = logits_of(fn, torch.cat([ids, changed[positions]]).to(device))
-        for row, p in enumerate(positions.tolist(), 1):
-            moved = (after[row, :p] - after[0, :p]).abs().flatten(1).amax(1)
-            for hears in (moved > limit).nonzero().flatten().tolist():
-                leaks.setdefault(hears, (p, float(moved[hears])))
-    leak = partial(Finding, "future_leak", "error")
-    if leaks:
-        hears, (p, size) = next(iter(leaks.items()))
-        others = f"{len(leaks)} of {seq_len - 1} positions hear of later tokens"
-        message = f"a token changed at position {p} moves the logits at position {hears}, before it; {others}"
-        return leak(f"position {hears}", message, OVER_TIME, round(size, 6), round(limit, 6))
-    moved = float((logits_of(fn, torch.cat([ids, changed[:1]]).to(device))[0] - before[0]).abs().max())
-    if moved > limit:
-        message = "changing one sequence of a batch moves the logits of another"
-        return leak("batch", message, OVER_BATCH, round(moved, 6), round(limit, 6))
-    half = seq_len // 2
-    moved = float((logits_of(fn, pair[:, :half].to(device)) - before[:, :half]).abs().max())
-    if moved <= limit:
-        return None
-    message = f"the first {half} tokens have other logits alone than at the start of {seq_len}"
-    return Finding("future_leak", "warning", "length", message, OVER_LENGTH, round(moved, 6), round(limit, 6))
-
-
-def logits_of(fn: Callable[[Tensor], Any], ids: Tensor) -> Tensor:
-    """fn(ids) as (B, T, …) float32 on the CPU. Raises ValueError for another shape."""
-    logits = fn(ids)
-    logits = getattr(logits, "logits", logits)
-    if not isinstance(logits, Tensor) or logits.shape[:2] != ids.shape:
-        got = getattr(logits, "shape", type(logits).__name__)
-        raise ValueError(f"fn(ids) must give logits (B, T, …) for ids {tuple(ids.shape)}; it gave {got}")
-    return logits.detach().float().cpu()
 
 
 @torch.no_grad()
@@ -96,34 +28,25 @@ def check_train_eval(fn_train: Callable[[Any], Any], fn_eval: Callable[[Any], An
     differ, two of `fn_eval` are compared: a dropout that still drops is a warning, other noise an `info`. Random state is put back.
     """
     with RandomState([]):
-        with modules_called() as (in_training, made):
-            trained = fn_train(batch)
-        with modules_called() as (in_evaluation, made_again):
-            evaluated = fn_eval(batch)
+        trained, in_training, made = heard(fn_train, batch)
+        evaluated, in_evaluation, made_again = heard(fn_eval, batch)
         if anew := [in_evaluation.pop(key) for key in made_again.keys() - made if key in in_evaluation]:
             if finding := noise_in_evaluation(fn_eval, batch, evaluated, anew):
                 return finding
             in_training = {key: name for key, name in in_training.items() if key not in made or key in in_evaluation}
         for _ in range(RETRIES if in_evaluation.keys() - in_training.keys() else 0):  # layers may be left out at random
-            with modules_called() as (more, _):
-                fn_train(batch)
+            _, more, _ = heard(fn_train, batch)
             in_training |= {key: more[key] for key in more.keys() & in_evaluation.keys()}
-        for ran, missing, word in (
-            (in_training, in_evaluation, "training"),
-            (in_evaluation, in_training, "evaluation"),
-        ):
+        both = {"training": (in_training, in_evaluation), "evaluation": (in_evaluation, in_training)}
+        for word, (ran, missing) in both.items():
             if only := [name for key, name in ran.items() if key not in missing]:
                 message = f"{len(only)} modules with parameters compute in {word} only: {several(only)}"
                 advice = "let both modes take the same way; a head that is meant for training alone may be ignored here"
                 return Finding("mode_mismatch", "warning", only[0], message, advice, len(only), 0)
-        trained, evaluated = (getattr(o, "logits", o) for o in (trained, evaluated))
-        if not all(isinstance(o, Tensor) and o.shape == trained.shape for o in (trained, evaluated)):
-            return None
-        apart, least = rms(trained - evaluated), SAME * float(evaluated.float().std(correction=0))
+        apart, least = distance(trained, evaluated)
         if apart <= least:
             return None
-        again = fn_train(batch)
-        noise = rms(trained - getattr(again, "logits", again))
+        noise, _ = distance(trained, heard(fn_train, batch)[0])
         if noise > least and (finding := noise_in_evaluation(fn_eval, batch, evaluated)):
             return finding
     limit = max(SIGMAS * noise, least)
@@ -134,8 +57,11 @@ def check_train_eval(fn_train: Callable[[Any], Any], fn_eval: Callable[[Any], An
     return Finding("mode_mismatch", "info", "outputs", message, advice, round(apart, 6), round(limit, 6))
 
 
-def rms(x: Tensor) -> float:
-    return float(x.float().square().mean().sqrt())
+def distance(a: Any, b: Any) -> tuple[float, float]:
+    """RMS between two outputs, and what is none: both 0 for what cannot be compared."""
+    if not all(isinstance(x, Tensor) and x.shape == a.shape for x in (a, b)):
+        return 0.0, 0.0
+    return float((a - b).float().square().mean().sqrt()), SAME * float(b.float().std(correction=0))
 
 
 class Dropping(TorchFunctionMode):
@@ -146,24 +72,17 @@ class Dropping(TorchFunctionMode):
         self.heard: set[str] = set()
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        given, name = dict(kwargs or {}), getattr(function, "__name__", "")
-        if "dropout" in name:
-            with suppress(ValueError, TypeError):  # one of C has no signature: (input, p, train)
-                given = dict(zip(("input", "p", "training"), args, strict=False)) | given
-                given = {k: p.default for k, p in signature(function).parameters.items()} | given
+        given = kwargs or {}
         if given.get("dropout_p") or (given.get("training") is True and given.get("p")):
-            self.heard.add(name)
-        return function(*args, **kwargs or {})
+            self.heard.add(function.__name__)
+        return function(*args, **given)
 
 
 def noise_in_evaluation(fn: Callable, batch: Any, before: Any, anew: Sequence[str] = ()) -> Finding | None:
     """A second evaluation beside the first: do they differ, and is it layers made `anew`, a dropout, or other random numbers?"""
     with Dropping() as dropping:
         again = fn(batch)
-    before, again = (getattr(o, "logits", o) for o in (before, again))
-    if not isinstance(again, Tensor) or again.shape != before.shape:
-        return None
-    apart, least = rms(again - before), SAME * float(before.float().std(correction=0))
+    apart, least = distance(getattr(again, "logits", again), before)
     if apart <= least:
         return None
     told = round(apart, 6), round(least, 6)
@@ -179,13 +98,9 @@ def noise_in_evaluation(fn: Callable, batch: Any, before: Any, anew: Sequence[st
     return Finding("mode_mismatch", "warning", names[0], f"{message}: {several(names)} still drops", advice, *told)
 
 
-Modules = dict[int, str]
-
-
-@contextmanager
-def modules_called() -> Iterator[tuple[Modules, dict[int, nn.Module]]]:
-    """The modules with parameters whose forward pass runs, id → class and shape; those that got a parameter meanwhile, by id."""
-    called: Modules = {}
+def heard(fn: Callable, batch: Any) -> tuple[Any, dict[int, str], dict[int, nn.Module]]:
+    """The output; the modules with parameters whose forward pass ran, id → class and shape; those that got a parameter meanwhile."""
+    called: dict[int, str] = {}
     made: dict[int, nn.Module] = {}
 
     def note(module: nn.Module, args: tuple) -> None:
@@ -197,7 +112,8 @@ def modules_called() -> Iterator[tuple[Modules, dict[int, nn.Module]]]:
 
     handles = [register_module_forward_pre_hook(note), register_module_parameter_registration_hook(given)]
     try:
-        yield called, made
+        output = fn(batch)
     finally:
         for handle in handles:
             handle.remove()
+    return getattr(output, "logits", output), called, made

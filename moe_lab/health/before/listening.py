@@ -26,11 +26,13 @@ FEWEST = 3  # different tokens of which one factor is told
 
 
 class Listening(Listener):
-    """`with Listening(model) as heard:` around one forward pass, and the questions afterwards."""
+    """Listens to one forward pass; the questions afterwards."""
+
+    where, what = "modules", "scaled copies, and memories that end early, are not looked for"
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model, self.positions_made = model, RankPositions()
+        self.model, self.ranks = model, RankPositions()
         self.factors: dict[str, float] = {}  # module → by how much the tokens are multiplied that it leaves alone
         self.calls: dict[tuple, tuple] = {}  # kind of module that promises memory → its name, itself, its first call
 
@@ -41,28 +43,17 @@ class Listening(Listener):
         for name, module in promising(named):
             yield module.register_forward_pre_hook(hook(partial(self.keep_call, name)), with_kwargs=True)
 
-    def __enter__(self) -> Listening:
-        self.handles = list(self.hooks(lambda function: function))  # errors are the caller's to tell
-        self.positions_made.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.positions_made.__exit__(*error)
-        self.close()
-
     def keep_call(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.calls.setdefault((tensor_kind(name), type(module)), (name, module, args, kwargs))
 
-    @torch.no_grad()
     def compare(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
         """Of modules (B, T, D) → (B, T, D) with parameters, per token c = ⟨in, out⟩ / ⟨in, in⟩ and the rest: kept where 2–98 % of the
         tokens have no rest and one c that is not 1: several that differ, since a norm multiplies each by a factor of its own."""
+        given = args[0] if args else None
         out = output[0] if isinstance(output, (tuple, list)) and output else output
-        if not (args and all(isinstance(t, Tensor) and t.ndim == 3 for t in (args[0], out))):
+        if not all(isinstance(t, Tensor) and t.ndim == 3 and t.shape == given.shape for t in (given, out)):
             return
-        if args[0].shape != out.shape:
-            return
-        x, y = args[0].float().flatten(0, 1), out.float().flatten(0, 1)
+        x, y = given.float().flatten(0, 1), out.float().flatten(0, 1)
         c = (x * y).sum(1) / x.square().sum(1).clamp(min=1e-12)
         left = (y - c.unsqueeze(1) * x).norm(dim=1) / y.norm(dim=1).clamp(min=1e-12)
         alone = (left < 1e-3) & (y.norm(dim=1) > 0)
@@ -71,23 +62,17 @@ class Listening(Listener):
         if is_some and float(copies.std(correction=0)) < 1e-3 and abs(float(copies.mean()) - 1) > 1e-2:
             self.factors[name] = float(copies.mean())
 
-    def scaled_copies(self) -> Finding | None:
-        if not self.factors:
-            return None
-        name, factor = next(iter(self.factors.items()))
-        message = f"tokens that {several(list(self.factors))} leaves alone come out {factor:.3g} times as large"
-        advice = "add the residual once: where a token is skipped, put its input back, not the input and its copy"
-        return Finding("scaled_copies", "error", name, message, advice, round(factor, 4), 1)
+    def scaled_copies(self) -> Iterator[Finding]:
+        for name, factor in list(self.factors.items())[:1]:
+            message = f"tokens that {several(list(self.factors))} leaves alone come out {factor:.3g} times as large"
+            advice = "add the residual once: where a token is skipped, put its input back, not the input and its copy"
+            yield Finding("scaled_copies", "error", name, message, advice, round(factor, 4), 1)
 
-    def positions(self) -> Finding | None:
-        if not self.positions_made.found:
-            return None
-        chosen, of = self.positions_made.found
-        message = (
-            f"{chosen} of {of} tokens are chosen and get the positions 0 to {chosen - 1}: their ranks, not their places"
-        )
-        advice = "hand the chosen indices, in order of time, to the rotary embedding as positions; tables are not to be cut to a length"
-        return Finding("rank_positions", "warning", "positions", message, advice, chosen, of)
+    def positions(self) -> Iterator[Finding]:
+        for chosen, of in [self.ranks.found] if self.ranks.found else []:
+            message = f"{chosen} of {of} tokens are chosen and get their ranks, 0 to {chosen - 1}, as positions"
+            advice = "hand the chosen indices, in order of time, to the rotary embedding; its tables are not to be cut to a length"
+            yield Finding("rank_positions", "warning", "positions", message, advice, chosen, of)
 
     def memories(self) -> Iterator[Finding]:
         """Outermost modules that promise memory by their name or class, called once more: does the output at one token depend on
@@ -95,10 +80,8 @@ class Listening(Listener):
         for name, module, args, kwargs in self.calls.values():
             reach, asked = reach_of(module, args, kwargs)
             if asked >= NEAR and reach < asked:
-                kind = type(module).__name__
-                message = (
-                    f"{name} ({kind}) hears the {reach} tokens before it and nothing of the others: it has no state"
-                )
+                hears = f"hears the {reach} tokens before it and nothing of the others: it has no state"
+                message = f"{name} ({type(module).__name__}) {hears}"
                 advice = "a stand-in may have taken the place of a kernel package that is missing: install it, or use a plain scan"
                 yield Finding("short_memory", "warning", name, message, advice, reach, asked)
 
@@ -119,12 +102,11 @@ def promising(named: Sequence[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.
 def reach_of(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> tuple[int, int]:
     """How far before a token the farthest is that its output depends on, and how far was asked, 0 where it cannot be. Time is the
     second dimension, or the first."""
-    given = {i: v for i, v in [*enumerate(args), *kwargs.items()]}
-    key = next((k for k, v in given.items() if isinstance(v, Tensor) and v.ndim == 3 and v.is_floating_point()), None)
-    if key is None:
+    given = {k: v.detach() if isinstance(v, Tensor) else v for k, v in [*enumerate(args), *kwargs.items()]}
+    x = next((v for v in given.values() if isinstance(v, Tensor) and v.ndim == 3 and v.is_floating_point()), None)
+    if x is None:
         return 0, 0
-    given = {k: v.detach() if isinstance(v, Tensor) else v for k, v in given.items()}
-    x = given[key].requires_grad_()
+    x.requires_grad_()
     at = min(x.shape[1] - 1, FAR)
     with torch.enable_grad():
         outputs = tensors_of(module(*(given[i] for i in range(len(args))), **{k: given[k] for k in kwargs}))

@@ -4,7 +4,7 @@ arguments without effect."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -86,15 +86,15 @@ def hidden(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Tenso
     return found
 
 
-def outside_of_parameters(trial: Any, model: nn.Module, optimizers: Sequence[Optimizer]) -> Finding | None:
+def outside_of_parameters(trial: Any) -> Iterator[Finding]:
     """Those that the loss's gradient reaches in the copy that is tried."""
-    missed = hidden(model, optimizers)
-    copies = hidden(trial.model, []) if missed and trial.heard else {}
-    lost = [name for name in missed if name in copies and copies[name].grad is not None]
-    if not lost:
-        return None
-    names = several(lost)
-    return Finding("not_in_optimizer", "error", names, HIDDEN.format(n=len(lost), names=names), REGISTER, len(lost), 0)
+    missed = hidden(trial.given, trial.optimizers) if trial.optimizers else {}
+    copies = hidden(trial.model, []) if missed else {}
+    if lost := [name for name in missed if name in copies and copies[name].grad is not None]:
+        names = several(lost)
+        yield Finding(
+            "not_in_optimizer", "error", names, HIDDEN.format(n=len(lost), names=names), REGISTER, len(lost), 0
+        )
 
 
 def copied(model: nn.Module, optimizers: Sequence[Optimizer]) -> set[str]:
@@ -148,44 +148,36 @@ def cannot_move(model: nn.Module, optimizers: Sequence[Optimizer]) -> Finding | 
     return Finding("bf16_parameters", "error", several(stuck), message, advice, len(stuck), 0)
 
 
-def not_linear(
-    model: nn.Module, loss: Tensor, names: Mapping[int, str], optimizers: Sequence[Optimizer]
-) -> Finding | None:
+def not_linear(trial: Any) -> Iterator[Finding]:
     """Tensors whose steps are orthogonal, and that no product of the loss's graph takes: each of their elements, or rows, stands for
-    itself. `names`: by the id of the optimizers' tensors; the graph is of `model`, which may be a copy."""
-    used, mine = takers(loss), dict(model.named_parameters())
-    groups = [(o, group) for o in optimizers for group in o.param_groups]
-    held = [p for o, group in groups if law_of(o, group) for p in group["params"] if id(p) in names and p.ndim > 1]
-    by = {names[id(p)]: used.get(id(mine[names[id(p)]]), set()) for p in held}
-    wrong = [name for name, nodes in by.items() if nodes and nodes <= ALONE]
-    if not wrong:
-        return None
-    message = f"{len(wrong)} tensors get orthogonal steps and are no matrix of any product: {several(wrong)}"
-    advice = "choose Muon's tensors by their module, not by their number of dimensions; give these to AdamW"
-    return Finding("not_linear", "warning", wrong[0], message, advice, len(wrong), 0)
+    itself."""
+    used, mine = takers(trial.loss), dict(trial.model.named_parameters())
+    by_law = {id(p) for o in trial.optimizers for g in o.param_groups if law_of(o, g) for p in g["params"]}
+    names = [name for name, p in trial.given.named_parameters() if id(p) in by_law and p.ndim > 1]
+    if wrong := [name for name in names if used.get(id(mine[name])) and used[id(mine[name])] <= ALONE]:
+        message = f"{len(wrong)} tensors get orthogonal steps and are no matrix of any product: {several(wrong)}"
+        advice = "choose Muon's tensors by their module, not by their number of dimensions; give these to AdamW"
+        yield Finding("not_linear", "warning", wrong[0], message, advice, len(wrong), 0)
 
 
-def without_effect(batch: Any, loss: Callable[[Any], Tensor], told: Tensor, most: int) -> Iterator[Finding]:
-    """Change a third of each tensor of the batch: a loss that stays `told` to the bit does not know of it. A warning for what looks
-    like a mask. `loss(batch)` must be computed as `told` was, with the same random numbers. Raises ValueError after the findings
-    where there are more than `most` tensors, each of which takes a forward pass: masks come first."""
-    is_mapping, is_tuple = isinstance(batch, Mapping), isinstance(batch, (tuple, list))
-    parts = dict(batch if is_mapping else enumerate(batch if is_tuple else ()))
+def without_effect(trial: Any) -> Iterator[Finding]:
+    """Change a third of each tensor of the batch: a loss that stays the same to the bit does not know of it. A warning for what looks
+    like a mask. Raises ValueError after the findings where there are more tensors than spare forward passes: masks come first."""
+    batch = trial.batch
+    parts = dict(batch if isinstance(batch, Mapping) else enumerate(batch if isinstance(batch, (tuple, list)) else ()))
     tensors = {n: v for n, v in parts.items() if isinstance(v, Tensor) and v.ndim and v.numel() > 2}
     masks = {name for name, value in tensors.items() if ((value == 0) | (value == 1)).all()}
     ordered = sorted(tensors, key=lambda name: name not in masks)
-    for name in ordered[:most]:
+    for name in ordered[: trial.spare]:
         value, is_mask = tensors[name], name in masks
         other = 1 - value.int() if is_mask else value.flip(0).roll(1, -1) if value.ndim > 1 else value.roll(1)
         third = (torch.arange(value.numel(), device=value.device) % 3 == 1).view(value.shape)
         changed = torch.where(third, other.to(value.dtype), value)
         whole = parts | {name: changed}
-        if torch.equal(changed, value) or not torch.equal(
-            loss(whole if is_mapping else type(batch)(whole.values())), told
-        ):
-            continue
-        message = f"a third of {name!r} was changed and the loss is the same to the bit: nothing uses it"
-        advice = "follow it from the batch to the loss: it may be dropped on the way, or overwritten"
-        yield Finding("no_effect", "warning" if is_mask else "info", str(name), message, advice, 0, 0)
-    if rest := ordered[most:]:
+        loss = trial.loss_of(whole if isinstance(batch, Mapping) else type(batch)(whole.values()))
+        if not torch.equal(changed, value) and torch.equal(loss, trial.loss):
+            message = f"a third of {name!r} was changed and the loss is the same to the bit: nothing uses it"
+            advice = "follow it from the batch to the loss: it may be dropped on the way, or overwritten"
+            yield Finding("no_effect", "warning" if is_mask else "info", str(name), message, advice, 0, 0)
+    if rest := ordered[trial.spare :]:
         raise ValueError(f"not tried, to save forward passes: {', '.join(map(str, rest))}")

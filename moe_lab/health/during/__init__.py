@@ -27,7 +27,7 @@ routing.py       choices among experts, and scalars that may be terms of the los
 repeats.py       a fingerprint of each batch: does one come back too soon?
 heard.py         what a language model is asked for: ids, targets, weights, read off the logits' gradient
 aims.py          what a loss asks of outputs: one target for all rows, a softmax or sigmoid made twice
-causal.py        whether it sees the tokens that it is to foretell: one pass repeated, later tokens changed
+causal.py        check_causality, and the same of a pass that was heard: later tokens changed
 published.py     what was said, the log, and what need not be said again
 report.py        the readings as a table of text
 branch.py        the branch probe: one state, several settings

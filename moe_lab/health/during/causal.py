@@ -1,29 +1,92 @@
-"""Does the model see the tokens that it is trained to foretell? One recorded forward pass is repeated with later tokens changed."""
+"""Does a token change what is foretold before it, or beside it? By perturbation, which shows discrete choices as well."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..before.flow import LEAK, OVER_TIME
 from ..choices import held, recorded
 from ..findings import Finding
 from ..tokens import IGNORED
-from .forward import ForwardProbe, is_sharded
+from .forward import ForwardProbe, Unrepeatable, is_sharded
 from .heard import tensors_of
 
+LEAK = 1e-4  # of the logits' deviation: grouped kernels are not bit-stable when counts change
 LEAK_NARROW = 0.05  # the same in 16 bits, where other counts in a grouped kernel round otherwise
+ROWS = 32  # sequences of a pass
+OVER_TIME = "look for a missing mask, a convolution padded on both sides, a top-k or a statistic over the sequence"
+OVER_BATCH = "look for a statistic over the batch, or a mask or reshape that mixes sequences"
+OVER_LENGTH = (
+    "look for a sum or mean over the sequence, a scale or a table made from its length, positions counted from its end"
+)
 BY_CHOICE = (
     "with a choice over time (MoD, expert choice) training is not causal by design: evaluate and generate without it"
 )
 
 
+@torch.no_grad()
+def check_causality(
+    fn: Callable[[Tensor], Tensor], vocab_size: int, seq_len: int, device: torch.device | str = "cpu", seed: int = 0
+) -> Finding | None:
+    """Does a token change the logits before it, or those of another sequence? By perturbation at every position. A warning where
+    the first half of a text has other logits alone than with the rest after it: something grows with the length.
+
+    `fn(ids)` maps ids (B, T) int64 to logits (B, T, …), in evaluation mode and without noise of its own; call it in float32.
+    It takes a forward pass of 32 sequences for every 31 positions, and four small ones. Raises ValueError where fn's answer has
+    another shape, or two calls differ.
+    """
+    if seq_len < 2:
+        raise ValueError(f"seq_len={seq_len}: two tokens are needed at least")
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(vocab_size, (1, seq_len), generator=generator)
+    others = (ids + torch.randint(1, vocab_size, (seq_len, seq_len), generator=generator)) % vocab_size
+    late = torch.arange(seq_len) >= torch.arange(seq_len).unsqueeze(1)  # row p: from position p on
+    changed, half = torch.where(late, others, ids), seq_len // 2  # (T, T)
+
+    def read(*rows: Tensor) -> Tensor:
+        given = torch.cat(rows)
+        scores = fn(given.to(device))
+        scores = getattr(scores, "logits", scores)
+        if not isinstance(scores, Tensor) or scores.shape[:2] != given.shape:
+            got = getattr(scores, "shape", type(scores).__name__)
+            raise ValueError(f"fn(ids) must give logits (B, T, …) for ids {tuple(given.shape)}; it gave {got}")
+        return scores.detach().float().cpu()
+
+    before = read(ids, ids)
+    if not torch.equal(before, read(ids, ids)):
+        raise ValueError("fn(ids) gives other logits when it is called again: switch dropout off, fix its random state")
+    limit = LEAK * float(before.std())
+    leaks: dict[int, tuple[int, float]] = {}  # position that hears → position that changed, by how much
+    for positions in torch.arange(1, seq_len).split(ROWS - 1):
+        after = read(ids, changed[positions])
+        for row, p in enumerate(positions.tolist(), 1):
+            moved = (after[row, :p] - after[0, :p]).abs().flatten(1).amax(1)
+            for hears in (moved > limit).nonzero().flatten().tolist():
+                leaks.setdefault(hears, (p, float(moved[hears])))
+    hears, (p, size) = next(iter(leaks.items()), (0, (0, 0.0)))
+    earlier = f"a token changed at position {p} moves the logits at position {hears}, before it"
+    earlier += f"; {len(leaks)} of {seq_len - 1} positions hear of later tokens"
+    beside, alone = read(ids, changed[:1])[0] - before[0], read(ids[:, :half], ids[:, :half]) - before[:, :half]
+    mixed = "changing one sequence of a batch moves the logits of another"
+    longer = f"the first {half} tokens have other logits alone than at the start of {seq_len}"
+    for severity, where, by, message, advice in (
+        ("error", f"position {hears}", size, earlier, OVER_TIME),
+        ("error", "batch", float(beside.abs().max()), mixed, OVER_BATCH),
+        ("warning", "length", float(alone.abs().max()), longer, OVER_LENGTH),
+    ):
+        if by > limit:
+            return Finding("future_leak", severity, where, message, advice, round(by, 6), round(limit, 6))
+    return None
+
+
 def future_leak(forward: ForwardProbe) -> Finding | None:
-    """Of the pass that was heard last. None where nothing leaks, or it cannot be told: two passes differ by themselves, no targets
-    are before the changed tokens, or the model's own code may not be made for being called so: that is kept, to be told."""
+    """Of the pass that was heard last, repeated with later tokens changed. None where nothing leaks, or it cannot be told: two passes
+    differ by themselves, or no targets are before the changed tokens. Raises `Unrepeatable`."""
     heard = forward.heard
     if forward.inputs is None or is_sharded(forward.model):
         return None
@@ -38,24 +101,18 @@ def future_leak(forward: ForwardProbe) -> Finding | None:
     others = ids.flatten()[places]
     changed[row, cut:] = torch.where(others == ids[row, cut:], ids[row, cut:].roll(1), others)
     read = partial(logits, forward, row=row, asked=asked)
-    try:
-        before, after = read(ids), read(changed)
-        limit = (LEAK if before.dtype.itemsize >= 4 else LEAK_NARROW) * float(before.float().std())
-        moved = float((after - before).abs().max())
-        if not moved > limit:
-            return None
-        made: list[Tensor] = []
-        again = read(ids, recorded(made))
-        if float((again - before).abs().max()) > limit:
-            return None
-        otherwise = float((read(changed, held(made)) - before).abs().max())
-    except Exception as error:
-        heard.untried = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    before, after = read(ids), read(changed)
+    limit = (LEAK if before.dtype.itemsize >= 4 else LEAK_NARROW) * float(before.float().std())
+    moved = float((after - before).abs().max())
+    if not moved > limit:
+        return None
+    made: list[Tensor] = []
+    if float((read(ids, recorded(made)) - before).abs().max()) > limit:
         return None
     message = (
         f"tokens changed from position {cut} on move the logits of targets before it by {moved:.2g} (limit {limit:.1g})"
     )
-    if otherwise > limit:
+    if float((read(changed, held(made)) - before).abs().max()) > limit:
         return Finding("future_leak", "error", "logits", message, OVER_TIME, moved, limit)
     message += ", and do not where the indices of every top-k and sort are held: it chooses over time"
     return Finding("future_leak", "info", "choices", message, BY_CHOICE, moved, limit)
@@ -66,27 +123,24 @@ def logits(
 ) -> Tensor:
     """(len(asked), V): of the recorded pass with these ids in the place of those that the table of tokens was asked for."""
     heard, calls = forward.heard, []
+    ids = ids.T if heard.is_time_first else ids
 
     def put(module: nn.Module, args: tuple) -> tuple | None:
-        if not isinstance(args[0], Tensor) or args[0].ndim != 2:
-            return None
-        calls.append(args[0].shape)
-        if len(calls) - 1 != heard.call:
-            return None
-        given = ids.T if heard.is_time_first else ids
-        return (given.to(args[0]).reshape(args[0].shape), *args[1:])
+        is_call = isinstance(args[0], Tensor) and args[0].ndim == 2
+        calls.extend([module] * is_call)
+        is_mine = is_call and len(calls) - 1 == heard.call
+        return (ids.to(args[0]).reshape(args[0].shape), *args[1:]) if is_mine else None
 
     handles = [table.register_forward_pre_hook(put) for table in heard.tables]
     try:
         with choices or nullcontext():
-            output = forward.repeat({}, exact=True)
+            output: Any = forward.repeat({}, exact=True)
     finally:
         for handle in handles:
             handle.remove()
-    n = ids.numel()
-    scores = next(
-        t for t in tensors_of(output) if t.ndim > 1 and t.shape[-1] == heard.vocab_size and t.numel() == n * t.shape[-1]
-    )
-    scores = scores.reshape(*(ids.T if heard.is_time_first else ids).shape, -1)
-    scores = scores.transpose(0, 1) if heard.is_time_first else scores
-    return scores[row, asked.to(scores.device)]
+    shape = ids.numel(), heard.vocab_size
+    scores = next((t for t in tensors_of(output) if t.ndim > 1 and t.reshape(-1, t.shape[-1]).shape == shape), None)
+    if scores is None:
+        raise Unrepeatable("it gives no logits")
+    scores = scores.reshape(*ids.shape, -1)
+    return (scores.transpose(0, 1) if heard.is_time_first else scores)[row, asked.to(scores.device)]

@@ -21,6 +21,10 @@ from .listener import Hook, Listener
 VARIANCE_ROWS = 256  # logits of as many positions: the variance is good to 1 %
 
 
+class Unrepeatable(Exception):
+    """The model's own code may not be made for a pass of this kind."""
+
+
 class ForwardProbe(Listener):
     """Listens to a model's forward passes, and can repeat the last one with a tensor changed."""
 
@@ -43,6 +47,7 @@ class ForwardProbe(Listener):
             Tensor
         ] = []  # on the modules by the last pass that was repeated: a loss term, for somebody to add
         self.unused: set[Tensor] = set()  # … and what no pass takes, or in vain
+        self.untried: dict[str, str] = {}  # what was asked of repeated passes → why that cannot be told
         self.uncalled: dict[nn.Module, Any] = {}  # owners of parameters, with the hook that waits for their first call
         linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
         embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
@@ -106,22 +111,28 @@ class ForwardProbe(Listener):
     def matters(self, *params: Tensor) -> bool | None:
         """Whether changing all of `params` changes the model's output for the last input; None where no pass can be repeated."""
         if self.inputs is not None and params not in self.answers:
-            self.answers[params] = self.try_changed(unwrapped(self.model), params)
+            self.answers[params] = self.tried("whether tensors without a gradient matter", self.try_changed, params)
         return self.answers.get(params)
 
-    def try_changed(self, model: nn.Module, params: tuple[Tensor, ...]) -> bool | None:
+    def tried(self, what: str, ask: Callable, *args: Any) -> Any:
+        """The answer; None where the pass could not be repeated: why is kept, to be told."""
+        try:
+            return ask(*args)
+        except Unrepeatable as error:
+            self.untried[what] = f"its pass could not be repeated: {error}"
+            return None
+
+    def try_changed(self, params: tuple[Tensor, ...]) -> bool | None:
         """A choice that is made in training alone has no say in evaluation. None, too, where two passes differ by themselves."""
+        model = unwrapped(self.model)
         names = {p: name for name, p in model.named_parameters()}
         if is_sharded(model) or not names.keys() >= set(params):
             return None
         same, changed = {names[p]: p for p in params}, {names[p]: disturbed(p) for p in params}
-        try:
-            with Taken() as taken:
-                before = tensors_of(self.repeat(same))
-            left = self.left
-            again, after = (tensors_of(self.repeat(values)) for values in (same, changed))
-        except Exception:  # the model's own code, called in a way it may not be made for: then it cannot be told
-            return None
+        with Taken() as taken:
+            before = tensors_of(self.repeat(same))
+        left = self.left
+        again, after = (tensors_of(self.repeat(values)) for values in (same, changed))
         for p in params:
             owner = model.get_submodule(names[p].rpartition(".")[0])
             # a pass of another kind may take it, if it is not known that none calls its module, or that this one does
@@ -134,7 +145,7 @@ class ForwardProbe(Listener):
     def repeat(self, changed: Mapping[str, Tensor], exact: bool = False) -> Any:
         """What the model answers to the last input, with other tensors under these names: in the mode and the precision of the
         training (`exact`: without autocast), with its random numbers held, copies in place of the buffers, and what its modules
-        keep put back: a backward pass that is still to come must find all as it was. Raises what the model raises."""
+        keep put back: a backward pass that is still to come must find all as it was. Raises Unrepeatable where the model raises."""
         model = unwrapped(self.model)
         random_state = RandomState([*model.parameters(), *model.buffers()])
         kept = [(module, dict(vars(module))) for module in model.modules()]
@@ -146,6 +157,8 @@ class ForwardProbe(Listener):
         try:
             with torch.autocast(**precision) if self.precision else nullcontext():
                 return functional_call(model, {**copies, **changed}, *self.inputs)
+        except Exception as error:
+            raise Unrepeatable(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
         finally:
             Hook.is_repeating = False
             left = [v for module, _ in kept for v in vars(module).values()]

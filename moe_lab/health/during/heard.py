@@ -62,7 +62,7 @@ class Heard:
         embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
         # an encoder and a decoder may each have a module of their own around the same weights
         self.tables = [m for m in embeddings if table is not None and m.weight is table.weight]
-        self.update, self.n_heard, self.vocab_size = 1, 0, 0
+        self.update, self.n_heard, self.vocab_size, self.elements = 1, 0, 0, ELEMENTS
         self.is_inside = False  # of the model's own forward pass, which may do more than its head
         self.ids: list[Tensor] = []  # what the table was asked for in this pass: the last is a decoder's
         self.given: list[Tensor] = []  # … and the model
@@ -75,7 +75,6 @@ class Heard:
         self.call = 0  # of the table, in the last pass that was heard: which one holds the ids
         self.is_time_first = False
         self.was_tried, self.leak = False, None  # whether the model sees the future
-        self.untried = ""  # … why that could not be told
 
     def hooks(self, hook: Callable) -> Iterator[Any]:
         yield self.model.register_forward_pre_hook(hook(self.begin), with_kwargs=True)
@@ -126,7 +125,7 @@ class Heard:
             return
         self.n_heard, self.call, self.vocab_size = self.n_heard + 1, call, scores.shape[-1]
         rows = scores.detach().reshape(-1, self.vocab_size)
-        stride = -(-rows.numel() // ELEMENTS)
+        stride = -(-rows.numel() // self.elements)
         numbers = [t.flatten(1).float().sum(1).to(scores.device) for t in given if len(t) == len(ids[call])]
         kept = ids[call].to(torch.int32), rows[::stride].clone(), stride, sum(numbers) if numbers else None
         scores.register_hook(hook(partial(self.answer, *kept)))

@@ -52,10 +52,13 @@ class Listener:
         failed = partial(fail, where=self.where, what=self.what, stop=self.close)
         self.handles = list(self.hooks(partial(Hook, failed=failed)))
 
-    def close(self) -> None:
+    def detach(self) -> None:
         for handle in self.handles:
             handle.remove()
         self.handles = []
+
+    def close(self) -> None:
+        self.detach()
         self.forget()
 
     def forget(self) -> None:

@@ -79,8 +79,7 @@ def unchecked(state: State) -> dict[str, str]:
         told["the first loss"] = "no head over the vocabulary was heard in an untrained model"
     if not state.events.ears:
         told["the order of zero_grad, backward and step"] = "no tensor that is whole and trained could be listened to"
-    if why := state.forward.heard.untried:
-        told["whether the model sees the future"] = f"its pass could not be repeated: {why}"
+    told |= state.forward.untried
     told["what only a changed input or weight shows (the future, memory, arguments without effect)"] = "see examine"
     return told
 

@@ -29,7 +29,8 @@ def leaks(state: State) -> Ill:
     """Whether the model sees what it is to foretell; tried once, at the first check that knows the targets."""
     heard = state.forward.heard
     if heard.is_next_token and not heard.was_tried:
-        heard.was_tried, heard.leak = True, future_leak(state.forward)
+        heard.was_tried = True
+        heard.leak = state.forward.tried("whether the model sees the future", future_leak, state.forward)
     return {heard.leak.where: heard.leak.to_dict()} if heard.leak else {}
 
 
