@@ -47,16 +47,7 @@ def check_causality(
     others = (ids + torch.randint(1, vocab_size, (seq_len, seq_len), generator=generator)) % vocab_size
     late = torch.arange(seq_len) >= torch.arange(seq_len).unsqueeze(1)  # row p: from position p on
     changed, half = torch.where(late, others, ids), seq_len // 2  # (T, T)
-
-    def read(*rows: Tensor) -> Tensor:
-        given = torch.cat(rows)
-        scores = fn(given.to(device))
-        scores = getattr(scores, "logits", scores)
-        if not isinstance(scores, Tensor) or scores.shape[:2] != given.shape:
-            got = getattr(scores, "shape", type(scores).__name__)
-            raise ValueError(f"fn(ids) must give logits (B, T, …) for ids {tuple(given.shape)}; it gave {got}")
-        return scores.detach().float().cpu()
-
+    read = partial(logits_of, fn, device)
     before = read(ids, ids)
     if not torch.equal(before, read(ids, ids)):
         raise ValueError("fn(ids) gives other logits when it is called again: switch dropout off, fix its random state")
@@ -82,6 +73,17 @@ def check_causality(
         if by > limit:
             return Finding("future_leak", severity, where, message, advice, round(by, 6), round(limit, 6))
     return None
+
+
+def logits_of(fn: Callable[[Tensor], Any], device: torch.device | str, *rows: Tensor) -> Tensor:
+    """fn(ids) as (B, T, …) float32 on the CPU. Raises ValueError for another shape."""
+    ids = torch.cat(rows)
+    scores = fn(ids.to(device))
+    scores = getattr(scores, "logits", scores)
+    if not isinstance(scores, Tensor) or scores.shape[:2] != ids.shape:
+        got = getattr(scores, "shape", type(scores).__name__)
+        raise ValueError(f"fn(ids) must give logits (B, T, …) for ids {tuple(ids.shape)}; it gave {got}")
+    return scores.detach().float().cpu()
 
 
 def future_leak(forward: ForwardProbe) -> Finding | None:
