@@ -95,7 +95,7 @@ def test_a_closed_watch_gives_its_memory_back_without_garbage_collection() -> No
     optimizers = [Muon(matrices(model)), AdamW(rest(model), lr=0.01)]
     with Watch(model, optimizers, budget=100) as watch:
         train(watch, model, optimizers, 32)
-    assert model.spare in watch.state.forward.answers
+    assert (model.spare,) in watch.state.forward.answers
     kept = [weakref.ref(thing) for thing in (watch, watch.state, watch.state.forward, watch.state.banks[0].intended)]
     gc.disable()
     try:
