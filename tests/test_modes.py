@@ -38,6 +38,8 @@ class Noisy(nn.Module):
             self.layer.weight = nn.Parameter(self.layer.weight.detach())
         if self.kind == "attention":
             return nn.functional.scaled_dot_product_attention(x[None], x[None], x[None], dropout_p=0.5)[0]
+        if self.kind == "positional":
+            return torch.dropout(x, 0.5, True)
         if self.kind == "sampled":
             return x + torch.randn_like(x)
         by_kind = {"function": nn.functional.dropout, "sound": partial(nn.functional.dropout, training=self.training)}
@@ -49,6 +51,7 @@ class Noisy(nn.Module):
     [
         ("function", ("mode_mismatch", "warning", "dropout")),
         ("attention", ("mode_mismatch", "warning", "scaled_dot_product_attention")),
+        ("positional", ("mode_mismatch", "warning", "dropout")),
         ("anew", ("not_in_optimizer", "error", "Linear(8, 8)")),
         ("sampled", ("mode_mismatch", "info", "evaluation")),
         ("sound", None),

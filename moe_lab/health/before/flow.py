@@ -73,9 +73,11 @@ class Dropping(TorchFunctionMode):
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         given = kwargs or {}
+        if function is torch.dropout:  # (input, p, train)
+            given = dict(zip(("input", "p", "training"), args, strict=False)) | given
         if given.get("dropout_p") or (given.get("training") is True and given.get("p")):
             self.heard.add(function.__name__)
-        return function(*args, **given)
+        return function(*args, **kwargs or {})
 
 
 def noise_in_evaluation(fn: Callable, batch: Any, before: Any, anew: Sequence[str] = ()) -> Finding | None:
