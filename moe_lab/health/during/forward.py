@@ -40,12 +40,10 @@ class ForwardProbe(Listener):
         self.logit_variance: Tensor | None = None
         self.fan_ins: dict[int, int] = {}  # which dimension of a weight the first pass sums over, by its id
         self.answers: dict[tuple[Tensor, ...], bool | None] = {}  # of `matters`: they stand when the inputs are gone
-        self.told: set[Tensor] = (
-            set()
-        )  # of those, what the repeated pass is known to be about, and nothing that it keeps
-        self.left: list[
-            Tensor
-        ] = []  # on the modules by the last pass that was repeated: a loss term, for somebody to add
+        # of those, what the repeated pass is known to be about, and nothing that it keeps
+        self.told: set[Tensor] = set()
+        # on the modules by the last pass that was repeated: a loss term, for somebody to add
+        self.left: list[Tensor] = []
         self.unused: set[Tensor] = set()  # … and what no pass takes, or in vain
         self.untried: dict[str, str] = {}  # what was asked of repeated passes → why that cannot be told
         self.uncalled: dict[nn.Module, Any] = {}  # owners of parameters, with the hook that waits for their first call

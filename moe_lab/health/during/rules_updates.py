@@ -122,7 +122,7 @@ def idle(state: State, used: bool) -> Ill:
     part of the class that this use of it has no need of; two factors that are both zero have a say together."""
     idle = {} if no_gradient(state, matters=True) else no_gradient(state, matters=False)
     together, forward = [t.param for ts in idle.values() for t in ts], state.forward
-    if forward.matters(*together) is False:
+    if together and forward.matters(*together) is False:
         forward.unused |= forward.told & set(together)
     return {kind: ts for kind, ts in idle.items() if (ts[0].param not in forward.unused) == used}
 
