@@ -133,19 +133,10 @@ def wrap_forward(module: nn.Module, depth: int) -> None:
 
 @pytest.mark.parametrize("depth", [1, 3])
 def test_a_model_whose_modules_are_wrapped_is_copied_whole(depth: int) -> None:
-    class Dropping(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.table, self.drop, self.head = nn.Embedding(64, 32), nn.Dropout(0.3), nn.Linear(32, 64)
-
-        def forward(self, ids: Tensor) -> Tensor:
-            return self.head(self.drop(self.table(ids)))
-
-    model, ids = Dropping(), torch.randint(0, 64, (4, 17))
+    model = Tiny()
     for module in (model, model.head):
         wrap_forward(module, depth)
-    loss_fn = lambda model, batch: F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())  # noqa: E731
-    found = examine(model, (ids[:, :-1], ids[:, 1:]), loss_fn)
+    found = examine(model, batch(), loss_of)
     assert not found.findings and found.not_checked.keys() == {"config", "optimizers"}
     assert all(p.grad is None for p in model.parameters()) and model.head.training
 

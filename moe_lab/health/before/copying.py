@@ -12,7 +12,7 @@ from torch import Tensor, nn
 HOLDERS = (nn.Module, Tensor, MethodType, partial, list, tuple, dict)
 
 
-def copied(model: nn.Module) -> nn.Module:
+def twin_of(model: nn.Module) -> nn.Module:
     """A deep copy, in which functions that were set on a module, such as the `forward` of a wrapper, hold the copy's modules:
     `copy.deepcopy` leaves functions as they are, and these would compute with the model itself."""
     memo: dict[int, Any] = {}

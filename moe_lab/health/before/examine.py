@@ -23,7 +23,7 @@ from ..findings import Finding, grouped, several
 from ..random_state import RandomState
 from ..sampling import Waiting, tensor_kind
 from . import structure
-from .copying import copied
+from .copying import twin_of
 from .data import check_data
 from .flow import check_train_eval
 from .listening import Listening
@@ -109,7 +109,7 @@ class Trial:
     """The copy that is examined, what was heard of its one pass forward and backward, and the passes that follow."""
 
     def __init__(self, model: nn.Module, batch: Any, loss_fn: Callable, optimizers: list[Optimizer]):
-        self.given, self.model = unwrapped(model), copied(unwrapped(model))
+        self.given, self.model = unwrapped(model), twin_of(unwrapped(model))
         self.model.zero_grad(set_to_none=True)
         self.batch, self.loss_fn, self.optimizers, self.spare = batch, loss_fn, optimizers, SPARE
         self.state = RandomState([*model.parameters(), *model.buffers()])

@@ -174,8 +174,8 @@ def without_effect(trial: Any) -> Iterator[Finding]:
         third = (torch.arange(value.numel(), device=value.device) % 3 == 1).view(value.shape)
         changed = torch.where(third, other.to(value.dtype), value)
         whole = parts | {name: changed}
-        loss = trial.loss_of(whole if isinstance(batch, Mapping) else type(batch)(whole.values()))
-        if not torch.equal(changed, value) and torch.equal(loss, trial.loss):
+        given = whole if isinstance(batch, Mapping) else type(batch)(whole.values())
+        if not torch.equal(changed, value) and torch.equal(trial.loss_of(given), trial.loss):
             message = f"a third of {name!r} was changed and the loss is the same to the bit: nothing uses it"
             advice = "follow it from the batch to the loss: it may be dropped on the way, or overwritten"
             yield Finding("no_effect", "warning" if is_mask else "info", str(name), message, advice, 0, 0)

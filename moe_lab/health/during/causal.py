@@ -59,20 +59,27 @@ def check_causality(
             moved = (after[row, :p] - after[0, :p]).abs().flatten(1).amax(1)
             for hears in (moved > limit).nonzero().flatten().tolist():
                 leaks.setdefault(hears, (p, float(moved[hears])))
-    hears, (p, size) = next(iter(leaks.items()), (0, (0, 0.0)))
-    earlier = f"a token changed at position {p} moves the logits at position {hears}, before it"
-    earlier += f"; {len(leaks)} of {seq_len - 1} positions hear of later tokens"
-    beside, alone = read(ids, changed[:1])[0] - before[0], read(ids[:, :half], ids[:, :half]) - before[:, :half]
-    mixed = "changing one sequence of a batch moves the logits of another"
-    longer = f"the first {half} tokens have other logits alone than at the start of {seq_len}"
-    for severity, where, by, message, advice in (
-        ("error", f"position {hears}", size, earlier, OVER_TIME),
-        ("error", "batch", float(beside.abs().max()), mixed, OVER_BATCH),
-        ("warning", "length", float(alone.abs().max()), longer, OVER_LENGTH),
-    ):
-        if by > limit:
-            return Finding("future_leak", severity, where, message, advice, round(by, 6), round(limit, 6))
+    if leaks:
+        hears, (p, moved) = next(iter(leaks.items()))
+        message = f"a token changed at position {p} moves the logits at position {hears}, before it"
+        message += f"; {len(leaks)} of {seq_len - 1} positions hear of later tokens"
+        return leak(moved, limit, "error", f"position {hears}", message, OVER_TIME)
+    if (moved := largest(read(ids, changed[:1])[0] - before[0])) > limit:
+        return leak(
+            moved, limit, "error", "batch", "changing one sequence of a batch moves the logits of another", OVER_BATCH
+        )
+    if (moved := largest(read(ids[:, :half], ids[:, :half]) - before[:, :half])) > limit:
+        message = f"the first {half} tokens have other logits alone than at the start of {seq_len}"
+        return leak(moved, limit, "warning", "length", message, OVER_LENGTH)
     return None
+
+
+def largest(difference: Tensor) -> float:
+    return float(difference.abs().max())
+
+
+def leak(moved: float, limit: float, severity: str, where: str, message: str, advice: str) -> Finding:
+    return Finding("future_leak", severity, where, message, advice, round(moved, 6), round(limit, 6))
 
 
 def logits_of(fn: Callable[[Tensor], Any], device: torch.device | str, *rows: Tensor) -> Tensor:
