@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from checks import sources_06
 from helpers import MECHANISMS, random_ids, tiny
 
 from moe_lab import Trainer, build_model
 from moe_lab.config import ROOT, ConfigError, load_config
 from moe_lab.data import Batches
-from moe_lab.failures import bugs, edits
+from moe_lab.failures import bugs
 from moe_lab.failures.bugs import BUGS, planted, sources
 from moe_lab.failures.edits import Edit, edited
 from moe_lab.health import choices
@@ -43,7 +44,7 @@ def test_the_two_sources_differ_and_the_package_is_as_it_was(id: str, capsys) ->
         with planted(id):
             assert sources_now(id) == sick
         assert sources_now(id) == healthy
-    bugs.show_difference(id)
+    sources_06.show_difference(id)
 
 
 def sources_now(id: str) -> str:
@@ -55,13 +56,13 @@ def sources_now(id: str) -> str:
 def test_a_difference_shows_each_changed_line_once_under_its_sign() -> None:
     """Nothing else has a sign, and a source that is put back from the signs is the source."""
     healthy, sick = sources("B08")
-    lines = edits.difference(healthy, sick)
+    lines = sources_06.difference(healthy, sick)
     for mark, one, other in (("-", healthy, sick), ("+", sick, healthy)):
         changed = [line[2:] for line in lines if line[0] == mark]
         assert changed == [line for line in one.splitlines() if line not in other.splitlines()] != []
-    page = edits.as_html("B08", lines)
-    assert page.count(edits.MARKED["+"]) == sum(line[0] == "+" for line in lines) and "&quot;" in page
-    far = edits.difference("a\n" * 9 + "b\n" * 9 + "c", "x\n" + "a\n" * 9 + "b\n" * 9)
+    page = sources_06.as_html("B08", lines)
+    assert page.count(sources_06.MARKED["+"]) == sum(line[0] == "+" for line in lines) and "&quot;" in page
+    far = sources_06.difference("a\n" * 9 + "b\n" * 9 + "c", "x\n" + "a\n" * 9 + "b\n" * 9)
     assert [line for line in far if line[0] in "+-"] == ["+ x", "- c"] and "  …" in far
 
 

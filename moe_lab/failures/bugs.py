@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from moe_lab.config import ConfigError, ModelConfig, read_yaml
-from moe_lab.failures.edits import Edit, applied, as_html, by_function, difference, edited, owner_of, source_of
+from moe_lab.failures.edits import Edit, applied, by_function, edited, owner_of, source_of
 from moe_lab.model import build_model
 
 # healthy skeletons of what the package does elsewhere, or not at all: B07 and B16 edit them
@@ -64,16 +64,6 @@ def sources(id: str) -> tuple[str, str]:
     healthy = {place: source_of(getattr(*place)) for place, _ in functions}
     sick = [edited(healthy[place], edits) for place, edits in functions]
     return "\n\n".join(healthy.values()), "\n\n".join(sick)
-
-
-def show_difference(id: str) -> None:
-    """The healthy lines and the sick ones, with a few lines about each change; in plain text the changed ones alone."""
-    from IPython.display import display
-
-    lines = difference(*sources(id))
-    names = ", ".join(dict.fromkeys(edit["in"].removeprefix("moe_lab.") for edit in BUGS["edits"].get(id, ())))
-    text = "\n".join([f"{id}: {names}", *(line for line in lines if line[0] in "-+")])
-    display({"text/html": as_html(f"{names}  (− healthy, + with {id})", lines), "text/plain": text}, raw=True)
 
 
 def cast_parameters(model: nn.Module) -> nn.Module:

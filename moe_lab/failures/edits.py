@@ -2,8 +2,6 @@
 
 import __future__
 
-import difflib
-import html
 import inspect
 import linecache
 import sys
@@ -15,9 +13,7 @@ from itertools import count
 from types import ModuleType
 from typing import Any, NamedTuple
 
-AROUND = 3  # unchanged lines that are shown about a change
 NUMBERS = count(1)
-MARKED = {"-": "background:rgba(0,114,178,.18)", "+": "background:rgba(213,94,0,.22)"}  # blue, vermilion
 
 
 class Edit(NamedTuple):
@@ -94,15 +90,3 @@ def applied(edits: Iterable[Edit]) -> Iterator[None]:
     finally:
         for place, name, healthy in reversed(kept):
             setattr(place, name, healthy)
-
-
-def difference(healthy: str, sick: str) -> list[str]:
-    """The two sources as one, a line bears its sign: - is healthy, + is sick, dots where lines are left out."""
-    lines = list(difflib.unified_diff(healthy.splitlines(), sick.splitlines(), n=AROUND, lineterm=""))
-    return ["  …" if line.startswith("@@") else f"{line[:1]} {line[1:]}" for line in lines[3:]]
-
-
-def as_html(title: str, lines: Iterable[str]) -> str:
-    """Lines below each other, since two columns of code are wider than a page; changed ones have a colour too."""
-    shown = "".join(f'<div style="{MARKED.get(line[:1], "")}">{html.escape(line)}</div>' for line in lines)
-    return f'<div>{html.escape(title)}</div><pre style="font-size:12px;white-space:pre-wrap">{shown}</pre>'

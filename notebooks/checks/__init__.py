@@ -21,6 +21,7 @@ exercises_04a.py  four patients to diagnose, a sick config, shares of two fixes
 exercises_05.py   floors passed, tokens counted, a verdict
 exercises_07.py   verdicts from numbers handed in, a damaged record, norms that move in bf16
 exercises_10.py   a patient of your own, a config to mend
+sources_06.py     the healthy and the sick source of a bug, as one
 figures_10.py     training curves, and pictures of measurements
 ward.py           the runs of notebook 10: what is ordered, written down and what it is worth
 ward_plans.py     what a run may have, how it is planted, and what a seed draws
