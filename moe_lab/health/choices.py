@@ -3,8 +3,6 @@
 A top-k over time is moved by later tokens. With its indices held, what still hears the future does so by something else.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 

@@ -3,8 +3,6 @@
 A matrix is (A, B): A outputs, B inputs (fan-in). Learning rates are peak values, after warm-up.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from statistics import geometric_mean, linear_regression

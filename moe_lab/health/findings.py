@@ -1,7 +1,5 @@
 """What the health checks say: findings, and the one table of rules that they come from."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any

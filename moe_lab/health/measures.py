@@ -1,7 +1,5 @@
 """Pure measures on tensors and numbers: what a weight did, what it was meant to do, and what a loss says."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from statistics import linear_regression

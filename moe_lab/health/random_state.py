@@ -1,8 +1,6 @@
 """Torch's random numbers on the CPU and on every device of some tensors: kept once, put back at a `with`'s end or as often as
 needed."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch
@@ -17,7 +15,7 @@ class RandomState:
             which = () if device.type == "mps" else (device,)  # there is one alone, and its functions take no argument
             self.others.append((keeper, keeper.get_rng_state(*which), which))
 
-    def __enter__(self) -> RandomState:
+    def __enter__(self) -> "RandomState":
         return self
 
     def __exit__(self, *error: object) -> None:

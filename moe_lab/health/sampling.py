@@ -1,8 +1,6 @@
 """Which elements of a tensor are looked at, how their numbers come from a device, and what a tensor is called: one answer for
 files and for live trainings."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from itertools import islice

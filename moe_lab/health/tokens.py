@@ -1,8 +1,6 @@
 """What batches of tokens say: are they text, do they repeat, and what is a target? One answer for batches that are handed over
 before a run and for those that a watch hears in one."""
 
-from __future__ import annotations
-
 import math
 import zlib
 from collections import Counter

@@ -1,7 +1,5 @@
 """Every private interface of torch that the checks lean on: `make health-wheel` runs them under the oldest and newest torch."""
 
-from __future__ import annotations
-
 import re
 import sys
 from collections import OrderedDict
@@ -172,6 +170,6 @@ def is_in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def meeting_store() -> torch.distributed.Store:
+def meeting_store() -> "torch.distributed.Store":
     """The store at which the processes of the default group met."""
     return torch.distributed.distributed_c10d._get_default_store()

@@ -1,7 +1,5 @@
 """Findings from a checkpoint alone: what never moved, which learning rate is baked in. Nothing in the file is executed."""
 
-from __future__ import annotations
-
 import errno
 import math
 import re

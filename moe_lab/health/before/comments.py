@@ -1,7 +1,5 @@
 """Comments that contradict the learning rate they stand beside: "use 0.001 for Muon" next to 0.0003 under Muon."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator

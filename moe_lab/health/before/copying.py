@@ -1,7 +1,5 @@
 """A copy of a model that calls nothing of the model's own."""
 
-from __future__ import annotations
-
 import copy
 from functools import partial
 from types import CellType, FunctionType, MethodType

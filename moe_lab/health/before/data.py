@@ -1,7 +1,5 @@
 """What batches of tokens say before a second of training: tokens.py's answers, and what stands in training and validation."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import islice

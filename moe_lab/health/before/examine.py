@@ -1,7 +1,5 @@
 """All that can be looked at before the first update, in one call: one pass under the Watch's own ears, and a few beside it."""
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """What training and evaluation compute: by who is called in which mode, and by what comes of it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

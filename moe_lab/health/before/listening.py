@@ -1,7 +1,5 @@
 """What one forward pass shows to who listens: copies that are scaled, memories that end early, positions that are ranks."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """What a config plans, read off its keys, by whichever name a project calls them: sizes, optimizers, LRs."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Findings from a config and its comments, before a second of compute."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """The schedule on paper: do warm-up, decay and intervals fit the budget, and do all count the same steps?"""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator
 

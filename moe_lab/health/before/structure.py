@@ -1,8 +1,6 @@
 """How model, optimizer and batch fit together: ties, copies, layers in lists, stale tensors, 16-bit weights that cannot move,
 arguments without effect."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

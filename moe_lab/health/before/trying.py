@@ -1,7 +1,5 @@
 """What one's own code does when it is run: which keys of a config matter, and what a loop counts."""
 
-from __future__ import annotations
-
 import copy
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence

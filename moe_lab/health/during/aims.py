@@ -6,8 +6,6 @@ the row's own target; of a cross-entropy it is w · (p − onehot), and through 
 
 # Shapes: N outputs of one number a row, R rows of V numbers.
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial

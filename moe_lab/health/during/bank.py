@@ -2,8 +2,6 @@
 
 # Shapes: S sampled elements of all tensors of one device, M tensors.
 
-from __future__ import annotations
-
 import math
 import weakref
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 What differs afterwards was caused by the setting: a proof that a learning rate is too low, or of any other cause.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The watch for transformers' Trainer: `Trainer(..., callbacks=[HealthCallback()])`."""
 
-from __future__ import annotations
-
 from functools import cache, partial
 from typing import Any
 
@@ -25,7 +23,7 @@ class HealthCallback:
     Raises ImportError, one line, without transformers or with one that is too old.
     """
 
-    def __new__(cls, *args: Any, **options: Any) -> HealthCallback:
+    def __new__(cls, *args: Any, **options: Any) -> "HealthCallback":
         return super().__new__(trainer_callback(cls))
 
     def __init__(self, **options: Any):

@@ -1,7 +1,5 @@
 """Does a token change what is foretold before it, or beside it? By perturbation, which shows discrete choices as well."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial

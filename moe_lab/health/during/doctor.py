@@ -4,8 +4,6 @@ At an optimizer's first step, which torch tells everybody, the modules are looke
 attached. Its losses are the roots of the backward passes.
 """
 
-from __future__ import annotations
-
 import gc
 import os
 import runpy

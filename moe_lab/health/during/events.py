@@ -1,7 +1,5 @@
 """What happens between two updates, and to which gradients: do they arrive, pile up, go before the step, or serve twice?"""
 
-from __future__ import annotations
-
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence

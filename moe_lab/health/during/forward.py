@@ -1,7 +1,5 @@
 """What can be learned from forward passes: the vocabulary, the logits' variance at the start, and who has a say at all."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any

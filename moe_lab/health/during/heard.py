@@ -6,8 +6,6 @@ target, a row of zeros is no target, and w is the weight of that token in the lo
 
 # Shapes: B batch, T time, V vocabulary, N = B·T rows, R rows that are looked at closely.
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import is_dataclass
 from functools import partial

@@ -9,8 +9,6 @@ an info: optimizers that keep tensors or objects outside of `state` (masters, an
 several processes train, since a step may talk to the others. A step that writes to a global would go unseen.
 """
 
-from __future__ import annotations
-
 import copy
 import enum
 import re

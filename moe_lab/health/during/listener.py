@@ -1,7 +1,5 @@
 """What the watch hangs on a model: hooks that no error of its own gets past, and parts that listen through them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial

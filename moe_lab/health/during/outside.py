@@ -2,8 +2,6 @@
 
 # Shapes: S sampled elements of a tensor, M tensors of one shape, T positions.
 
-from __future__ import annotations
-
 import gc
 import inspect
 import sys

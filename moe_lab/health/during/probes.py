@@ -1,7 +1,5 @@
 """What an optimizer does with made-up gradients: each answer needs its class and options alone, and no step of the training."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress

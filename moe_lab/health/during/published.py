@@ -1,7 +1,5 @@
 """What a watch has said: its findings, the file that they are written to, and what need not be said again."""
 
-from __future__ import annotations
-
 import json
 import sys
 from contextlib import suppress

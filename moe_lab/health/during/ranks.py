@@ -1,7 +1,5 @@
 """Whether ranks that train together agree. They tell each other through the store at which they met: no rank waits for another."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -33,7 +31,7 @@ class Ranks:
         self.told: list[int] = []
         self.heard: dict[int, list[dict]] = {}  # by step, of all ranks, in their order; steps that every rank has told
 
-    def exchange(self, state: State) -> None:
+    def exchange(self, state: "State") -> None:
         """Say what is seen here, and take in what all others have said. Nothing without other ranks."""
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return
@@ -47,7 +45,7 @@ class Ranks:
                 self.heard[step] = [json.loads(store.get(key)) for key in keys]
 
 
-def seen_here(state: State) -> dict:
+def seen_here(state: "State") -> dict:
     """Numbers of this rank: of whole tensors' samples, of the last batch's tokens, and which loss was the first that is not finite."""
     whole = [t for t in state.tracked if not hasattr(t.param, "to_local") and not t.is_master]
     samples = [t.sample(t.param).float() for t in whole[:: -(-len(whole) // TENSORS) or 1]]

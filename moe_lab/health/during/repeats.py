@@ -1,7 +1,5 @@
 """Does a batch come back that came a short while ago, though none did at first? A number of each is kept, for as long as it runs."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial

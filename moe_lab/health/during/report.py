@@ -1,7 +1,5 @@
 """A watch's readings as a table of text, one line a kind of tensor; what it did not check, and why."""
 
-from __future__ import annotations
-
 import math
 import shutil
 import textwrap

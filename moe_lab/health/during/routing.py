@@ -2,8 +2,6 @@
 
 # Shapes: N tokens, K choices a token, E experts.
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple

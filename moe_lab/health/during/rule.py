@@ -1,7 +1,5 @@
 """What a rule is: something to look for, and the words for it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from operator import attrgetter
 from typing import Any, NamedTuple

@@ -4,8 +4,6 @@ Limits stand on top of the file whose rule has them, those that several rules sh
 else. They were chosen on one half of the runs of `make detection` and judged on the other (benchmarks/detection.json).
 """
 
-from __future__ import annotations
-
 from . import rules_flow, rules_loss, rules_lr, rules_ranks, rules_setup, rules_signal, rules_steps, rules_updates
 
 # In order of certainty: a broken set-up explains what comes after it.

@@ -1,7 +1,5 @@
 """Rules about what flows through a model: targets and data, looks into the future, modes."""
 
-from __future__ import annotations
-
 from functools import partial
 from statistics import median
 

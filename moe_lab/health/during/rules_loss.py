@@ -1,7 +1,5 @@
 """Rules about learning rates and the loss: what steps of their size usually are, how far they can get, what they achieve."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from functools import partial

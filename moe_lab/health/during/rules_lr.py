@@ -1,7 +1,5 @@
 """Rules about learning rates over time: what was asked for, what the first updates had, and what they have now."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
 from itertools import combinations

@@ -1,7 +1,5 @@
 """Rules about ranks that train together: copies that went apart, one batch for all, NaN on one of them."""
 
-from __future__ import annotations
-
 import math
 
 from ..findings import several

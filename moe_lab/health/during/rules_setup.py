@@ -1,7 +1,5 @@
 """Rules about who is updated at all: optimizers, frozen parts, and who is decayed. They are asked at the start, too."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import torch

@@ -1,7 +1,5 @@
 """Rules about signals that are dead or faint, experts, and what lies outside of the optimizer."""
 
-from __future__ import annotations
-
 import math
 from statistics import median
 

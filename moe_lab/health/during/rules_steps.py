@@ -1,7 +1,5 @@
 """Rules about the step that arrives: its shape and its size by kind of tensor, and what decays."""
 
-from __future__ import annotations
-
 import math
 from statistics import median
 

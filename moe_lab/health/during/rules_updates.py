@@ -1,7 +1,5 @@
 """Rules about what becomes of the updates: lost to rounding, without a gradient, or never seen to move anything."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
 

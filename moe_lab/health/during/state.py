@@ -1,7 +1,5 @@
 """What a watch knows of a training, and what its rules see."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 

@@ -7,8 +7,6 @@ whose own displacement is rounded, the replayed step is taken instead, where the
 
 # Shapes: S matrices of a stack (1 for others), R lines along the longer side (whole ones stay orthogonal), N their length.
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """Which tensors a watch follows, under which names and in which groups, and what it refuses to watch."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterable, Sequence
 from inspect import signature

@@ -5,8 +5,6 @@ are kept in 16 bits the optimizer's step is replayed on sampled elements, every 
 and an error of the watch ends the watch, with a finding, and not the training.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -150,7 +148,7 @@ class Watch:
             part.close()
         self.state.waiting.pairs.clear()
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> "Watch":
         return self
 
     def __exit__(self, kind: type | None, *exception: object) -> None:
