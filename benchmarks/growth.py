@@ -13,7 +13,7 @@ from benchmarks.peers import lab, training_step
 from benchmarks.shares import flops
 from moe_lab import build_model
 from moe_lab.config import ModelConfig
-from moe_lab.show.style import BLUE, VERMILION, label_right, new_axes, new_figure, save
+from moe_lab.show.style import BLUE, VERMILION, label_right, new_axes, new_figure, png
 
 TOKENS = 2048  # of a step, whatever the length
 ROUNDS = 5
@@ -73,4 +73,4 @@ def draw(growth: dict, path: Path) -> None:
         axes.set_xticks(values, [str(value) for value in values])
         axes.set_ylim(0, 1.1 * max([*speeds, *predicted]))
         label_right(axes, [(speeds[-1], "measured", BLUE), (predicted[-1], "by FLOPs", VERMILION)])
-    save(figure, path)
+    path.write_bytes(png(figure))

@@ -24,6 +24,7 @@ from moe_lab.model.depth import Depth
 from moe_lab.optim.groups import group_of
 
 BYTES = {"float32": 4, "bfloat16": 2}
+NO_FACTORS = ("A_log", "conv1d.weight")  # of more than one dimension, and no token is multiplied with them
 FORMATS = {"float32": ("float32", "float32"), "autocast": ("float32", "bfloat16")}
 FORMATS |= {"pure bf16": ("bfloat16", "bfloat16")}
 
@@ -63,18 +64,12 @@ def forward_flops(block: nn.Module, config: Config) -> float:
     total = 0.0
     for _, layer, depth in block.sublayers():
         share = depth.capacity if isinstance(depth, Depth) else 1.0
-        active = sum(p.numel() for p in matrices(layer)) - idle(layer, config.model)
+        matrices = [p for name, p in layer.named_parameters() if p.ndim > 1 and not name.endswith(NO_FACTORS)]
+        active = sum(p.numel() for p in matrices) - idle(layer, config.model)
         total += 2 * (share * active + sum(p.numel() for p in depth.parameters()))
         if isinstance(layer, Attention):  # scores and weighted sum, of all pairs, as is customary: half are masked
             total += share * 4 * share * config.model.max_seq_len * layer.q_proj.out_features
     return total
-
-
-def matrices(layer: nn.Module) -> Iterator[Tensor]:
-    """The parameters that a token is multiplied with."""
-    for name, p in layer.named_parameters():
-        if p.ndim > 1 and not name.endswith(("A_log", "conv1d.weight")):
-            yield p
 
 
 def newton_schulz(shape: torch.Size, steps: int) -> float:

@@ -1,6 +1,7 @@
 """Figures of learning rates: they draw what they are given, and say its numbers."""
 
 import math
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 
 from benchmarks.docs_table import filled, generated_pages
 from moe_lab.failures.experiments import load_results
-from moe_lab.show.style import save
+from moe_lab.show.style import png
 
 SWEEP = {
     1e-4: [6.0, 6.1, 5.9],
@@ -22,10 +23,10 @@ FLOORS = {"trigram": 3.9, "bigram": 4.4, "unigram": 5.2}
 
 
 @pytest.mark.parametrize("n_panels", [1, 2])
-def test_a_sweep_shows_every_run_its_band_and_its_best(n_panels, tmp_path) -> None:
+def test_a_sweep_shows_every_run_its_band_and_its_best(n_panels) -> None:
     panels = {f"width {96 * (i + 1)}": {"one": SWEEP, "other": SWEEP} for i in range(n_panels)}
     figure, description, _ = figures_04.lr_sweep(panels, FLOORS)
-    assert Image.open(save(figure, tmp_path / "sweep.png")).size == (1600, 672)
+    assert Image.open(BytesIO(png(figure))).size == (1600, 672)
     assert len(figure.axes) == n_panels
     dots = [y for line in figure.axes[0].get_lines() for y in line.get_ydata() if line.get_linestyle() == "None"]
     assert sorted(dots) == sorted(2 * [loss for losses in SWEEP.values() for loss in losses])
@@ -58,12 +59,12 @@ def bowl(x):
     return 4.6 + (x[:, 0] + 2) ** 2 + (x[:, 1] + 2) ** 2
 
 
-def test_a_surface_shows_points_marks_and_intervals(tmp_path) -> None:
+def test_a_surface_shows_points_marks_and_intervals() -> None:
     points = {(10.0**a, 10.0**b): bowl(np.array([[a, b]]))[0] for a in (-3, -2, -1) for b in (-3, -2, -1)}
     marks = {"failure": (3e-4, 9e-5, 6.76)}
     surface = figures_04a.Surface(points, bowl, (1e-2, 1e-2), ((5e-3, 2e-2), (4e-3, 3e-2)), marks)
     figure, description, _ = figures_04a.lr_surface({"width 96": surface, "width 192": surface})
-    assert Image.open(save(figure, tmp_path / "surface.png")).size == (1600, 784)
+    assert Image.open(BytesIO(png(figure))).size == (1600, 784)
     for axes in figure.axes:
         words = [text.get_text() for text in axes.texts]
         assert "failure 6.76" in words

@@ -8,7 +8,6 @@ import base64
 import html
 import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -88,12 +87,6 @@ def svg(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
-
-
-def save(figure: Figure, path: Path) -> Path:
-    """Write the figure as a PNG file."""
-    path.write_bytes(png(figure))
-    return path
 
 
 def to_html(figure: Figure, alt: str, caption: str = "") -> dict[str, str]:
