@@ -87,10 +87,8 @@ class SharedControls(Controls):
 
 
 class RankTrainer(Trainer):
-    """One rank of a training. The process group exists; all ranks are given the same arguments.
-
-    Raises ConfigError where the ranks cannot share out a step's micro-batches or were given different configs.
-    """
+    """One rank of a training. The process group exists; all ranks are given the same arguments. Raises ConfigError
+    where the ranks cannot share out a step's micro-batches or were given different configs."""
 
     def __init__(self, config: Config, run_dir: Path, strategy: str, resume: bool = False):
         self.rank = dist.get_rank()

@@ -76,8 +76,7 @@ class LabOutput(CausalLMOutput):
 
 class LabForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixin):
     """Our LanguageModel, as `.model`, under the names and calls that Hugging Face expects. `generate` reads the whole
-    text again for each token; `model.model.generate` is the same with caches.
-    """
+    text again for each token; `model.model.generate` is the same with caches."""
 
     config_class = LabConfig
     main_input_name = "input_ids"
@@ -213,8 +212,7 @@ def arguments(config: Config, output_dir: str | Path, **changes: Any) -> transfo
 
 class LabTrainer(transformers.Trainer):
     """A Trainer of a config's text, model, optimizers and schedule, as `moe_lab.Trainer` has them; its log has every
-    loss term. `precision.compute: auto` counts as float32 here. Other options are Trainer's.
-    """
+    loss term. `precision.compute: auto` counts as float32 here. Other options are Trainer's."""
 
     summed_from = 0  # updates done when the sums began
 

@@ -70,8 +70,7 @@ def keep(what: str, question: Question, option: str) -> None:
 
 async def ask(question: Question) -> None:
     """Show the options and wait until one is chosen or Interrupt comes; where nobody can click, print them. A question
-    that was answered before, on another day too, keeps its answer until another is chosen, and nothing waits.
-    """
+    that was answered before, on another day too, keeps its answer until another is chosen, and nothing waits."""
     answers.pop(question, None)  # asked again: not scored before it is revealed again
     if not is_interactive():
         lines = [f"  ({letter}) {option}" for letter, option in zip("abcdef", question.shuffled(), strict=False)]

@@ -155,10 +155,8 @@ def cast(name: str, value: Any, kind: type) -> Any:
 
 def claim(id: str, holds: Any, statement: str, /, **numbers: Any) -> None:
     """Assert a claim and print its verdict: one line without raw numbers, so that it is the same in every run.
-
     `numbers` are what it rests on, finite numbers, truth values, or lists and mappings of them. Where the environment
-    variable MOE_LAB_CLAIMS names a file, it gets a line of JSON: from there they go into the prose.
-    """
+    variable MOE_LAB_CLAIMS names a file, it gets a line of JSON: from there they go into the prose."""
     kept = {name: plain(f"{id}: {name}", value) for name, value in numbers.items()}
     if not bool(holds):
         raise AssertionError(f"{id} does not hold: {statement}")

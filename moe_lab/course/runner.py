@@ -38,8 +38,7 @@ NOTEBOOKS = ROOT / "notebooks"
 def execute(path: Path, output: Path, parameters: Mapping[str, Any], **environment: str) -> None:
     """Run the notebook by papermill in this Python, in this `environment`; what its cells write to stderr (progress) is
     shown as it comes. Everything up to the cell that did not pass is in `output`. Raises RunError, one line, where a
-    cell fails or the kernel dies, and KeyboardInterrupt after a Ctrl-C.
-    """
+    cell fails or the kernel dies, and KeyboardInterrupt after a Ctrl-C."""
     stopping = False
 
     def interrupt(*_: Any) -> None:
@@ -98,8 +97,7 @@ def run_notebook(
     path: str | Path, parameters: Mapping[str, Any] | None = None, run_dir: str | Path | None = None
 ) -> Path:
     """Validate, execute, convert, and say where things are: in one directory (given, or new and dated), which is
-    returned. Raises ConfigError before a kernel starts, else as `execute`.
-    """
+    returned. Raises ConfigError before a kernel starts, else as `execute`."""
     path = find_notebook(path)
     parameters, lab = validate_parameters(path, parameters or {})
     directory = ROOT / run_dir if run_dir else lab.run_dir

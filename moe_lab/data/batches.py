@@ -48,10 +48,8 @@ class Batches:
 
 
 def validation_windows(tokens: np.ndarray, seq_len: int, batch_size: int) -> Iterator[torch.Tensor]:
-    """Every token but the first as a target exactly once: batches (at most B, T + 1) int64.
-
-    The last window, if shorter, comes alone. The targets `window[:, 1:]` of all batches are `len(tokens) - 1`.
-    """
+    """Every token but the first as a target exactly once: batches (at most B, T + 1) int64. The last window, if
+    shorter, comes alone. The targets `window[:, 1:]` of all batches are `len(tokens) - 1`."""
     whole = whole_windows(tokens, seq_len) if len(tokens) > seq_len else tokens[:0, None]
     for first in range(0, len(whole), batch_size):
         yield as_batch(whole[first : first + batch_size])

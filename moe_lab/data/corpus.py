@@ -193,12 +193,9 @@ def reading(data: DataConfig) -> Iterator[None]:
 
 
 def split(documents: dict[str, str], by_text: bool) -> tuple[list[str], list[str]]:
-    """Training and validation text of {name: text}.
-
-    A document is validation if sha256 of its name (`by_text`: of its text), read as a number, is 0 modulo 20. Where
-    that would be less than 2 % or more than 20 % of the bytes, the last 5 % of every document (cut at a line end, if one
-    is at most 2.5 % away) is validation instead.
-    """
+    """Training and validation text of {name: text}. A document is validation if sha256 of its name (`by_text`: of its
+    text), read as a number, is 0 modulo 20. Where that would be less than 2 % or more than 20 % of the bytes, the last
+    5 % of every document (cut at a line end, if one is at most 2.5 % away) is validation instead."""
     train: list[str] = []
     validation: list[str] = []
     for name, text in documents.items():

@@ -14,9 +14,7 @@ COUNTED = 1 << 24  # tokens; a trigram takes 8 bytes, and sorting them twice tha
 
 def loss_floors(dataset: Dataset) -> dict[str, float]:
     """Mean loss in nats per token over all validation tokens but the first: `uniform`, `unigram`, `bigram`, `trigram`.
-
-    Counted in the first COUNTED training tokens, across documents, and kept in `dataset.folder`.
-    """
+    Counted in the first COUNTED training tokens, across documents, and kept in `dataset.folder`."""
     path = dataset.folder / "loss_floors.json"
     if path.exists():
         return json.loads(path.read_text())

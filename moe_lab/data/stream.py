@@ -46,10 +46,8 @@ class State:
 
 def stream(data: DataConfig, vocab_size: int, key: str, folder: Path, progress: bool) -> State | None:
     """The tokens of `data.source` in `folder / key`, made or completed; None if the source ends within the sample.
-
-    `folder / f"{key}.part"` holds what an interrupted call has written. Raises ConfigError: the source cannot be read, or
-    the disk is too small.
-    """
+    `folder / f"{key}.part"` holds what an interrupted call has written. Raises ConfigError: the source cannot be read,
+    or the disk is too small."""
     whole, draft = folder / key, folder / f"{key}.part"
     draft.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f"{key}.lock"):

@@ -78,9 +78,7 @@ def lr_of_another_optimizer(max_lr: float) -> float:
 
 def forget_group(optimizers: list[Optimizer], name: str) -> list[Optimizer]:
     """A parameter group that no optimizer got: the group called `name` is left out. Optimizers left empty are dropped.
-
-    Raises ValueError if there is no such group.
-    """
+    Raises ValueError if there is no such group."""
     found = [group for o in optimizers for group in o.param_groups if group.get("name") == name]
     if not found:
         raise ValueError(f"no group is called {name!r}")

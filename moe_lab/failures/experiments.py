@@ -96,9 +96,7 @@ class Experiment:
 
 def collect(experiment: Experiment, redo: bool = False, workers: int | None = None, progress: bool = True) -> Results:
     """Results of every cell: the committed ones where they are of exactly these settings, else computed by `run_cells`.
-
-    `redo` computes all of them, unless this machine's cache has them.
-    """
+    `redo` computes all of them, unless this machine's cache has them."""
     cells, rows = experiment.cells(), {}
     if not redo and (RESULTS / f"{experiment.name}.json").exists():
         rows = {row["key"]: row for row in load_results(experiment.name).rows}
@@ -111,11 +109,9 @@ def collect(experiment: Experiment, redo: bool = False, workers: int | None = No
 def run_cells(
     cells: Sequence[Cell], workers: int | None = None, progress: bool = True, name: str = "runs"
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(key, row) of each cell: those of the cache first, then the others as they are finished, `workers` at a time (None:
-    as many as there are cores), each in a process of its own; 0: here, one after another.
-
-    An error in a cell, or Ctrl-C, ends the running ones and is raised; what is finished stays in the cache.
-    """
+    """(key, row) of each cell: those of the cache first, then the others as they are finished, `workers` at a time
+    (None: as many as there are cores), each in a process of its own; 0: here, one after another. An error in a cell, or
+    Ctrl-C, ends the running ones and is raised; what is finished stays in the cache."""
     hashes = {data: read_corpus(data, progress=False).hash for data in {cell.config.data for cell in cells}}
     paths = {cell.key: CACHE / "runs" / f"{cell.key}_{hashes[cell.config.data][:12]}.json" for cell in cells}
     jobs = {cell.key: (cell, paths[cell.key]) for cell in cells if not paths[cell.key].exists()}.values()

@@ -27,10 +27,8 @@ class KeyValueCache(NamedTuple):
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine tables, each (B, 1, T, C / 2) float32, for positions (B, T) int64 in the sequence.
-
-    Source: Su et al. 2021, sec. 3.4.2, https://arxiv.org/abs/2104.09864; a head's halves are paired, as in Llama.
-    """
+    """Cosine and sine tables, each (B, 1, T, C / 2) float32, for positions (B, T) int64 in the sequence. Source: Su et
+    al. 2021, sec. 3.4.2, https://arxiv.org/abs/2104.09864; a head's halves are paired, as in Llama."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angles = (positions.float().unsqueeze(-1) * (1.0 / theta**exponents)).unsqueeze(1)
     return angles.cos(), angles.sin()
@@ -63,10 +61,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class BlockAttention(Function):
-    """Causal attention on a CPU, BLOCK queries at a time: q (N, T·R, C), R queries a position, k and v (N, T, C).
-
-    As in torch's own kernel, which in bfloat16 is slow backward, scores and their softmax are float32.
-    """
+    """Causal attention on a CPU, BLOCK queries at a time: q (N, T·R, C), R queries a position, k and v (N, T, C). As in
+    torch's own kernel, which in bfloat16 is slow backward, scores and their softmax are float32."""
 
     @staticmethod
     def forward(ctx, q, k, v):
@@ -132,8 +128,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, keep: Tensor | None = None) -> tuple[Tensor, None]:
         """x (B, T, D) in order of time, positions (B, T) int64 → (B, T, D), and no routing. A row sees itself and the
-        rows before it, whatever their positions; `keep` is not needed, since rows that do not count come last.
-        """
+        rows before it, whatever their positions; `keep` is not needed, since rows that do not count come last."""
         y = attend(*self.project(x, positions))
         return self.o_proj(y.transpose(1, 2).flatten(2)), None
 
@@ -144,9 +139,8 @@ class Attention(nn.Module):
         return KeyValueCache(empty, empty.clone(), torch.zeros(batch, max_len, device=device, dtype=torch.bool), table)
 
     def step(self, x: Tensor, positions: Tensor, keep: Tensor | None, start: int, cache: KeyValueCache) -> Tensor:
-        """`forward` that fills the cache with a prompt, x (B, T, D) at start = 0, or with the token that stands at `start`,
-        x (B, 1, D), which sees what is there. Undefined in rows that are not kept.
-        """
+        """`forward` that fills the cache with a prompt, x (B, T, D) at start = 0, or with the token that stands at
+        `start`, x (B, 1, D), which sees what is there. Undefined in rows that are not kept."""
         end, is_token = start + x.shape[1], x.shape[1] == 1
         batch, n_kv, _, width = cache.keys.shape
         if is_token:

@@ -5,11 +5,9 @@ from torch import Tensor, nn
 
 
 def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator) -> Tensor:
-    """One token id a row, (B,) int64, from logits (B, V). Temperature 0 takes the most likely one.
-
-    top_k keeps the k most likely; top_p then keeps the fewest tokens whose probabilities sum to at least p
-    (Holtzman et al. 2020, sec. 3.1, https://arxiv.org/abs/1904.09751).
-    """
+    """One token id a row, (B,) int64, from logits (B, V). Temperature 0 takes the most likely one. top_k keeps the k
+    most likely; top_p then keeps the fewest tokens whose probabilities sum to at least p (Holtzman et al. 2020, sec.
+    3.1, https://arxiv.org/abs/1904.09751)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature
@@ -51,11 +49,9 @@ def generate(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor | str:
-    """Continue a prompt: ids (B, T) int64 → (B, T + max_new_tokens) int64; a text → the text with its continuation.
-
-    A text needs `tokenizer` (a `tokenizers.Tokenizer`). `model` is a LanguageModel; it computes as in evaluation, and
-    its mode stays: another thread may train it. Raises ValueError past max_seq_len and for options out of range.
-    """
+    """Continue a prompt: ids (B, T) int64 → (B, T + max_new_tokens) int64; a text → the text with its continuation. A
+    text needs `tokenizer` (a `tokenizers.Tokenizer`). `model` is a LanguageModel; it computes as in evaluation, and its
+    mode stays: another thread may train it. Raises ValueError past max_seq_len and for options out of range."""
     is_text = isinstance(prompt, str)
     if is_text:
         if tokenizer is None:
@@ -79,8 +75,7 @@ def generate(
 
 def step(model: nn.Module, tokens: Tensor, start: int, caches: list) -> Tensor:
     """Logits (B, V) of the token after `tokens` (B, T), which the caches take in: a whole prompt at start = 0, or one
-    token a row after the `start` that are there.
-    """
+    token a row after the `start` that are there."""
     x = model.embedding(tokens)
     for block, cache in zip(model.layers, caches, strict=True):
         x = block.step(x, start, cache)

@@ -35,11 +35,9 @@ def loss_and_slope(logits: Tensor, index: Tensor, counts: Tensor, slope: Tensor)
 
 
 class HeadLoss(Function):
-    """Summed cross-entropy of head(hidden), hidden (N, D), targets (N,); LOGITS logits exist at a time.
-
-    If `learns`, gradients are made in the forward pass, as `F.linear_cross_entropy` does, which on a CPU multiplies
-    bfloat16 in float32 and in chunks of few rows. The module is called for each chunk: its hooks see the logits.
-    """
+    """Summed cross-entropy of head(hidden), hidden (N, D), targets (N,); LOGITS logits exist at a time. If `learns`,
+    gradients are made in the forward pass, as `F.linear_cross_entropy` does, which on a CPU multiplies bfloat16 in
+    float32 and in chunks of few rows. The module is called for each chunk: its hooks see the logits."""
 
     @staticmethod
     def forward(ctx, hidden, targets, head, learns, *weights):
@@ -74,11 +72,9 @@ class HeadLoss(Function):
 def head_losses(
     heads: Iterable[nn.Module], hidden: Tensor, ids: Tensor, mask: Tensor | None, weights: Sequence[float]
 ) -> dict[str, Tensor]:
-    """`next_token`, `future_2` …: each head's weighted loss, nats per token; hidden (B, T, D), ids (B, T + 1).
-
-    Source: Gloeckle et al. 2024, sec. 2, https://arxiv.org/abs/2404.19737, with linear heads on one trunk where
-    theirs are transformer layers, and with weights, as the case has it.
-    """
+    """`next_token`, `future_2` …: each head's weighted loss, nats per token; hidden (B, T, D), ids (B, T + 1). Source:
+    Gloeckle et al. 2024, sec. 2, https://arxiv.org/abs/2404.19737, with linear heads on one trunk where theirs are
+    transformer layers, and with weights, as the case has it."""
     terms = {}
     for index, (head, weight) in enumerate(zip(heads, weights, strict=True)):
         targets = targets_of(ids, mask, index + 1)  # (B, T - index)

@@ -52,10 +52,8 @@ class SwiGLU(nn.Module):
 
 
 class RouterMLP(nn.Module):
-    """Scores a token: d_model → hidden → n_out with SiLU, or one linear map where `hidden` is 0.
-
-    Always computed in float32, whatever autocast says: a choice hangs on small differences between scores.
-    """
+    """Scores a token: d_model → hidden → n_out with SiLU, or one linear map where `hidden` is 0. Always computed in
+    float32, whatever autocast says: a choice hangs on small differences between scores."""
 
     def __init__(self, d_model: int, hidden: int, n_out: int):
         super().__init__()

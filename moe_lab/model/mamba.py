@@ -86,9 +86,8 @@ class Mamba(nn.Module):
         return MambaState(window, torch.zeros(batch, self.d_state, n_inner, device=device))
 
     def step(self, x: Tensor, positions: Tensor, keep: Tensor | None, start: int, cache: MambaState) -> Tensor:
-        """`forward` that fills the cache with a prompt, x (B, T, D) at start = 0, or goes on from it by a token, (B, 1, D).
-        Rows where `keep` (B, T) is false, which come last, leave the state as it was.
-        """
+        """`forward` that fills the cache with a prompt, x (B, T, D) at start = 0, or goes on from it by a token, (B, 1,
+        D). Rows where `keep` (B, T) is false, which come last, leave the state as it was."""
         u, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, T, I)
         inputs = torch.cat([cache.window, u.type_as(cache.window)], dim=1)  # (B, W - 1 + T, I)
         u = F.silu(self.convolve(inputs)).type_as(x)
@@ -109,11 +108,9 @@ class Mamba(nn.Module):
 
 
 class RoutingMamba(nn.Module):
-    """A mixture of whole Mamba blocks, where a layer is both Mamba and MoE.
-
-    Every expert scans all tokens, so that no state has gaps, and the router's K weights weigh the outputs: it saves no
-    compute. Source: Zhan et al. 2025, https://arxiv.org/abs/2506.18145, whose experts share a scan.
-    """
+    """A mixture of whole Mamba blocks, where a layer is both Mamba and MoE. Every expert scans all tokens, so that no
+    state has gaps, and the router's K weights weigh the outputs: it saves no compute. Source: Zhan et al. 2025,
+    https://arxiv.org/abs/2506.18145, whose experts share a scan."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()

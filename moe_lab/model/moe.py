@@ -38,9 +38,7 @@ class Routing(NamedTuple):
 
 class Router(nn.Module):
     """Top-k gating of Shazeer et al. 2017, sec. 2.1, without the noise, with an MLP as the case has it.
-
-    https://arxiv.org/abs/1701.06538. The softmax over the kept logits is the full softmax renormalised (Mixtral).
-    """
+    https://arxiv.org/abs/1701.06538. The softmax over the kept logits is the full softmax renormalised (Mixtral)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -55,11 +53,9 @@ class Router(nn.Module):
 
 
 class MoE(nn.Module):
-    """Every token goes to its K best experts; their outputs are summed with the router's weights.
-
-    With a capacity factor, in training only, an expert takes at most factor · N · K / E slots (rounded up), earlier
-    tokens first; `drop_rate` is the rest (Fedus et al. 2021, sec. 2.2, https://arxiv.org/abs/2101.03961).
-    """
+    """Every token goes to its K best experts; their outputs are summed with the router's weights. With a capacity
+    factor, in training only, an expert takes at most factor · N · K / E slots (rounded up), earlier tokens first;
+    `drop_rate` is the rest (Fedus et al. 2021, sec. 2.2, https://arxiv.org/abs/2101.03961)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -211,8 +207,6 @@ def load_balancing_loss(routing: Routing) -> Tensor:
 
 
 def router_z_loss(routing: Routing) -> Tensor:
-    """Mean square of the logits' log-sum-exp: keeps router logits small. Scalar, dimensionless, not weighted.
-
-    Source: Zoph et al. 2022, eq. 5, https://arxiv.org/abs/2202.08906.
-    """
+    """Mean square of the logits' log-sum-exp: keeps router logits small. Scalar, dimensionless, not weighted. Source:
+    Zoph et al. 2022, eq. 5, https://arxiv.org/abs/2202.08906."""
     return routing.logits.logsumexp(dim=-1).square().mean()

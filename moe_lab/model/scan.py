@@ -27,9 +27,7 @@ ON_GPUS = 2**25  # few launches
 
 def selective_scan(delta: Tensor, A: Tensor, B: Tensor, C: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """The scan from a zero state: delta ≥ 0 and x (B, T, D), A ≤ 0 (N, D), B and C (B, T, N), float32 or float64.
-
-    Returns y (B, T, D) and the state after the last position (B, N, D), which has no gradient.
-    """
+    Returns y (B, T, D) and the state after the last position (B, N, D), which has no gradient."""
     length = x.shape[1]
     padding = -length % CHUNK  # a position with delta = 0 neither decays the state nor adds to it
     if padding:
@@ -100,10 +98,8 @@ def in_chunks(t: Tensor) -> Tensor:
 
 
 def recur(delta: Tensor, A: Tensor, B: Tensor, x: Tensor, start: Tensor, decay: Tensor, states: Tensor) -> Tensor:
-    """Fill `decay` and `states` (B, K, L, N, D) of the block that follows the state `start` (B, N, D).
-
-    Returns what each chunk leaves of a state (B, K, N, D).
-    """
+    """Fill `decay` and `states` (B, K, L, N, D) of the block that follows the state `start` (B, N, D). Returns what
+    each chunk leaves of a state (B, K, N, D)."""
     A = A * math.log2(math.e)  # a CPU computes exp2 four times faster than exp
     delta, added = in_chunks(delta), in_chunks(delta * x)  # (B, K, L, D)
     torch.mul(delta.unsqueeze(3), A, out=decay).exp2_()

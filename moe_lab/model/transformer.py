@@ -43,11 +43,9 @@ class Losses(NamedTuple):
 
 
 class Block(nn.Module):
-    """x + sublayer(norm(x)), twice. With MoD around each sublayer, only the chosen tokens get the second term.
-
-    Every sublayer is called as `layer(x, positions, keep) → (y, routing or None)`, and in generation as
-    `layer.step(x, positions, keep, start, cache) → y`.
-    """
+    """x + sublayer(norm(x)), twice. With MoD around each sublayer, only the chosen tokens get the second term. Every
+    sublayer is called as `layer(x, positions, keep) → (y, routing or None)`, and in generation as `layer.step(x,
+    positions, keep, start, cache) → y`."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -177,10 +175,8 @@ class LanguageModel(nn.Module):
 
 
 def recomputed(block: Block, x: Tensor, generator: torch.Generator | None):
-    """`block(x, generator)`, which the backward pass computes once more in place of keeping what is inside it.
-
-    It then draws the same numbers from a copy of `generator`; of the process's own generators torch takes care.
-    """
+    """`block(x, generator)`, which the backward pass computes once more in place of keeping what is inside it. It then
+    draws the same numbers from a copy of `generator`; of the process's own generators torch takes care."""
     start, noise = generator and generator.clone_state(), generator
 
     def run(x: Tensor):
@@ -193,9 +189,7 @@ def recomputed(block: Block, x: Tensor, generator: torch.Generator | None):
 
 def build_model(config: ModelConfig, seed: int = 0, device: str | torch.device = "cpu") -> LanguageModel:
     """A model with start values that depend on `seed` alone, on every device; the caller's random state stays.
-
-    device="meta" gives shapes without memory.
-    """
+    device="meta" gives shapes without memory."""
     with torch.device("meta"):
         model = LanguageModel(config)
     if torch.device(device).type == "meta":

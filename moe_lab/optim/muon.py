@@ -62,10 +62,8 @@ def quadratic(gram: Tensor) -> Tensor:
 
 
 def composed(gram: Tensor, steps: int) -> Tensor:
-    """What so many steps together multiply X with, if X Xᵀ is `gram`, float32.
-
-    An error of a small eigenvalue grows twelvefold a step: too much for bfloat16, and in float32 for more than a few steps.
-    """
+    """What so many steps together multiply X with, if X Xᵀ is `gram`, float32. An error of a small eigenvalue grows
+    twelvefold a step: too much for bfloat16, and in float32 for more than a few steps."""
     one = quadratic(gram)
     one.diagonal(dim1=1, dim2=2).add_(COEFFICIENTS[0])
     if steps == 1:

@@ -26,10 +26,8 @@ def is_sharded(p: Tensor) -> bool:
 
 def on_whole(compute: Callable[[Tensor], Tensor], rows: Tensor, p: Tensor) -> Tensor:
     """This rank's rows of `compute(matrices)`, (M, a, B), from its rows of M matrices spread as the parameter `p` is.
-
     The matrices are dealt out whole, as many to each rank, by DTensor's own exchange, and so are the results. `compute`
-    maps (M, A, B) to (M, A, B), M from 0.
-    """
+    maps (M, A, B) to (M, A, B), M from 0."""
     from torch.distributed.tensor import DTensor, Shard  # a second; who has such parameters has loaded it
 
     by_rows, by_matrix = ([Shard(dim) if s.is_shard() else s for s in p.placements] for dim in (1, 0))

@@ -43,11 +43,9 @@ def line_of(whose: str, finding: Finding) -> str:
 
 
 class Live:
-    """Trainers in a worker thread, a figure of them, and controls where somebody watches.
-
-    A subclass says what is done there (`work`), what the figure is and what the line under the buttons says (`status`).
-    `training` holds what `work` returned, or its error; `watches` are those of the trainers that have one, by name.
-    """
+    """Trainers in a worker thread, a figure of them, and controls where somebody watches. A subclass says what is done
+    there (`work`), what the figure is and what the line under the buttons says (`status`). `training` holds what `work`
+    returned, or its error; `watches` are those of the trainers that have one, by name."""
 
     def __init__(
         self, trainers: Sequence[Any], watches: Mapping[str, Watch], acts: Mapping[str, Callable] | None = None
@@ -67,10 +65,8 @@ class Live:
     status: Callable[[], str]
 
     def start(self):
-        """Show the controls and the figure here and begin to train. Returns itself.
-
-        What is still going on is stopped first, so the cell may be run again, also while another one waits for the end.
-        """
+        """Show the controls and the figure here and begin to train. Returns itself. What is still going on is stopped
+        first, so the cell may be run again, also while another one waits for the end."""
         global _active
         if _active is not None:
             if not _active.training.done():

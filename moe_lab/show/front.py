@@ -80,11 +80,9 @@ class Waiting:
 
 
 def release_thread_pool() -> None:
-    """Free the OpenMP workers that belong to this thread, if torch's library is GNU's, until its next operation.
-
-    With those of an idle notebook thread beside those of the training thread there are more than cores, and then they
-    sleep instead of spin between two operations: a training step of the lab's model takes half as long again.
-    """
+    """Free the OpenMP workers that belong to this thread, if torch's library is GNU's, until its next operation. With
+    those of an idle notebook thread beside those of the training thread there are more than cores, and then they sleep
+    instead of spin between two operations: a training step of the lab's model takes half as long again."""
     torch.get_num_threads()  # loads the library
     maps = Path("/proc/self/maps")
     lines = maps.read_text().splitlines() if maps.exists() else ()  # Linux

@@ -62,11 +62,9 @@ def training_figure(
     marks: Sequence[Mark] = (),
     arrived: Mapping[str, float] | None = None,
 ) -> tuple[Figure, str]:
-    """Loss, norm weights, gradient norm and expert load of a run so far, of any number of rows.
-
-    `floors` are losses in nats per token by name (uniform, unigram, bigram, trigram); `arrived` are shares of the intended
-    updates that 16-bit weights have taken, by kind of tensor.
-    """
+    """Loss, norm weights, gradient norm and expert load of a run so far, of any number of rows. `floors` are losses in
+    nats per token by name (uniform, unigram, bigram, trigram); `arrived` are shares of the intended updates that 16-bit
+    weights have taken, by kind of tensor."""
     figure, scale = new_figure(), "no unit, log scale"
     loss = new_axes(figure, (0.065, 0.57, 0.335, 0.37), "Loss", "step", "nats per token")
     norm = new_axes(figure, (0.62, 0.57, 0.35, 0.37), "Norm weights: largest |w − 1|", "step", scale)

@@ -90,11 +90,9 @@ def svg(figure: Figure) -> bytes:
 
 
 def to_html(figure: Figure, alt: str, caption: str = "") -> dict[str, str]:
-    """A MIME bundle: the picture as SVG where that is light, else as PNG, on white paper in a dark theme too.
-
-    `alt` says what is seen, for whoever does not see it; `caption` says what it means. Without a caption `alt` stands
-    below the picture too, hidden from screen readers. Front ends drop the alternative text of image/png: so HTML.
-    """
+    """A MIME bundle: the picture as SVG where that is light, else as PNG, on white paper in a dark theme too. `alt`
+    says what is seen, for whoever does not see it; `caption` says what it means. Without a caption `alt` stands below
+    the picture too, hidden from screen readers. Front ends drop the alternative text of image/png: so HTML."""
     data, kind = svg(figure), "svg+xml"
     if len(data) > LARGEST_SVG:
         data, kind = png(figure), "png"

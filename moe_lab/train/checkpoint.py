@@ -83,8 +83,7 @@ def prune(run_dir: Path, keep: int) -> None:
 
 def load_checkpoint(path: Path, device: str = "cpu") -> dict[str, Any]:
     """Read tensors and plain values only, to `device`; "meta" reads the plain values alone, whatever the file's size.
-    Raises DamagedError if the file is cut short or holds anything else; RunError if it cannot be read or held.
-    """
+    Raises DamagedError if the file is cut short or holds anything else; RunError if it cannot be read or held."""
     try:
         with path.open("rb") as file:  # Python calls a failing disk an OSError; torch alone, a damaged file
             return torch.load(file, map_location=device, weights_only=True)
@@ -108,8 +107,7 @@ def step_of(path: Path) -> int:
 
 def latest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any]]:
     """The whole checkpoint with the highest step, and its content; prints a line for each file that is damaged. Raises
-    RunError if there is none, or if a file cannot be read: to go on from an older one would lose what it holds.
-    """
+    RunError if there is none, or if a file cannot be read: to go on from an older one would lose what it holds."""
     steps = {}
     for path in sorted((run_dir / FOLDER).glob("*.pt")):
         try:

@@ -65,8 +65,7 @@ def seconds_per_product(a: torch.Tensor, b: torch.Tensor) -> float:
 def choose_threads(config: Config) -> str | None:
     """Compute with no more threads than there are free cores, and with one where that is faster, by a second's
     measurement on this run's sizes: OpenMP's threads wait for each other by spinning. OMP_NUM_THREADS, if set, stands.
-    Returns what to tell the reader if the machine is busy.
-    """
+    Returns what to tell the reader if the machine is busy."""
     most = torch.get_num_threads()
     if most == 1 or "OMP_NUM_THREADS" in os.environ:
         return None

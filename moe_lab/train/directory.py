@@ -53,8 +53,7 @@ def refuse_used(trainer: Trainer) -> None:
 def to_resume(path: Path, state: dict[str, Any], given: Config) -> tuple[dict[str, Any], Config]:
     """The state of a checkpoint and the config to go on with; prints each difference, and which value is used. What the
     run had found for `compute: auto`, and a vocabulary that the text could not fill, stand without a line. Raises
-    RunError for another architecture.
-    """
+    RunError for another architecture."""
     merged, lines = to_dict(from_dict(state["config"], str(path))), []
     for name, values in to_dict(given).items():
         for key, new in values.items():
@@ -122,10 +121,8 @@ def begin(trainer: Trainer) -> None:
 
 
 def load_run(run_dir: str | Path, device: str = "auto") -> tuple[LanguageModel, Tokenizer]:
-    """The model of the run's last whole checkpoint, in evaluation mode and float32, and the run's tokenizer.
-
-    Raises RunError if the directory holds no whole checkpoint or no tokenizer.
-    """
+    """The model of the run's last whole checkpoint, in evaluation mode and float32, and the run's tokenizer. Raises
+    RunError if the directory holds no whole checkpoint or no tokenizer."""
     path, state = ckpt.latest_checkpoint(Path(run_dir))
     model = build_model(from_dict(state["config"], str(path)).model, device=pick_device(device))
     model.load_state_dict(state["model_state_dict"])

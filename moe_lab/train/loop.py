@@ -82,11 +82,9 @@ class Trainer:
             self.restore(stored)
 
     def fit(self) -> dict[str, Any]:
-        """Train to the end, to `stop()` or to Ctrl-C. Returns the summary, which is also in summary.json.
-
-        The first Ctrl-C finishes the update, saves checkpoint_interrupted.pt and returns; a second one ends it at once.
-        Raises RunError for a directory in use, a full disk, too little memory, and a gradient that is not finite.
-        """
+        """Train to the end, to `stop()` or to Ctrl-C. Returns the summary, which is also in summary.json. The first
+        Ctrl-C finishes the update, saves checkpoint_interrupted.pt and returns; a second one ends it at once. Raises
+        RunError for a directory in use, a full disk, too little memory, and a gradient that is not finite."""
         with self.opened(), signals_ask_to_stop(self.controls):
             status = "interrupted"
             try:
@@ -182,10 +180,8 @@ class Trainer:
         return nn.utils.clip_grad_norm_(self.model.parameters(), training.max_grad_norm)
 
     def flush(self) -> None:
-        """Fetch the waiting readings, append them to the record and tell the listeners.
-
-        Raises RunError for a gradient that was not finite: to look in its step would stall a GPU. A save flushes first.
-        """
+        """Fetch the waiting readings, append them to the record and tell the listeners. Raises RunError for a gradient
+        that was not finite: to look in its step would stall a GPU. A save flushes first."""
         rows = self.readings.fetch()
         if not rows:
             return
