@@ -50,7 +50,7 @@ class Loop:
         for _ in range(self.n_accum):
             loss = self.forward(self.body.model, self.batch()) / self.n_accum
             loss.backward()
-            total = total + loss.detach()
+            total = total + loss
         return total
 
     def clip(self, i: int) -> None:

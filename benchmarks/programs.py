@@ -59,7 +59,7 @@ def update(optimizers: Optimizer | Sequence[Optimizer], loss: Tensor, clip: floa
         nn.utils.clip_grad_norm_([p for o in optimizers for g in o.param_groups for p in g["params"]], clip)
     for o in optimizers:
         o.step()
-    return loss.detach()
+    return loss
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------

@@ -172,6 +172,8 @@ def test_layers_that_parameters_does_not_hold() -> None:
         model = InAList(hidden)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         assert ("not_in_optimizer" in said(model, optimizer=optimizer)) == hidden
+        optimizer.add_param_group({"params": [model.more[0].weight]} if hidden else {"params": []})
+        assert "not_in_optimizer" not in said(model, optimizer=optimizer)
 
 
 class Masked(Tiny):

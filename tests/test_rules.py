@@ -10,7 +10,6 @@ from torch.optim import SGD, AdamW
 from toy import Toy, adamw, finding, loss_of, said, spoken, toy, train, watched
 
 from moe_lab.health import Watch
-from moe_lab.health.before.structure import hidden
 from moe_lab.health.during.rule import Rule
 from moe_lab.health.during.rules_updates import direction_bias
 
@@ -128,41 +127,6 @@ def test_what_no_optimizer_holds() -> None:
     some = [p for name, p in model.named_parameters() if not name.startswith("head")]
     assert said(Watch(model, AdamW(some)), "error") == ["not_in_optimizer"]
     assert said(Watch(model, AdamW(some), expect_frozen=["head."]), "error") == []
-
-
-class InLists(Toy):
-    """Layers in a list within a dict; `registered`: the module knows them as well."""
-
-    def __init__(self, registered: bool = False):
-        super().__init__()
-        self.layers = {"all": [nn.Linear(16, 16, bias=False) for _ in range(2)]}
-        self.known = nn.ModuleList(self.layers["all"]) if registered else None
-
-    def forward(self, ids):
-        x = self.embedding(ids)
-        for layer in self.layers["all"]:
-            x = x + layer(x)
-        return self.head(x + self.down(F.gelu(self.up(self.norm(x)))))
-
-
-def test_layers_in_a_list() -> None:
-    model = toy(kind=InLists)
-    watch = watched(model, adamw(model), 20)
-    found = finding(watch, "not_in_optimizer")
-    assert found.severity == "error" and found.step == 10 and "layers['all'][0].weight and 1 more" in found.message
-    model = toy(kind=InLists, registered=True)
-    assert hidden(model, []) == {}
-    assert said(watched(model, adamw(model), 20)) == []
-    model = toy(kind=InLists)
-    given = [*model.parameters(), *(layer.weight for layer in model.layers["all"])]
-    assert said(watched(model, [AdamW(given, lr=0.01)], 20)) == []
-    model = toy(kind=InLists)
-    elsewhere = AdamW([layer.weight for layer in model.layers["all"]], lr=0.01)  # that nobody watches
-    assert said(watched(model, adamw(model), 20, before_step=lambda step: elsewhere.step())) == []
-    teacher = toy(seed=3)
-    model = toy()
-    model.teacher = [teacher]  # hidden on purpose, and not taught
-    assert said(watched(model, adamw(model), 20)) == []
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 HOLDERS = (nn.Module, Tensor, MethodType, partial, list, tuple, dict)
 
 
-def twin_of(model: nn.Module) -> nn.Module:
+def twin_of(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A deep copy, in which functions that were set on a module, such as the `forward` of a wrapper, hold the copy's modules:
-    `copy.deepcopy` leaves functions as they are, and these would compute with the model itself."""
-    memo: dict[int, Any] = {}
+    `copy.deepcopy` leaves functions as they are, and these would compute with the model itself. `memo`, empty, becomes id → copy."""
     twin = copy.deepcopy(model, memo)
     for module in twin.modules():
         own = {name: value for name, value in vars(module).items() if isinstance(value, FunctionType)}

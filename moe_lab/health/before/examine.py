@@ -107,7 +107,8 @@ class Trial:
     """The copy that is examined, what was heard of its one pass forward and backward, and the passes that follow."""
 
     def __init__(self, model: nn.Module, batch: Any, loss_fn: Callable, optimizers: list[Optimizer]):
-        self.given, self.model = unwrapped(model), twin_of(unwrapped(model))
+        self.given, self.copies = unwrapped(model), {}
+        self.model = twin_of(self.given, self.copies)
         self.model.zero_grad(set_to_none=True)
         self.batch, self.loss_fn, self.optimizers, self.spare = batch, loss_fn, optimizers, SPARE
         self.state = RandomState([*model.parameters(), *model.buffers()])
@@ -237,7 +238,7 @@ def causality(trial: Trial) -> Finding | None:
 CHECKS: dict[str, Callable[[Trial], Iterable[Finding] | Finding | None]] = {
     "data": data,
     "gradients": silent_parts,
-    "layers in lists": structure.outside_of_parameters,
+    "what no optimizer holds": structure.outside_of_parameters,
     "orthogonal steps": structure.not_linear,
     "residual stream": lambda trial: trial.listening.scaled_copies(),
     "positions": lambda trial: trial.listening.positions(),

@@ -1,4 +1,4 @@
-"""How model, optimizer and batch fit together: ties, copies, layers in lists, stale tensors, 16-bit weights that cannot move,
+"""How model, optimizer and batch fit together: ties, copies, what nobody holds, stale tensors, 16-bit weights that cannot move,
 arguments without effect."""
 
 import re
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..during.probes import law_of, unmovable
+from ..during.reached import ADVICE, OUTSIDE, leaves, untaught
 from ..during.tracking import held_by, is_master, storage
 from ..findings import Finding, several
 from ..sampling import elements, plain, sample_positions
@@ -19,10 +20,6 @@ from .plan import OFF, Plan
 # who takes no matrix
 ALONE = {"grouped", *(f"{name}Backward0" for name in ("Exp", "Softplus", "Sigmoid", "Embedding"))}
 COPIED = 0.8  # share of what trains that a copy of the model must hold; the rest may be a head
-LONGEST = 1000  # list that is looked into for layers
-TORCHS = set(vars(nn.Module()))  # attributes that every module has
-HIDDEN = "{n} tensors get gradients and are not among the model's parameters(), so no optimizer moves them: {names}"
-REGISTER = "keep layers in an nn.ModuleList or ModuleDict: a plain list or dict hides them from parameters(), to() and state_dict()"
 TIE = re.compile(r"(?:^|_)(?:tie|tied|tying)(?:_|$)")
 
 
@@ -62,37 +59,17 @@ def stale(model: nn.Module, optimizers: Sequence[Optimizer]) -> Finding | None:
     return Finding("not_in_optimizer", "error", several(lost), message, advice, len(foreign), 0)
 
 
-def hidden(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
-    """Trainable tensors in plain lists, tuples and dicts, which neither `parameters()` nor an optimizer holds, by where they are."""
-    seen, found = set(), {}
-    held = {id(p) for p in (*model.parameters(), *held_by(optimizers))}
-    waiting: list[tuple[str, Any]] = list(model.named_modules())
-    for name, thing in waiting:  # which grows meanwhile
-        if id(thing) in seen or (isinstance(thing, list | tuple | dict) and len(thing) > LONGEST):
-            continue
-        seen.add(id(thing))
-        if isinstance(thing, nn.Parameter):
-            if thing.requires_grad and id(thing) not in held:
-                found.setdefault(name, thing)
-        elif isinstance(thing, nn.Module):
-            inner = {**thing._parameters, **thing._modules}
-            inner |= {key: value for key, value in vars(thing).items() if key not in TORCHS}
-            waiting += ((f"{name}.{key}".removeprefix("."), value) for key, value in inner.items())
-        elif isinstance(thing, list | tuple | dict):
-            pairs = thing.items() if isinstance(thing, dict) else enumerate(thing)
-            waiting += ((f"{name}[{key!r}]", value) for key, value in pairs)
-    return found
-
-
 def outside_of_parameters(trial: Any) -> Iterator[Finding]:
-    """Those that the loss's gradient reaches in the copy that is tried."""
-    missed = hidden(trial.given, trial.optimizers) if trial.optimizers else {}
-    copies = hidden(trial.model, []) if missed else {}
-    if lost := [name for name in missed if name in copies and copies[name].grad is not None]:
-        names = several(lost)
-        yield Finding(
-            "not_in_optimizer", "error", names, HIDDEN.format(n=len(lost), names=names), REGISTER, len(lost), 0
-        )
+    """Of the loss, where an optimizer is given."""
+    known = {id(p) for model in (trial.given, trial.model) for p in model.parameters()}
+    found = (
+        untaught([leaf for leaf in leaves(trial.loss) if id(leaf) not in known], trial.copies)
+        if trial.optimizers
+        else {}
+    )
+    for severity in dict.fromkeys(found.values()):
+        names = several(list(found))
+        yield Finding("not_in_optimizer", severity, names, OUTSIDE.format(names=names), ADVICE, len(found), 0)
 
 
 def copied(model: nn.Module, optimizers: Sequence[Optimizer]) -> set[str]:

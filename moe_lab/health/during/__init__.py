@@ -24,6 +24,7 @@ listener.py      hooks that no error gets past, and parts that listen through th
 forward.py       what forward passes tell: vocabulary, the logits' variance, which tensors matter
 outside.py       copies that follow the weights, tables of positions, buffers that count
 routing.py       choices among experts, and scalars that may be terms of the loss
+reached.py       leaves of the loss's graph that no optimizer holds
 repeats.py       a fingerprint of each batch: does one come back too soon?
 heard.py         what a language model is asked for: ids, targets, weights, read off the logits' gradient
 aims.py          what a loss asks of outputs: one target for all rows, a softmax or sigmoid made twice

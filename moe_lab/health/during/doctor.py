@@ -4,7 +4,6 @@ At an optimizer's first step, which torch tells everybody, the modules are looke
 attached. Its losses are the roots of the backward passes.
 """
 
-import gc
 import os
 import runpy
 import sys
@@ -18,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from ..torch_private import backward_heard, has_step_hooks
 from .listener import Hook
+from .reached import alive
 from .watch import Watch, has_closure
 
 MOST_ACCUMULATED = 500  # losses without an update after which it is said that there is none
@@ -97,11 +97,6 @@ class Doctor:
             self.say("no optimizer of torch made a step: nothing was watched")
         elif len(self.watches) > 1:
             self.say("not checked: the losses: of several models it cannot be told whose they are")
-
-
-def alive(kind: type) -> list:
-    """All objects of a class. An object that a proxy stands for is asked for its own class alone."""
-    return [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
 
 
 def parameters(optimizer: Optimizer) -> set[int]:

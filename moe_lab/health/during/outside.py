@@ -20,6 +20,7 @@ from ..measures import ulp
 from ..sampling import Waiting, plain
 from ..torch_private import is_in_backward
 from .listener import Listener
+from .reached import Reached
 from .repeats import Repeats
 from .routing import LOOK_EVERY, Routing, Terms
 from .tracking import Tracked, storage
@@ -47,12 +48,13 @@ class Outside(Listener):
         super().__init__()
         self.model, self.copies = model, Copies()
         self.counts, self.averages, self.repeats = (part(model, waiting) for part in (Counts, Averages, Repeats))
-        self.routing, self.terms = Routing(model, waiting), Terms(model, waiting)
+        self.routing, self.terms, self.reached = (part(model, waiting) for part in (Routing, Terms, Reached))
         self.positions: dict[str, float] | None = None  # by table, how far the last ones are off
 
     def hooks(self, hook: Callable) -> Iterator[Any]:
         for part in (self.counts, self.routing, self.terms, self.repeats, self.averages):
             yield from part.hooks(hook)
+        yield self.model.register_forward_hook(hook(self.reached.answered))
 
     def before_update(self, n: int) -> None:
         """Before update n of those seen, from 1."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..before import structure
 from ..before.preflight import plan_of
 from ..sampling import plain
+from . import reached
 from .forward import unwrapped
 from .rule import Ill, Rule, by_kind, rule
 from .state import State
@@ -32,9 +33,8 @@ def not_in_optimizer(state: State) -> Ill:
 
 def outside_of_parameters(state: State) -> Ill:
     """Those that get gradients, and that nobody moves: known after the first updates."""
-    reached = {name: pair for name, pair in state.hidden.items() if pair[0].grad is not None} if state.n_seen else {}
-    still = [name for name, (p, then) in reached.items() if torch.equal(p.flatten()[: len(then)], then)]
-    return {name: {"value": len(still), "limit": 0} for name in still}
+    found = state.outside.reached.untaught() if state.n_seen else {}
+    return {name: {"value": len(found), "limit": 0, "severity": severity} for name, severity in found.items()}
 
 
 @rule("error", "{names} is in two optimizers and moves twice a step", "take it out of one of them")
@@ -112,7 +112,7 @@ def is_decay_rates(p: Tensor) -> bool:
 
 RULES = (
     not_in_optimizer,
-    Rule("not_in_optimizer", "error", outside_of_parameters, structure.HIDDEN, structure.REGISTER),
+    Rule("not_in_optimizer", "error", outside_of_parameters, reached.OUTSIDE, reached.ADVICE),
     updated_twice,
     frozen_module,
     broken_tie,

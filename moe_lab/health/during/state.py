@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..before.structure import copied, hidden
+from ..before.structure import copied
 from ..findings import Finding
 from ..measures import expected_start
-from ..sampling import WHOLE, Waiting, number_of
+from ..sampling import Waiting, number_of
 from .bank import Bank, Gradients, banks_of
 from .events import Events, attend
 from .forward import ForwardProbe
@@ -59,8 +59,6 @@ class State:
         self.n_parameters, self.is_whole = 0, True  # whether all of them train
         self.is_changed = False  # since the check before
         self.copied = copied(model, optimizers)
-        missed = hidden(model, optimizers).items()
-        self.hidden = {name: (p, p.detach().flatten()[:WHOLE].clone()) for name, p in missed}
         self.follow()
         self.forward = ForwardProbe(model, not start_step, self.waiting)
         self.outside = Outside(model, self.waiting)
@@ -70,6 +68,7 @@ class State:
     def observe(self, loss: Tensor | float) -> None:
         self.waiting.add(number_of(loss), self.losses.append)
         self.events.observe()
+        self.outside.reached.observe(loss)
 
     def before_update(self, optimizer: Optimizer, has_gradients: bool) -> Exception | None:
         """Returns why this optimizer's steps cannot be replayed, where that was found out now."""
