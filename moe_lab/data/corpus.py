@@ -1,7 +1,5 @@
 """Reading a source into documents, and splitting them into training and validation text."""
 
-from __future__ import annotations
-
 import codecs
 import hashlib
 import os
@@ -11,14 +9,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 from moe_lab.config import ConfigError, DataConfig
-
-if TYPE_CHECKING:
-    from datasets import IterableDataset
 
 # Near-copies and tables that would cross the split; third-party packages are not the library's own source.
 NOT_IN_STDLIB = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "distutils", "ensurepip"}
@@ -147,7 +142,7 @@ def stream_texts(data: DataConfig, rows: Iterable[dict] | None = None) -> Iterat
             yield text or ""
 
 
-def open_source(data: DataConfig) -> tuple[IterableDataset, str]:
+def open_source(data: DataConfig) -> tuple[Iterable[dict], str]:
     """The `train` split of a Hugging Face data set, not read yet, and what tells this content from another."""
     try:
         import datasets

@@ -7,11 +7,11 @@ that the case did not have are functions.
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
 from moe_lab.config import ConfigError, ModelConfig, read_yaml
 from moe_lab.failures.edits import Edit, applied, by_function, edited, owner_of, source_of
@@ -89,15 +89,9 @@ def forget_group(optimizers: list[Optimizer], name: str) -> list[Optimizer]:
 
 def detach_output(model: nn.Module, path: str) -> None:
     """A branch cut off from learning: what the module at `path` returns is detached."""
-    model.get_submodule(path).register_forward_hook(lambda module, args, output: detached(output))
-
-
-def detached(output: Any) -> Any:
-    if output is None:
-        return None  # a layer without experts has no routing
-    if isinstance(output, Tensor):
-        return output.detach()
-    return type(output)(*map(detached, output)) if hasattr(output, "_fields") else tuple(map(detached, output))
+    model.get_submodule(path).register_forward_hook(
+        lambda module, args, output: tree_map_only(Tensor, Tensor.detach, output)
+    )
 
 
 def freeze(model: nn.Module, path: str) -> None:

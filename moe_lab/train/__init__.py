@@ -6,8 +6,8 @@ readings.py    what is read off each step, on the device until it is worth a tra
 evaluate.py    the validation loss
 controls.py    what a person or a signal may ask for while a run goes on
 checkpoint.py  a run's state, written whole or not at all, and read back
-directory.py   who may write in a run's directory, what a run begins with, which config resumes, and load_run
-record.py      JSON lines: record, findings; the summary
+directory.py   who may write in a run's directory, what a run begins and ends with, which config resumes, and load_run
+record.py      JSON lines: record, findings; the commit
 command.py     how a command trains, and how it ends
 """
 

@@ -1,8 +1,10 @@
-"""A run's directory: who may write there, what a run begins with, and what a resumed one finds and takes."""
+"""A run's directory: who may write there, what a run begins and ends with, and what a resumed one finds and takes."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import shutil
 import sys
 import time
@@ -21,7 +23,7 @@ from moe_lab.train import checkpoint as ckpt
 from moe_lab.train.checkpoint import RunError
 from moe_lab.train.controls import CONTROLS
 from moe_lab.train.device import pick_device
-from moe_lab.train.record import FINDINGS, RECORD, cut_jsonl, write_atomically
+from moe_lab.train.record import FINDINGS, RECORD, commit, cut_jsonl, read_jsonl, read_record, write_atomically
 
 if TYPE_CHECKING:
     from moe_lab.train.loop import Trainer
@@ -118,6 +120,34 @@ def begin(trainer: Trainer) -> None:
     trainer.fetched_at = max((row["seconds"] for row in rows), default=0.0)
     trainer.started = time.perf_counter() - trainer.fetched_at
     trainer.begun = True
+
+
+def write_summary(trainer: Trainer, status: str) -> dict[str, Any]:
+    """Write summary.json from what the record holds; returns its content. `findings`: null if nothing watched."""
+    rows = read_record(trainer.run_dir)
+    losses = [row["loss"] for row in rows if "loss" in row][-trainer.config.training.log_interval :]
+    validation = next((row["validation_loss"] for row in reversed(rows) if "validation_loss" in row), None)
+    dataset = trainer.dataset
+    wall = trainer.seconds()
+    findings = trainer.run_dir / FINDINGS
+    n_targets = len(dataset.validation) - 1
+    summary = {
+        "status": status,
+        "train_loss": sum(losses) / len(losses) if losses else None,
+        "validation_loss": validation,
+        "trigram_loss": trainer.floors["trigram"],
+        "bits_per_byte": validation and validation * n_targets / dataset.validation_bytes / math.log(2),
+        "steps": trainer.step,
+        "tokens": trainer.tokens(),
+        "wall_s": round(wall, 1),
+        "tokens_per_s": round(trainer.tokens() / wall, 1) if wall else 0.0,
+        "seed": trainer.config.training.seed,
+        "commit": commit(),
+        "corpus": dataset.corpus_hash,
+        "findings": read_jsonl(findings) if findings.exists() else None,
+    }
+    write_atomically(trainer.run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return summary
 
 
 def load_run(run_dir: str | Path, device: str = "auto") -> tuple[LanguageModel, Tokenizer]:

@@ -22,7 +22,7 @@ from moe_lab.train import device, directory
 from moe_lab.train.controls import CONTROLS, Controls, signals_ask_to_stop
 from moe_lab.train.evaluate import evaluate
 from moe_lab.train.readings import Readings, Report
-from moe_lab.train.record import RECORD, append_jsonl, write_summary
+from moe_lab.train.record import RECORD, append_jsonl
 
 
 class Trainer:
@@ -105,7 +105,7 @@ class Trainer:
                 raise ckpt.RunError(device.out_of_memory_advice(self.config, self.device, self.step)) from error
             finally:
                 self.begun = False
-                summary = write_summary(self, status)
+                summary = directory.write_summary(self, status)
             return summary
 
     def steps(self, until: int | None = None) -> Iterator[Report]:

@@ -1,18 +1,12 @@
-"""record.jsonl: one JSON object a line, appended while a run goes on, readable at any moment; summary.json at its end."""
-
-from __future__ import annotations
+"""record.jsonl: one JSON object a line, appended while a run goes on, readable at any moment; and whose code wrote it."""
 
 import contextlib
 import json
-import math
 import os
 import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
-
-if TYPE_CHECKING:
-    from moe_lab.train.loop import Trainer
+from typing import BinaryIO
 
 RECORD = "record.jsonl"
 FINDINGS = "findings.jsonl"
@@ -58,34 +52,6 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def write_atomically(path: Path, text: str) -> None:
     with replacing(path) as file:
         file.write(text.encode())
-
-
-def write_summary(trainer: Trainer, status: str) -> dict[str, Any]:
-    """Write summary.json from what the record holds; returns its content. `findings`: null if nothing watched."""
-    rows = read_record(trainer.run_dir)
-    losses = [row["loss"] for row in rows if "loss" in row][-trainer.config.training.log_interval :]
-    validation = next((row["validation_loss"] for row in reversed(rows) if "validation_loss" in row), None)
-    dataset = trainer.dataset
-    wall = trainer.seconds()
-    findings = trainer.run_dir / FINDINGS
-    n_targets = len(dataset.validation) - 1
-    summary = {
-        "status": status,
-        "train_loss": sum(losses) / len(losses) if losses else None,
-        "validation_loss": validation,
-        "trigram_loss": trainer.floors["trigram"],
-        "bits_per_byte": validation and validation * n_targets / dataset.validation_bytes / math.log(2),
-        "steps": trainer.step,
-        "tokens": trainer.tokens(),
-        "wall_s": round(wall, 1),
-        "tokens_per_s": round(trainer.tokens() / wall, 1) if wall else 0.0,
-        "seed": trainer.config.training.seed,
-        "commit": commit(),
-        "corpus": dataset.corpus_hash,
-        "findings": read_jsonl(findings) if findings.exists() else None,
-    }
-    write_atomically(trainer.run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
-    return summary
 
 
 NO_CODE = ("notebooks", "*.md", "benchmarks/*.json")  # what `make outputs` and measurements rewrite
