@@ -198,7 +198,8 @@ def call_examine_the_shown_loss(run: Run) -> list[Finding]:
     def shown(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         ids, labels = batch
         tokens = torch.cat([ids, labels[:, -1:]], dim=1).flatten().numpy()
-        return torch.tensor(evaluate.evaluate(model, tokens, 8, trainer.autocast)["validation_loss"])
+        trained = loss_of(model, batch)  # its gradient, under the number that is shown
+        return trained - trained.detach() + evaluate.evaluate(model, tokens, 8, trainer.autocast)["validation_loss"]
 
     (batch,) = next_batches(run, 1)
     return examine(trainer.model, batch, shown, trainer.optimizers).findings

@@ -155,6 +155,26 @@ def test_set_up_and_config_are_part_of_it() -> None:
     assert found["not_in_optimizer"] == "error"
 
 
+@pytest.mark.parametrize(
+    ("cut", "told"),
+    [
+        (lambda loss: loss.detach(), {"no_gradient": "error"}),
+        (lambda loss: loss.detach().requires_grad_(), {"no_gradient": "error"}),
+        (lambda loss: loss.item(), {"no_gradient": "error"}),
+        (lambda loss: loss * 1.0, {}),
+    ],
+)
+def test_a_loss_without_a_graph(cut, told: dict) -> None:
+    found = examine(Tiny(), batch(), lambda model, batch: cut(loss_of(model, batch)))
+    assert {f.rule: f.severity for f in found.findings} == told
+    assert ("first loss" in found.not_checked) == bool(told)
+
+
+def test_a_model_that_is_frozen_as_a_whole_is_not_to_be_trained() -> None:
+    found = examine(Tiny().requires_grad_(False), batch(), loss_of)
+    assert not found.findings and "gradients" in found.not_checked
+
+
 class InAList(Tiny):
     """Its block is in a list beside its own."""
 

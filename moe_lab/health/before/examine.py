@@ -35,6 +35,7 @@ TOKENS, SHORTEST = 32, 8  # lengths at which causality is tried
 CUT_OFF = (
     "learning is cut off: look for detach, no_grad, an integer index, or a backward or checkpointing that returns None"
 )
+NO_GRAPH = "the loss has no graph: backward() fails, or reaches none of the model's parameters"
 IDLE = "an expert without a token, a head of another task, or a part that nobody calls: only the last is a fault"
 
 
@@ -116,13 +117,17 @@ class Trial:
         self.heard = self.probe.heard
         self.heard.elements = sys.maxsize  # all logits: the loss is compared
 
-    def hear(self, fail: Callable) -> None:
+    def hear(self, fail: Callable) -> Iterator[Finding]:
+        """Of a model that could be trained: a loss that cannot train it. Raises ValueError after it."""
         ears = self.probe, self.listening
         for ear in ears:
             ear.listen(fail)
         try:
             with self.listening.ranks:
                 self.loss = self.loss_of(self.batch)  # of which there is a graph
+            if getattr(self.loss, "grad_fn", None) is None and any(p.requires_grad for p in self.model.parameters()):
+                yield Finding("no_gradient", "error", "loss", NO_GRAPH, CUT_OFF, 0, 1)
+                raise ValueError("the loss has no graph")
             self.loss.backward()
             self.heard.fetch()
         finally:
