@@ -27,12 +27,13 @@ PADDED = 8  # equal tokens at a row's end from which on they look like padding
 ROWS_PADDED = 0.25  # share of the rows that end so: lines of code end in blanks less often
 MOST_ROWS, FEWEST_ROWS = 512, 32  # that are compared with their neighbours
 ALIKE = 6.0, 1.2  # standard deviations and times that neighbours are more alike than in 200 other orders
-SLID, HEAD, PAIRS = (
-    0.5,
-    8,
-    16,
-)  # share of rows that are a neighbour moved by a few places; tokens that show it, pairs at least
+# share of rows that are a neighbour moved by a few places; tokens that show it, pairs at least
+SLID, HEAD, PAIRS = 0.5, 8, 16
 SELDOM = 8  # times that a token must follow targets before its absence says anything
+END_ITSELF = (
+    "padding with the end token's id masks the end as well: give it its own, or keep each row's first end token"
+)
+SHUFFLE = "shuffle the windows, or begin each where the last one ends: an update sees one text as often as it has rows"
 ONE_END = 0.9  # share of one token right before it, from which on another one is the end, and this its padding
 
 
@@ -146,10 +147,7 @@ def never_a_target(labelled: Sequence[Tokens]) -> Finding | None:
         return None
     names = several([str(token) for token in sorted(never, key=never.__getitem__, reverse=True)])
     message = f"token {names} ends the targets {sum(never.values())} times and is never one: it cannot be learned"
-    advice = (
-        "padding with the end token's id masks the end as well: give it its own, or keep each row's first end token"
-    )
-    return Finding("never_a_target", "warning", "labels", message, advice, sum(never.values()), 0)
+    return Finding("never_a_target", "warning", "labels", message, END_ITSELF, sum(never.values()), 0)
 
 
 def padding_is_target(labelled: Sequence[Tokens]) -> Finding | None:
@@ -191,12 +189,9 @@ def windows_slide(seen: Sequence[Tokens]) -> Finding | None:
     if share <= SLID:
         return None
     message = (
-        f"{share:.0%} of the rows are a neighbour, {places} of {rows.shape[1]} places on: one text, again and again"
+        f"{share:.0%} of the rows are a neighbour, {places} of {ids.shape[2]} places on: one text, again and again"
     )
-    advice = (
-        "shuffle the windows, or begin each where the last one ends: an update sees one text as often as it has rows"
-    )
-    return Finding("one_text", "warning", "data", message, advice, round(share, 3), SLID)
+    return Finding("one_text", "warning", "data", message, SHUFFLE, round(share, 3), SLID)
 
 
 def moved_on(before: Tensor, after: Tensor) -> tuple[float, int]:
@@ -230,9 +225,8 @@ def neighbours_alike(seen: Sequence[Tokens]) -> Finding | None:
     sigmas = float((mine - by_chance.mean()) / by_chance.std().clamp(min=1e-9))
     if sigmas < ALIKE[0] or mine < ALIKE[1] * by_chance.mean():
         return None
-    message = (
-        f"rows are {mine / by_chance.mean():.2g} times as like the row before as others: neighbours are of one text"
-    )
+    times = mine / by_chance.mean()
+    message = f"rows are {times:.2g} times as like the row before as others: neighbours are of one text"
     advice = "shuffle windows over all documents, or pack several into a batch: one update then sees one document alone"
     return Finding("one_text", "warning", "data", message, advice, round(sigmas, 1), ALIKE[0])
 
@@ -244,6 +238,7 @@ def uneven(labelled: Sequence[Tokens]) -> Finding | None:
         return None
     message = f"batches have {low} to {high} targets: under accumulation the mean of their means is not the mean of their targets"
     advice = "divide the summed loss of all micro-batches by the number of all their targets"
-    return Finding(
-        "uneven_targets", "info", "labels", message, advice, round(high / max(low, 1), 2) if low else math.inf, 2
-    )
+    return Finding("uneven_targets", "info", "labels", message, advice, round(high / low, 2) if low else math.inf, 2)
+
+
+TARGETS = (labels_elsewhere, never_a_target, padding_is_target)  # what is asked of labels, given or heard

@@ -18,8 +18,6 @@ SAYS = r"(?::|=|->|→|,|uses?|wants?|needs?|likes?|takes?|at|is|should be|lr|\s
 # a value for a name, a name and its value, or a name alone: what one has matched is not asked of the next
 FORMS = [re.compile(form, re.I) for form in (RANGE + FOR + NAME, NAME + SAYS + RANGE, rf"\bfor\s+(?:the\s+)?{NAME}")]
 NEGATED = re.compile(r"(?:\b(?:not|never|no|than|unlike|was|were|instead of|too \w+)|n't)\W+(?:\w+\W+){0,2}$", re.I)
-
-
 SAYS_OFF, SAYS_ON = (
     re.compile(rf"(?:is |now |was )?(?:{word})\b(?! (?:by default|for|in|if|when|unless|at|until))", re.I)
     for word in ("disabled|off|deactivated", "enabled|on|activated")
@@ -28,13 +26,12 @@ SAYS_OFF, SAYS_ON = (
 
 def switches(plan: Plan) -> Iterator[Finding]:
     """A warning for each true or false whose comment beside it begins by saying the opposite."""
+    said = dict.fromkeys(("true", "yes", "on"), SAYS_OFF) | dict.fromkeys(("false", "no", "off"), SAYS_ON)
     for entry in plan.entries:
         value, beside = str(entry.value).lower(), (entry.comments or ("",))[-1].strip()
-        said = {"true": SAYS_OFF, "yes": SAYS_OFF, "on": SAYS_OFF, "false": SAYS_ON, "no": SAYS_ON, "off": SAYS_ON}
         if value in said and beside in entry.line and said[value].match(beside):
-            message = (
-                f"{entry.name} is {value} and the comment beside it says otherwise: `{' '.join(entry.line.split())}`"
-            )
+            line = " ".join(entry.line.split())
+            message = f"{entry.name} is {value} and the comment beside it says otherwise: `{line}`"
             advice = "find out which of the two is meant, and correct the other"
             yield Finding("comment_contradicts", "warning", entry.where, message, advice, value, beside)
 

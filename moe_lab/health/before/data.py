@@ -8,19 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import tokens as about
 from ..findings import Finding
-from ..tokens import (
-    Tokens,
-    labels_elsewhere,
-    looks_random,
-    neighbours_alike,
-    never_a_target,
-    padding_is_target,
-    raw,
-    rows_repeat,
-    uneven,
-    windows_slide,
-)
+from ..tokens import Tokens, raw
 
 LOOKED_AT = 64  # batches at most
 OVERLAP = 0.05  # share of the validation windows that also stand in training
@@ -55,15 +45,12 @@ def check_data(
     ids = torch.cat([tokens.ids.flatten() for tokens in seen])
     vocab_size = vocab_size or int(ids.max()) + 1
     labelled = [tokens for tokens in seen if tokens.labels is not None]
-    found = [
-        looks_random([tokens.ids for tokens in seen], vocab_size),
-        rows_repeat(seen) or windows_slide(seen) or neighbours_alike(seen),
-    ]
-    if labelled:
-        found += [labels_elsewhere(labelled), never_a_target(labelled), padding_is_target(labelled), uneven(labelled)]
+    found = [about.looks_random([tokens.ids for tokens in seen], vocab_size)]
+    found += [about.rows_repeat(seen) or about.windows_slide(seen) or about.neighbours_alike(seen)]
+    found += [check(labelled) for check in (*about.TARGETS, about.uneven) if labelled]
     if validation is not None:
         others = [tokens_of(batch) for batch in islice(validation, LOOKED_AT)]
-        random = looks_random([tokens.ids for tokens in others], vocab_size) if others else None
+        random = about.looks_random([tokens.ids for tokens in others], vocab_size) if others else None
         found += [random and replace(random, where="validation"), stands_in_both(seen, others)]
     return [finding for finding in found if finding is not None]
 

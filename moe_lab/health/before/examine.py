@@ -79,16 +79,14 @@ def examine(
     passes of the batch, and says what it did not try for that. The random state is put back. Raises what copying the model raises.
     """
     examination = Examination()
-    ask, not_given = examination.ask, "none was given"
-    if config is None:
-        examination.not_checked["config"] = not_given
-    else:
+    ask = examination.ask
+    optimizers = [] if optimizer is None else all_innermost(optimizer)
+    given = {"config": config, "optimizers": optimizer}
+    examination.not_checked |= {what: "none was given" for what, it in given.items() if it is None}
+    if config is not None:
         ask("config", lambda: preflight(config))
     ask("ties", lambda: structure.broken_tie(model, plan_of(model, config)))
-    optimizers = [] if optimizer is None else all_innermost(optimizer)
-    if optimizer is None:
-        examination.not_checked["optimizers"] = not_given
-    else:
+    if optimizer is not None:
         ask("optimizers", lambda: setup(model, optimizers))
         ask("16-bit tensors that cannot move", lambda: structure.cannot_move(model, optimizers))
         ask("the first update's LR", lambda: first_update(plan_of(model, config), optimizers))
@@ -206,9 +204,8 @@ def silent_parts(trial: Trial) -> Iterator[Finding]:
             message = f"{len(names)} tensors {what}: {several(names)}"
             yield Finding("no_gradient", severity, names[0], message, advice, len(names), 0)
     if rest := sum(kinds[len(answers) :], []):
-        raise ValueError(
-            f"{len(rest)} more tensors without one were not tried, to save forward passes: {several(rest)}"
-        )
+        more = f"{len(rest)} more tensors without one"
+        raise ValueError(f"{more} were not tried, to save forward passes: {several(rest)}")
 
 
 def modes(trial: Trial) -> Finding | None:

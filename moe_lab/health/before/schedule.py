@@ -11,6 +11,7 @@ from .plan import Plan
 # decay over budget, or the reverse, up to which a rounded number or a tail at the least LR explains it
 OFF_BUDGET = 1.5
 INTERVALS = ("log_interval", "eval_interval", "save_interval")
+NEVER = "it never comes, but at an end if the loop sees to it"
 ONE_UNIT = "count all of it in updates: one is accumulation × micro-batches"
 
 
@@ -23,22 +24,16 @@ def schedule(plan: Plan) -> Iterator[Finding]:
     if not steps:
         return
 
-    def finding(severity: str, key: str, message: str, advice: str, value: float, limit: float) -> Finding:
-        return Finding(
-            "schedule", severity, plan.find(key).where, f"{plan.find(key).name}: {message}", advice, value, limit
-        )
+    def finding(severity: str, key: str, told: str, advice: str, value: float, limit: float) -> Finding:
+        entry = plan.find(key)
+        return Finding("schedule", severity, entry.where, f"{entry.name}: {told}", advice, value, limit)
 
     if warmup >= steps:
-        message = (
-            f"the warm-up of {warmup:g} steps is not over within the {steps:g} planned: the peak LR is never reached"
-        )
-        yield finding("warning", "warmup_steps", message, f"shorten it, or {ONE_UNIT}", warmup, steps)
+        told = f"the warm-up of {warmup:g} steps is not over within the {steps:g} planned: the peak LR is never reached"
+        yield finding("warning", "warmup_steps", told, f"shorten it, or {ONE_UNIT}", warmup, steps)
     if decay and not 1 / OFF_BUDGET <= decay / steps <= OFF_BUDGET:
-        part = (
-            f"{steps / decay:.2g} of the way down"
-            if decay > steps
-            else f"at its end after {decay / steps:.2g} of the run"
-        )
+        share = min(decay / steps, steps / decay)
+        part = f"{share:.2g} of the way down" if decay > steps else f"at its end after {share:.2g} of the run"
         unit = "; they are apart by the accumulation" if max(decay / steps, steps / decay) == n_accum else ""
         message = f"the LR decays over {decay:g} steps and {steps:g} are planned: it is {part}{unit}"
         yield finding("warning", "decay_steps", message, f"let it end with the budget; {ONE_UNIT}", decay, steps)
@@ -51,10 +46,8 @@ def schedule(plan: Plan) -> Iterator[Finding]:
     for key in INTERVALS:
         if (every := plan.number(key) or 0) > steps:
             severity = "warning" if key == INTERVALS[0] else "info"
-            message = (
-                f"{every:g} is beyond the {steps:g} steps planned: it never comes, but at an end if the loop sees to it"
-            )
-            yield finding(severity, key, message, "lower it", every, steps)
+            told = f"{every:g} is beyond the {steps:g} steps planned: {NEVER}"
+            yield finding(severity, key, told, "lower it", every, steps)
 
 
 def first_update(plan: Plan, optimizers: Iterable[Optimizer]) -> Iterator[Finding]:

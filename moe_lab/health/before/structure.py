@@ -112,13 +112,14 @@ def is_equal(p: Tensor, q: Tensor) -> bool:
 def cannot_move(model: nn.Module, optimizers: Sequence[Optimizer]) -> Finding | None:
     """16-bit tensors that no gradient can move at the peak LR (`unmovable`)."""
     names = {id(p): name for name, p in model.named_parameters()}
-    found = [
-        pair for o in optimizers for group in o.param_groups for pair in unmovable(o, group) if id(pair[0]) in names
-    ]
-    stuck, steps = [names[id(p)] for p, _ in found], [step for _, step in found]
-    if not stuck:
+    found = [pair for o in optimizers for group in o.param_groups for pair in unmovable(o, group)]
+    steps = {names[id(p)]: step for p, step in found if id(p) in names}
+    if not (stuck := list(steps)):
         return None
-    message = f"{len(stuck)} 16-bit tensors can never move: a step of at most {max(steps):.1e} is rounded away: {several(stuck)}"
+    most = max(steps.values())
+    message = (
+        f"{len(stuck)} 16-bit tensors can never move: a step of at most {most:.1e} is rounded away: {several(stuck)}"
+    )
     advice = "keep the parameters in float32 and compute under autocast"
     return Finding("bf16_parameters", "error", several(stuck), message, advice, len(stuck), 0)
 

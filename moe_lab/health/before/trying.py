@@ -33,9 +33,7 @@ def unread_keys(config: Mapping[str, Any], run: Callable[[dict[str, Any]], Any])
     found = []
     for entry in plan.entries:
         number = as_number(entry.value)
-        others = (
-            [not entry.value] if isinstance(entry.value, bool) else changed(entry.value) if number == number else []
-        )
+        others = changed(entry.value) if isinstance(entry.value, bool) or number == number else []
         if others and entry.path not in apart and not any(matters(given, entry.path, v, run, told) for v in others):
             message = f"nothing changes with {entry.name}: {', '.join(f'{v:g}' for v in others)} in place of {entry.value:g} were tried"
             advice = "nothing may read it, or something overrides it: look where the code takes this value from"
@@ -44,9 +42,9 @@ def unread_keys(config: Mapping[str, Any], run: Callable[[dict[str, Any]], Any])
 
 
 def changed(value: float) -> list[float]:
-    if isinstance(value, int):
-        return [value + 1, value * 2 or 2]
-    return [float(value) * factor or factor for factor in FACTORS]
+    if isinstance(value, bool):
+        return [not value]
+    return [value + 1, value * 2 or 2] if isinstance(value, int) else [float(value) * f or f for f in FACTORS]
 
 
 def matters(config: dict, path: Sequence[str], value: Any, run: Callable, told: Any) -> bool:
@@ -105,18 +103,16 @@ def dry_run(
         handle.remove()
         torch.save, nn.Module.eval = save, evaluate
     heard = f"{counts['backward']} backward passes, {counts['update']} updates"
-    found = []
+    told = []  # message, advice, value, limit
     if never := [what for what in expected if not counts[what]]:
         message = f"of {heard}: no {' and no '.join(never)} ever comes"
         advice = "count updates alone, and ask for the interval where an update was made: (step + 1) % a and step % b may never meet"
-        found.append(Finding("schedule", "warning", "loop", message, advice, 0, 1))
+        told.append((message, advice, 0, 1))
     if steps is not None and counts["update"] != steps:
-        message = f"{steps} steps are planned and the loop makes {heard}"
-        found.append(
-            Finding("schedule", "warning", "loop", message, "count updates, not micro-batches", counts["update"], steps)
-        )
+        message, advice = f"{steps} steps are planned and the loop makes {heard}", "count updates, not micro-batches"
+        told.append((message, advice, counts["update"], steps))
     if len(rates) > 2 and rates[0] > JUMP * rates[1] and rates[2] > rates[1]:
         message = f"the first update runs at {rates[0]:.3g}, the second at {rates[1]:.3g}, and then the LR rises"
         advice = "a warm-up is off by one: set the LR of an update before it, (step + 1) / warmup"
-        found.append(Finding("schedule", "warning", "loop", message, advice, rates[0], rates[1]))
-    return found
+        told.append((message, advice, rates[0], rates[1]))
+    return [Finding("schedule", "warning", "loop", *facts) for facts in told]

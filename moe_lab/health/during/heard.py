@@ -175,12 +175,10 @@ class Heard:
             asked = sum(int((t.labels != IGNORED).sum()) for t in labelled)
             if self.is_next_token and 2 * asked > sum(t.ids.numel() for t in labelled):  # else there are holes
                 yield about.looks_random([t.ids for t in labelled], self.vocab_size)
-            for check in (about.copies_inputs, about.labels_elsewhere, about.never_a_target, about.padding_is_target):
+            for check in (about.copies_inputs, *about.TARGETS):
                 yield check(labelled)
-            once = self.once
-            yield about.rows_repeat([Tokens(p.rows, None) for p in once]) or about.windows_slide(
-                [p.tokens for p in once]
-            )
+            rows = [Tokens(p.rows, None) for p in self.once]
+            yield about.rows_repeat(rows) or about.windows_slide([p.tokens for p in self.once])
 
 
 def compared(scores: Tensor, gradient: Tensor, target: Tensor) -> Tensor:

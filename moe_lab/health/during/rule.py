@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from ..findings import Finding, grouped, several
+from ..findings import RULES, Finding, grouped, several
 from .state import State
 from .tracking import Tracked
 
@@ -46,9 +46,9 @@ class Rule(NamedTuple):
         return Finding(self.id, self.severity_of(facts), where, *told, state.step)
 
 
-def rule(severity: str, message: str, advice: str) -> Callable[[Callable[[State], Ill]], Rule]:
-    """Makes the Rule that has the decorated function's name and asks it."""
-    return lambda when: Rule(when.__name__, severity, when, message, advice)
+def rule(message: str, advice: str, *, severity: str = "") -> Callable[[Callable[[State], Ill]], Rule]:
+    """Makes the Rule that has the decorated function's name and asks it; of the table's severity, unless it says another."""
+    return lambda when: Rule(when.__name__, severity or RULES[when.__name__][0], when, message, advice)
 
 
 def by_kind(tensors: Iterable[Tracked]) -> dict[str, list[Tracked]]:

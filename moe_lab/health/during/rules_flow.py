@@ -33,7 +33,6 @@ def leaks(state: State) -> Ill:
 
 
 @rule(
-    "warning",
     "tokens of one update weigh up to {value:.1f} times as much as others: each micro-batch's mean counts alike, whatever its targets",
     "divide the summed loss of all micro-batches by the number of all their targets",
 )
@@ -67,7 +66,6 @@ def differs_by_mode(module: nn.Module) -> bool:
 
 
 @rule(
-    "warning",
     "{names}: in each of {value} passes all rows are held against one target, another one in each: the loss can teach their mean alone",
     "compare the shapes in the loss: (B,) beside (B, 1) makes (B, B), each output beside every target; or each batch has one label",
 )
@@ -76,7 +74,6 @@ def shared_target(state: State) -> Ill:
 
 
 @rule(
-    "warning",
     "{names}: {squash} comes before a loss that makes another one ({value} passes): it cannot come near zero, and hardly teaches",
     "give cross-entropy and BCE-with-logits the logits themselves; keep softmax and sigmoid for predictions",
 )
@@ -86,7 +83,6 @@ def squashed_twice(state: State) -> Ill:
 
 
 @rule(
-    "warning",
     "{value:.0%} of the last batches had come a short while before, though none did at first",
     "look for a worker or shard that has come to its end and starts over, a buffer that is not filled again, or a sampler made anew",
 )
@@ -96,7 +92,6 @@ def repeated_data(state: State) -> Ill:
 
 
 @rule(
-    "warning",
     "{names}: after {updates} updates the statistics that evaluation uses are {value:.2g} deviations, or doublings of the variance, "
     "off the batches': a momentum of {momentum:g} keeps those of a fresh model",
     "torch's momentum is the share of the new batch: 0.1 where others say 0.9; or evaluate after many more updates",

@@ -68,7 +68,6 @@ def learning_rates(state: State, name: str) -> Ill:
 
 
 @rule(
-    "info",
     "within {budget} updates no weight of {where} can move by more than {value:.2g}, if it goes on by Adam's rule",
     "compare it with the movement you expect before you call a weight frozen or slow",
 )
@@ -91,7 +90,7 @@ def reach(state: State) -> Ill:
 # ---- the loss --------------------------------------------------------------------------------------------------------
 
 
-@rule("error", "the loss is not finite", "go back to a sound checkpoint with a lower LR")
+@rule("the loss is not finite", "go back to a sound checkpoint with a lower LR")
 def nonfinite_loss(state: State) -> Ill:
     return {} if all(map(math.isfinite, state.losses)) else {"loss": {}}
 
@@ -121,7 +120,6 @@ def loss_rose(state: State) -> Ill:
 
 
 @rule(
-    "warning",
     "after {acted:.0f} updates' worth of the peak LR the loss {what}: {value:.1e} ± {error:.0e} an update",
     "check the data first (random tokens? shuffled labels?), then the learning rate by a branch probe",
 )
@@ -149,7 +147,6 @@ def loss_not_falling(state: State) -> Ill:
 
 
 @rule(
-    "warning",
     "the first loss is {value:.3f}; {shown} {limit:.3f}{factor}",
     "look for a division by the accumulation done twice or not at all, padding in the loss, or a wrong init",
 )

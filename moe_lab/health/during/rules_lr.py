@@ -42,7 +42,6 @@ def brought_back(state: State) -> Ill:
 
 
 @rule(
-    "warning",
     "the learning rate of {where} {what}",
     "is the scheduler stepped once an update, and not once a micro-batch or process? Was its length given in updates?",
 )

@@ -22,7 +22,6 @@ def copies(state: State) -> bool:
 
 
 @rule(
-    "error",
     "rank {names} has other weights than rank 0, and began with the same: gradients are not averaged",
     "call the wrapped model (DDP's, not .module), leave no_sync() for the last micro-batch, wrap before the optimizer is built",
 )
@@ -34,7 +33,6 @@ def ranks_apart(state: State) -> Ill:
 
 
 @rule(
-    "error",
     "{n_same} ranks train on the same batches: {n_looks} of {n_looks} were equal",
     "give the sampler the rank (DistributedSampler), or seed the data of each rank by its number",
 )
@@ -47,7 +45,6 @@ def ranks_same_data(state: State) -> Ill:
 
 
 @rule(
-    "error",
     "the loss of rank {names} was NaN or infinite before the others': averaging the gradients hands it to all",
     "look at that rank's batch and device first; stop, and go back to the last sound checkpoint",
 )

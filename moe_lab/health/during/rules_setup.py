@@ -18,7 +18,6 @@ ON_PURPOSE = 0.5  # share of the parameters from which on frozen ones look like 
 
 
 @rule(
-    "error",
     "{n} trainable tensors ({share:.0%} of the parameters) are in no optimizer: {names}",
     "add them to a parameter group, or set requires_grad=False and name them in expect_frozen",
 )
@@ -37,14 +36,13 @@ def outside_of_parameters(state: State) -> Ill:
     return {name: {"value": len(found), "limit": 0, "severity": severity} for name, severity in found.items()}
 
 
-@rule("error", "{names} is in two optimizers and moves twice a step", "take it out of one of them")
+@rule("{names} is in two optimizers and moves twice a step", "take it out of one of them")
 def updated_twice(state: State) -> Ill:
     n_owners = Counter(id(p) for group in state.groups for p in group.group["params"])
     return {t.name: [t] for t in state.tracked if n_owners[id(t.param)] > 1}
 
 
 @rule(
-    "warning",
     "{n} tensors have requires_grad=False ({value:.0%} of the parameters is frozen{meant}): {names}",
     "name them in expect_frozen if that is meant; else set requires_grad=True before the optimizer is built",
 )
@@ -64,7 +62,6 @@ def frozen_module(state: State) -> Ill:
 
 
 @rule(
-    "info",
     "vectors (norm weights, biases) or a state space's decay rates decay towards 0: {names}",
     "give them a group with weight_decay=0",
 )
@@ -77,7 +74,7 @@ def weight_decay_on_norms(state: State) -> Ill:
 DELTAS = 1e-4, 0.2  # a fresh median; Mamba draws 0.001 to 0.1 (Gu & Dao 2023, sec. 3.6)
 
 
-@rule("warning", "{message}", "{advice}")
+@rule("{message}", "{advice}")
 def broken_tie(state: State) -> Ill:
     model = unwrapped(state.model)
     found = structure.broken_tie(model, plan_of(model)) if state.is_changed else None
@@ -85,7 +82,6 @@ def broken_tie(state: State) -> Ill:
 
 
 @rule(
-    "warning",
     "{names}: the time step of a fresh state space is {value:.2g} in the median, where 0.001 to 0.1 is meant",
     "an init over all linear layers overwrote its bias: set that last, to the inverse softplus of steps drawn from there",
 )

@@ -21,7 +21,6 @@ TWICE = 3  # updates in which a count was doubled
 
 
 @rule(
-    "warning",
     "gradients of {n} matrices are {size:.0e} of the others', relative to their weights: {names}",
     "look for a score, a branch or a loss term that is multiplied by next to nothing, or a softmax or sigmoid that is saturated",
 )
@@ -55,7 +54,6 @@ def loads(state: State, updates: int, earliest: int) -> dict[str, tuple[list[int
 
 
 @rule(
-    "warning",
     "{names}: the {k} busiest of its {of} experts take {value:.0%} of the tokens' choices after {updates} updates",
     BALANCE,
 )
@@ -71,7 +69,6 @@ def collapsed_experts(state: State) -> Ill:
 
 
 @rule(
-    "info",
     "{value} of {of} experts of {names} get less than a tenth of an even load: {which}; they may come back, or never learn",
     BALANCE,
 )
@@ -84,7 +81,6 @@ def starved_experts(state: State) -> Ill:
 
 
 @rule(
-    "warning",
     "{names} has a gradient behind it and is {value:.6g} in each of {looks} readings: as a term of the loss it teaches nothing",
     "an auxiliary loss may be summed over the wrong axis, normalised to a constant, or made of detached numbers",
 )
@@ -98,7 +94,6 @@ def constant_term(state: State) -> Ill:
 
 
 @rule(
-    "warning",
     "{names}: what the forward pass adds is added again when it is recomputed for the backward pass",
     "count under torch.is_grad_enabled() of the first pass alone, or outside of the checkpointed function; halve what reads it",
 )
@@ -108,7 +103,6 @@ def counted_twice(state: State) -> Ill:
 
 
 @rule(
-    "warning",
     "{where}: what lies near its weight comes nearer at {value:.0%} of the pace of what lies far: the format rounds it off",
     "keep an average of the weights, or a target network, in float32: 16 bits hold no decay beyond 0.99",
 )
@@ -121,7 +115,6 @@ def stuck_copy(state: State) -> Ill:
 
 
 @rule(
-    "warning",
     "{names}: positions in 16 bits run together (late ones are {value:.2g} rad off, or as many are the same as the one before)",
     "keep such buffers in float32 when the model is cast, and compute angles there; cast the cosines and sines",
 )

@@ -44,7 +44,6 @@ def laws(state: State) -> list[tuple[GroupState, list[Tracked]]]:
 
 
 @rule(
-    "warning",
     "the steps of {n} stacks of matrices are not orthogonal matrix by matrix: {names}: the gradient of one turns the others' steps",
     "orthogonalise over the last two dimensions, each expert's matrix by itself: neither over the stack's axis nor flattened",
 )
@@ -53,7 +52,6 @@ def mixed_stack(state: State) -> Ill:
 
 
 @rule(
-    "warning",
     "the optimizer scales {names} ({n}) as if inputs and outputs were the other way round",
     "give it fan-out over fan-in as the model uses the weight: x @ W has its outputs in W's columns, a linear layer in its rows",
 )
@@ -70,7 +68,7 @@ def turned_factor(state: State) -> Ill:
     return by_kind(ill)
 
 
-@rule("warning", "{told}", "{cure}")
+@rule("{told}", "{cure}")
 def starved_steps(state: State) -> Ill:
     """Gradients that arrive with one tiny norm; Adam's eps above its gradients; orthogonal steps smaller than any convention's."""
     found = {}
@@ -105,9 +103,9 @@ def moved_by(state: State) -> float:
 
 
 @rule(
-    "warning",
     "no kind of matrix moves by more than {value:.1e} of its size an update, and the loss has lost {fell:.1%}: usual is 1e-3",
     "raise the learning rate: one of Adam's is 10 to 1000 times too low for SGD; three short runs a factor of 10 apart tell",
+    severity="warning",
 )
 def lr_too_low(state: State) -> Ill:
     """Whatever the optimizer and the model: steps so small that nothing gets anywhere within the budget, in a new model that has
@@ -124,9 +122,9 @@ def lr_too_low(state: State) -> Ill:
 
 
 @rule(
-    "warning",
     "a step changes a kind of matrix by {value:.0%} of its size at the start, and the loss does not fall: usual is 0.1 %",
     "lower the learning rate by a factor of ten and more, or warm up",
+    severity="warning",
 )
 def lr_too_high(state: State) -> Ill:
     """Where the loss does not fall, however much it jumps: of steps that large, it is they that are told."""
@@ -147,7 +145,6 @@ def least(shape: tuple[int, int]) -> float:
 
 
 @rule(
-    "warning",
     "weight decay never arrives in {n} 16-bit tensors: each step of it is below half a unit in the last place: {names}",
     "let it be part of the update that is rounded stochastically or kept in masters, or keep the parameters in float32",
 )

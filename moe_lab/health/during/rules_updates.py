@@ -34,7 +34,6 @@ UNREPLAYED = 50  # updates before 16-bit weights under an unknown optimizer are 
 
 
 @rule(
-    "error",
     "a gradient was NaN or infinite: {names}",
     "stop, go back to the last sound checkpoint, and lower the learning rate or look for a log or division of 0",
 )
@@ -126,7 +125,6 @@ def idle(state: State, used: bool) -> Ill:
 
 
 @rule(
-    "error",
     "{n} tensors have gradients and a learning rate, and no sampled element has moved: {names}",
     "the optimizer may hold another object than the model uses, or something writes the old values back",
 )
@@ -152,9 +150,9 @@ def expected_ulps(state: State, t: Tracked) -> float:
 
 
 @rule(
-    "warning",
     "16-bit parameters whose intended steps are not known: no sampled element of {names} moved in {updates} updates",
     "keep the parameters in float32, or make sure that this optimizer keeps what rounding loses",
+    severity="warning",
 )
 def bf16_parameters(state: State) -> Ill:
     """16-bit weights under an optimizer whose step was not replayed: judged by what moved at all, and only a warning."""
@@ -166,7 +164,6 @@ def bf16_parameters(state: State) -> Ill:
 
 
 @rule(
-    "warning",
     "{worst}: {size:.0%} more of the moved elements went {way} than were meant to: the other way is rounded off",
     "keep these weights in float32",
 )
@@ -187,7 +184,6 @@ def direction_bias(state: State) -> Ill:
 
 
 @rule(
-    "error",
     "{value} {what} and not one update since",
     "a GradScaler that meets an infinite gradient skips every step; else the optimizer that steps is another one, "
     "perhaps made anew for each batch or epoch, without a past",
@@ -209,7 +205,7 @@ def no_updates(state: State) -> Ill:
     return found
 
 
-@rule("error", "in {value:.0%} of the updates {told}", "{cure}")
+@rule("in {value:.0%} of the updates {told}", "{cure}")
 def stale_gradients(state: State) -> Ill:
     """Left over from earlier updates, or used for one and then for another. Where no pass is heard any more, as under a captured
     graph, nothing is known of the second."""
@@ -220,7 +216,7 @@ def stale_gradients(state: State) -> Ill:
     return {"twice": {"value": twice, "limit": OFTEN, "told": TWICE, "cure": STEP_ONCE}} if twice > OFTEN else {}
 
 
-@rule("error", "in {value:.0%} of the updates {told}", "{cure}")
+@rule("in {value:.0%} of the updates {told}", "{cure}")
 def cleared_gradients(state: State) -> Ill:
     """Before the step, or between micro-batches: there the pass was for nothing, unless another optimizer uses it."""
     gone, thrown = max(state.events.share("gone"), default=0.0), state.events.share("thrown")
