@@ -5,6 +5,7 @@ import math
 import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..sampling import tensor_kind
 
 WEIGHTS = ("model_state_dict", "state_dict", "model")  # where trainers keep the tensors; or the file is the mapping
 NO_MEMORY = re.compile(r"can(?:'t|not) allocate|not enough memory", re.IGNORECASE)
-STEPS = ("step", "global_step", "global_steps")
+STEPS = ("step", "global_step", "global_steps")  # what a checkpoint itself calls its step
 DEEPEST = 6  # levels of mappings and lists in which an optimizer's state is looked for
 TOKENS = ("tokens_seen", "n_tokens", "consumed_tokens")
 STUCK = "see whether their updates are rounded away (16-bit parameters) or never made"
@@ -46,7 +47,9 @@ def inspect_checkpoint(path: str | Path) -> list[Finding]:
         message = f"not a checkpoint that can be inspected: {reason}"
         return [Finding("unreadable", "error", str(path), message, "use another checkpoint")]
     readable = {name: t for name, t in weights.items() if is_readable(t)}
-    plan = plan_of(state.get("config"))
+    config, plan = state.get("config"), Plan([])  # that of none, or of one of a size that is no config's
+    with suppress(ValueError):
+        plan = Plan(entries_of_mapping(config if isinstance(config, Mapping) else {}))
     return [
         *nonfinite(readable),
         *held_against_start(readable, state),
@@ -81,7 +84,7 @@ def load(path: Path) -> tuple[Any, str]:
 def weights_of(state: Any) -> dict[str, Tensor]:
     """The named tensors of a checkpoint; empty if there are none."""
     places = [*map(state.get, WEIGHTS), state] if isinstance(state, Mapping) else []
-    found = ({str(k): t for k, t in place.items() if isinstance(t, Tensor)} for place in mappings(places))
+    found = ({str(k): t for k, t in place.items() if isinstance(t, Tensor)} for place in contents(places, Mapping))
     return next(filter(None, found), {})
 
 
@@ -107,19 +110,17 @@ def numbers(*values: Any) -> list[float]:
     return finite
 
 
-def contents(tree: Any) -> list:
-    """A mapping's values, or a list's; none of anything else."""
-    return list(tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, (list, tuple)) else ())
-
-
-def mappings(tree: Any) -> list[Mapping]:
-    return [value for value in contents(tree) if isinstance(value, Mapping)]
+def contents(tree: Any, kind: type = object) -> list:
+    """A mapping's values of this kind, or a list's; none of anything else."""
+    values = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, (list, tuple)) else ()
+    return [value for value in values if isinstance(value, kind)]
 
 
 def parts(state: Mapping, word: str) -> list[Mapping]:
     """The mappings that a checkpoint keeps under keys with `word`, singly or in lists."""
     named = [value for key, value in state.items() if word in str(key).lower()]
-    return [part for value in named for part in mappings(value if isinstance(value, (list, tuple)) else [value])]
+    listed = [value if isinstance(value, (list, tuple)) else [value] for value in named]
+    return [part for values in listed for part in contents(values, Mapping)]
 
 
 def optimizers(tree: Any, depth: int = DEEPEST) -> list[Mapping]:
@@ -131,12 +132,7 @@ def optimizers(tree: Any, depth: int = DEEPEST) -> list[Mapping]:
 
 def in_optimizers(state: Mapping, key: str) -> list[Mapping]:
     """The `param_groups` of all stored optimizers, or the `state` of each of their tensors."""
-    return [inner for part in optimizers(state) for inner in mappings(part[key])]
-
-
-def steps_of(state: Mapping) -> list[float]:
-    """What the checkpoint itself calls its step."""
-    return numbers(*map(state.get, STEPS))
+    return [inner for part in optimizers(state) for inner in contents(part[key], Mapping)]
 
 
 def stored_rates(state: Mapping) -> dict[str, float]:
@@ -150,14 +146,6 @@ def optimizer_steps(state: Mapping) -> int | None:
     """The most updates that an optimizer counted for one tensor; None if none counts."""
     counted = numbers(*(entry.get("step") for entry in in_optimizers(state, "state")))
     return int(max(counted)) if counted else None
-
-
-def plan_of(config: Any) -> Plan:
-    """What the stored config plans: nothing if there is none, or one of a size that is no config's."""
-    try:
-        return Plan(entries_of_mapping(config) if isinstance(config, Mapping) else [])
-    except ValueError:
-        return Plan([])
 
 
 # ---- findings --------------------------------------------------------------------------------------------------------
@@ -180,8 +168,7 @@ def unexpected(names: Iterable[str], severity: str, what: str) -> Iterator[Findi
 def held_against_start(weights: Mapping[str, Tensor], state: Mapping) -> Iterator[Finding]:
     """What has moved, by the start values in the file, or by the constants that a start leaves."""
     sample = state.get("initial_sample")
-    counted = numbers(optimizer_steps(state), *steps_of(state))
-    updates = counted[0] if counted else None
+    updates = next(iter(numbers(optimizer_steps(state), *map(state.get, STEPS))), None)
     if isinstance(sample, Mapping):
         starts = {str(name): start_of(kept, weights.get(name)) for name, kept in sample.items()}
         misfits = [name for name, start in starts.items() if start is None]
@@ -285,7 +272,7 @@ def baked_in(state: Mapping, plan: Plan, n_parameters: int) -> Iterator[Finding]
 def counters(state: Mapping, plan: Plan) -> Iterator[Finding]:
     counted, at_once = optimizer_steps(state), plan.tokens_per_update()
     together = max(1, len(optimizers(state)))  # some trainers count each optimizer's steps
-    for step in steps_of(state)[:1]:
+    for step in numbers(*map(state.get, STEPS))[:1]:
         if counted is not None and int(step) not in (counted, counted - 1, counted * together):  # or began at 0
             message = f"the checkpoint says step {step:g} and its optimizer has made {counted} updates"
             yield Finding("step_counters", "warning", "step", message, MICRO_BATCHES, step, counted)

@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -117,10 +118,10 @@ class Trial:
 
     def hear(self, fail: Callable) -> Iterator[Finding]:
         """Of a model that could be trained: a loss that cannot train it. Raises ValueError after it."""
-        ears = self.probe, self.listening
-        for ear in ears:
-            ear.listen(fail)
-        try:
+        with ExitStack() as stack:
+            for ear in (self.probe, self.listening):
+                stack.callback(ear.detach)
+                ear.listen(fail)
             with self.listening.ranks:
                 self.loss = self.loss_of(self.batch)  # of which there is a graph
             if getattr(self.loss, "grad_fn", None) is None and any(p.requires_grad for p in self.model.parameters()):
@@ -128,9 +129,6 @@ class Trial:
                 raise ValueError("the loss has no graph")
             self.loss.backward()
             self.heard.fetch()
-        finally:
-            for ear in ears:
-                ear.detach()
 
     def training(self) -> nn.Module:
         """In training mode, without dropout."""

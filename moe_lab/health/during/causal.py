@@ -1,7 +1,7 @@
 """Does a token change what is foretold before it, or beside it? By perturbation, which shows discrete choices as well."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,10 +19,10 @@ LEAK_NARROW = 0.05  # the same in 16 bits, where other counts in a grouped kerne
 ROWS = 32  # sequences of a pass
 OVER_TIME = "look for a missing mask, a convolution padded on both sides, a top-k or a statistic over the sequence"
 OVER_BATCH = "look for a statistic over the batch, or a mask or reshape that mixes sequences"
-OVER_LENGTH = (
+LENGTH = (
     "look for a sum or mean over the sequence, a scale or a table made from its length, positions counted from its end"
 )
-BY_CHOICE = (
+CHOICE = (
     "with a choice over time (MoD, expert choice) training is not causal by design: evaluate and generate without it"
 )
 
@@ -63,12 +63,11 @@ def check_causality(
         message += f"; {len(leaks)} of {seq_len - 1} positions hear of later tokens"
         return leak(moved, limit, "error", f"position {hears}", message, OVER_TIME)
     if (moved := largest(read(ids, changed[:1])[0] - before[0])) > limit:
-        return leak(
-            moved, limit, "error", "batch", "changing one sequence of a batch moves the logits of another", OVER_BATCH
-        )
+        message = "changing one sequence of a batch moves the logits of another"
+        return leak(moved, limit, "error", "batch", message, OVER_BATCH)
     if (moved := largest(read(ids[:, :half], ids[:, :half]) - before[:, :half])) > limit:
         message = f"the first {half} tokens have other logits alone than at the start of {seq_len}"
-        return leak(moved, limit, "warning", "length", message, OVER_LENGTH)
+        return leak(moved, limit, "warning", "length", message, LENGTH)
     return None
 
 
@@ -116,13 +115,12 @@ def future_leak(forward: ForwardProbe) -> Finding | None:
     made: list[Tensor] = []
     if float((read(ids, recorded(made)) - before).abs().max()) > limit:
         return None
-    message = (
-        f"tokens changed from position {cut} on move the logits of targets before it by {moved:.2g} (limit {limit:.1g})"
-    )
+    by = f"{moved:.2g} (limit {limit:.1g})"
+    message = f"tokens changed from position {cut} on move the logits of targets before it by {by}"
     if float((read(changed, held(made)) - before).abs().max()) > limit:
         return Finding("future_leak", "error", "logits", message, OVER_TIME, moved, limit)
     message += ", and do not where the indices of every top-k and sort are held: it chooses over time"
-    return Finding("future_leak", "info", "choices", message, BY_CHOICE, moved, limit)
+    return Finding("future_leak", "info", "choices", message, CHOICE, moved, limit)
 
 
 def logits(
@@ -138,13 +136,10 @@ def logits(
         is_mine = is_call and len(calls) - 1 == heard.call
         return (ids.to(args[0]).reshape(args[0].shape), *args[1:]) if is_mine else None
 
-    handles = [table.register_forward_pre_hook(put) for table in heard.tables]
-    try:
-        with choices or nullcontext():
-            output: Any = forward.repeat({}, exact=True)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with choices or nullcontext(), ExitStack() as stack:
+        for table in heard.tables:
+            stack.callback(table.register_forward_pre_hook(put).remove)
+        output: Any = forward.repeat({}, exact=True)
     shape = ids.numel(), heard.vocab_size
     scores = next((t for t in tensors_of(output) if t.ndim > 1 and t.reshape(-1, t.shape[-1]).shape == shape), None)
     if scores is None:

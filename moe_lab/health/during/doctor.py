@@ -8,6 +8,7 @@ import os
 import runpy
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
 from importlib.util import find_spec
 
@@ -18,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from ..torch_private import backward_heard, has_step_hooks
 from .listener import Hook
 from .reached import alive
+from .tracking import held_by
 from .watch import Watch, has_closure
 
 MOST_ACCUMULATED = 500  # losses without an update after which it is said that there is none
@@ -75,13 +77,12 @@ class Doctor:
             watch.close()
             self.left |= set(map(id, watch.state.optimizers))
             self.known -= self.left
-        mine, together = parameters(optimizer), [optimizer]
+        mine, together = set(map(id, held_by([optimizer]))), [optimizer]
         for other in alive(Optimizer):
-            if has_step_hooks(other) and trained and not parameters(other) & mine:
+            if has_step_hooks(other) and trained and mine.isdisjoint(map(id, held_by([other]))):
                 together += [other] if trained_by(other, modules) == trained else []
         self.known |= set(map(id, together))
-        kinds = [", ".join(type(thing).__name__ for thing in things) for things in (trained, together)]
-        names = " under ".join(kinds)
+        names = " under ".join(", ".join(type(thing).__name__ for thing in things) for things in (trained, together))
         try:
             model = trained[0] if len(trained) == 1 else nn.ModuleList(trained)
             self.watches[key] = Watch(model, together)
@@ -99,15 +100,11 @@ class Doctor:
             self.say("not checked: the losses: of several models it cannot be told whose they are")
 
 
-def parameters(optimizer: Optimizer) -> set[int]:
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}
-
-
 def trained_by(optimizer: Optimizer, modules: Sequence[nn.Module]) -> list[nn.Module]:
     """The outermost module with the most of the parameters, and the fewest others; where each has some, as many as it takes."""
     inner = {id(child) for module in modules for child in module._modules.values()}
     outermost = [(m, {id(p) for p in m.parameters()}) for m in modules if id(m) not in inner]
-    chosen, missing = [], parameters(optimizer)
+    chosen, missing = [], set(map(id, held_by([optimizer])))
     while any(held & missing for _, held in outermost):
         best, held = max(outermost, key=lambda pair: (len(pair[1] & missing), -len(pair[1])))
         chosen.append(best)
@@ -120,10 +117,9 @@ def target(argv: Sequence[str]) -> tuple[Callable[[], object], list[str]]:
     """What to run, and its arguments, its own name first. Raises ValueError, in one line."""
     if argv[:1] == ["-m"] and len(argv) > 1:
         sys.path.insert(0, os.getcwd())
-        try:
+        found = None
+        with suppress(ImportError):
             found = find_spec(argv[1])
-        except ImportError:
-            found = None
         if found is None:
             raise ValueError(f"{argv[1]}: no such module; give the name that python -m takes")
         return partial(runpy.run_module, argv[1], run_name="__main__", alter_sys=True), list(argv[1:])
@@ -146,13 +142,10 @@ def command(argv: Sequence[str]) -> int:
         return 2
     doctor, sys.argv = Doctor(), arguments
     hook = partial(Hook, failed=lambda error: doctor.say(f"not watched: {type(error).__name__}: {error}"))
-    handles = [register_optimizer_step_pre_hook(hook(doctor.before_step))]
-    handles.append(register_optimizer_step_post_hook(hook(doctor.after_step)))
-    try:
-        with backward_heard(hook(doctor.hear)):
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
-        doctor.close()
+    with ExitStack() as stack:
+        stack.callback(doctor.close)
+        stack.callback(register_optimizer_step_pre_hook(hook(doctor.before_step)).remove)
+        stack.callback(register_optimizer_step_post_hook(hook(doctor.after_step)).remove)
+        stack.enter_context(backward_heard(hook(doctor.hear)))
+        run()
     return 0

@@ -108,9 +108,7 @@ BROUGHT = "{where} was made with a learning rate of {limit:.3g}; since its state
 SET_AGAIN = "load_state_dict brings the checkpoint's LR back: set lr, initial_lr and the scheduler's base after it"
 JUMPED = "the learning rate of {where} was {limit:.3g} and is {value:.3g} from update {at} on: no schedule goes there at once"
 OTHER_RUN = "look for a state or a scheduler of another run, or of this one's start, that was loaded then, or a second scheduler"
-RISING = (
-    "the learning rate of {where} is {now:.2g} and rises so slowly that it arrives at update {value}, beyond {limit}"
-)
+LATE = "the learning rate of {where} is {now:.2g} and rises so slowly that it arrives at update {value}, beyond {limit}"
 ANEW = "the warm-up of {where} began anew {n} times: its learning rate rises to {value:.2g} at most, and {limit:.2g} was asked for"
 COUNTER = "let the schedule count the updates of the whole run: neither those of an epoch, nor of a scheduler made in the loop"
 UNITS = "is the warm-up's length given in updates, and not in samples or micro-batches? A Watch that is told its budget knows more"
@@ -120,6 +118,6 @@ RULES = (
     Rule("lr_overwritten", "warning", merged, MERGED, SCALE),
     Rule("lr_overwritten", "warning", brought_back, BROUGHT, SET_AGAIN),
     lr_spent,
-    Rule("lr_spent", "warning", rising_for_good, RISING, UNITS),
+    Rule("lr_spent", "warning", rising_for_good, LATE, UNITS),
     Rule("lr_spent", "warning", begun_anew, ANEW, COUNTER),
 )

@@ -82,8 +82,7 @@ def never_moves(state: State) -> Ill:
     return by_kind(t for t in still if id(t.param) in stuck)
 
 
-def badly_lost(state: State) -> Ill:
-    return lost_updates(state, LOST_ERROR, LOST_ULPS[0])
+badly_lost = partial(lost_updates, limit=LOST_ERROR, ulps=LOST_ULPS[0])
 
 
 def partly_lost(state: State) -> Ill:
@@ -138,12 +137,8 @@ def frozen_tensor(state: State) -> Ill:
 def expected_ulps(state: State, t: Tracked) -> float:
     """How far an element should have travelled, in ULPs of a typical weight, by the sum of learning rates; 0: not known."""
     kind, _ = kind_of([other for other in state.tracked if other.owner is t.owner])
-    step = {
-        "adam": 1.0,
-        "sign": 1.0,
-        "orthogonal": 1 / math.sqrt(max(t.param.shape[-2:], default=1)),
-        "linear": t.grad_norm / math.sqrt(t.param.numel()),
-    }
+    orthogonal, linear = 1 / math.sqrt(max(t.param.shape[-2:], default=1)), t.grad_norm / math.sqrt(t.param.numel())
+    step = {"adam": 1.0, "sign": 1.0, "orthogonal": orthogonal, "linear": linear}
     numbers = torch.finfo(t.param.dtype)
     spacing = max(math.sqrt(t.weight_square / t.n_elements), numbers.tiny) * numbers.eps
     return FROZEN_SHARE * t.owner.total * step.get(kind, 0.0) / spacing
@@ -221,7 +216,7 @@ def cleared_gradients(state: State) -> Ill:
     """Before the step, or between micro-batches: there the pass was for nothing, unless another optimizer uses it."""
     gone, thrown = max(state.events.share("gone"), default=0.0), state.events.share("thrown")
     if gone > OFTEN:
-        return {"order": {"value": gone, "limit": OFTEN, "told": GONE, "cure": CLEAR_BEFORE}}
+        return {"order": {"value": gone, "limit": OFTEN, "told": GONE, "cure": MOVE_IT}}
     if state.events.had_use or min(thrown, default=0.0) <= OFTEN:
         return {}
     return {"between": {"value": min(thrown), "limit": OFTEN, "told": THROWN, "cure": CLEAR_AFTER}}
@@ -232,9 +227,7 @@ CLEAR_ONCE = "call zero_grad() once an update, before its first backward pass, o
 TWICE = "the optimizer steps on gradients that it has used already, with no backward pass in between"
 STEP_ONCE = "something else calls step(), too: a trainer, a wrapper or a callback; let one of them do it"
 GONE = "a gradient arrives and is gone when the optimizer steps"
-CLEAR_BEFORE = (
-    "zero_grad() stands between backward pass and step(), or a validation there calls it: move it before both"
-)
+MOVE_IT = "zero_grad() stands between backward pass and step(), or a validation there calls it: move it before both"
 THROWN = "several backward passes come, and each finds the one before cleared: the step has the last one alone"
 CLEAR_AFTER = "zero_grad() stands in the loop over micro-batches: call it once, before the first or after the step"
 LOST = (
