@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from statistics import linear_regression
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -109,27 +109,19 @@ def trend(losses: Sequence[float]) -> tuple[float, float]:
     return slope, math.sqrt(rest / (n - 2) * 12 / (n**3 - n))
 
 
-class Sums:
-    """What is added up over a tensor's sampled elements. Touched ones alone, unless it says all: those whose gradient has been
-    non-zero at least once (an embedding's row counts from its first gradient on). r: realised, u: intended displacement."""
-
-    n_touched: float = 0
-    unchanged: float  # bit-identical since the watch began
-    unchanged_lately: float  # … since the last reading
-    down: float  # of those that moved
-    meant_down: float  # of them, those whose intended displacement is downwards
-    moved_square: float  # Σ (now - start)²
-    weight_square: float  # Σ start², all
-    realised_intended: float | None  # Σ r u of the window; None where the intended update is not known
-    intended_square: float | None  # Σ u²
-    moments_rruu: float  # Σ r²u², with the next two for the standard error of ρ
-    moments_ruuu: float
-    moments_uuuu: float
-    ulps_square: float  # Σ (u / ulp)²
-    n_varied: float  # that differ from the tensor's first when the watch began, all
-
-
-SUMS = tuple(Sums.__annotations__)
+# What is added up over a tensor's sampled elements; `Bank.sums` says how.
+SUMS = (
+    *("n_touched", "unchanged", "unchanged_lately", "down", "meant_down", "moved_square", "weight_square"),
+    *(
+        "realised_intended",
+        "intended_square",
+        "moments_rruu",
+        "moments_ruuu",
+        "moments_uuuu",
+        "ulps_square",
+        "n_varied",
+    ),
+)
 
 
 class Share(NamedTuple):
@@ -138,8 +130,8 @@ class Share(NamedTuple):
     intended_ulps: float  # root mean square of the window's intended displacement, in ULPs of the weight
 
 
-def share_of(readings: Sequence[Sums]) -> Share | None:
-    """ρ over several tensors with its standard error; None where the intended updates are not known or zero."""
+def share_of(readings: Sequence[Any]) -> Share | None:
+    """ρ over several tensors, which have their SUMS, with its standard error; None where the intended updates are not known or zero."""
     known = [r for r in readings if r.intended_square]
     if not known:
         return None

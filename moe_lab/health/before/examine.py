@@ -1,5 +1,6 @@
 """All that can be looked at before the first update, in one call: one pass under the Watch's own ears, and a few beside it."""
 
+import copy
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -7,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -22,7 +24,6 @@ from ..findings import Finding, grouped, several
 from ..random_state import RandomState
 from ..sampling import Waiting, tensor_kind
 from . import structure
-from .copying import twin_of
 from .data import check_data
 from .flow import check_train_eval
 from .listening import Listening
@@ -38,6 +39,7 @@ CUT_OFF = (
 )
 NO_GRAPH = "the loss has no graph: backward() fails, or reaches none of the model's parameters"
 IDLE = "an expert without a token, a head of another task, or a part that nobody calls: only the last is a fault"
+HOLDERS = (nn.Module, Tensor, MethodType, partial, list, tuple, dict)  # of modules or tensors
 
 
 @dataclass
@@ -141,6 +143,32 @@ class Trial:
         """In training, with the same random numbers each time."""
         self.state.put_back()
         return self.loss_fn(self.training(), batch)
+
+
+def twin_of(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy, in which functions that were set on a module, such as the `forward` of a wrapper, hold the copy's modules:
+    `copy.deepcopy` leaves functions as they are, and these would compute with the model itself. `memo`, empty, becomes id → copy."""
+    twin = copy.deepcopy(model, memo)
+    for module in twin.modules():
+        own = {name: value for name, value in vars(module).items() if isinstance(value, FunctionType)}
+        vars(module).update({name: rebound(function, memo) for name, function in own.items()})
+    return twin
+
+
+def rebound(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
+    """The function with copies in its closure, and in those of the functions that it holds."""
+    if not function.__closure__ or id(function) in memo:
+        return memo.get(id(function), function)
+    cells = tuple(CellType() for _ in function.__closure__)
+    twin = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
+    twin.__kwdefaults__, memo[id(function)] = function.__kwdefaults__, twin
+    for cell, old in zip(cells, function.__closure__, strict=True):
+        value = old.cell_contents
+        if isinstance(value, FunctionType):
+            cell.cell_contents = rebound(value, memo)
+        else:  # what is no holder of modules or tensors may be anything, a lock or a file too
+            cell.cell_contents = copy.deepcopy(value, memo) if isinstance(value, HOLDERS) else value
+    return twin
 
 
 def setup(model: nn.Module, optimizers: list[Optimizer]) -> list[Finding]:

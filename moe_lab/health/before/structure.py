@@ -62,11 +62,8 @@ def stale(model: nn.Module, optimizers: Sequence[Optimizer]) -> Finding | None:
 def outside_of_parameters(trial: Any) -> Iterator[Finding]:
     """Of the loss, where an optimizer is given."""
     known = {id(p) for model in (trial.given, trial.model) for p in model.parameters()}
-    found = (
-        untaught([leaf for leaf in leaves(trial.loss) if id(leaf) not in known], trial.copies)
-        if trial.optimizers
-        else {}
-    )
+    outside = [leaf for leaf in leaves(trial.loss) if id(leaf) not in known] if trial.optimizers else []
+    found = untaught(outside, trial.copies)
     for severity in dict.fromkeys(found.values()):
         names = several(list(found))
         yield Finding("not_in_optimizer", severity, names, OUTSIDE.format(names=names), ADVICE, len(found), 0)

@@ -29,8 +29,7 @@ repeats.py       a fingerprint of each batch: does one come back too soon?
 heard.py         what a language model is asked for: ids, targets, weights, read off the logits' gradient
 aims.py          what a loss asks of outputs: one target for all rows, a softmax or sigmoid made twice
 causal.py        check_causality, and the same of a pass that was heard: later tokens changed
-published.py     what was said, the log, and what need not be said again
-report.py        the readings as a table of text
+report.py        what was said, the log, and what need not be said again; the readings as a table of text
 branch.py        the branch probe: one state, several settings
 callback.py      the Watch in a Trainer of transformers
 """

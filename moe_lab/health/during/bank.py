@@ -63,7 +63,8 @@ class Bank:
             self.intended.zero_()
 
     def sums(self) -> Tensor:
-        """(M, a column for each of SUMS) on the device."""
+        """(M, a column for each of SUMS) on the device. r: realised, u: intended displacement, of touched elements alone: those whose
+        gradient has been non-zero at least once (an embedding's row counts from its first gradient on)."""
         now = self.gather()
         on = self.touched
         # fourth powers of small steps leave float32's range
@@ -76,19 +77,19 @@ class Bank:
             r = u = ulps = torch.zeros_like(moved)
         columns = {
             "n_touched": on,
-            "unchanged": on & (now == self.start),
-            "unchanged_lately": on & (now == self.last),
+            "unchanged": on & (now == self.start),  # since the watch began
+            "unchanged_lately": on & (now == self.last),  # … the last reading
             "down": on & (moved < 0),
             "meant_down": (u < 0) & on & (moved != 0),
             "moved_square": on * moved**2,
-            "weight_square": start**2,
-            "realised_intended": r * u,
+            "weight_square": start**2,  # of all
+            "realised_intended": r * u,  # of the window; None where the intended update is not known, as the next
             "intended_square": u**2,
-            "moments_rruu": r**2 * u**2,
+            "moments_rruu": r**2 * u**2,  # with the next two for the standard error of ρ
             "moments_ruuu": r * u**3,
             "moments_uuuu": u**4,
             "ulps_square": ulps**2,
-            "n_varied": self.start != self.start[self.firsts][self.owner],
+            "n_varied": self.start != self.start[self.firsts][self.owner],  # of all: that differ from the first
         }
         self.last = now
         table = torch.stack([columns[name].to(wide) for name in SUMS], 1)

@@ -59,13 +59,9 @@ class Routing:
             yield module.register_forward_hook(hook(self.end), always_call=True)
 
     def begin(self, experts: Experts, count: Callable, module: nn.Module, args: tuple) -> None:
-        if (
-            self.waiting.update % LOOK_EVERY != 1
-            or not module.training
-            or (experts.n_looks >= UNSEEN and not experts.loads)
-        ):
-            return
-        if not (is_in_backward() or torch.compiler.is_compiling()):
+        is_due = self.waiting.update % LOOK_EVERY == 1 and module.training
+        is_in_vain = experts.n_looks >= UNSEEN and not experts.loads
+        if is_due and not (is_in_vain or is_in_backward() or torch.compiler.is_compiling()):
             self.active.append(Choices(CHOICES, count))
             self.active[-1].__enter__()
             experts.n_looks += 1

@@ -122,12 +122,5 @@ def rough_positions(state: State) -> Ill:
     return {name: {"value": size, "limit": 0} for name, size in (state.outside.positions or {}).items()}
 
 
-RULES = (
-    faint_gradient,
-    collapsed_experts,
-    starved_experts,
-    constant_term,
-    counted_twice,
-    stuck_copy,
-    rough_positions,
-)
+EXPERTS = (collapsed_experts, starved_experts)
+RULES = (faint_gradient, *EXPERTS, constant_term, counted_twice, stuck_copy, rough_positions)

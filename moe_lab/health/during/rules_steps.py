@@ -114,11 +114,8 @@ def lr_too_low(state: State) -> Ill:
     moved, fell = moved_by(state), 1 - last / first if first > 0 else 1.0
     limit = min(TINY, TRAVEL / (state.budget or PLANNED))
     steady = bool(state.groups) and all(g.is_steady for g in state.groups)
-    if not (moved < limit and fell < LEARNED_LITTLE and steady and state.is_whole and state.is_fresh) or explained(
-        state
-    ):
-        return {}
-    return {"steps": {"value": moved, "limit": limit, "fell": fell}}
+    slow = moved < limit and fell < LEARNED_LITTLE and steady and state.is_whole and state.is_fresh
+    return {"steps": {"value": moved, "limit": limit, "fell": fell}} if slow and not explained(state) else {}
 
 
 @rule(

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..findings import grouped
-from ..measures import Sums
 from ..sampling import elements, plain, sample_positions, tensor_kind
 from ..torch_private import has_step_hooks
 
@@ -81,15 +80,15 @@ class GroupState:
         return self.peak if came_to_rest and self.peak < FAR * noted else max(self.peak, noted)
 
 
-class Tracked(Sums):
-    """One watched tensor: who it is, who updates it, its gradients, and the sums over its sampled elements when last read."""
+class Tracked:
+    """One watched tensor: who it is, who updates it, its gradients, and the SUMS over its sampled elements when last read."""
 
     def __init__(self, name: str, param: Tensor, owner: GroupState | None = None, kind: str | None = None):
         self.name, self.param, self.owner = name, param, owner
         self.kind = kind or tensor_kind(name)
         values = plain(param)
         self.index = sample_positions(values.shape).to(values.device)
-        self.n_elements = len(self.index)  # sampled
+        self.n_elements, self.n_touched = len(self.index), 0.0  # sampled; … that had a gradient
         self.bank: Any = None  # a weak reference to the Bank where its sample is
         self.is_narrow = param.dtype.itemsize < 4  # 16 bits or less
         self.is_late = False  # it began to train under the watch

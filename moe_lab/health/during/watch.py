@@ -15,10 +15,10 @@ from torch.optim import Optimizer
 
 from ..findings import Finding
 from ..torch_private import is_nested_step
+from .events import ignore
 from .intended import N_MATRICES
 from .listener import Hook
-from .published import LAST_WORDS, STANDS, Published
-from .report import closing, table, unchecked
+from .report import LAST_WORDS, STANDS, Published, closing, table, unchecked
 from .rule import Rule
 from .rules import ALL, AT_START
 from .rules_updates import N_LOSSES
@@ -200,14 +200,7 @@ class Watch:
             except Exception as error:  # it is asked again at the next check
                 self.fail(error, f"rule {rule.id}", f"the rule {rule.id} failed")
 
-    def fail(
-        self,
-        error: Exception,
-        where: str,
-        what: str,
-        severity: str = "warning",
-        stop: Callable[[], None] = lambda: None,
-    ) -> None:
+    def fail(self, error: Exception, where: str, what: str, severity: str = "warning", stop: Callable = ignore) -> None:
         """Say once for each `where` what is not measured, and stop it, whatever else is broken by now. The training goes on."""
         try:
             self.published.add_failure(error, where, what, self.step, severity)
