@@ -159,16 +159,16 @@ def test_an_evaluation_is_not_silent(headless, monkeypatch, capsys) -> None:
 
 
 class FakeWatch:
-    """Finds something in the step that it is told of, as a watch does: on the training's thread."""
+    """Finds something in the steps that it is told of, as a watch does: on the training's thread."""
 
-    def __init__(self, at: int = 5):
-        self.at, self.findings, self.readings, self.told = at, [], [], 0
+    def __init__(self, *at: int):
+        self.at, self.findings, self.readings, self.told = at or (5,), [], [], 0
 
     def observe(self, *, loss: float) -> None:
         self.told += 1
-        if self.told == self.at:
-            message, advice = "84 % < all of it", "keep them in float32"
-            self.findings.append(Finding("lost_updates", "error", "a.weight", message, advice, step=self.at))
+        if self.told in self.at:
+            message, advice = f"{79 + self.told} % < all of it", "keep them in float32"
+            self.findings.append(Finding("lost_updates", "error", "a.weight", message, advice, step=self.told))
 
 
 def test_findings_are_told_as_they_come_and_stand_in_red_under_the_figure(headless, capsys) -> None:
@@ -178,11 +178,34 @@ def test_findings_are_told_as_they_come_and_stand_in_red_under_the_figure(headle
     said = [n for n, line in enumerate(lines) if line.startswith("error: lost_updates: 84 % < all of it (step 5)")]
     assert len(said) == 1 and said[0] < len(lines) - 2  # and the run went on
     bundle = run._bundle()
-    assert re.search(
-        f"color:{dashboard.RED}[^>]*>error: lost_updates: 84 % &lt; all of it .step 5.", bundle["text/html"]
-    )
-    assert "error: lost_updates at step 5" in bundle["text/plain"]  # marked in the figure
-    assert "(step 5)" in bundle["text/plain"].splitlines()[-1]
+    red = f"color:{dashboard.RED}[^>]*>error: lost_updates at step 5:</strong> 84 % &lt; all of it. keep"
+    assert re.search(red, bundle["text/html"])
+    assert "error: lost_updates at step 5" in bundle["text/plain"].splitlines()[1]  # marked in the figure
+
+
+def test_a_rule_stands_once_under_the_figure_with_its_first_step_and_a_count(headless) -> None:
+    """Also in the figure and its description; what one run has alone is not said of the other."""
+    run = LiveRun(FakeTrainer(n_steps=40), watch=FakeWatch(5, 12, 17)).start()
+    run.watches["later"] = FakeWatch()
+    asyncio.run(run.finished())
+    run.watches["later"].findings += [
+        run.findings()[1][1],
+        Finding("lr_too_low", "warning", "loss", "low", "", step=17),
+    ]
+    page, plain = (run._bundle()[kind] for kind in ("text/html", "text/plain"))
+    assert page.count("lost_updates at step 5 (4 findings):</strong> 84 %") == page.count("all of it") == 1
+    assert "later error: lost_updates at step 5 (4 findings): 84 %" in plain
+    assert "\nlater warning: lr_too_low at step 17: low" in plain
+    assert [mark[:2] for mark in live.found_by(run.watches[""])] == [(5, "error: lost_updates")]
+
+
+def test_a_live_figures_caption_says_what_it_means_and_its_alternative_text_what_is_seen(headless, tmp_path) -> None:
+    run = finished(FakeTrainer())
+    pair = LivePair({name: Trainer(tiny(tmp_path), tmp_path / name) for name in "ab"})
+    for live_run in (run, pair):
+        page, (_, seen) = live_run._bundle()["text/html"], live_run.figure()
+        assert f'alt="{seen}' in page and f"<figcaption>{live_run.caption}</figcaption>" in page
+        assert seen.splitlines()[0] not in live_run.caption
 
 
 def test_a_watch_is_told_the_losses_at_the_same_steps_however_often_somebody_looks() -> None:

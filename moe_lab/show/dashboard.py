@@ -17,7 +17,7 @@ from IPython.display import display
 from matplotlib.figure import Figure
 
 from moe_lab.health.during.watch import Watch
-from moe_lab.health.findings import Finding
+from moe_lab.health.findings import Finding, grouped
 from moe_lab.show.front import Waiting, cell_of, is_interactive, keep_live, release_thread_pool, request
 from moe_lab.show.style import to_html
 
@@ -33,13 +33,21 @@ _numbers = itertools.count()
 _active: "Live | None" = None  # a kernel trains one thing at a time; see Live.start
 
 
-def line_of(whose: str, finding: Finding) -> str:
-    """A finding as HTML: an error or a warning in colour and in words, with its step."""
-    colour = {"error": RED, "warning": AMBER}.get(finding.severity)
-    # a quarter of the page's own ink: darker on white paper, lighter in a dark theme
-    mixed = f"color:{colour};color:color-mix(in srgb,{colour} 75%,currentColor);font-weight:600"
-    words = html.escape(" ".join(f"{whose} {finding}".split()))
-    return f'<div style="{mixed if colour else "opacity:.75"}">{words}</div>'
+def told(news: Sequence[tuple[str, Finding]]) -> dict[str, str]:
+    """Findings as HTML and as text: each rule once, in its first finding's words, with whose it is and how often it came."""
+    shown = {"text/html": "", "text/plain": ""}
+    for (severity, rule), same in grouped(news, lambda named: (named[1].severity, named[1].rule)).items():
+        names, (_, first) = dict.fromkeys(name for name, _ in same), same[0]
+        when = f" at step {first.step}" if first.step else ""
+        often = f" ({len(same)} findings)" if len(same) > len(names) else ""
+        head = f"{', '.join(filter(None, names))} {severity}: {rule}{when}{often}:".strip()
+        words = " ".join(f"{first.message}. {first.advice}".split())
+        colour = {"error": RED, "warning": AMBER}.get(severity, "currentColor")
+        # a quarter of the page's own ink: darker on white paper, lighter in a dark theme
+        style = f"color:{colour};color:color-mix(in srgb,{colour} 75%,currentColor)"
+        shown["text/html"] += f'<div><strong style="{style}">{html.escape(head)}</strong> {html.escape(words)}</div>'
+        shown["text/plain"] += f"\n{head} {words}"
+    return shown
 
 
 class Live:
@@ -60,6 +68,7 @@ class Live:
         self._number, self._cell = next(_numbers), None
         self._told: list[tuple[str, Finding]] = []
 
+    caption: str  # what the figure means; what it shows, `figure` says
     work: Callable[[], Any]
     figure: Callable[[], tuple[Figure, str]]
     status: Callable[[], str]
@@ -179,11 +188,8 @@ class Live:
                 print(*" ".join(map(str, news)).split(), file=sys.stderr, flush=True)
 
     def _bundle(self) -> dict[str, str]:
-        bundle = to_html(*self.figure())
-        news = self.findings()
-        bundle["text/html"] += "".join(line_of(*named) for named in news)
-        bundle["text/plain"] += "".join(f"\n{name} {finding}" for name, finding in news)
-        return bundle
+        bundle, news = to_html(*self.figure(), self.caption), told(self.findings())
+        return {kind: bundle[kind] + news[kind] for kind in bundle}
 
     def _redraw(self) -> None:
         if not self.can_show:

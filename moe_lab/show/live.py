@@ -47,6 +47,8 @@ class LiveRun(Live):
     written to controls.jsonl; headless they come when `trainer.controls.scheduled` says so. `rows` are the record's.
     """
 
+    caption = "Look first for what does not move, then for a loss that stays above the unigram table."
+
     def __init__(
         self,
         trainer: Any,
@@ -119,9 +121,10 @@ def loss_of(row: Mapping[str, Any], config: Any) -> float:
 
 
 def found_by(watch: Watch) -> list[Mark]:
-    """Errors and warnings with their steps."""
+    """Errors and warnings, each once, with its first step."""
     found = [finding for finding in list(watch.findings) if finding.severity != "info" and finding.step]
-    return [(finding.step, f"{finding.severity}: {finding.rule}", RED) for finding in found]
+    first = {f"{finding.severity}: {finding.rule}": finding.step for finding in reversed(found)}
+    return [(step, words, RED) for words, step in first.items()]
 
 
 def arrived_of(watch: Watch) -> dict[str, float]:

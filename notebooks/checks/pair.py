@@ -29,6 +29,8 @@ class LivePair(Live):
     None: all of them. `watches` are made here for trainers that have none.
     """
 
+    caption = "Where the two curves part, what differs between the runs begins to show."
+
     def __init__(
         self, trainers: Mapping[str, Any], watches: Mapping[str, Watch] | None = None, until: int | None = None
     ):
