@@ -37,7 +37,7 @@ def test_a_fresh_measurement_is_a_row_with_its_place(folder) -> None:
     table = ledger.as_markdown([first, *others]).splitlines()
     assert {line.count(" | ") for line in table[2 : 2 + 21]} == {4}
     assert table[2 + 21 :] == ["", f"C01: {first.run}."]
-    assert "cost 0.057 ± 0.004 (3 seeds) | [03_bf16](03_bf16.ipynb), code cell 3 |" in table[2]
+    assert "cost 0.057 ± 0.004 (3 runs) | [03_bf16](03_bf16.ipynb), code cell 3 |" in table[2]
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_a_claim_without_a_fresh_measurement_is_open(folder, id, stored, why) ->
         (True, "yes"),
         (7, "7"),
         ([0.2, 0.16], "0.2, 0.16"),
-        ({"96": 1.95959, "192": {"mean": 1.0, "sd": 0.01, "n": 3}}, "96: 1.96, 192: 1.000 ± 0.010 (3 seeds)"),
+        ({"96": 1.95959, "192": {"mean": 1.0, "sd": 0.01, "n": 3}}, "96: 1.96, 192: 1.000 ± 0.010 (3 runs)"),
     ],
 )
 def test_numbers_are_told_in_few_words(value, words) -> None:

@@ -11,7 +11,7 @@ from checks.designs import CURE, POINTS
 from checks.study_04 import blocks, corner, crossing, readings
 from checks.surface import case_lrs
 from moe_lab.course import case
-from moe_lab.failures.results import Results, load_results
+from moe_lab.failures.results import Results, load_results, spread
 from moe_lab.health.measures import adam_reach
 
 WIDTHS = (96, 192)
@@ -33,7 +33,7 @@ def of_norms(results: Mapping[str, Results]) -> dict[str, dict[str, Any]]:
     both = [results[f"attribution_{w}"] for w in WIDTHS]
     lrs = case_lrs(second.updates, second.adamw_lr)
     got, seen = [norms_by_muon(found) for found in both], second.norm_deviation
-    failing, cured = (fmean(x for f in both for x in deviations(f, f"{arm}, float32")) for arm in ("failure", "cure"))
+    failing, cured = (spread(x for f in both for x in deviations(f, f"{arm}, float32")) for arm in ("failure", "cure"))
     fixed = case_lrs(report["fixed_within_steps"] // 4, CURE[1])
     by_c06 = report["norm_deviation_then"] / report["norm_move_per_step"]
     return {
@@ -59,20 +59,21 @@ def of_losses(results: Mapping[str, Results], floors: Mapping[str, float]) -> di
         runs = [run for w in WIDTHS for run in readings(results[f"attribution_{w}"], f"{kind}, float32")]
         parts[kind] = [blocks(run) for run in runs]
     falls = {kind: all(a > b for p in by for a, b in zip(p, p[1:], strict=False)) for kind, by in parts.items()}
-    fallen = {kind: fmean(p[0] - p[-1] for p in by) for kind, by in parts.items()}
+    fallen = {kind: spread(p[0] - p[-1] for p in by) for kind, by in parts.items()}
     crossings = [
         crossing(run, floors["unigram"]) for w in WIDTHS for run in readings(results[f"starved_{w}"], "failure")
     ]
     start = math.log(case.facts("training_1.5b")["vocab_size"])
-    own = {name: floors["uniform"] - results["reproduction"].losses(name).mean for name in POINTS}
+    ended = results["reproduction"]
+    own = {arm: spread(floors["uniform"] - ended.loss(arm, seed) for seed in ended.seeds(arm)) for arm in POINTS}
     grads = gradient_norms(results)
     return {
         "C08": {
             "crossings": [n or -1 for n in crossings],
             "fall_by_125": fallen["failure"],
-            "loss_at_125": fmean(p[-1] for p in parts["failure"]),
+            "loss_at_125": spread(p[-1] for p in parts["failure"]),
             "unigram": floors["unigram"],
-            "last": results["starved_96"].losses("failure").mean,
+            "last": results["starved_96"].losses("failure"),
         },
         "C12": {"cure_falls": falls["cure"], "failure_falls": falls["failure"], "fallen": fallen},
         "C14": {"expected_start": start, "claimed_start": report["fixed_losses"][0], "own_fall": own},

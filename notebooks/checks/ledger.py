@@ -117,6 +117,11 @@ def restored(value: Any) -> Any:
     return {name: restored(one) for name, one in value.items()} if isinstance(value, Mapping) else value
 
 
+def mean_of(value: float | Spread) -> float:
+    """A number, or the mean of one that is recorded with its spread."""
+    return value.mean if isinstance(value, Spread) else value
+
+
 def is_spread(value: Any) -> bool:
     return isinstance(value, Mapping) and set(value) | {"sd"} == {"mean", "sd", "n"}
 
@@ -124,7 +129,7 @@ def is_spread(value: Any) -> bool:
 def shown(value: Any) -> str:
     """A recorded number with its spread, a row of them, or a mapping of them, as a few words."""
     if is_spread(value):
-        spread = f" ± {value['sd']:.3f} ({value['n']} seeds)" if "sd" in value else " (1 seed)"
+        spread = f" ± {value['sd']:.3f} ({value['n']} runs)" if "sd" in value else " (1 run)"
         return f"{value['mean']:.3f}{spread}"
     if isinstance(value, Mapping):
         return ", ".join(f"{key}: {shown(part)}" for key, part in value.items())

@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 
+from checks.ledger import mean_of
+from moe_lab.failures.results import Spread
+
 
 def C03(norms: float, others: int, matrix_at_1536: float) -> tuple[str, str]:
     """`norms`: share of their way that arrived; `others`: tensors beside them that never moved; `matrix_at_1536`: share of
@@ -18,15 +21,15 @@ def C03(norms: float, others: int, matrix_at_1536: float) -> tuple[str, str]:
     )
 
 
-def C04(recovered: bool, share: float, widths: Sequence[int], at_1536: float) -> tuple[str, str]:
+def C04(recovered: bool, share: float | Spread, widths: Sequence[int], at_1536: float) -> tuple[str, str]:
     """`share`: the number format's largest share of the way from the failing run in bf16 to the centre in float32, at
     `widths`; `at_1536`: what bf16 costs at the cure's learning rates at that width, in nats."""
     if not recovered:
         return "open", "lost updates cost nothing that can be resolved, or float32 copies do not bring it back"
-    if share > 0.5:
+    if mean_of(share) > 0.5:
         return "holds", "float32 parameters bring back most of what the run lacks"
     there = " and ".join(map(str, widths))
     return "holds only if", (
         f"the learning rates are mended as well: it cures the lost updates, and at widths {there}, after 200 updates, over 3 seeds, "
-        f"these are {share:.0%} or less of what the run lacks; the cost grows with width, and at 1536 the shares were not measured"
+        f"these are {mean_of(share):.0%} or less of what the run lacks; the cost grows with width, and at 1536 the shares were not measured"
     )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from checks.ledger import mean_of
+from moe_lab.failures.results import Spread
+
 
 def C05(observed: float, ceiling: float, travel: float, norms_by_muon: float) -> tuple[str, str]:
     if observed > ceiling:
@@ -26,10 +29,10 @@ def C06(per_update: float, per_micro_batch: float, mean_lr: float) -> tuple[str,
     return "does not hold", "neither an update nor a micro-batch moved a norm by that much"
 
 
-def C07(claimed: float, by_c06: float, own_deviation_after_200: float) -> tuple[str, str]:
+def C07(claimed: float, by_c06: float, own_deviation_after_200: float | Spread) -> tuple[str, str]:
     if claimed < 2 * by_c06:
         return "holds", "C06's rate and this number agree"
-    if own_deviation_after_200 > 0.01:
+    if mean_of(own_deviation_after_200) > 0.01:
         return (
             "does not hold",
             "by C06's own rate it takes a hundredth of that, and our failing runs (widths 96 and 192) were past 1 % within "
@@ -39,13 +42,17 @@ def C07(claimed: float, by_c06: float, own_deviation_after_200: float) -> tuple[
 
 
 def C08(
-    crossings: Sequence[float], fall_by_125: float, loss_at_125: float, unigram: float, last: float
+    crossings: Sequence[float],
+    fall_by_125: float | Spread,
+    loss_at_125: float | Spread,
+    unigram: float,
+    last: float | Spread,
 ) -> tuple[str, str]:
     """`crossings`: the updates at which the runs cross the unigram table, infinite runs left out and counted as -1."""
     crossed = [n for n in crossings if n > 0]
     if not crossed:
         return "holds", "no run came below the unigram table within 800 updates"
-    if loss_at_125 > unigram and last < unigram - 0.1:
+    if mean_of(loss_at_125) > unigram and mean_of(last) < unigram - 0.1:
         return (
             "holds only if",
             "one looks at the first updates alone: there the loss stays above the unigram table, so nothing about order is "
@@ -70,7 +77,7 @@ def C11(norms_above_best: Mapping[str, float], norms_sd: Mapping[str, float]) ->
     return "does not hold", "at width 96 over 200 updates other learning rates of the norms are clearly better"
 
 
-def C12(cure_falls: bool, failure_falls: bool, fallen: Mapping[str, float]) -> tuple[str, str]:
+def C12(cure_falls: bool, failure_falls: bool, fallen: Mapping[str, float | Spread]) -> tuple[str, str]:
     if not cure_falls:
         return "does not hold", "in some of our runs a quarter of the first 125 updates lies above the one before"
     also = "; so it does in the failing runs, which this claim cannot tell apart" if failure_falls else ""
@@ -81,10 +88,10 @@ def C12(cure_falls: bool, failure_falls: bool, fallen: Mapping[str, float]) -> t
     )
 
 
-def C13(ceiling_after_125_updates: float, own_deviation_after_200: float) -> tuple[str, str]:
+def C13(ceiling_after_125_updates: float, own_deviation_after_200: float | Spread) -> tuple[str, str]:
     if ceiling_after_125_updates >= 0.05:
         return "holds", "the learning rates of 125 updates allow it"
-    if own_deviation_after_200 >= 0.05:
+    if mean_of(own_deviation_after_200) >= 0.05:
         return (
             "holds only if",
             "steps are updates: 500 micro-batches are 125 updates, whose learning rates cannot add up to 0.05; 200 of our "
@@ -93,7 +100,7 @@ def C13(ceiling_after_125_updates: float, own_deviation_after_200: float) -> tup
     return "does not hold", "the learning rates of 125 updates cannot add up to it, nor did those of 200 of ours"
 
 
-def C14(expected_start: float, claimed_start: float, own_fall: Mapping[str, float]) -> tuple[str, str]:
+def C14(expected_start: float, claimed_start: float, own_fall: Mapping[str, float | Spread]) -> tuple[str, str]:
     if expected_start > claimed_start + 1:
         return (
             "open",
