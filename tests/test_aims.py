@@ -15,7 +15,7 @@ from torch.optim import AdamW
 from toy import finding, said
 
 from moe_lab.health import Watch
-from moe_lab.health.during.aims import KINDS, what_squashes
+from moe_lab.health.during.aims import KINDS, SQUASHES, rests, what_squashes
 
 WAY = torch.randn(10, 6, generator=torch.Generator().manual_seed(7))
 
@@ -146,6 +146,19 @@ def test_a_softmax_or_sigmoid_before_a_loss_that_makes_one(kind: str) -> None:
 def test_losses_that_squash_once(kind: str) -> None:
     last, loss = PLAIN[kind]
     assert "squashed_twice" not in said(trained(net(*[last] * (last is not None), outputs=6), loss))
+
+
+def test_a_gradient_that_only_pulls_up_is_no_sigmoids() -> None:
+    """Squares far below their targets, as of a model that stands still: nearly constant, as a sigmoid's slope near 0 is."""
+    curve = torch.linspace(0, 0.17, 64)[:, None]
+    pulls = -torch.linspace(1, 0.96, 64)[:, None]
+    for gradient in (SQUASHES["a sigmoid"][1](curve.sigmoid(), curve.sigmoid().sigmoid() - 1), pulls, -pulls):
+        rest = dict(zip(KINDS, rests(curve, gradient).tolist(), strict=False))
+        assert what_squashes(rest, False, [0, 0]) == ""
+    curve = torch.linspace(-3, 3, 64)[:, None]
+    both = curve.sigmoid().sigmoid() - (torch.arange(64)[:, None] % 2)
+    told = dict(zip(KINDS, rests(curve, SQUASHES["a sigmoid"][1](curve.sigmoid(), both)).tolist(), strict=False))
+    assert what_squashes(told, False, [0, 0]) == "a sigmoid"
 
 
 def test_shares_of_which_there_are_many() -> None:

@@ -155,7 +155,16 @@ def skipped_at_first(model, optimizer, i):
     return sound(model, optimizer, i)
 
 
+def with_a_remainder(model, optimizer, i):
+    """An epoch's last micro-batches are too few for an update, and go into the next one."""
+    if i % 16 == 15:
+        loss_of(model).backward()
+        return never_cleared(model, optimizer, i)
+    return sound(model, optimizer, i)
+
+
 SOUND = [sound, zeros, accumulated, as_a_discriminator, closure, perturbed, one_by_one, made_by_hand, skipped_at_first]
+SOUND += [with_a_remainder]
 
 
 @pytest.mark.parametrize("loop", SOUND)
@@ -191,6 +200,13 @@ def never_cleared(model, optimizer, i):
     return loss
 
 
+def cleared_now_and_then(model, optimizer, i, every: int = 2):
+    """As if accumulated, and stepped each time."""
+    if i % every == 0:
+        optimizer.zero_grad()
+    return never_cleared(model, optimizer, i)
+
+
 def gone(model, optimizer, i, set_to_none: bool = True):
     loss = loss_of(model)
     loss.backward()
@@ -217,7 +233,8 @@ def stepped_twice(model, optimizer, i):
 
 ILL = [(gone, "cleared_gradients", "gone when"), (cleared_between, "cleared_gradients", "the last one alone")]
 ILL += [(partial(loop, set_to_none=False), *told) for loop, *told in ILL]
-ILL += [(never_cleared, "stale_gradients", "still there"), (stepped_twice, "stale_gradients", "used already")]
+ILL += [(never_cleared, "stale_gradients", "still there"), (cleared_now_and_then, "stale_gradients", "still there")]
+ILL += [(stepped_twice, "stale_gradients", "used already")]
 
 
 @pytest.mark.parametrize("begins", [0, 35])

@@ -249,7 +249,10 @@ TOKENS = {
             {**TOKENS, "max_steps": 40_000, "log_interval": 10, "save_interval": 25},
             "`(step + 1) % 4 == 0`, log_interval never",
         ),
+        ({"epochs": 10, "schedule": {"warmup_epochs": 12}}, "warm-up of 12 epochs is not over within the 10 planned"),
         # healthy look-alikes
+        ({"num_epochs": 90, "warmup_epochs": 5, "decay_epochs": 30, "steps": 4}, None),  # of steps none is a warm-up
+        ({"epochs": 0, "warmup_epochs": 5}, None),  # until somebody stops it
         ({**TOKENS, "max_steps": 10_000, "log_interval": 10, "eval_steps": 1000, "warmup_steps": 100}, None),
         ({"max_iters": 600_000, "lr_decay_iters": 600_000, "warmup_iters": 2000, "grad_accum_steps": 40}, None),
         ({"max_iters": 5000, "lr_decay_iters": 4000, "log_interval": 10}, None),  # a tail at the least LR

@@ -16,21 +16,23 @@ ONE_UNIT = "count all of it in updates: one is accumulation × micro-batches"
 
 
 def schedule(plan: Plan) -> Iterator[Finding]:
-    """Warnings where the number of steps is given: an LR that never reaches its peak or its end, steps that are micro-batches
+    """Warnings where the number of steps is given, or of a warm-up in epochs that of epochs: an LR that never reaches its peak or its end, steps that are micro-batches
     by the tokens planned, and a log that is never written. Other intervals beyond the budget are infos: many a loop evaluates
     and saves at its end."""
     steps, n_accum = plan.number("steps"), plan.number("gradient_accumulation_steps") or 1
-    warmup, decay = plan.number("warmup_steps") or 0, plan.number("decay_steps")
-    if not steps:
-        return
+    decay = plan.number("decay_steps")
 
     def finding(severity: str, key: str, told: str, advice: str, value: float, limit: float) -> Finding:
         entry = plan.find(key)
         return Finding("schedule", severity, entry.where, f"{entry.name}: {told}", advice, value, limit)
 
-    if warmup >= steps:
-        told = f"the warm-up of {warmup:g} steps is not over within the {steps:g} planned: the peak LR is never reached"
-        yield finding("warning", "warmup_steps", told, f"shorten it, or {ONE_UNIT}", warmup, steps)
+    for unit in ("steps", "epochs"):
+        warmup, planned = plan.number(f"warmup_{unit}") or 0, plan.number(unit)
+        if planned and warmup >= planned:
+            told = f"the warm-up of {warmup:g} {unit} is not over within the {planned:g} planned: the peak LR is never reached"
+            yield finding("warning", f"warmup_{unit}", told, f"shorten it, or {ONE_UNIT}", warmup, planned)
+    if not steps:
+        return
     if decay and not 1 / OFF_BUDGET <= decay / steps <= OFF_BUDGET:
         share = min(decay / steps, steps / decay)
         part = f"{share:.2g} of the way down" if decay > steps else f"at its end after {share:.2g} of the run"

@@ -174,7 +174,7 @@ def rests(x: Tensor, g: Tensor) -> Tensor:
         # a row has a weight of its own where it has numbers enough to show it
         dims = [-1] if loss == "cross-entropy" and x.shape[1] > 2 else [0, 1]
         both, own = (g * shape).sum(dims, keepdim=True), shape.square().sum(dims, keepdim=True)
-        weight = both.clamp(min=0) / own.clamp(min=1e-30)
+        weight = both.clamp(min=0) / own.clamp(min=1e-30) * (loss != "binary" or (g > 0).any() & (g < 0).any())
         found.append((g - weight * shape).square().sum() / whole)
     inside = ((x >= 0) & (x <= 1)).all()
     balanced = (g.sum(-1).abs() < 0.1 * g.abs().amax(-1)) | (g == 0).all(-1)  # of log-probabilities it is not
