@@ -9,6 +9,7 @@ from ..findings import RULES as SAID
 from ..findings import grouped
 from ..tokens import REPEATED
 from .causal import future_leak
+from .repeats import SEEDED
 from .rule import Ill, Rule, rule
 from .state import MODES, State
 
@@ -119,11 +120,20 @@ ASKED = (
     "padding_in_loss",
 )
 
+
+def same_noise(state: State) -> Ill:
+    return {"random numbers": {"value": SEEDED}} if state.outside.repeats.same_noise else {}
+
+
+SAME = "in {value} updates on end the {names} are those of the update before: dropout, noise or times"
+ONCE = "seed once, before the loop, and not in each step, batch or evaluation; keep a generator in place of making one"
+
 RULES = (
     Rule("future_leak", "error", leaks, "{message}", "{advice}"),
     Rule("evaluation_mode", "error", partial(evaluating, has_trained=True), EVALUATING, TRAIN),
     Rule("evaluation_mode", "warning", partial(evaluating, has_trained=False), EVALUATING, TRAIN),
     repeated_data,
+    Rule("repeated_data", "warning", same_noise, SAME, ONCE),
     shared_target,
     squashed_twice,
     mode_mismatch,
