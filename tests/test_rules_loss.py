@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -181,3 +182,42 @@ def test_an_opponents_loss_need_not_fall(playing: str) -> None:
                 made.step()
             watch.observe(loss=loss)
     assert ("loss_not_falling" in said(watch)) == (playing == "alone")
+
+
+def classes() -> nn.Module:
+    """Sixteen numbers of which of four kinds?"""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32), nn.LayerNorm(32), nn.ReLU(), nn.Linear(32, 4))
+
+
+def sized(optimizer_of, n: int = 40, model: nn.Module | None = None, noise: float = 1.0, **options) -> list[str]:
+    model = model or classes()
+    optimizer = optimizer_of(model.parameters())
+    means = torch.randn(4, 16, generator=torch.Generator().manual_seed(1))
+    with Watch(model, optimizer, **options) as watch:
+        for step in range(n):
+            generator = torch.Generator().manual_seed(step)
+            kinds = torch.randint(4, (32,), generator=generator)
+            x = means[kinds] + noise * torch.randn(32, 16, generator=generator)
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), kinds)
+            loss.backward()
+            optimizer.step()
+            watch.observe(loss=loss.detach())
+    return said(watch)
+
+
+def test_steps_too_small_to_get_anywhere() -> None:
+    sized(partial(AdamW, lr=1e-2), 60, trained := classes())
+    assert sized(partial(SGD, lr=1e-5))[0] == "lr_too_low"
+    assert sized(partial(AdamW, lr=1e-6))[0] == "lr_too_low"
+    assert sized(partial(SGD, lr=0.1)) == sized(partial(AdamW, lr=1e-3)) == []
+    assert "lr_too_low" not in sized(partial(SGD, lr=1e-5), budget=10_000_000)  # time enough
+    assert "lr_too_low" not in sized(partial(SGD, lr=1e-5), model=trained)  # it has learned what it learns
+    assert "lr_too_low" not in sized(partial(SGD, lr=1e-5), 15)  # too early
+
+
+def test_steps_so_large_that_the_loss_stops() -> None:
+    assert sized(partial(AdamW, lr=3.0), 60)[0] == "lr_too_high"
+    assert "lr_too_high" not in sized(partial(AdamW, lr=1e-3), 60, noise=50.0)  # noise: nothing to learn
+    assert "lr_too_high" not in sized(partial(AdamW, lr=0.03), 60)

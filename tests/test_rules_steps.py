@@ -1,9 +1,5 @@
 """The step that arrives: stacks matrix by matrix, factors by use, sizes, decay; each sickness beside what only looks like it."""
 
-from __future__ import annotations
-
-from functools import partial
-
 import optimi
 import pytest
 import torch
@@ -281,42 +277,3 @@ def test_every_kind_that_loses_updates_is_named_with_the_first() -> None:
     assert never.where == "head.weight" and "no step that Adam can make" in never.message
     assert found.severity == "error" and found.step == 20  # not one element moved: half a unit is proof
     assert found.message.index("norm.weight 0%") < found.message.index("embedding.weight")
-
-
-def classes() -> nn.Module:
-    """Sixteen numbers of which of four kinds?"""
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(16, 32), nn.LayerNorm(32), nn.ReLU(), nn.Linear(32, 4))
-
-
-def sized(optimizer_of, n: int = 40, model: nn.Module | None = None, noise: float = 1.0, **options) -> list[str]:
-    model = model or classes()
-    optimizer = optimizer_of(model.parameters())
-    means = torch.randn(4, 16, generator=torch.Generator().manual_seed(1))
-    with Watch(model, optimizer, **options) as watch:
-        for step in range(n):
-            generator = torch.Generator().manual_seed(step)
-            kinds = torch.randint(4, (32,), generator=generator)
-            x = means[kinds] + noise * torch.randn(32, 16, generator=generator)
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(x), kinds)
-            loss.backward()
-            optimizer.step()
-            watch.observe(loss=loss.detach())
-    return said(watch)
-
-
-def test_steps_too_small_to_get_anywhere() -> None:
-    sized(partial(AdamW, lr=1e-2), 60, trained := classes())
-    assert sized(partial(SGD, lr=1e-5))[0] == "lr_too_low"
-    assert sized(partial(AdamW, lr=1e-6))[0] == "lr_too_low"
-    assert sized(partial(SGD, lr=0.1)) == sized(partial(AdamW, lr=1e-3)) == []
-    assert "lr_too_low" not in sized(partial(SGD, lr=1e-5), budget=10_000_000)  # time enough
-    assert "lr_too_low" not in sized(partial(SGD, lr=1e-5), model=trained)  # it has learned what it learns
-    assert "lr_too_low" not in sized(partial(SGD, lr=1e-5), 15)  # too early
-
-
-def test_steps_so_large_that_the_loss_stops() -> None:
-    assert sized(partial(AdamW, lr=3.0), 60)[0] == "lr_too_high"
-    assert "lr_too_high" not in sized(partial(AdamW, lr=1e-3), 60, noise=50.0)  # noise: nothing to learn
-    assert "lr_too_high" not in sized(partial(AdamW, lr=0.03), 60)
