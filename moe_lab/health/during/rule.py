@@ -24,8 +24,8 @@ class Rule(NamedTuple):
     id: str  # of findings.RULES
     severity: str
     when: Callable[[State], Ill]
-    message: str
-    advice: str
+    message: str = "{message}"  # of facts that are a finding's
+    advice: str = "{advice}"
 
     def severity_of(self, facts: list[Tracked] | Mapping[str, Any]) -> str:
         return self.severity if isinstance(facts, list) else facts.get("severity", self.severity)

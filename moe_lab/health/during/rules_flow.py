@@ -129,7 +129,7 @@ SAME = "in {value} updates on end the {names} are those of the update before: dr
 ONCE = "seed once, before the loop, and not in each step, batch or evaluation; keep a generator in place of making one"
 
 RULES = (
-    Rule("future_leak", "error", leaks, "{message}", "{advice}"),
+    Rule("future_leak", "error", leaks),
     Rule("evaluation_mode", "error", partial(evaluating, has_trained=True), EVALUATING, TRAIN),
     Rule("evaluation_mode", "warning", partial(evaluating, has_trained=False), EVALUATING, TRAIN),
     repeated_data,
@@ -137,5 +137,5 @@ RULES = (
     shared_target,
     squashed_twice,
     mode_mismatch,
-    *(Rule(name, SAID[name][0], partial(heard, name=name), "{message}", "{advice}") for name in ASKED),
+    *(Rule(name, SAID[name][0], partial(heard, name=name)) for name in ASKED),
 )

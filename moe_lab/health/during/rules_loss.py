@@ -27,8 +27,6 @@ MOST_ACCUMULATED = 64  # the largest factor that a first loss is tried with
 ABOUT_MOVEMENT = {"lost_updates", "bf16_parameters", "frozen_tensor"}
 ABOUT_MOVEMENT |= {"lr_too_low", "muon_convention", "loss_not_falling"}
 
-# ---- learning rates --------------------------------------------------------------------------------------------------
-
 
 def measured_group(state: State, group: GroupState) -> Group | None:
     """A group as it is judged: by the kind of its steps, and not by its optimizer's name. None where no table is for it."""
@@ -85,9 +83,6 @@ def reach(state: State) -> Ill:
         return {}
     most, name = min(found)
     return {"the smallest": {"value": most, "where": name, "budget": state.budget}}
-
-
-# ---- the loss --------------------------------------------------------------------------------------------------------
 
 
 @rule("the loss is not finite", "go back to a sound checkpoint with a lower LR")
@@ -182,7 +177,7 @@ ROSE = "the loss rose from {first:.2f} to {last:.2f}"
 
 RULES = (
     *(
-        Rule(name, "warning", partial(learning_rates, name=name), "{message}", "{advice}")
+        Rule(name, "warning", partial(learning_rates, name=name))
         for name in ("muon_convention", "lr_too_low", "lr_too_high")
     ),
     nonfinite_loss,

@@ -74,7 +74,6 @@ def weight_decay_on_norms(state: State) -> Ill:
 DELTAS = 1e-4, 0.2  # a fresh median; Mamba draws 0.001 to 0.1 (Gu & Dao 2023, sec. 3.6)
 
 
-@rule("{message}", "{advice}")
 def broken_tie(state: State) -> Ill:
     model = unwrapped(state.model)
     found = structure.broken_tie(model, plan_of(model)) if state.is_changed else None
@@ -111,7 +110,7 @@ RULES = (
     Rule("not_in_optimizer", "error", outside_of_parameters, reached.OUTSIDE, reached.ADVICE),
     updated_twice,
     frozen_module,
-    broken_tie,
+    Rule("broken_tie", "warning", broken_tie),
     delta_start,
     weight_decay_on_norms,
 )
