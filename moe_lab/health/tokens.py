@@ -30,9 +30,7 @@ ALIKE = 6.0, 1.2  # standard deviations and times that neighbours are more alike
 # share of rows that are a neighbour moved by a few places; tokens that show it, pairs at least
 SLID, HEAD, PAIRS = 0.5, 8, 16
 SELDOM = 8  # times that a token must follow targets before its absence says anything
-END_ITSELF = (
-    "padding with the end token's id masks the end as well: give it its own, or keep each row's first end token"
-)
+END = "padding with the end token's id masks the end as well: give it its own, or keep each row's first end token"
 SHUFFLE = "shuffle the windows, or begin each where the last one ends: an update sees one text as often as it has rows"
 ONE_END = 0.9  # share of one token right before it, from which on another one is the end, and this its padding
 
@@ -147,7 +145,7 @@ def never_a_target(labelled: Sequence[Tokens]) -> Finding | None:
         return None
     names = several([str(token) for token in sorted(never, key=never.__getitem__, reverse=True)])
     message = f"token {names} ends the targets {sum(never.values())} times and is never one: it cannot be learned"
-    return Finding("never_a_target", "warning", "labels", message, END_ITSELF, sum(never.values()), 0)
+    return Finding("never_a_target", "warning", "labels", message, END, sum(never.values()), 0)
 
 
 def padding_is_target(labelled: Sequence[Tokens]) -> Finding | None:
@@ -188,9 +186,8 @@ def windows_slide(seen: Sequence[Tokens]) -> Finding | None:
     share, places = max(moved, key=lambda told: (told[0], -told[1]))
     if share <= SLID:
         return None
-    message = (
-        f"{share:.0%} of the rows are a neighbour, {places} of {ids.shape[2]} places on: one text, again and again"
-    )
+    on = f"{places} of {ids.shape[2]} places on"
+    message = f"{share:.0%} of the rows are a neighbour, {on}: one text, again and again"
     return Finding("one_text", "warning", "data", message, SHUFFLE, round(share, 3), SLID)
 
 

@@ -113,10 +113,8 @@ def cannot_move(model: nn.Module, optimizers: Sequence[Optimizer]) -> Finding | 
     steps = {names[id(p)]: step for p, step in found if id(p) in names}
     if not (stuck := list(steps)):
         return None
-    most = max(steps.values())
-    message = (
-        f"{len(stuck)} 16-bit tensors can never move: a step of at most {most:.1e} is rounded away: {several(stuck)}"
-    )
+    most = f"a step of at most {max(steps.values()):.1e} is rounded away"
+    message = f"{len(stuck)} 16-bit tensors can never move: {most}: {several(stuck)}"
     advice = "keep the parameters in float32 and compute under autocast"
     return Finding("bf16_parameters", "error", several(stuck), message, advice, len(stuck), 0)
 

@@ -62,17 +62,13 @@ def check_causality(
         message = f"a token changed at position {p} moves the logits at position {hears}, before it"
         message += f"; {len(leaks)} of {seq_len - 1} positions hear of later tokens"
         return leak(moved, limit, "error", f"position {hears}", message, OVER_TIME)
-    if (moved := largest(read(ids, changed[:1])[0] - before[0])) > limit:
+    if (moved := float((read(ids, changed[:1])[0] - before[0]).abs().max())) > limit:
         message = "changing one sequence of a batch moves the logits of another"
         return leak(moved, limit, "error", "batch", message, OVER_BATCH)
-    if (moved := largest(read(ids[:, :half], ids[:, :half]) - before[:, :half])) > limit:
+    if (moved := float((read(ids[:, :half], ids[:, :half]) - before[:, :half]).abs().max())) > limit:
         message = f"the first {half} tokens have other logits alone than at the start of {seq_len}"
         return leak(moved, limit, "warning", "length", message, LENGTH)
     return None
-
-
-def largest(difference: Tensor) -> float:
-    return float(difference.abs().max())
 
 
 def leak(moved: float, limit: float, severity: str, where: str, message: str, advice: str) -> Finding:

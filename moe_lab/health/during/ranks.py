@@ -4,16 +4,13 @@ import hashlib
 import json
 import math
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..torch_private import meeting_store
-
-if TYPE_CHECKING:
-    from .state import State
 
 TENSORS = 64  # whose samples are told
 
@@ -31,8 +28,8 @@ class Ranks:
         self.told: list[int] = []
         self.heard: dict[int, list[dict]] = {}  # by step, of all ranks, in their order; steps that every rank has told
 
-    def exchange(self, state: "State") -> None:
-        """Say what is seen here, and take in what all others have said. Nothing without other ranks."""
+    def exchange(self, state: Any) -> None:
+        """Say what a State sees here, and take in what all others have said. Nothing without other ranks."""
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return
         store, n_ranks, step = meeting_store(), dist.get_world_size(), state.step
@@ -45,7 +42,7 @@ class Ranks:
                 self.heard[step] = [json.loads(store.get(key)) for key in keys]
 
 
-def seen_here(state: "State") -> dict:
+def seen_here(state: Any) -> dict:
     """Numbers of this rank: of whole tensors' samples, of the last batch's tokens, and which loss was the first that is not finite."""
     whole = [t for t in state.tracked if not hasattr(t.param, "to_local") and not t.is_master]
     samples = [t.sample(t.param).float() for t in whole[:: -(-len(whole) // TENSORS) or 1]]

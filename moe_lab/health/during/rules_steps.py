@@ -87,7 +87,9 @@ def starved_steps(state: State) -> Ill:
             cure = "look for a loss that is divided or unscaled twice, a clip before unscale_, or an eps meant for another scale"
             found[group.name] = {"told": told, "cure": cure, "value": median(sizes), "limit": eps}
         kind, seen = kind_of(mine)
-        shares = [step.rms * math.sqrt(max(s)) / least(s) for t, step in seen for s in [matrix_shape(t.param.shape)]]
+        # over the smallest factor of an orthogonal step that is in use: 1, or sqrt(A / B)
+        steps = [(step.rms, *matrix_shape(t.param.shape)) for t, step in seen]
+        shares = [rms * math.sqrt(max(a, b)) / min(1.0, math.sqrt(a / b)) for rms, a, b in steps]
         if kind == "orthogonal" and median(shares) < STARVED:
             told = f"{group.name}'s orthogonal steps are {1 / median(shares):.1f} times smaller than any convention makes them"
             cure = "a clip over all gradients after orthogonalisation shrinks what has a norm by construction: clip before it"
@@ -134,11 +136,6 @@ def explained(state: State) -> bool:
     """Whether something else was said that would explain the size of steps, or the table of usual learning rates will say it."""
     by_table = any(learning_rates(state, name) for name in ("lr_too_low", "lr_too_high", "muon_convention"))
     return by_table or any(f.severity != "info" and f.rule not in SAME for f in state.findings)
-
-
-def least(shape: tuple[int, int]) -> float:
-    """The smallest factor of an orthogonal step that is in use: 1, or sqrt(A / B)."""
-    return min(1.0, math.sqrt(shape[0] / shape[1]))
 
 
 @rule(
