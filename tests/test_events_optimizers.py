@@ -1,0 +1,133 @@
+"""Whose steps are watched: several optimizers, one inside of another, new ones all the time, and none at all."""
+
+from functools import partial
+
+import pytest
+import torch
+from test_events import (
+    EVENTS,
+    found,
+    gone,
+    halves,
+    loss_of,
+    seeded,  # noqa: F401, a fixture of each test
+    sound,
+    watched,
+)
+from torch import nn
+from toy import adamw, said, toy
+
+from moe_lab.health import Watch
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_the_parts_of_a_gan_clear_what_the_other_one_left(both: bool) -> None:
+    """The generator's pass fills the discriminator's gradients, and is not for them."""
+    generator, discriminator = pair = nn.ModuleList([toy(seed=1), toy(seed=2)])
+    (a,), (b,) = adamw(generator), adamw(discriminator)
+
+    def step(i: int) -> None:
+        a.zero_grad()
+        (loss_of(generator) + loss_of(discriminator)).backward()
+        if not both:
+            a.step()
+        b.zero_grad()
+        loss_of(discriminator).backward()
+        if both:
+            a.step()
+        b.step()
+
+    assert not EVENTS & watched(pair if both else discriminator, [a, b] if both else [b], step, 30)
+
+
+def test_optimizers_that_take_turns_clear_each_other_s_gradients() -> None:
+    model = toy()
+    optimizers = halves(model)
+
+    def step(i: int) -> None:
+        model.zero_grad()
+        loss_of(model).backward()
+        optimizers[i % 2].step()
+
+    assert not EVENTS & watched(model, optimizers, step)
+
+
+def test_one_of_two_optimizers_never_steps() -> None:
+    model = toy()
+    optimizers = halves(model)
+
+    def step(i: int) -> None:
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss_of(model).backward()
+        optimizers[0].step()
+
+    assert "no_updates" in watched(model, optimizers, step)
+
+
+def test_the_missing_gradient_is_not_blamed_on_the_model() -> None:
+    model = toy()
+    (optimizer,) = adamw(model)
+    assert "no_gradient" not in watched(model, optimizer, partial(gone, model, optimizer), 40)
+
+
+def test_losses_without_an_update() -> None:
+    def skipped(model, optimizer, i):
+        return loss_of(model)
+
+    assert found(skipped, n=49) == set()
+    assert found(skipped, n=50) == {"no_updates"}
+
+
+def test_an_optimizer_that_steps_inside_of_the_watched_one() -> None:
+    """As sharpness-aware ones do, in steps of other names."""
+    model = toy()
+    outer, inner = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
+    assert "no_updates" not in watched(model, outer, partial(sound, model, inner))
+
+
+@pytest.mark.parametrize(
+    ("every", "told"),
+    [(1, True), (5, True), (20, False)],  # a batch, an epoch, stages of a thaw
+)
+def test_an_optimizer_that_is_made_anew_all_the_time(every: int, told: bool) -> None:
+    """Another one than is watched steps, and it never has a past."""
+    model = toy()
+    others = adamw(model)
+
+    def step(i: int) -> torch.Tensor:
+        if i % every == 0:
+            others[:] = adamw(model)
+        return sound(model, others[0], i)
+
+    assert ("no_updates" in watched(model, adamw(model), step)) == told
+
+
+def test_an_inner_loop_whose_optimizer_is_new_for_each_task() -> None:
+    """As in Reptile: the watched one steps as well."""
+    model = toy()
+    (outer,) = adamw(model)
+
+    def step(i: int) -> torch.Tensor:
+        sound(model, adamw(model)[0], i)
+        return sound(model, outer, i)
+
+    assert "no_updates" not in watched(model, outer, step)
+
+
+def test_losses_that_come_in_bunches_after_their_updates() -> None:
+    model = toy()
+    (optimizer,) = adamw(model)
+    with Watch(model, optimizer) as watch:
+        losses = [sound(model, optimizer, i) for i in range(60)]
+        for loss in losses:
+            watch.observe(loss=loss)
+    assert "no_updates" not in said(watch)
+
+
+def test_a_report_after_no_update_is_no_all_clear(capsys) -> None:
+    model = toy()
+    watch = Watch(model, adamw(model))
+    watch.findings.clear()
+    watch.report()
+    assert "no update was seen" in capsys.readouterr().out

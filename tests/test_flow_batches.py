@@ -1,0 +1,174 @@
+"""Batches and noise that come again, data that are noise, means that count alike: each heard beside what only looks like it."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_flow import B, Mixer, T, V, batch, cross_entropy, next_token, of_pairs, watched
+from torch import Tensor, nn
+from torch.optim import AdamW
+from toy import finding, said
+
+from moe_lab.health import Watch
+
+
+@pytest.mark.parametrize(
+    ("of", "told"),
+    [
+        (lambda step: step if step < 30 else 26 + step % 4, True),  # the last four again and again
+        (lambda step: step % 2 * 100 + (step if step % 2 or step < 30 else 26 + step % 4), True),  # one of two workers
+        (lambda step: step % 35, False),  # a second epoch, in the same order
+        (lambda step: step // 4, False),  # several rounds over the same rollout, from the first on
+        (lambda step: 0, False),  # all of a small data set, each time
+    ],
+)
+def test_batches_that_come_again_later(of: Callable[[int], int], told: bool) -> None:
+    """No tokens: what is heard of the first passes does not judge them."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1)
+    optimizer = AdamW(model.parameters(), lr=1e-3)
+    with Watch(model, optimizer) as watch:
+        for step in range(60):
+            optimizer.zero_grad()
+            x = torch.randn(8, 4, generator=torch.Generator().manual_seed(of(step)))
+            model(x).square().mean().backward()
+            model.eval()
+            model(torch.ones(8, 4))  # the same each time, and no training
+            model.train()
+            optimizer.step()
+    assert ("repeated_data" in said(watch)) == told
+
+
+class Hearing(Mixer):
+    def forward(self, ids: Tensor, sound: Tensor) -> Tensor:
+        return super().forward(ids) + 0.1 * sound[:, :1]
+
+
+@pytest.mark.parametrize("given", ["positions", "names"])
+@pytest.mark.parametrize("new", [True, False])
+def test_the_same_answers_to_other_sounds_are_no_repetition(new: bool, given: str) -> None:
+    def loss_of(model: Callable, step: int) -> Tensor:
+        ids, sound = (
+            batch(step % 3),
+            torch.randn(B, 9, 1, generator=torch.Generator().manual_seed(step if new else step % 3)),
+        )
+        logits = model(ids[:, :-1], sound) if given == "positions" else model(ids[:, :-1], sound=sound)
+        return cross_entropy(logits, ids[:, 1:])
+
+    assert said(watched(Hearing(), loss_of)) == ([] if new else ["repeated_data"])
+
+
+def test_data_that_repeat_or_are_noise() -> None:
+    def noise(step: int) -> tuple[Tensor, Tensor]:
+        ids = torch.randint(V, (B, T + 1), generator=torch.Generator().manual_seed(step))
+        return ids[:, :-1], ids[:, 1:]
+
+    assert said(watched(Mixer(), lambda model, step: next_token(model, step // 4))) == ["repeated_data"]
+    assert said(watched(Mixer(), of_pairs(noise))) == ["random_tokens"]
+
+    def permuted(step: int) -> tuple[Tensor, Tensor]:  # each row by itself: frequencies are those of a text
+        ids = batch(step)
+        order = torch.rand(ids.shape, generator=torch.Generator().manual_seed(1000 + step)).argsort(1)
+        return ids.gather(1, order)[:, :-1], ids.gather(1, order)[:, 1:]
+
+    assert said(watched(Mixer(), of_pairs(permuted))) == ["random_tokens"]
+
+    def twice(model: Callable, step: int) -> Tensor:  # two draws of dropout for one update
+        return (next_token(model, step) + next_token(model, step)) / 2
+
+    assert said(watched(Mixer(dropout=0.1), twice)) == []
+
+
+def accumulated(reduction: str, lengths: tuple[int, int]) -> Callable:
+    """Two micro-batches with targets at their first places alone, one loss."""
+
+    def loss_of(model: Callable, step: int) -> Tensor:
+        losses, targets = [], 0
+        for micro, length in enumerate(lengths):
+            ids = batch(2 * step + micro)
+            labels = torch.where(torch.arange(T) < length, ids[:, 1:], -100)
+            losses.append(cross_entropy(model(ids[:, :-1]), labels, reduction=reduction))
+            targets += B * length
+        return sum(losses) / (2 if reduction == "mean" else targets)
+
+    return loss_of
+
+
+def test_micro_batches_whose_means_count_alike_whatever_their_targets() -> None:
+    watch = watched(Mixer(), accumulated("mean", (20, 4)))
+    assert said(watch) == ["token_weights"]
+    assert finding(watch, "token_weights").value == pytest.approx(5, rel=0.01)
+    assert said(watched(Mixer(), accumulated("sum", (20, 4)))) == []
+    assert said(watched(Mixer(), accumulated("mean", (20, 16)))) == []
+
+    def task_weights(model: Callable, step: int) -> Tensor:  # two tasks of one size, one of them on purpose at a tenth
+        return 0.9 * next_token(model, 2 * step) + 0.1 * next_token(model, 2 * step + 1)
+
+    assert said(watched(Mixer(), task_weights)) == []
+
+
+def test_losses_that_are_no_likelihood_are_left_alone() -> None:
+    def rewarded(model: Callable, step: int) -> Tensor:  # rollouts several times, with advantages of both signs
+        ids = batch(step // 6)
+        loss = F.cross_entropy(model(ids[:, :-1]).transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
+        return (loss * torch.linspace(-1, 1, B)).mean()
+
+    def distilled(model: Callable, step: int) -> Tensor:
+        teacher = torch.randn(B, T, V, generator=torch.Generator().manual_seed(step)).softmax(-1)
+        return -(teacher * model(batch(0)[:, :-1]).log_softmax(-1)).sum(-1).mean()
+
+    for loss_of in (rewarded, distilled):
+        watch = watched(Mixer("all"), loss_of, 11)
+        assert watch.state.forward.heard.found == [] and not watch.state.forward.heard.was_tried
+
+
+class Denoising(nn.Module):
+    def __init__(self, dropout: float):
+        super().__init__()
+        self.layer, self.drop = nn.Linear(5, 4), nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.layer(self.drop(torch.cat([x, t[:, None]], 1)))
+
+
+def denoised(seeds: str, dropout: float, times: Callable[[], Tensor]) -> Watch:
+    """`seeds`: what is seeded anew in each step, "all" before it, "evaluation" after it, or nothing."""
+    torch.manual_seed(1)
+    model, data = Denoising(dropout), torch.Generator().manual_seed(5)
+    optimizer = AdamW(model.parameters(), lr=1e-3)
+    with Watch(model, optimizer, quiet=True) as watch:
+        for step in range(20):
+            x = torch.randn(16, 4, generator=data)
+            if seeds in ("all", "by step"):
+                torch.manual_seed(0 if seeds == "all" else step)
+            t = times()
+            loss = (model(x * t[:, None], t) - x).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if seeds == "evaluation":
+                torch.manual_seed(0)
+    return watch
+
+
+DRAWN = partial(torch.rand, 16)
+TIMES = torch.linspace(0, 1, 16)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "dropout", "times", "told"),
+    [
+        ("all", 0.0, DRAWN, True),  # nothing is drawn within the pass: the times alone show it
+        ("all", 0.1, lambda: TIMES, True),  # the masks of dropout alone
+        ("evaluation", 0.1, lambda: TIMES, True),
+        ("", 0.1, DRAWN, False),
+        ("by step", 0.1, DRAWN, False),
+        ("", 0.0, lambda: TIMES, False),  # nothing is ever drawn
+        ("all", 0.0, lambda: TIMES, False),
+        ("", 0.1, lambda: torch.arange(16.0) % 4, False),  # a task for each place of a batch
+    ],
+)
+def test_noise_that_is_the_same_in_every_update(seeds: str, dropout: float, times: Callable, told: bool) -> None:
+    assert said(denoised(seeds, dropout, times)) == (["repeated_data"] if told else [])
