@@ -85,8 +85,6 @@ class Aims:
         found = what_squashes(dict(zip(KINDS, numbers, strict=False)), bool(numbers[-3]), numbers[-2:])
         self.squashed.setdefault(name, []).append(found)
 
-    # ---- what was heard ----------------------------------------------------------------------------------------------
-
     def shared(self) -> dict[str, int]:
         """Outputs of one number a row that are all held against one target, another one in each pass, with their passes."""
         return {name: len(passes) for name, passes in self.ones.items() if is_shared(passes)}
@@ -108,9 +106,6 @@ def is_scored(x: Tensor) -> bool:
 def rows_of(x: Tensor) -> Tensor:
     """(R, V), without its graph; of (B,) each is a row."""
     return x.detach().reshape(-1, x.shape[-1] if x.ndim > 1 else 1)
-
-
-# ---- one target for all ----------------------------------------------------------------------------------------------
 
 
 def one_number(x: Tensor, g: Tensor, rough: float) -> Tensor:
@@ -143,9 +138,6 @@ def is_shared(passes: list[OneNumber]) -> bool:
     own = way * math.sqrt(ROWS)  # at least, would be the deviation of own targets
     says_more = own > fmean(one.spread for one in told) and sum(one.both_ways for one in told) >= CROSSED
     return says_more and all(one.is_ordered for one in told)
-
-
-# ---- squashed twice --------------------------------------------------------------------------------------------------
 
 
 def cross_entropy(s: Tensor, g: Tensor) -> Tensor:

@@ -117,10 +117,6 @@ class Gradients:
         self.waiting = waiting
         self.squares: dict[int, float] = {}  # by update, the squared norm of all of them
 
-    @property
-    def norms(self) -> list[float]:
-        return [math.sqrt(square) for square in self.squares.values()]
-
     def read(self, tensors: Sequence[Tracked], optimizer: Optimizer, n: int) -> None:
         dense = []
         for t in tensors:

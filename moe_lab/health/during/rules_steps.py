@@ -72,7 +72,7 @@ def turned_factor(state: State) -> Ill:
 def starved_steps(state: State) -> Ill:
     """Gradients that arrive with one tiny norm; Adam's eps above its gradients; orthogonal steps smaller than any convention's."""
     found = {}
-    norms = state.gradients.norms[-LOOKS:]
+    norms = [math.sqrt(square) for square in state.gradients.squares.values()][-LOOKS:]
     apart = max(norms, default=0) - min(norms, default=0)  # 0: nothing changes any more, as where LBFGS has arrived
     if len(norms) == LOOKS and 0 < apart < SAME_NORM * max(norms) and max(norms) < SMALLEST_CLIP:
         told = f"the gradients of every update arrive with a norm of {norms[-1]:.2g}, neither more nor less"
