@@ -178,9 +178,11 @@ def test_adam_below_its_eps() -> None:
 
     tiny = with_gradients(lambda model: scaled(model, 2.0**-32), adam(1e-8))
     assert "below Adam's eps" in finding(tiny, "starved_steps").message
+    assert "below Adam's eps" in finding(with_gradients(lambda model: None, adam(0.1)), "starved_steps").message
     for watch in (
         with_gradients(lambda model: scaled(model, 2.0**-32), adam(1e-20)),
         with_gradients(lambda model: scaled(model, 2.0**-10), adam(1e-8)),
+        with_gradients(lambda model: scaled(model, 2.0**10), adam(0.1)),
         with_gradients(lambda model: None, lambda p: torch.optim.Adagrad(p, lr=0.01, eps=1.0)),  # not Adam's eps
     ):
         assert not STEPS & set(said(watch))
