@@ -202,14 +202,30 @@ def test_buttons_do_what_calls_do(opened: ward.Ward) -> None:
     press = {button.description.split(" · ")[0]: button for button in orders.children}
     press["tokens"].click()
     assert opened.ordered == {"run 2": ["tokens"]}
+    assert [press[what].description for what in ("tokens", "floors")] == ["tokens · paid", "floors · 1 min"]
     cause, _, evidence, _, cure, _, last = notes.children
     cause.value, evidence.value, cure.value = "random tokens", ("tokens",), "mend the loader, and let it raise"
     last.children[0].click()
     assert opened.notes["run 2"].causes == {"random tokens"}
     run.value = "run 3"
+    assert press["tokens"].description == "tokens · 1 min"
     assert (cause.value, evidence.value, cure.value) == (ward_desk.NONE, (), ward_desk.NONE)
     assert ward_desk.so_far(opened, "run 3") == "run 3: 0 min so far, for nothing; nothing is written down"
     assert ward_desk.so_far(opened, "run 2") == "run 2: 1 min so far, for tokens; written down: random tokens"
+
+
+def test_a_look_is_paid_for_once_and_a_note_says_what_it_lacks(opened: ward.Ward, capsys) -> None:
+    for _ in range(2):
+        opened.order("run 2", "tokens")
+    opened.diagnose("run 2", "random tokens", (), ())
+    opened.diagnose("run 2", "healthy", (), "leave it as it is")
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("run 2")]
+    assert told == [
+        "run 2, tokens: 1 min, 1 min on this run so far",
+        "run 2, tokens: paid already, 1 min on this run so far",
+        "run 2: random tokens; 1 minutes; no evidence yet; no cure yet",
+        "run 2: healthy; 1 minutes",
+    ]
 
 
 def test_an_exam_goes_on_in_another_kernel(person: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from moe_lab.show.front import is_interactive
 from moe_lab.train.record import write_atomically
 
 NO_GUESS = "I'd rather not guess"
-WAITING = "The notebook waits here for your choice. Interrupt (■) goes on without one."
+WAITING = "The notebook waits here for your choice. Interrupt (■) goes on without one. Then click on the next cell."
 # options may be longer than a line; ipywidgets gives a group of buttons no name for screen readers; Run All scrolls to the end,
 # and figures that are drawn above the question late push it out of sight again
 GROUP = """<style>.moe-lab-options .jupyter-button {{white-space: normal; height: auto; text-align: left;

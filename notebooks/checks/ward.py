@@ -107,8 +107,10 @@ class Ward:
         """Order a measurement of a run: what it says, and its figure where it has one."""
         from checks.figures_10 import show_result  # a reader by script needs no figures
 
+        paid = what in self.ordered.get(run, ())
         result = self.look(run, what)
-        print(f"{run}, {what}: {PRICES[what][0]} min, {self.minutes(run)} min on this run so far")
+        price = "paid already" if paid else f"{PRICES[what][0]} min"
+        print(f"{run}, {what}: {price}, {self.minutes(run)} min on this run so far")
         for line in result.lines:
             print(textwrap.fill(line, 98, initial_indent="  ", subsequent_indent="    "))
         show_result(run, what, result)
@@ -137,7 +139,9 @@ class Ward:
             raise ConfigError(f"{run}: {missing[0]} was not ordered, so it is no evidence yet")
         self.notes[run] = Note(found, shown, cures)
         keep(self)
-        print(f"{run}: {', '.join(sorted(found))}; {self.minutes(run)} minutes")
+        lacks = [] if shown or found == {"healthy"} else ["no evidence yet"]
+        lacks += [] if cures else ["no cure yet"]
+        print("; ".join([f"{run}: {', '.join(sorted(found))}", f"{self.minutes(run)} minutes", *lacks]))
 
     def marks(self) -> dict[str, Mark]:
         """Of every run with a note, in the order of the runs."""

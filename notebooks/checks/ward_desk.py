@@ -42,8 +42,13 @@ def desk(ward: Ward):
 
     def button(label: str, does: Callable[[], None], hint: str) -> w.Button:
         made = w.Button(description=label, tooltip=hint, layout=w.Layout(width="auto"))
-        made.on_click(lambda _: tell(says, does))
+        made.on_click(lambda _: (tell(says, does), label_paid()))
         return made
+
+    def label_paid() -> None:
+        """What was ordered of this run can be read again for nothing, and says so."""
+        for made, (what, (minutes, _)) in zip(orders, PRICES.items(), strict=True):
+            made.description = f"{what} · {'paid' if what in ward.ordered.get(run.value, ()) else f'{minutes} min'}"
 
     orders = [
         button(f"{what} · {minutes} min", lambda what=what: ward.order(run.value, what), does)
@@ -65,8 +70,10 @@ def desk(ward: Ward):
         for one in (*causes, *cures):
             one.value = NONE
         evidence.value = ()
+        label_paid()
         tell(says, lambda: print(so_far(ward, run.value)))
 
+    begin(None)
     run.observe(begin, "value")
     return w.VBox([run, w.HBox([config, *orders], layout=w.Layout(flex_flow="row wrap")), says, notes])
 
