@@ -184,19 +184,18 @@ def test_findings_are_told_as_they_come_and_stand_in_red_under_the_figure(headle
 
 
 def test_a_rule_stands_once_under_the_figure_with_its_first_step_and_a_count(headless) -> None:
-    """Also in the figure and its description; what one run has alone is not said of the other."""
+    """Also in the figure and its description."""
     run = LiveRun(FakeTrainer(n_steps=40), watch=FakeWatch(5, 12, 17)).start()
     run.watches["later"] = FakeWatch()
     asyncio.run(run.finished())
-    run.watches["later"].findings += [
-        run.findings()[1][1],
-        Finding("lr_too_low", "warning", "loss", "low", "", step=17),
-    ]
+    run.watches["later"].findings.append(run.findings()[1][1])
+    run.watches[""].findings.insert(0, Finding("lr_too_low", "warning", "loss", "low", "", step=3))
     page, plain = (run._bundle()[kind] for kind in ("text/html", "text/plain"))
     assert page.count("lost_updates at step 5 (4 findings):</strong> 84 %") == page.count("all of it") == 1
-    assert "later error: lost_updates at step 5 (4 findings): 84 %" in plain
-    assert "\nlater warning: lr_too_low at step 17: low" in plain
-    assert [mark[:2] for mark in live.found_by(run.watches[""])] == [(5, "error: lost_updates")]
+    assert "\nerror: lost_updates at step 5 (4 findings): 84 %" in plain  # also of the watch without a name
+    assert plain.endswith("\nwarning: lr_too_low at step 3: low.")  # errors come first
+    marks = {(5, "error: lost_updates"), (3, "warning: lr_too_low")}
+    assert {mark[:2] for mark in live.found_by(run.watches[""])} == marks
 
 
 def test_a_live_figures_caption_says_what_it_means_and_its_alternative_text_what_is_seen(headless, tmp_path) -> None:

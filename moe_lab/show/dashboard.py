@@ -17,7 +17,7 @@ from IPython.display import display
 from matplotlib.figure import Figure
 
 from moe_lab.health.during.watch import Watch
-from moe_lab.health.findings import Finding, grouped
+from moe_lab.health.findings import SEVERITIES, Finding, grouped
 from moe_lab.show.front import Waiting, cell_of, is_interactive, keep_live, release_thread_pool, request
 from moe_lab.show.style import to_html
 
@@ -34,13 +34,14 @@ _active: "Live | None" = None  # a kernel trains one thing at a time; see Live.s
 
 
 def told(news: Sequence[tuple[str, Finding]]) -> dict[str, str]:
-    """Findings as HTML and as text: each rule once, in its first finding's words, with whose it is and how often it came."""
+    """Findings as HTML and as text, errors first: each rule once, by its first finding, with whose and how many."""
     shown = {"text/html": "", "text/plain": ""}
-    for (severity, rule), same in grouped(news, lambda named: (named[1].severity, named[1].rule)).items():
+    ranked = sorted(news, key=lambda named: SEVERITIES.index(named[1].severity))
+    for (severity, rule), same in grouped(ranked, lambda named: (named[1].severity, named[1].rule)).items():
         names, (_, first) = dict.fromkeys(name for name, _ in same), same[0]
         when = f" at step {first.step}" if first.step else ""
         often = f" ({len(same)} findings)" if len(same) > len(names) else ""
-        head = f"{', '.join(filter(None, names))} {severity}: {rule}{when}{often}:".strip()
+        head = f"{', '.join(names) if all(names) else ''} {severity}: {rule}{when}{often}:".strip()
         words = " ".join(f"{first.message}. {first.advice}".split())
         colour = {"error": RED, "warning": AMBER}.get(severity, "currentColor")
         # a quarter of the page's own ink: darker on white paper, lighter in a dark theme
