@@ -47,6 +47,17 @@ def test_watching_changes_no_bit(name, dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
+def test_a_closed_watch_reports_as_an_open_one(capsys) -> None:
+    model = toy()
+    optimizer = AdamW(model.parameters(), lr=1e-3)
+    with Watch(model, optimizer, quiet=True) as watch:
+        train(watch, model, [optimizer], 20)
+        watch.report()
+    while_open = capsys.readouterr().out
+    watch.report()
+    assert capsys.readouterr().out == while_open and "not checked" in while_open
+
+
 def test_a_forward_pass_that_tests_a_tensor_leaves_no_trace() -> None:
     model = nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.LazyLinear(3)
