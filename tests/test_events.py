@@ -242,3 +242,4 @@ ILL += [(stepped_twice, "stale_gradients", "used already")]
 def test_each_mistake_is_named_whenever_it_begins(loop, rule: str, told: str, begins: int) -> None:
     (finding,) = seen(loop, begins + 20, begins)
     assert finding.rule == rule and told in finding.message and begins < finding.step <= begins + 25
+    assert finding.value > finding.limit

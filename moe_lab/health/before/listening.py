@@ -45,8 +45,8 @@ class Listening(Listener):
         self.calls.setdefault((tensor_kind(name), type(module)), (name, module, args, kwargs))
 
     def compare(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
-        """Of modules (B, T, D) → (B, T, D) with parameters, per token c = ⟨in, out⟩ / ⟨in, in⟩ and the rest: kept where 2–98 % of the
-        tokens have no rest and one c that is not 1: several that differ, since a norm multiplies each by a factor of its own."""
+        """Of modules (B, T, D) → (B, T, D) with parameters, per token c = ⟨in, out⟩ / ⟨in, in⟩ and the rest: kept where 2–98 % of
+        the tokens have no rest and one c that is not 1: several that differ, since a norm multiplies each by its own."""
         given = args[0] if args else None
         out = output[0] if isinstance(output, (tuple, list)) and output else output
         if not all(isinstance(t, Tensor) and t.ndim == 3 and t.shape == given.shape for t in (given, out)):

@@ -16,9 +16,9 @@ ONE_UNIT = "count all of it in updates: one is accumulation × micro-batches"
 
 
 def schedule(plan: Plan) -> Iterator[Finding]:
-    """Warnings where the number of steps is given, or of a warm-up in epochs that of epochs: an LR that never reaches its peak or its end, steps that are micro-batches
-    by the tokens planned, and a log that is never written. Other intervals beyond the budget are infos: many a loop evaluates
-    and saves at its end."""
+    """Warnings where the number of steps is given, or of a warm-up in epochs that of epochs: an LR that never reaches its peak or
+    its end, steps that are micro-batches by the tokens planned, and a log that is never written. Other intervals beyond the
+    budget are infos: many a loop evaluates and saves at its end."""
     steps, n_accum = plan.number("steps"), plan.number("gradient_accumulation_steps") or 1
     decay = plan.number("decay_steps")
 

@@ -97,8 +97,8 @@ def waves(device: torch.device) -> list[Tensor]:
 
 
 def is_adam(optimizer: Optimizer, group: dict) -> bool:
-    """Whether a group's steps are Adam's (Kingma & Ba 2015, alg. 1), found by trying both on made-up gradients: with its own eps, since a large one is a size
-    of steps and no other law."""
+    """Whether a group's steps are Adam's (Kingma & Ba 2015, alg. 1), found by trying both on made-up gradients: with its own eps,
+    since a large one is a size of steps and no other law."""
     with tried(group) as device:
         start = torch.zeros(16, device=device)
         shadow = fresh_shadow(optimizer, group, start.clone(), weight_decay=0.0)

@@ -202,12 +202,12 @@ def no_updates(state: State) -> Ill:
 
 @rule("in {value:.0%} of the updates {told}", "{cure}")
 def stale_gradients(state: State) -> Ill:
-    """Left over from earlier updates, in all or in every other one, or used for one and then for another. Where no pass is heard any more, as under a captured
-    graph, nothing is known of the second."""
+    """Left over from earlier updates, in all or in every other one, or used for one and then for another. Where no pass is heard
+    any more, as under a captured graph, nothing is known of the second."""
     left = max(state.events.share("stale", LOOKS), default=0.0)
     twice = max((share for share in state.events.share("twice") if share <= MOST), default=0.0)
     if left > OFTEN:
-        return {"order": {"value": left, "limit": MOST, "told": LEFT, "cure": CLEAR_ONCE}}
+        return {"order": {"value": left, "limit": OFTEN, "told": LEFT, "cure": CLEAR_ONCE}}
     return {"twice": {"value": twice, "limit": OFTEN, "told": TWICE, "cure": STEP_ONCE}} if twice > OFTEN else {}
 
 
