@@ -93,6 +93,8 @@ def test_each_fault_is_named_and_nothing_else(fault: str) -> None:
 def test_a_loss_that_is_scaled(factor: float) -> None:
     assert said(Tiny(), lambda model, batch: factor * loss_of(model, batch)) == {"initial_loss": "warning"}
     assert said(Tiny(), lambda model, batch: 0.05 + loss_of(model, batch)) == {}  # an auxiliary term
+    # another head's, as far from its targets as heads are that foretell more
+    assert not said(Tiny(), lambda model, batch: loss_of(model, batch) / 2 + loss_of(model, batch).detach())
 
 
 @pytest.mark.parametrize("family", ["Bert", "Bart", "Llama"])

@@ -30,6 +30,7 @@ from .listening import Listening
 from .preflight import plan_of, preflight
 from .schedule import first_update
 
+SCALED = "warning", "it may be summed, or divided by the accumulation"
 NEXT_TOKEN = 0.05  # share by which auxiliary terms may move a loss
 FIRST_LOSS = 0.2  # nats; auxiliary terms and tied embeddings move a first loss by less
 SPARE = 4  # of ten forward passes, when loss, modes and causality have theirs: for tensors without a gradient, then arguments
@@ -239,15 +240,17 @@ def modes(trial: Trial) -> Finding | None:
 
 
 def first_loss(trial: Trial) -> Finding | None:
-    """The loss that is minimised beside the cross-entropy of its own logits and targets: divided, or summed?"""
+    """The loss that is minimised beside the cross-entropy of its own logits and targets: divided, or summed? It is, where these
+    logits' gradient makes up all of it; with other terms and heads in it, it may be any number."""
     told, own = float(trial.loss.detach()), trial.heard.first_loss
     if own is None:
         raise ValueError("no cross-entropy over tokens was heard in it")
     if math.isclose(told, own, abs_tol=max(FIRST_LOSS, NEXT_TOKEN * own)):
         return None
+    is_all = math.isclose(told, own * sum(p.weight * p.n_targets for p in trial.heard.once), rel_tol=NEXT_TOKEN)
     message = f"the loss is {told:.4g}, {told / own:.3g} times the cross-entropy of the same logits ({own:.4g})"
-    advice = "it may be summed, or divided by the accumulation; auxiliary terms add to it"
-    return Finding("initial_loss", "warning", "loss", message, advice, round(told, 4), round(own, 4))
+    severity, advice = SCALED if is_all else ("info", "other terms or heads add to it")
+    return Finding("initial_loss", severity, "loss", message, advice, round(told, 4), round(own, 4))
 
 
 def causality(trial: Trial) -> Finding | None:
