@@ -88,6 +88,17 @@ def test_so_do_copies_and_four_ranks(alone: Path, tmp_path: Path, n_ranks: int, 
     assert len(losses(run)) == 20
 
 
+def test_accelerate_launches_the_same_module(alone: Path, tmp_path: Path) -> None:
+    """With its `--use_fsdp`, since it asks MPI for ranks on a CPU."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--num_processes", "2"]
+    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    job = [*launcher, *MODULE, "--run-dir", str(tmp_path / "run")]
+    done = subprocess.run(job, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "finished: 20 steps on 2 ranks" in done.stdout
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone), abs=NEAR)
+
+
 @pytest.mark.parametrize("n_ranks", [1, 4])
 def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_with_four(two: Path, tmp_path: Path, n_ranks: int) -> None:
     run = shutil.copytree(two, tmp_path / "run")
