@@ -102,7 +102,7 @@ def is_adam(optimizer: Optimizer, group: dict) -> bool:
     with tried(group) as device:
         start = torch.zeros(16, device=device)
         shadow = fresh_shadow(optimizer, group, start.clone(), weight_decay=0.0)
-        adam = torch.optim.Adam([start], lr=1.0, betas=group["betas"], eps=group["eps"])
+        adam = torch.optim.Adam([start], lr=1.0, betas=group["betas"], eps=group.get("eps", 1e-8))
         for g in waves(device):
             if (advance(shadow, g.clone()).abs() - advance(adam, g).abs()).abs().max() > DISAGREE:
                 return False
