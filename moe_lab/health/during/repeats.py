@@ -37,9 +37,8 @@ class Repeats:
         yield self.model.register_forward_pre_hook(hook(self.note), with_kwargs=True)
 
     def note(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        is_captured = (
-            torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-        )  # then no state can be had
+        # while a graph is captured no state can be had
+        is_captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         if module.training and self.waiting.update <= FIRST and not is_captured:
             self.entered = self.random_state()
         given = [t for t in tensors_of([args, kwargs]) if t.numel() > 1 and t.layout is torch.strided]
