@@ -79,9 +79,10 @@ docs-table: setup
 bench: test-setup
 	THREADS="$(THREADS)" $(BIN)/python -m benchmarks.bench
 
-# Training time to a loss, against an older commit (AGAINST=…); KEPT="what changed" adds a line to docs/records.md
+# Training time to a loss, against an older commit (AGAINST=…); KEPT="what changed" adds a line to docs/records.md,
+# OF="COMMIT now" measures several codes in one rotation
 record: setup
-	KEPT="$(KEPT)" AGAINST="$(AGAINST)" $(BIN)/python -m benchmarks.record $(PARAMS)
+	KEPT="$(KEPT)" AGAINST="$(AGAINST)" OF="$(OF)" $(BIN)/python -m benchmarks.record $(PARAMS)
 
 seeds: setup
 	$(BIN)/python -m benchmarks.seeds

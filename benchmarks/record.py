@@ -2,12 +2,13 @@
 
 Measured is the time of the updates (no evaluation, no saving) until the validation loss is MARGIN below the trigram
 table's, everything on: configs/lab.yaml of this checkout against that of an older commit, whose own code runs it, in
-turn and seed by seed. Both go to the older one's target and are scored on the same text. Prints the ratio.
+turn and seed by seed. All go to the older one's target and are scored on the same text. Prints the ratio.
 
     make record                        # against FIRST
     make record KEPT="what changed"    # and adds a line to benchmarks/records.json and docs/records.md
     make record AGAINST=d51ef39        # against another commit
-    make record PARAMS="precision.compute=float32"    # both with a changed config
+    make record OF="75824a7 now" KEPT="kernels; the rest"    # several codes in one rotation, a line each
+    make record PARAMS="precision.compute=float32"    # all with a changed config
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 MARGIN = 0.3  # nats
@@ -99,9 +100,14 @@ def tree_of(root: Path, commit: str) -> Path:
     return tree
 
 
-def compare(root: Path, commit: str, overrides: list[str], seeds: int = SEEDS) -> dict:
-    """The runs of both, seed by seed, the order changed each time; and the ratios of their mean times."""
-    trees = {commit: tree_of(root, commit), "now": root}
+def compare(
+    root: Path, commit: str, overrides: list[str], of: Sequence[str] = ("now",), seeds: int = SEEDS
+) -> list[dict]:
+    """The runs of `commit` and of each code in `of` (a commit, or "now"), seed by seed, the order changed each time.
+
+    Returns, for each of `of`, the ratios of its mean times to those of `commit`, with the runs of both.
+    """
+    trees = {name: root if name == "now" else tree_of(root, name) for name in [commit, *of]}
     runs: dict[str, list[dict]] = {name: [] for name in trees}
     target = None
     for seed in range(seeds):
@@ -111,7 +117,8 @@ def compare(root: Path, commit: str, overrides: list[str], seeds: int = SEEDS) -
             runs[name].append(run)
             time_s = f"{run['seconds']:6.1f} s (CPU {run['cpu_seconds']:.1f} s)"
             print(f"{name:8} seed {seed}: {time_s}, {run['step']} updates, {run['loss']:.4f}", flush=True)
-    return {"against": commit, **ratios(runs[commit], runs["now"]), "runs": runs}
+    before = runs[commit]
+    return [{"against": commit, **ratios(before, runs[n]), "runs": {commit: before, "now": runs[n]}} for n in of]
 
 
 def ratios(before: list[dict], now: list[dict]) -> dict[str, float]:
@@ -133,13 +140,24 @@ def main() -> None:
     from moe_lab.failures.results import provenance, write_json
 
     against = os.environ.get("AGAINST") or FIRST
-    result = compare(ROOT, against, sys.argv[1:])
-    wall, cpu = (result[f"ratio_{clock}"] for clock in CLOCKS)
-    print(f"training time to the target: {wall:.3f} × that of {against} (CPU time: {cpu:.3f} ×)")
-    if what := os.environ.get("KEPT"):
+    of = os.environ.get("OF", "").split() or ["now"]
+    kept = [what.strip() for what in os.environ.get("KEPT", "").split(";") if what.strip()]
+    if kept and len(kept) != len(of):
+        print(
+            f"error: KEPT: {len(kept)} texts for {len(of)} codes ({' '.join(of)}); one each, parted by ;",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    results = compare(ROOT, against, sys.argv[1:], of)
+    for name, result in zip(of, results, strict=True):
+        wall, cpu = (result[f"ratio_{clock}"] for clock in CLOCKS)
+        print(f"{name}: training time to the target: {wall:.3f} × that of {against} (CPU time: {cpu:.3f} ×)")
+    if kept:
         path = ROOT / "benchmarks" / "records.json"
         made = provenance() | {"threads": torch.get_num_threads()}
-        write_json(path, [*json.loads(path.read_text()), {"what": what, **made, **result}])
+        commits = [made["commit"] if name == "now" else name for name in of]
+        added = [{"what": w, **made, "commit": c, **r} for w, c, r in zip(kept, commits, results, strict=True)]
+        write_json(path, [*json.loads(path.read_text()), *added])
         write_pages()
 
 

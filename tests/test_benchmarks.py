@@ -54,7 +54,17 @@ def test_both_trees_go_to_the_older_ones_target_in_turn(monkeypatch, tmp_path) -
     found = record.compare(tmp_path / "now", "old", [])
     order = [("old", 0), ("now", 0), ("now", 1), ("old", 1), ("old", 2), ("now", 2)]
     assert asked == [(name, seed, 3.69 if index else None) for index, (name, seed) in enumerate(order)]
-    assert found["ratio_seconds"] == 0.25
+    assert [line["ratio_seconds"] for line in found] == [0.25]
+
+
+def test_several_codes_share_the_runs_of_the_first(monkeypatch, tmp_path) -> None:
+    seconds = {"old": 40.0, "abc": 20.0, "now": 10.0}
+    monkeypatch.setattr(record, "train_in", lambda tree, seed, *_: run(seconds[tree.name], target=3.69, seed=seed))
+    monkeypatch.setattr(record, "tree_of", lambda root, commit: tmp_path / commit)
+    found = record.compare(tmp_path / "now", "old", [], ["abc", "now"])
+    assert [line["ratio_seconds"] for line in found] == [0.5, 0.25]
+    assert found[0]["runs"]["old"] is found[1]["runs"]["old"] and len(found[0]["runs"]["old"]) == record.SEEDS
+    assert {r["seconds"] for r in found[0]["runs"]["now"]} == {20.0}
 
 
 def test_a_record_is_a_line_of_the_list(monkeypatch, tmp_path) -> None:
