@@ -25,7 +25,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 MARGIN = 0.3  # nats
-INTERVAL = 25  # updates between two evaluations
+INTERVAL = 25  # updates between two evaluations, and before FIRST_LOOK none: looking took as long as training
+FIRST_LOOK = 400
 SEEDS = 3
 FIRST = "be5cd36"  # what every record is compared with
 CLOCKS = ("seconds", "cpu_seconds")  # of the wall; of all threads: on a busy machine the steadier one, with one thread
@@ -47,6 +48,11 @@ def train(folder: str, seed: int, target: float | None, overrides: list[str]) ->
     """One training to the target (None: this tree's own), or to its end. Uses what the oldest tree has, too."""
     from moe_lab import Trainer, load_config
 
+    class Late(Trainer):
+        def evaluate_if_due(self) -> None:
+            if self.step >= FIRST_LOOK:
+                super().evaluate_if_due()
+
     sparse = [f"training.eval_interval={INTERVAL}", "training.save_interval=1000000", f"training.seed={seed}"]
     rows: list[dict] = []
 
@@ -58,7 +64,7 @@ def train(folder: str, seed: int, target: float | None, overrides: list[str]) ->
         if row.get("validation_loss", target + 1) <= target:
             trainer.stop()
 
-    trainer = Trainer(load_config("configs/lab.yaml", overrides=[*sparse, *overrides]), folder, listeners=[listen])
+    trainer = Late(load_config("configs/lab.yaml", overrides=[*sparse, *overrides]), folder, listeners=[listen])
     begun = time.process_time()
     trainer.fit()
     last = next(row for row in reversed(rows) if "validation_loss" in row)
