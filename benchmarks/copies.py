@@ -3,7 +3,7 @@
     python -m benchmarks.copies          # makes in work/ what is missing there
     python -m benchmarks.copies fresh    # moves work/ aside first
 
-A copy has no outputs, folded answers, the code of claims hidden, and an order of its own for each question's options.
+A copy has no outputs, folded answers, claims and code that tells an answer hidden, and its own order of each question's options.
 work/solutions/ holds the same notebooks with the exercises solved, from the code in notebooks/solutions/NN.md.
 """
 
@@ -87,7 +87,7 @@ def copied(source: NotebookNode, path: Path) -> NotebookNode:
     copy = prepared(source)
     for cell in copy.cells:
         tags = cell.metadata.get("tags", [])
-        if cell.cell_type == "code" and "claims" in tags:
+        if cell.cell_type == "code" and {"answer", "claims"} & {*tags}:
             cell.metadata["jupyter"] = {"source_hidden": True}
         elif cell.cell_type == "markdown" and "answer" in tags:
             cell.source = folded(cell.source)

@@ -17,14 +17,14 @@ from moe_lab.show.front import is_interactive
 from moe_lab.train.record import write_atomically
 
 NO_GUESS = "I'd rather not guess"
-WAITING = "The notebook waits here for your choice. Interrupt (■) goes on without one. Then click on the next cell."
-# options may be longer than a line; ipywidgets gives a group of buttons no name for screen readers; Run All scrolls to the end,
-# and figures that are drawn above the question late push it out of sight again
+WAITING = "The notebook waits here for your choice. Interrupt (■) goes on without one."
+# options may be longer than a line; ipywidgets gives a group of buttons no name for screen readers; a button that goes takes the
+# keys' focus with it; Run All scrolls to the end, and figures that are drawn above the question late push it out of sight again
 GROUP = """<style>.moe-lab-options .jupyter-button {{white-space: normal; height: auto; text-align: left;
 line-height: 1.5; padding: 4px 10px}}</style><b>{question}</b><img hidden src="data:," alt="{question}" onerror="
 for (const ms of [300, 1000, 2000]) setTimeout(() => {{const box = this.closest('.moe-lab-options');
-if (!box) return; box.setAttribute('role', 'group'); box.setAttribute('aria-label', this.alt);
-box.scrollIntoView({{block: 'nearest'}})}}, ms)">"""
+if (!box) return; box.role = 'group'; box.ariaLabel = this.alt; box.scrollIntoView({{block: 'nearest'}});
+box.onclick = event => event.target.closest('button') && box.closest('.jp-Cell')?.nextElementSibling?.focus()}}, ms)">"""
 
 
 @dataclass(frozen=True, eq=False)
