@@ -97,6 +97,11 @@ REARRANGED = re.compile(
 )
 
 
+def made_shape(node: Any, place: int = 0) -> tuple[int, ...]:
+    """The shape of what an operation made."""
+    return tuple(node._input_metadata[place].shape)
+
+
 def uses(output: Tensor) -> Iterator[tuple[Tensor, Any, int, list[Any]]]:
     """Of the output's graph each leaf, who takes it, as which argument, and the nodes that rearrange it on the way there, the
     nearest to the leaf first. Nothing is read from the device."""

@@ -22,7 +22,7 @@ from ..during.tracking import all_innermost
 from ..during.watch import Watch
 from ..findings import Finding, grouped, several
 from ..random_state import RandomState
-from ..sampling import Waiting, tensor_kind
+from ..sampling import tensor_kind
 from . import structure
 from .data import check_data
 from .flow import check_train_eval
@@ -115,7 +115,7 @@ class Trial:
         self.model.zero_grad(set_to_none=True)
         self.batch, self.loss_fn, self.optimizers, self.spare = batch, loss_fn, optimizers, SPARE
         self.state = RandomState([*model.parameters(), *model.buffers()])
-        self.probe, self.listening = ForwardProbe(self.model, True, Waiting()), Listening(self.model)
+        self.probe, self.listening = ForwardProbe(self.model, True), Listening(self.model)
         self.heard = self.probe.heard
         self.heard.elements = sys.maxsize  # all logits: the loss is compared
 
@@ -269,7 +269,7 @@ def causality(trial: Trial) -> Finding | None:
 CHECKS: dict[str, Callable[[Trial], Iterable[Finding] | Finding | None]] = {
     "data": data,
     "gradients": silent_parts,
-    "what no optimizer holds": structure.outside_of_parameters,
+    "the loss's graph": structure.asked_by_loss,
     "orthogonal steps": structure.not_linear,
     "residual stream": lambda trial: trial.listening.scaled_copies(),
     "positions": lambda trial: trial.listening.positions(),

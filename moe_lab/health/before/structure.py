@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..during.probes import law_of, unmovable
-from ..during.reached import ADVICE, OUTSIDE, leaves, untaught
+from ..during.reached import asked, leaves, nodes, untaught
 from ..during.tracking import held_by, is_master, storage
 from ..findings import Finding, several
 from ..sampling import elements, plain, sample_positions
@@ -59,14 +59,11 @@ def stale(model: nn.Module, optimizers: Sequence[Optimizer]) -> Finding | None:
     return Finding("not_in_optimizer", "error", several(lost), message, advice, len(foreign), 0)
 
 
-def outside_of_parameters(trial: Any) -> Iterator[Finding]:
-    """Of the loss, where an optimizer is given."""
-    known = {id(p) for model in (trial.given, trial.model) for p in model.parameters()}
-    outside = [leaf for leaf in leaves(trial.loss) if id(leaf) not in known] if trial.optimizers else []
-    found = untaught(outside, trial.copies)
-    for severity in dict.fromkeys(found.values()):
-        names = several(list(found))
-        yield Finding("not_in_optimizer", severity, names, OUTSIDE.format(names=names), ADVICE, len(found), 0)
+def asked_by_loss(trial: Any) -> list[Finding]:
+    """By its graph; what lies outside of the model's parameters, where an optimizer is given."""
+    graph, known = nodes(trial.loss), {id(p) for model in (trial.given, trial.model) for p in model.parameters()}
+    outside = [leaf for leaf in leaves(graph) if id(leaf) not in known] if trial.optimizers else []
+    return [*untaught(outside, trial.copies), *asked(graph)]
 
 
 def copied(model: nn.Module, optimizers: Sequence[Optimizer]) -> set[str]:

@@ -10,9 +10,7 @@ from torch.func import functional_call
 
 from ..choices import Taken
 from ..random_state import RandomState
-from ..sampling import Waiting
 from ..torch_private import fan_ins, is_elsewhere, uncompiled
-from .aims import Aims
 from .heard import Heard, tensors_of
 from .listener import Hook, Listener
 
@@ -29,7 +27,7 @@ class ForwardProbe(Listener):
     where = "the forward pass"
     what = "forward passes are no longer listened to: the first loss and missing gradients are judged by less"
 
-    def __init__(self, model: nn.Module, is_new: bool, waiting: Waiting):
+    def __init__(self, model: nn.Module, is_new: bool):
         super().__init__()
         self.model = model
         self.inputs: tuple[tuple, dict] | None = None
@@ -54,7 +52,7 @@ class ForwardProbe(Listener):
         self.vocab_size = self.table and self.table.num_embeddings
         head = head_of(model, self.table)
         self.head = head if is_new else None  # a trained model's variance says nothing about a first loss
-        self.heard, self.aims = Heard(model, self.table, head), Aims(model, waiting)
+        self.heard = Heard(model, self.table, head)
 
     def hooks(self, hook: Callable) -> Iterator[Any]:
         yield self.model.register_forward_pre_hook(hook(self.keep_inputs), with_kwargs=True)
@@ -63,7 +61,6 @@ class ForwardProbe(Listener):
         if self.table is not None:
             yield self.table.register_forward_pre_hook(hook(self.keep_ids))
             yield from self.heard.hooks(hook)
-        yield from self.aims.hooks(hook)
         for module in (m for m in (self.model, self.head) if m is not None):  # a compiled one may have no len()
             yield module.register_forward_hook(hook(self.keep_fan_ins))
         modules = [] if any(map(is_elsewhere, self.model.modules())) else self.model.modules()

@@ -64,6 +64,7 @@ class Outside(Listener):
 
     def look(self, tracked: Sequence[Tracked], step: int, n_seen: int, longest: int) -> None:
         """At what no pass shows."""
+        self.reached.judge()
         self.copies.look(self.model, tracked, step, n_seen)
         if self.positions is None:
             self.positions = rough_positions(self.model, longest)

@@ -1,6 +1,7 @@
-"""Leaves of a loss's graph that the model's `parameters()` do not hold: does anybody move them?"""
+"""What a loss's graph tells: leaves that the model's `parameters()` do not hold, and how the outputs are held against targets."""
 
 import gc
+import math
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..findings import Finding, several
 from ..sampling import WHOLE, Waiting, plain
+from ..torch_private import REARRANGED, made_shape
 from .forward import is_sharded
 from .heard import tensors_of
 from .tracking import held_by
@@ -24,16 +27,64 @@ ADVICE = (
 )
 
 
-def leaves(root: Tensor) -> Iterator[Tensor]:
-    """What could be trained by this number: a single number without a module, too, but no batch that gradients are asked of."""
-    waiting, seen = [root.grad_fn], {None}
+# what squashes, and which losses do so themselves
+SQUASHES = {"SoftmaxBackward0": "a softmax", "SigmoidBackward0": "a sigmoid"}
+SQUASHING = {"LogSoftmaxBackward0", "BinaryCrossEntropyWithLogitsBackward0"}
+DIFFERENCES = {f"{name}Backward0" for name in ("Sub", "MseLoss", "SmoothL1Loss", "HuberLoss")}
+FEWEST = 8  # outputs that meet as many targets by more than accident
+LOGITS = "give cross-entropy and BCE-with-logits the logits themselves; keep softmax and sigmoid for predictions"
+SHAPES = "compare the shapes in the loss: (B,) beside (B, 1) makes (B, B), each output beside every target"
+
+
+def nodes(root: Tensor) -> list[Any]:
+    """Of a number's graph, the nearest first."""
+    waiting, seen = [root.grad_fn], {None: None}
     while waiting and len(seen) < MOST:
         if (node := waiting.pop()) not in seen:
-            seen.add(node)
+            seen[node] = None
             waiting += (inner for inner, _ in node.next_functions)
-            leaf = getattr(node, "variable", None)
-            if leaf is not None and (isinstance(leaf, nn.Parameter) or leaf.numel() == 1):
-                yield leaf
+    return list(seen)[1:]
+
+
+def leaves(graph: Sequence[Any]) -> Iterator[Tensor]:
+    """What could be trained by it: a single number without a module, too, but no batch that gradients are asked of."""
+    for leaf in filter(torch.is_tensor, (getattr(node, "variable", None) for node in graph)):
+        if isinstance(leaf, nn.Parameter) or leaf.numel() == 1:
+            yield leaf
+
+
+def asked(graph: Sequence[Any]) -> Iterator[Finding]:
+    """Of outputs: a softmax or sigmoid that the loss makes again, and one target for all of them."""
+    if squashes := next(filter(None, map(squashed, graph)), ""):
+        message = f"{squashes} comes before a loss that makes another one: it cannot come near zero, and hardly teaches"
+        yield Finding("squashed_twice", "warning", "loss", message, LOGITS)
+    if n := next(filter(None, map(n_crossed, graph)), 0):
+        message = f"each of {n} outputs is held against all of {n} targets: the loss can teach their mean alone"
+        yield Finding("shared_target", "warning", "loss", message, SHAPES, n, 1)
+
+
+def squashed(node: Any) -> str:
+    """What squashes the input of a loss that does so itself, but for rearrangements and casts."""
+    if node.name() not in SQUASHING:
+        return ""
+    inner = node.next_functions[0][0]
+    while inner and REARRANGED.fullmatch(inner.name()):
+        inner = inner.next_functions[0][0]
+    return SQUASHES.get(inner.name(), "") if inner else ""
+
+
+def n_crossed(node: Any) -> int:
+    """N of outputs (N,) or (N, 1) that become (N, N) beside numbers without a graph, and nobody put a dimension there."""
+    given = [(inner, place) for inner, place in node.next_functions if inner]
+    if node.name() not in DIFFERENCES or len(given) != 1 or len(node.next_functions) != 2:
+        return 0
+    inner, place = given[0]
+    wide = made_shape(node)
+    if inner.name() == "ExpandBackward0":
+        wide, (inner, place) = made_shape(inner), inner.next_functions[0]
+    n = wide[0] if len(wide) == 2 and wide[0] == wide[1] else 0
+    is_meant = inner.name() == "UnsqueezeBackward0" or hasattr(inner, "variable")
+    return n if n >= FEWEST and math.prod(made_shape(inner, place)) == n and not is_meant else 0
 
 
 def alive(kind: type) -> list:
@@ -41,9 +92,9 @@ def alive(kind: type) -> list:
     return [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
 
 
-def untaught(tensors: Sequence[Tensor], copies: Mapping[int, Any] = MappingProxyType({})) -> dict[str, str]:
-    """Those that no optimizer of the process holds, nor what they are `copies` of, by the module that has them → severity: an info
-    where all of these modules are in evaluation mode, as a network is that judges and is not trained."""
+def untaught(tensors: Sequence[Tensor], copies: Mapping[int, Any] = MappingProxyType({})) -> list[Finding]:
+    """Those that no optimizer of the process holds, nor what they are `copies` of, by the module that has them: an info where all
+    of these modules are in evaluation mode, as a network is that judges and is not trained."""
     held = held_by(alive(Optimizer)) if tensors else []
     held = {id(copies.get(id(p), p)) for p in held}
     names, trains = {id(t): "a tensor" for t in tensors if id(t) not in held}, False
@@ -52,9 +103,10 @@ def untaught(tensors: Sequence[Tensor], copies: Mapping[int, Any] = MappingProxy
             if id(value) in names:
                 names[id(value)] = f"{type(module).__name__}.{key}"
                 trains |= module.training
-    trains |= "a tensor" in names.values()
-    told = [f"{names[id(t)]} {tuple(t.shape)}" for t in tensors if id(t) in names]
-    return dict.fromkeys(told, "error" if trains else "info")
+    severity = "error" if trains or "a tensor" in names.values() else "info"
+    told = list(dict.fromkeys(f"{names[id(t)]} {tuple(t.shape)}" for t in tensors if id(t) in names))
+    message = OUTSIDE.format(names=several(told)) if told else ""
+    return [Finding("not_in_optimizer", severity, several(told), message, ADVICE, len(told), 0)] if told else []
 
 
 class Reached:
@@ -62,9 +114,9 @@ class Reached:
 
     def __init__(self, model: nn.Module, waiting: Waiting):
         self.model, self.waiting = model, waiting
-        self.n, self.next, self.has_heard = 0, 1, False
+        self.n, self.next, self.has_heard, self.has_loss = 0, 1, False, False
         self.seen: dict[int, tuple[weakref.ref, Tensor, int]] = {}  # leaf, what it was, and before which update
-        self.told: dict[str, str] = {}
+        self.found: list[Finding] = []
 
     def answered(self, module: nn.Module, args: tuple, output: Any) -> None:
         for tensor in () if self.has_heard else tensors_of(output):
@@ -79,18 +131,20 @@ class Reached:
                 self.look(loss)
 
     def look(self, root: Tensor) -> None:
+        graph = nodes(root) if root.requires_grad else []
+        self.has_loss |= bool(graph) and root.numel() == 1
+        self.found += asked(graph)
         known = {id(p) for p in self.model.parameters()} | self.seen.keys()
-        for leaf in leaves(root) if root.requires_grad and not is_sharded(self.model) else ():
+        for leaf in leaves(graph) if not is_sharded(self.model) else ():
             if id(leaf) not in known:
                 sample = plain(leaf.detach()).flatten()[:WHOLE].clone()
                 self.seen[id(leaf)] = weakref.ref(leaf), sample, self.waiting.update
 
-    def untaught(self) -> dict[str, str]:
-        """Of those that were seen some updates ago: what gets a gradient, and is what it was."""
+    def judge(self) -> None:
+        """Those that were seen some updates ago: what gets a gradient, and is what it was."""
         due = [key for key, (_, _, update) in self.seen.items() if self.waiting.update - update >= LEAST]
         still = []
         for leaf, then in [(reference(), then) for reference, then, _ in map(self.seen.pop, due)]:
             is_taught = leaf is not None and leaf.grad is not None
             still += [leaf] if is_taught and torch.equal(plain(leaf.detach()).flatten()[:WHOLE], then) else []
-        self.told |= untaught(still)
-        return self.told
+        self.found += untaught(still)

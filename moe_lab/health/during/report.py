@@ -157,6 +157,10 @@ def unchecked(state: State) -> dict[str, str]:
         told["learning rates that are too low"] = "the model was trained before"
     if state.events.n_observed and state.expected_start is None:
         told["the first loss"] = "no head over the vocabulary was heard in an untrained model"
+    if not state.outside.reached.has_loss:
+        told["how outputs are held against targets"] = (
+            "no loss was observed that still has its graph: observe(loss=loss)"
+        )
     if not state.events.looks:
         told["the order of zero_grad, backward and step"] = "no tensor that is whole and trained could be listened to"
     told |= state.forward.untried

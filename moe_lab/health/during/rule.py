@@ -51,5 +51,11 @@ def rule(message: str, advice: str, *, severity: str = "") -> Callable[[Callable
     return lambda when: Rule(when.__name__, severity or RULES[when.__name__][0], when, message, advice)
 
 
+def found_in(state: State, name: str) -> Ill:
+    """What was found under this rule in the batches and in the graphs that were heard."""
+    found = [*state.forward.heard.found, *state.outside.reached.found]
+    return {f.where: f.to_dict() for f in found if f.rule == name}
+
+
 def by_kind(tensors: Iterable[Tracked]) -> dict[str, list[Tracked]]:
     return grouped(tensors, attrgetter("kind"))

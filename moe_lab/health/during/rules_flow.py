@@ -10,18 +10,13 @@ from ..findings import grouped
 from ..tokens import REPEATED
 from .causal import future_leak
 from .repeats import SEEDED
-from .rule import Ill, Rule, rule
+from .rule import Ill, Rule, found_in, rule
 from .state import MODES, State
 
 OFF, SETTLED, LATEST = 1.0, 50, 3  # deviations or doublings; updates before they are judged; looks, 5 updates apart
 START_LEFT = 0.1  # share of the first statistics that the budget leaves
 UNEVEN = 2.0  # a token's weight over that of another in the same update
 SAME_MEANS = 1.05  # … while the micro-batches' own weights are this much the same
-
-
-def heard(state: State, name: str) -> Ill:
-    """What is found under the rule of this name in the batches that were heard."""
-    return {f.where: f.to_dict() for f in state.forward.heard.found if f.rule == name}
 
 
 def leaks(state: State) -> Ill:
@@ -67,23 +62,6 @@ def differs_by_mode(module: nn.Module) -> bool:
 
 
 @rule(
-    "{names}: in each of {value} passes all rows are held against one target, another one in each: the loss can teach their mean alone",
-    "compare the shapes in the loss: (B,) beside (B, 1) makes (B, B), each output beside every target; or each batch has one label",
-)
-def shared_target(state: State) -> Ill:
-    return {name: {"value": n, "limit": 0} for name, n in state.forward.aims.shared().items()}
-
-
-@rule(
-    "{names}: {squash} comes before a loss that makes another one ({value} passes): it cannot come near zero, and hardly teaches",
-    "give cross-entropy and BCE-with-logits the logits themselves; keep softmax and sigmoid for predictions",
-)
-def squashed_twice(state: State) -> Ill:
-    told = state.forward.aims.twice()
-    return {name: {"value": n, "limit": 0, "squash": squash} for name, (squash, n) in told.items()}
-
-
-@rule(
     "{value:.0%} of the last batches had come a short while before, though none did at first",
     "look for a worker or shard that has come to its end and starts over, a buffer that is not filled again, or a sampler made anew",
 )
@@ -111,6 +89,8 @@ EVALUATING = "{n} modules would compute otherwise in training, and updates are m
 TRAIN = "call model.train() after each evaluation, and before the first update"
 
 ASKED = (
+    "shared_target",
+    "squashed_twice",
     "constant_tokens",
     "random_tokens",
     "repeated_data",
@@ -134,8 +114,6 @@ RULES = (
     Rule("evaluation_mode", "warning", partial(evaluating, has_trained=False), EVALUATING, TRAIN),
     repeated_data,
     Rule("repeated_data", "warning", same_noise, SAME, ONCE),
-    shared_target,
-    squashed_twice,
     mode_mismatch,
-    *(Rule(name, SAID[name][0], partial(heard, name=name)) for name in ASKED),
+    *(Rule(name, SAID[name][0], partial(found_in, name=name)) for name in ASKED),
 )

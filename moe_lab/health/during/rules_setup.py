@@ -1,6 +1,7 @@
 """Rules about who is updated at all: optimizers, frozen parts, and who is decayed. They are asked at the start, too."""
 
 from collections import Counter
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -8,9 +9,8 @@ from torch import Tensor, nn
 from ..before import structure
 from ..before.preflight import plan_of
 from ..sampling import plain
-from . import reached
 from .forward import unwrapped
-from .rule import Ill, Rule, by_kind, rule
+from .rule import Ill, Rule, by_kind, found_in, rule
 from .state import State
 
 THAWED = 2  # looks at gradients, five updates apart: a loop may add the group a little later
@@ -28,12 +28,6 @@ def not_in_optimizer(state: State) -> Ill:
     trainable = [t for t in trainable if t.name not in state.copied or t.with_gradient]
     thawed = [t for t in trainable if t.is_late and t.with_gradient >= THAWED]  # frozen on purpose no longer
     return by_kind(t for t in trainable if t in thawed or t.name not in state.frozen_on_purpose)
-
-
-def outside_of_parameters(state: State) -> Ill:
-    """Those that get gradients, and that nobody moves: known after the first updates."""
-    found = state.outside.reached.untaught() if state.n_seen else {}
-    return {name: {"value": len(found), "limit": 0, "severity": severity} for name, severity in found.items()}
 
 
 @rule("{names} is in two optimizers and moves twice a step", "take it out of one of them")
@@ -107,7 +101,7 @@ def is_decay_rates(p: Tensor) -> bool:
 
 RULES = (
     not_in_optimizer,
-    Rule("not_in_optimizer", "error", outside_of_parameters, reached.OUTSIDE, reached.ADVICE),
+    Rule("not_in_optimizer", "error", partial(found_in, name="not_in_optimizer")),
     updated_twice,
     frozen_module,
     Rule("broken_tie", "warning", broken_tie),

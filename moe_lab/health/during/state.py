@@ -60,7 +60,7 @@ class State:
         self.is_changed = False  # since the check before
         self.copied = copied(model, optimizers)
         self.follow()
-        self.forward = ForwardProbe(model, not start_step, self.waiting)
+        self.forward = ForwardProbe(model, not start_step)
         self.outside = Outside(model, self.waiting)
 
     # ---- what happens ------------------------------------------------------------------------------------------------
