@@ -33,7 +33,8 @@ def desk(ward: Ward):
     wide = w.Layout(width="34em")
     style = {"description_width": "6em"}
     run = w.Dropdown(options=list(ward.patients), description="run", layout=wide, style=style)
-    says = w.Output(layout=w.Layout(max_height="26em", overflow="auto"))  # a long config pushes no note away
+    # a long config pushes no note away; the second one keeps a reading to compare with
+    says, kept = (w.Output(layout=w.Layout(max_height="26em", overflow="auto", flex="1 1 36em")) for _ in range(2))
     causes = [choice(w, name, [*sorted(CAUSES)], wide, style) for name in ("cause", "2nd cause")]
     cures = [choice(w, name, [*sorted(all_cures())], wide, style) for name in ("cure", "2nd cure")]
     evidence = w.SelectMultiple(
@@ -55,6 +56,10 @@ def desk(ward: Ward):
         for what, (minutes, does) in PRICES.items()
     ]
     config = button("config · free", lambda: ward.config(run.value), "the file that the run was started with")
+    keep = w.Button(
+        description="keep this reading in view", tooltip="until this is pressed again", layout=config.layout
+    )
+    keep.on_click(lambda _: setattr(kept, "outputs", says.outputs))
 
     def note() -> None:
         values = [[one.value for one in both if one.value != NONE] for both in (causes, cures)]
@@ -75,7 +80,8 @@ def desk(ward: Ward):
 
     begin(None)
     run.observe(begin, "value")
-    return w.VBox([run, w.HBox([config, *orders], layout=w.Layout(flex_flow="row wrap")), says, notes])
+    wrapped = w.Layout(flex_flow="row wrap")
+    return w.VBox([run, w.HBox([config, *orders, keep], layout=wrapped), w.HBox([says, kept], layout=wrapped), notes])
 
 
 def so_far(ward: Ward, run: str) -> str:

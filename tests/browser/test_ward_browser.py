@@ -1,4 +1,5 @@
-"""The desk of the ward in a real JupyterLab: a look is ordered, a mistake is told, a note is written down and scored."""
+"""The desk of the ward in a real JupyterLab: a look is ordered, another one kept beside it, a mistake is told, a note is
+written down and scored."""
 
 from pathlib import Path
 
@@ -44,6 +45,14 @@ def test_a_look_a_note_and_a_score(tmp_path: Path) -> None:
         place = below.bounding_box()["y"]
         press(page, "config · free", "vocab_size")
         assert below.bounding_box()["y"] < place + 450  # a config of 70 lines scrolls, and the note stays in sight
+        press(page, "tokens · paid", "paid already")
+        page.click("button.jupyter-button:has-text('keep this reading')")
+        run.select_option("run 3")
+        press(page, "tokens · 1 min", "run 3, tokens: 1 min")
+        shown = page.locator(".jp-OutputArea-output:visible").all_inner_texts()
+        page.screenshot(path=tmp_path / "beside.png", full_page=True)
+        assert [text[:13] for text in shown if text.startswith("run ")][-2:] == ["run 3, tokens", "run 2, tokens"]
+        run.select_option("run 2")
         cause.select_option("experts collapsed")
         page.locator(".widget-select-multiple select, .widget-select select").first.select_option(["tokens"])
         cure.select_option("a balancing that acts")
