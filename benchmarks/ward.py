@@ -90,7 +90,7 @@ class WrongSign(Router):
     def forward(self, tokens: Tensor) -> Routing:
         logits = self.mlp(tokens)
         expert_ids = (logits + self.bias).topk(self.top_k, dim=-1).indices
-        routing = Routing(logits.gather(1, expert_ids).softmax(dim=-1), expert_ids, logits, logits.new_zeros(()))
+        routing = Routing(logits.gather(1, expert_ids).softmax(dim=-1), expert_ids, logits)
         if self.training and len(tokens):
             with torch.no_grad():
                 self.bias += 0.02 * (routing.load() - 1 / len(self.bias)).sign()

@@ -58,7 +58,6 @@ class ModelConfig:
     moe_top_k: Count = 2  # experts that a token is sent to
     d_ff_expert: Count = 256  # hidden width of one expert
     moe_router_hidden: CountOrZero = 128  # hidden width of the MLP router; 0: a linear router
-    moe_capacity_factor: Positive | None = None  # cap of tokens over the even share; None: no drops
     moe_balance_weight: NonNegative = 0.01  # weight of the load-balance loss, summed over layers
     moe_z_weight: NonNegative = 0.001  # weight of the router z-loss, summed over layers
     mod_enabled: bool = False  # Mixture-of-Depths around every sublayer

@@ -59,19 +59,6 @@ def test_two_sequences_of_a_batch_do_not_meet(name: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["moe", "all"])
-def test_expert_capacity_does_not_reach_evaluation(name: str) -> None:
-    model = model_with(name, moe_capacity_factor=0.5).eval()
-    ids = random_ids(1, 12)
-    before = all_logits(model, ids)
-    for position in range(12):
-        after = all_logits(model, changed_from(ids, position))
-        assert torch.equal(after[:, :, :position], before[:, :, :position])
-    assert not any(routing.drop_rate for routing in model(ids).routing)
-    assert any(routing.drop_rate for routing in model.train()(ids).routing)  # this capacity does bind
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_cached_steps_are_causal(name: str) -> None:
     model, ids = model_with(name).eval(), random_ids(3, 12)

@@ -20,7 +20,7 @@ EVERY_FIELD = """
 model: {vocab_size: 300, d_model: 24, n_layers: 5, n_heads: 4, n_kv_heads: 4, head_dim: 10, d_ff: 40, max_seq_len: 9,
   rope_theta: 500.0, norm_eps: 0.01, dropout: 0.3, init_std: 0.5, zero_init_output: true, moe_layers: [4, 1],
   n_experts: 3, moe_top_k: 1,
-  d_ff_expert: 16, moe_router_hidden: 0, moe_capacity_factor: 1.5, moe_balance_weight: 0.2, moe_z_weight: 0.3,
+  d_ff_expert: 16, moe_router_hidden: 0, moe_balance_weight: 0.2, moe_z_weight: 0.3,
   mod_enabled: true, mod_capacity_factor: 0.4, mod_router_hidden: 6, mod_predictor_weight: 0.6, mamba_enabled: true,
   mamba_layers: [0], ssm_state_dim: 3, mamba_expand: 4, mamba_d_conv: 5, mamba_dt_rank: 6,
   n_pred_tokens: 3, aux_loss_weights: [1, 0.25, 0]}
@@ -52,7 +52,7 @@ def test_every_field_arrives_and_survives_a_round_trip(tmp_path: Path) -> None:
 
 
 def test_a_stored_config_may_hold_a_field_that_is_gone_at_what_is_done_now(tmp_path: Path) -> None:
-    assert from_dict({"model": {"mamba_kernel": "torch"}}) == Config()
+    assert from_dict({"model": {"mamba_kernel": "torch", "moe_capacity_factor": None}}) == Config()
     with refused(ConfigError, match="unknown key model.mamba_kernel"):
         from_dict({"model": {"mamba_kernel": "mamba_ssm"}})
 

@@ -30,7 +30,7 @@ def test_caches_change_nothing(name: str, length: int) -> None:
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_a_prompt_in_one_pass_is_the_prompt_step_by_step(name: str, batch: int) -> None:
     """The same logits, and caches from which the same tokens follow; whatever the mode."""
-    model, ids = model_with(name, moe_capacity_factor=0.2), random_ids(batch, 52)
+    model, ids = model_with(name), random_ids(batch, 52)
     slowly = cached_logits(model, ids)
     torch.testing.assert_close(slowly, model.eval()(ids).logits, atol=1e-5, rtol=1e-5)
     model.train()
@@ -148,8 +148,8 @@ def test_a_text_is_continued(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_evaluation_is_what_generates_and_no_mode_is_touched(training: bool, monkeypatch) -> None:
-    """In training, the capacity would drop tokens. Another thread may be training the model meanwhile."""
-    model = model_with("all", dropout=0.5, moe_capacity_factor=0.2)
+    """In training, MoD chooses otherwise, and units are dropped. Another thread may be training the model meanwhile."""
+    model = model_with("all", dropout=0.5)
     prompt = random_ids(6, 5)
     expected = model.eval().generate(prompt, 8, temperature=0)
     model.train(training)

@@ -32,6 +32,7 @@ from moe_lab.data.prepare import CACHE
 from moe_lab.failures.bugs import planted
 from moe_lab.failures.results import RESULTS, Results, load_results, provenance
 from moe_lab.optim.rounding import Remedy
+from moe_lab.sections import GONE
 from moe_lab.train import RunError, Trainer, read_record
 from moe_lab.train.evaluate import evaluate
 from moe_lab.train.record import write_atomically
@@ -40,7 +41,6 @@ SEEDS = (0, 1, 2)
 FORMAT = 1  # raise it whenever the same cell would give other numbers
 # fields that came later, at the value that changes nothing: runs of before keep their keys
 LATER = {("model", "zero_init_output"): False, ("training", "compile"): False}
-GONE = {"mamba_kernel": "torch"}  # fields that `model` had then, at the value that all runs had
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Cell(Arm):
     def key(self) -> str:
         """A hash of what the row is computed from."""
         config = to_dict(self.config)
-        config["model"] |= GONE
+        config["model"] |= GONE  # all runs had these values
         for (section, name), before in LATER.items():
             if config[section][name] == before:
                 del config[section][name]

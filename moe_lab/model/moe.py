@@ -2,7 +2,6 @@
 
 # Shapes: B batch, T time, D d_model, F d_ff_expert, N = B*T tokens, E experts, K experts a token, S = N*K slots.
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -24,16 +23,15 @@ class Routing(NamedTuple):
     weights: Tensor  # (N, K), each row sums to 1
     expert_ids: Tensor  # (N, K) int64
     logits: Tensor  # (N, E) float32
-    drop_rate: Tensor  # (), share of slots dropped for want of capacity
 
     def load(self) -> Tensor:
-        """(E,) float32: share of the slots that the router sent to each expert, before any drop; sums to 1."""
+        """(E,) float32: share of the slots that the router sent to each expert; sums to 1."""
         n_experts = self.logits.shape[-1]
         return F.one_hot(self.expert_ids, n_experts).float().mean(dim=(0, 1))
 
     def of(self, rows: Tensor) -> "Routing":
         """The routing of the tokens where `rows` (N,) bool is true."""
-        return Routing(self.weights[rows], self.expert_ids[rows], self.logits[rows], self.drop_rate)
+        return Routing(*(values[rows] for values in self))
 
 
 class Router(nn.Module):
@@ -49,20 +47,18 @@ class Router(nn.Module):
         """(N, D) → Routing; weights are float32."""
         logits = self.mlp(tokens)  # (N, E)
         kept, expert_ids = logits.topk(self.top_k, dim=-1)  # (N, K), (N, K)
-        return Routing(kept.softmax(dim=-1), expert_ids, logits, logits.new_zeros(()))
+        return Routing(kept.softmax(dim=-1), expert_ids, logits)
 
 
 class MoE(nn.Module):
-    """Every token goes to its K best experts; their outputs are summed with the router's weights. With a capacity
-    factor, in training only, an expert takes at most factor · N · K / E slots (rounded up), earlier tokens first;
-    `drop_rate` is the rest (Fedus et al. 2021, sec. 2.2, https://arxiv.org/abs/2101.03961)."""
+    """Every token goes to its K best experts, however many have chosen the same; their outputs are summed with the
+    router's weights."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         d_model = config.d_model
         d_ff = config.d_ff_expert
         self.n_experts = config.n_experts
-        self.capacity_factor = config.moe_capacity_factor
         self.router = Router(config)
         self.gate_proj = nn.Parameter(torch.empty(self.n_experts, d_ff, d_model))
         self.up_proj = nn.Parameter(torch.empty(self.n_experts, d_ff, d_model))
@@ -75,9 +71,6 @@ class MoE(nn.Module):
         expert_ids = routing.expert_ids  # where a slot goes nowhere, its id becomes E
         if keep is not None:
             expert_ids = expert_ids.masked_fill(~keep.flatten().unsqueeze(1), self.n_experts)
-        if self.capacity_factor and self.training:
-            expert_ids = self.drop_overflow(expert_ids)
-            routing = routing._replace(drop_rate=(expert_ids == self.n_experts).float().mean())
         y = self.experts(tokens, expert_ids, routing.weights)
         if keep is not None:
             routing = routing.of(keep.flatten())
@@ -107,13 +100,6 @@ class MoE(nn.Module):
         rows = tokens[slots // expert_ids.shape[1]]
         y = self.swiglu(rows, ends)
         return torch.empty_like(y).index_copy_(0, slots, y)
-
-    def drop_overflow(self, expert_ids: Tensor) -> Tensor:
-        """Send the slots beyond an expert's capacity nowhere (id E); among equals the earlier token stays."""
-        capacity = math.ceil(self.capacity_factor * expert_ids.numel() / self.n_experts)
-        taken = F.one_hot(expert_ids.flatten(), self.n_experts + 1)  # (S, E + 1)
-        rank = (taken.cumsum(dim=0) * taken).sum(dim=1).view_as(expert_ids)  # 1 for an expert's first slot
-        return expert_ids.masked_fill(rank > capacity, self.n_experts)
 
     def experts(self, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         """Sum over K of weight · SwiGLU_expert(token): (N, D), (N, K) with id E for nowhere, (N, K) → (N, D)."""

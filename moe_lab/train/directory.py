@@ -35,8 +35,7 @@ GIVEN_WINS = {
     *("log_interval", "eval_interval", "save_interval", "keep_checkpoints", "device", "activation_checkpointing"),
 }
 NOT_ARCHITECTURE = {
-    *("dropout", "init_std", "moe_capacity_factor"),
-    *("moe_balance_weight", "moe_z_weight", "mod_predictor_weight", "aux_loss_weights"),
+    *("dropout", "init_std", "moe_balance_weight", "moe_z_weight", "mod_predictor_weight", "aux_loss_weights"),
 }
 
 

@@ -147,7 +147,7 @@ class Trainer:
             group["lr"] = share * group["initial_lr"]
         deviation = self.readings.norm_deviation()
         means: dict[str, Tensor] = {}
-        loads: list[list[tuple[Tensor, Tensor]]] = []  # of each micro-batch, of each MoE layer
+        loads: list[list[Tensor]] = []  # of each micro-batch, of each MoE layer
         batches = self.micro_batches()
         n_micro = len(batches)
         for ids in batches:
@@ -160,7 +160,7 @@ class Trainer:
                 (sum(terms.values()) / n_micro).backward()
             for name, term in terms.items():
                 means[name] = means.get(name, 0.0) + term.detach() / n_micro
-            loads.append([(routing.load(), routing.drop_rate.detach()) for routing in routings])
+            loads.append([routing.load() for routing in routings])
         grad_norm = self.clip()
         for optimizer in self.optimizers:
             optimizer.step()

@@ -31,14 +31,12 @@ class Readings:
         apart = torch._foreach_sub([p.detach().float() for p in self.norms], 1.0)
         return torch.stack(torch._foreach_norm(apart, math.inf)).max()
 
-    def add(self, report: Report, loads: list[list[tuple]], deviation: Tensor, seconds: float) -> None:
+    def add(self, report: Report, loads: list[list[Tensor]], deviation: Tensor, seconds: float) -> None:
         """Keep a step as a record row whose numbers are still tensors. `loads`: of each micro-batch, of each MoE layer the
-        share of slots that each expert got, (E,), and the share that was dropped."""
-        layers = list(zip(*loads, strict=True))
+        share of slots that each expert got, (E,)."""
         row = {"step": report.step, "tokens": report.tokens, "loss": None, "losses": report.losses, "lr": report.lr}
         row |= {"grad_norm": report.grad_norm, "norm_deviation": deviation}
-        row["expert_load"] = [torch.stack([load for load, _ in layer]).mean(0) for layer in layers]
-        row["drop_rate"] = [torch.stack([drops for _, drops in layer]).mean(0) for layer in layers]
+        row["expert_load"] = [torch.stack(layer).mean(0) for layer in zip(*loads, strict=True)]
         self.waiting.append(row | {"seconds": seconds})
 
     def fetch(self) -> list[dict]:
@@ -55,8 +53,6 @@ class Readings:
         rows = tree_map_only(Tensor, fetched, waiting)
         for row in rows:
             row["loss"] = sum(row["losses"].values())
-            if not any(row["drop_rate"]):
-                del row["drop_rate"]
         return rows
 
     def gathered(self, numbers: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ def draw_router(differ: float, **logits: float) -> tuple[Figure, str, str]:
     n_experts, n_tokens = len(logits), 400
     noise = torch.randn(n_tokens, n_experts, generator=torch.Generator().manual_seed(0))
     scores = torch.tensor(list(logits.values())) + differ * noise  # (N, E)
-    routing = Routing(torch.full((n_tokens, 2), 0.5), scores.topk(2).indices, scores, torch.zeros(()))
+    routing = Routing(torch.full((n_tokens, 2), 0.5), scores.topk(2).indices, scores)
     load, prob = routing.load(), scores.softmax(dim=-1).mean(dim=0)
     balance = load_balancing_loss(routing).item()
     figure = new_figure(8, 3)

@@ -82,7 +82,7 @@ def test_balance_loss_is_theirs_over_k(n_experts: int, top_k: int) -> None:
         logits = (normal(50, n_experts, seed=top_k) * 2).requires_grad_()
         if use_ours:
             kept, ids = logits.topk(top_k)
-            loss = top_k * load_balancing_loss(Routing(kept.softmax(-1), ids, logits, torch.zeros(())))
+            loss = top_k * load_balancing_loss(Routing(kept.softmax(-1), ids, logits))
         else:
             loss = load_balancing_loss_func((logits,), n_experts, top_k)
         loss.backward()
