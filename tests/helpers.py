@@ -85,7 +85,7 @@ def caches_of(model: nn.Module, batch: int, length: int) -> list:
 def cached_logits(model: nn.Module, ids: Tensor) -> Tensor:
     """The logits of each token of (B, T), one token a step: (B, T, V)."""
     caches = caches_of(model, *ids.shape)
-    return torch.stack([step(model, ids[:, t : t + 1], t, caches) for t in range(ids.shape[1])], dim=1)
+    return torch.stack([step(model, ids[:, t : t + 1], caches) for t in range(ids.shape[1])], dim=1)
 
 
 def random_ids(*shape: int, seed: int = 0, vocab_size: int = BASE.vocab_size) -> Tensor:

@@ -79,7 +79,7 @@ def test_what_lies_ahead_in_the_cache_is_not_read() -> None:
         cache.kept.fill_(True)
     for t in range(6):
         token = ids[:, t : t + 1]
-        assert torch.equal(step(model, token, t, dirty), step(model, token, t, clean))
+        assert torch.equal(step(model, token, dirty), step(model, token, clean))
 
 
 @torch.no_grad()

@@ -118,7 +118,7 @@ def test_one_token_a_step_follows_the_same_rule_in_either_mode(training: bool) -
     expected, _, reports = block.eval()(x)
     asked = [report.predicted.flatten() > 0 for report in reports]
     cache = block.seq_layer.new_cache(8, 1, torch.device("cpu"), torch.float32)
-    torch.testing.assert_close(block.train(training).step(x, 0, cache), expected)
+    torch.testing.assert_close(block.train(training).step(x, cache), expected)
     assert torch.equal(cache.kept[:, 0], asked[0]) and asked[0].any() and not asked[0].all()
 
 

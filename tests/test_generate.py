@@ -36,8 +36,8 @@ def test_a_prompt_in_one_pass_is_the_prompt_step_by_step(name: str, batch: int) 
     model.train()
     for length in (*range(1, 20), 31, 32, 33, 47, 48):
         caches = caches_of(model, batch, 52)
-        logits = [step(model, ids[:, :length], 0, caches)]
-        logits += [step(model, ids[:, t : t + 1], t, caches) for t in range(length, length + 4)]
+        logits = [step(model, ids[:, :length], caches)]
+        logits += [step(model, ids[:, t : t + 1], caches) for t in range(length, length + 4)]
         expected = slowly[:, length - 1 : length + 4]
         torch.testing.assert_close(torch.stack(logits, dim=1), expected, atol=1e-5, rtol=1e-5)
 
@@ -52,7 +52,7 @@ def test_the_state_of_mamba_does_not_grow(name: str) -> None:
         states = [state for cache in caches for state in (cache if isinstance(cache, list) else [cache])]
         shapes = [tensor.shape for state in states for tensor in state]
         for t in range(length):
-            step(model, random_ids(2, 1, seed=t), t, caches)
+            step(model, random_ids(2, 1, seed=t), caches)
         assert [tensor.shape for state in states for tensor in state] == shapes
         assert all(tensor.any() for state in states for tensor in state)  # and it is used
         sizes.append(sum(shape.numel() for shape in shapes))

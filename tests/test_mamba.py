@@ -127,7 +127,7 @@ def test_one_token_a_step_gives_the_same(length: int, changes: dict) -> None:
     block = new_block(**changes)
     x = normal(3, length, 16)
     cache = block.new_cache(3, length, x.device, x.dtype)
-    steps = [block.step(x[:, t : t + 1], None, None, t, cache) for t in range(length)]
+    steps = [block(x[:, t : t + 1], cache=cache)[0] for t in range(length)]
     torch.testing.assert_close(torch.cat(steps, dim=1), block(x)[0], atol=1e-5, rtol=1e-5)
 
 
@@ -136,12 +136,12 @@ def test_a_skipped_token_does_not_touch_the_state() -> None:
     block, x = new_block(), normal(3, 10, 16)
     keep = torch.rand(3, 10, generator=torch.Generator().manual_seed(1)) > 0.4
     cache = block.new_cache(3, 10, x.device, x.dtype)
-    steps = torch.cat([block.step(x[:, t : t + 1], None, keep[:, t : t + 1], t, cache) for t in range(10)], dim=1)
+    steps = torch.cat([block.recall(x[:, t : t + 1], keep[:, t : t + 1], cache) for t in range(10)], dim=1)
     for row in range(3):
         expected = block(x[row, keep[row]].unsqueeze(0))[0][0]
         torch.testing.assert_close(steps[row, keep[row]], expected, atol=1e-5, rtol=1e-5)
         before = [tensor[row].clone() for tensor in cache]
-        block.step(x[:, :1] * 5, None, torch.arange(3).unsqueeze(1) != row, 10, cache)
+        block.recall(x[:, :1] * 5, torch.arange(3).unsqueeze(1) != row, cache)
         assert all(torch.equal(tensor[row], old) for tensor, old in zip(cache, before, strict=True))
 
 

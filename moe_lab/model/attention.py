@@ -3,7 +3,7 @@
 # Shapes: B batch, T time, D d_model, H query heads, G key/value heads, R = H / G, C head_dim, S cached positions.
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +17,15 @@ BLOCK = 64  # queries whose scores are made at once on a CPU: they fit its cache
 SHORT = 512  # tokens up to which all probabilities are kept for the backward pass
 
 
-class KeyValueCache(NamedTuple):
+@dataclass
+class KeyValueCache:
     """What attention remembers of a sequence in generation. Filled in place; the rows that MoD skipped are no keys."""
 
     keys: Tensor  # (B, G, S, C), rotated
     values: Tensor  # (B, G, S, C)
     kept: Tensor  # (B, S) bool, with MoD; of the prompt, kept rows come first, then those skipped
     table: tuple[Tensor, Tensor]  # of `rotary`, all positions
+    n: int = 0  # positions that are filled
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -126,10 +128,10 @@ class Attention(nn.Module):
         )
         return Rotation.apply(q, *table), Rotation.apply(k, *table), v
 
-    def forward(self, x: Tensor, positions: Tensor, keep: Tensor | None = None) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor, positions: Tensor, keep: Tensor | None = None, cache=None) -> tuple[Tensor, None]:
         """x (B, T, D) in order of time, positions (B, T) int64 → (B, T, D), and no routing. A row sees itself and the
         rows before it, whatever their positions; `keep` is not needed, since rows that do not count come last."""
-        y = attend(*self.project(x, positions))
+        y = attend(*self.project(x, positions)) if cache is None else self.recall(x, positions, keep, cache)
         return self.o_proj(y.transpose(1, 2).flatten(2)), None
 
     def new_cache(self, batch: int, max_len: int, device: torch.device, dtype: torch.dtype) -> KeyValueCache:
@@ -138,10 +140,11 @@ class Attention(nn.Module):
         table = rotary(torch.arange(max_len, device=device).unsqueeze(0), self.head_dim, self.theta)
         return KeyValueCache(empty, empty.clone(), torch.zeros(batch, max_len, device=device, dtype=torch.bool), table)
 
-    def step(self, x: Tensor, positions: Tensor, keep: Tensor | None, start: int, cache: KeyValueCache) -> Tensor:
-        """`forward` that fills the cache with a prompt, x (B, T, D) at start = 0, or with the token that stands at
-        `start`, x (B, 1, D), which sees what is there. Undefined in rows that are not kept."""
-        end, is_token = start + x.shape[1], x.shape[1] == 1
+    def recall(self, x: Tensor, positions: Tensor, keep: Tensor | None, cache: KeyValueCache) -> Tensor:
+        """What the heads give (B, H, T, C) of a prompt, x (B, T, D), which fills the empty cache, or of the next token, x
+        (B, 1, D), which sees what is there. Undefined in rows that are not kept."""
+        start, is_token = cache.n, x.shape[1] == 1
+        end = cache.n = start + x.shape[1]
         batch, n_kv, _, width = cache.keys.shape
         if is_token:
             table = [t[:, :, start:end] for t in cache.table]
@@ -157,7 +160,5 @@ class Attention(nn.Module):
             mask = None if keep is None else cache.kept[:, None, None, :end]  # (B, 1, 1, S)
             keys, values = cache.keys[:, :, :end], cache.values[:, :, :end]
             rows = q.reshape(batch, n_kv, -1, width)  # (B, G, R, C): who shares a key head sees the same keys
-            y = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask).reshape(q.shape)
-        else:
-            y = attend(q, k, v)  # what is skipped comes last: no kept row sees it
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+            return F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask).reshape(q.shape)
+        return attend(q, k, v)  # what is skipped comes last: no kept row sees it

@@ -67,16 +67,16 @@ def generate(
     done = 0
     with torch.inference_mode():
         for position in range(length, total):
-            logits = step(model, ids[:, done:position], done, caches)
+            logits = step(model, ids[:, done:position], caches)
             ids[:, position] = choose(logits, temperature, top_k, top_p, generator)
             done = position
     return tokenizer.decode(ids[0].tolist()) if is_text else ids
 
 
-def step(model: nn.Module, tokens: Tensor, start: int, caches: list) -> Tensor:
-    """Logits (B, V) of the token after `tokens` (B, T), which the caches take in: a whole prompt at start = 0, or one
-    token a row after the `start` that are there."""
+def step(model: nn.Module, tokens: Tensor, caches: list) -> Tensor:
+    """Logits (B, V) of the token after `tokens` (B, T), which the caches take in: a whole prompt, or one token a row
+    after what is there."""
     x = model.embedding(tokens)
     for block, cache in zip(model.layers, caches, strict=True):
-        x = block.step(x, start, cache)
+        x = block.step(x, cache)
     return model.lm_heads[0](model.final_norm(x[:, -1]))

@@ -42,13 +42,10 @@ class SwiGLU(nn.Module):
         self.up_proj = nn.Linear(d_model, d_ff, bias=False)
         self.down_proj = nn.Linear(d_ff, d_model, bias=False)
 
-    def forward(self, x: Tensor, positions: Tensor | None = None, keep: Tensor | None = None) -> tuple[Tensor, None]:
-        """(…, d_model) → (…, d_model), and no routing. Each token by itself: positions and `keep` are not needed."""
+    def forward(self, x: Tensor, *_: object) -> tuple[Tensor, None]:
+        """(…, d_model) → (…, d_model), and no routing. Each token by itself: nothing else is needed."""
         x = x.to(autocast_dtype(x))  # once for both
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)), None
-
-    def step(self, x: Tensor, positions: Tensor, keep: Tensor | None, start: int, cache) -> Tensor:
-        return self(x)[0]
 
 
 class RouterMLP(nn.Module):

@@ -53,8 +53,10 @@ class Mamba(nn.Module):
         self.dt_proj.bias.copy_(delta + torch.log(-torch.expm1(-delta)))  # the inverse of softplus
         self.conv1d.reset_parameters()
 
-    def forward(self, x: Tensor, positions: Tensor | None = None, keep: Tensor | None = None) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor, positions=None, keep: Tensor | None = None, cache=None) -> tuple[Tensor, None]:
         """x (B, T, D) in order of time → (B, T, D), and no routing. Positions are not needed; rows that do not count come last."""
+        if cache is not None:
+            return self.recall(x, keep, cache), None
         u, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, T, I) each
         u = F.silu(self.convolve(F.pad(u, (0, 0, self.conv1d.kernel_size[0] - 1, 0))))
         delta, B, C = self.select(u)
@@ -85,9 +87,9 @@ class Mamba(nn.Module):
         window = torch.zeros(batch, taps - 1, n_inner, device=device, dtype=dtype)
         return MambaState(window, torch.zeros(batch, self.d_state, n_inner, device=device))
 
-    def step(self, x: Tensor, positions: Tensor, keep: Tensor | None, start: int, cache: MambaState) -> Tensor:
-        """`forward` that fills the cache with a prompt, x (B, T, D) at start = 0, or goes on from it by a token, (B, 1,
-        D). Rows where `keep` (B, T) is false, which come last, leave the state as it was."""
+    def recall(self, x: Tensor, keep: Tensor | None, cache: MambaState) -> Tensor:
+        """`forward` that fills the empty cache with a prompt, x (B, T, D), or goes on from it by a token, (B, 1, D). Rows
+        where `keep` (B, T) is false, which come last, leave the state as it was."""
         u, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, T, I)
         inputs = torch.cat([cache.window, u.type_as(cache.window)], dim=1)  # (B, W - 1 + T, I)
         u = F.silu(self.convolve(inputs)).type_as(x)
@@ -117,23 +119,16 @@ class RoutingMamba(nn.Module):
         self.router = Router(config)
         self.experts = nn.ModuleList(Mamba(config) for _ in range(config.n_experts))
 
-    def forward(self, x: Tensor, positions: Tensor | None = None, keep: Tensor | None = None) -> tuple[Tensor, Routing]:
+    def forward(self, x: Tensor, positions=None, keep: Tensor | None = None, cache=None) -> tuple[Tensor, Routing]:
         """x (B, T, D) → (B, T, D) and the routing of the rows where `keep` is true."""
         routing = self.router(x.flatten(0, 1))
-        y = self.mix(torch.stack([expert(x)[0] for expert in self.experts], dim=-1), routing)
+        caches = cache or [None] * len(self.experts)
+        outputs = [expert(x, positions, keep, c)[0] for expert, c in zip(self.experts, caches, strict=True)]
+        share = torch.zeros_like(routing.logits).scatter(1, routing.expert_ids, routing.weights)  # (N, E)
+        y = (torch.stack(outputs, dim=-1) * share.view(*x.shape[:2], 1, -1)).sum(-1).type_as(outputs[0])
         if keep is not None:
             routing = routing.of(keep.flatten())
         return y, routing
 
-    def mix(self, outputs: Tensor, routing: Routing) -> Tensor:
-        """(B, T, D, E) and the routing of B·T tokens → (B, T, D)."""
-        share = torch.zeros_like(routing.logits).scatter(1, routing.expert_ids, routing.weights)  # (N, E)
-        return (outputs * share.view(*outputs.shape[:2], 1, -1)).sum(-1).type_as(outputs)
-
     def new_cache(self, batch: int, max_len: int, device: torch.device, dtype: torch.dtype) -> list[MambaState]:
         return [expert.new_cache(batch, max_len, device, dtype) for expert in self.experts]
-
-    def step(self, x: Tensor, positions: Tensor, keep: Tensor | None, start: int, cache: list[MambaState]) -> Tensor:
-        """`Mamba.step` of every expert, mixed."""
-        outputs = [expert.step(x, positions, keep, start, c) for expert, c in zip(self.experts, cache, strict=True)]
-        return self.mix(torch.stack(outputs, dim=-1), self.router(x.flatten(0, 1)))

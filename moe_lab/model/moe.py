@@ -64,7 +64,7 @@ class MoE(nn.Module):
         self.up_proj = nn.Parameter(torch.empty(self.n_experts, d_ff, d_model))
         self.down_proj = nn.Parameter(torch.empty(self.n_experts, d_model, d_ff))
 
-    def forward(self, x: Tensor, positions: Tensor | None = None, keep: Tensor | None = None) -> tuple[Tensor, Routing]:
+    def forward(self, x: Tensor, positions=None, keep: Tensor | None = None, cache=None) -> tuple[Tensor, Routing]:
         """x (B, T, D) → (B, T, D) and the routing. Rows where `keep` (B, T) is false are not routed and give 0."""
         tokens = x.flatten(0, 1)  # (N, D)
         routing = self.router(tokens)
@@ -76,37 +76,21 @@ class MoE(nn.Module):
             routing = routing.of(keep.flatten())
         return y.unflatten(0, x.shape[:2]), routing
 
-    def step(self, x: Tensor, positions: Tensor, keep: Tensor | None, start: int, cache) -> Tensor:
-        """(B, T, D) → (B, T, D) in generation: as in evaluation, nothing is dropped. Few rows are not padded to ROWS."""
-        tokens = x.flatten(0, 1)
-        routing = self.router(tokens)
-        if len(tokens) == 1 and x.device.type == "cpu":  # where it costs nothing to read ids back
-            y = torch.stack([self.expert(tokens[0], index) for index in routing.expert_ids[0].tolist()])
-        else:
-            y = self.experts_unpadded(tokens, routing.expert_ids)
-        y = y.view(*routing.weights.shape, -1) * routing.weights.unsqueeze(2)  # (N, K, D)
-        return y.sum(1).type_as(x).unflatten(0, x.shape[:2])
+    def experts(self, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+        """Sum over K of weight · SwiGLU_expert(token): (N, D), (N, K) with id E for nowhere, (N, K) → (N, D)."""
+        weights = weights.masked_fill(expert_ids == self.n_experts, 0)
+        if len(tokens) == 1 and tokens.is_cpu and not torch.is_grad_enabled():
+            # generation: nothing is grouped, and to read ids back costs nothing here
+            y = [self.expert(tokens[0], index) for index in expert_ids[0].clamp(max=self.n_experts - 1).tolist()]
+            return (torch.stack(y) * weights.T).sum(0, keepdim=True).type_as(tokens)
+        rows, copied, ends = self.arrange(expert_ids)
+        grouped = Spread.apply(tokens, autocast_dtype(tokens), rows, copied)  # (n_rows, D)
+        return Collect.apply(self.swiglu(grouped, ends), weights, rows, copied).type_as(tokens)
 
     def expert(self, token: Tensor, index: int) -> Tensor:
         """One expert's output for one token, (D,) → (D,)."""
         gate, up, down = (stack[index] for stack in (self.gate_proj, self.up_proj, self.down_proj))
         return down @ (F.silu(gate @ token) * (up @ token))
-
-    def experts_unpadded(self, tokens: Tensor, expert_ids: Tensor) -> Tensor:
-        """The outputs of tokens (N, D) by their experts (N, K), slot by slot: (S, D)."""
-        experts, slots = expert_ids.flatten().sort()  # (S,) each: slots in the order of their experts
-        ids = torch.arange(self.n_experts, device=slots.device)
-        ends = torch.searchsorted(experts, ids, right=True, out_int32=True)
-        rows = tokens[slots // expert_ids.shape[1]]
-        y = self.swiglu(rows, ends)
-        return torch.empty_like(y).index_copy_(0, slots, y)
-
-    def experts(self, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
-        """Sum over K of weight · SwiGLU_expert(token): (N, D), (N, K) with id E for nowhere, (N, K) → (N, D)."""
-        rows, copied, ends = self.arrange(expert_ids)
-        weights = weights.masked_fill(expert_ids == self.n_experts, 0)
-        grouped = Spread.apply(tokens, autocast_dtype(tokens), rows, copied)  # (n_rows, D)
-        return Collect.apply(self.swiglu(grouped, ends), weights, rows, copied).type_as(tokens)
 
     @torch.compiler.disable  # torch 2.13 knows grouped_mm's shapes for bfloat16 alone when it compiles
     def swiglu(self, rows: Tensor, ends: Tensor) -> Tensor:

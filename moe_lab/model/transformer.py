@@ -44,8 +44,8 @@ class Losses(NamedTuple):
 
 class Block(nn.Module):
     """x + sublayer(norm(x)), twice. With MoD around each sublayer, only the chosen tokens get the second term. Every
-    sublayer is called as `layer(x, positions, keep) → (y, routing or None)`, and in generation as `layer.step(x,
-    positions, keep, start, cache) → y`."""
+    sublayer is called as `layer(x, positions, keep) → (y, routing or None)`, and in generation with the sequence layer's
+    cache behind them."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -77,11 +77,11 @@ class Block(nn.Module):
         """(norm, layer, who chooses its tokens) of the sequence sublayer and of the feed-forward sublayer."""
         return (self.seq_norm, self.seq_layer, self.seq_depth), (self.ffn_norm, self.ffn, self.ffn_depth)
 
-    def step(self, x: Tensor, start: int, cache) -> Tensor:
-        """A prompt at start = 0 or one token a row after it, x (B, T, D), as in evaluation whatever the mode → (B, T, D)."""
+    def step(self, x: Tensor, cache) -> Tensor:
+        """A prompt, or one token a row after it, x (B, T, D), as in evaluation whatever the mode → (B, T, D)."""
         for norm, layer, depth in self.sublayers():
             rows = depth.choose(x, causal=True)
-            x = depth.put_back(x, layer.step(norm(rows.x), rows.positions, rows.keep, start, cache), rows)
+            x = depth.put_back(x, layer(norm(rows.x), rows.positions, rows.keep, cache)[0], rows)
         return x
 
 

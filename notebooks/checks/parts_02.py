@@ -96,7 +96,7 @@ def from_transformers(mamba: nn.Module, config: ModelConfig, x: Tensor) -> float
 def numbers_kept(layer: nn.Module, n_tokens: int) -> int:
     """How many numbers a sequence sublayer remembers in generation: keys and values; or window and state."""
     cache = layer.new_cache(1, n_tokens, "cpu", torch.float32)
-    return sum(t.numel() for t in cache[:2])
+    return sum(t.numel() for t in ((cache.keys, cache.values) if hasattr(cache, "keys") else cache))
 
 
 def rises(history: Sequence[float]) -> int:
