@@ -11,11 +11,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +30,7 @@ from benchmarks.ward_measures import EVERY, MEASURES, Trained
 from moe_lab import Trainer, load_config
 from moe_lab.config import ROOT, Config, to_yaml
 from moe_lab.failures import bugs
-from moe_lab.failures.experiments import start_worker
+from moe_lab.failures.experiments import in_processes
 from moe_lab.failures.results import provenance
 from moe_lab.health import Watch
 from moe_lab.model.attention import Attention
@@ -261,9 +259,9 @@ def run(plan: desk.Plan) -> dict[str, Any]:
         }
 
 
-def write(path: Path, held: dict[str, Any]) -> None:
-    """One key a line: a file that can be compared, and is small."""
-    lines = [f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in held.items()]
+def run_to(path: Path, plan: desk.Plan) -> None:
+    """Run a plan, and write one key a line: a file that can be compared, and is small."""
+    lines = [f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in run(plan).items()]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
@@ -274,13 +272,9 @@ def main() -> None:
     paths = {folder / desk.file_of(name): plan for name, plan in plans.items()}
     if seed == 0:
         paths |= {desk.COMMITTED / desk.file_of(name): plan for name, plan in desk.EXAMPLE.items()}
-    workers = int(os.environ.get("WORKERS") or os.cpu_count() or 1)
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    with theirs, ours, ProcessPoolExecutor(min(workers, len(paths)), context, start_worker, (theirs,)) as pool:
-        futures = {pool.submit(run, plan): path for path, plan in paths.items()}
-        for future, path in tqdm(futures.items(), unit="run", desc=f"ward {seed}"):
-            write(path, future.result())
+    done = in_processes(run_to, paths.items(), int(os.environ.get("WORKERS") or 0))
+    for _ in tqdm(done, unit="run", desc=f"ward {seed}", total=len(paths)):
+        pass
     print(f"{len(plans)} runs in {folder.relative_to(ROOT)}")
 
 

@@ -77,8 +77,11 @@ def judge(id: str, lab: Lab, /, *, corpus: str | None = None, **numbers: Any) ->
         raise ConfigError(f"{id}: {outcome!r} is no outcome: {', '.join(OUTCOMES)}{suggestion(outcome, OUTCOMES)}")
     print(textwrap.fill(f"{id} {outcome}: {sentence}", 100, subsequent_indent="  "))
     if lab.profile == "lab" and os.environ.get("MOE_LAB_KEEP_VERDICTS"):
-        entry = {"claim": about, "outcome": outcome, "sentence": sentence, "numbers": kept}
-        entry["provenance"] = origin_of(lab, notebook, corpus)
+        # what differs from the profile's file: overrides of a reader
+        settings = differences(load_config(ROOT / "configs" / f"{lab.profile}.yaml"), lab.config)
+        made = {"notebook": notebook, "profile": lab.profile, "seed": lab.config.training.seed, "settings": settings}
+        made |= provenance() | ({"corpus": corpus} if corpus is not None else {})
+        entry = {"claim": about, "outcome": outcome, "sentence": sentence, "numbers": kept, "provenance": made}
         write_verdicts(read_verdicts() | {id: entry})
 
 
@@ -112,10 +115,3 @@ def write_verdicts(entries: Mapping[str, Any]) -> None:
     VERDICTS.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(dict(sorted(entries.items())), indent=2, ensure_ascii=False, allow_nan=False)
     write_atomically(VERDICTS, text + "\n")
-
-
-def origin_of(lab: Lab, notebook: str, corpus: str | None) -> dict[str, Any]:
-    """What made the numbers. `settings` lists where the config is not the profile's file: overrides of a reader."""
-    settings = differences(load_config(ROOT / "configs" / f"{lab.profile}.yaml"), lab.config)
-    made = {"notebook": notebook, "profile": lab.profile, "seed": lab.config.training.seed, "settings": settings}
-    return made | provenance() | ({"corpus": corpus} if corpus is not None else {})

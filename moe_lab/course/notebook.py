@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -87,9 +87,7 @@ def resolve(**parameters: Any) -> Lab:
     refuse_unknown(parameters, KINDS)
     values = {name: cast(name, value, KINDS[name]) for name, value in parameters.items() if value not in (None, "")}
     profile = values.get("profile") or os.environ.get("MOE_LAB_PROFILE") or "lab"
-    if profile not in PROFILES:
-        where = "profile" if "profile" in values else "MOE_LAB_PROFILE"
-        raise ConfigError(f"{where}={profile!r} is not one of {', '.join(PROFILES)}{suggestion(profile, PROFILES)}")
+    check_value("profile" if "profile" in values else "MOE_LAB_PROFILE", profile, Literal[PROFILES])
     path = ROOT / values.get("config", f"configs/{profile}.yaml")
     if "config" in values:
         profile = path.stem

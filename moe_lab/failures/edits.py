@@ -7,11 +7,12 @@ import linecache
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from itertools import count
 from types import ModuleType
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 NUMBERS = count(1)
 
@@ -78,15 +79,10 @@ def by_function(edits: Iterable[Edit]) -> dict[tuple[Any, str], list[Edit]]:
 @contextmanager
 def applied(edits: Iterable[Edit]) -> Iterator[None]:
     """All of them while the block runs; afterwards everything is as it was."""
-    kept: list[tuple[Any, str, Callable]] = []
-    try:
+    with ExitStack() as stack:
         for (owner, name), several in by_function(edits).items():
             healthy = getattr(owner, name)
             sick = compiled(healthy, edited(source_of(healthy), several))
             for place in places(owner, name):
-                kept.append((place, name, healthy))
-                setattr(place, name, sick)
+                stack.enter_context(patch.object(place, name, sick))
         yield
-    finally:
-        for place, name, healthy in reversed(kept):
-            setattr(place, name, healthy)

@@ -115,19 +115,20 @@ def run_cells(
     hashes = {data: read_corpus(data, progress=False).hash for data in {cell.config.data for cell in cells}}
     paths = {cell.key: CACHE / "runs" / f"{cell.key}_{hashes[cell.config.data][:12]}.json" for cell in cells}
     jobs = {cell.key: (cell, paths[cell.key]) for cell in cells if not paths[cell.key].exists()}.values()
-    done = in_processes(jobs, workers) if jobs and workers != 0 else (run_cell(*job) for job in jobs)
+    done = in_processes(run_cell, jobs, workers) if jobs and workers != 0 else (run_cell(*job) for job in jobs)
     there = [path for path in paths.values() if path.exists()]
     for path in tqdm(chain(there, done), name, len(paths), unit="run", disable=not progress):
         yield path.name.split("_")[0], json.loads(path.read_text())
 
 
-def in_processes(jobs: Collection[tuple[Cell, Path]], workers: int | None) -> Iterator[Path]:
+def in_processes(work: Callable[..., Any], jobs: Collection[tuple], workers: int | None) -> Iterator[Any]:
+    """What `work(*job)` returns of each, as they are finished. An error, or an end of the iteration, ends all processes."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     n_workers = min(workers or os.cpu_count() or 1, len(jobs))
     with theirs, ours, ProcessPoolExecutor(n_workers, context, start_worker, (theirs,)) as pool:
         try:
-            futures = [pool.submit(run_cell, *job) for job in jobs]
+            futures = [pool.submit(work, *job) for job in jobs]
             yield from (future.result() for future in as_completed(futures))
         except BaseException:
             ours.close()  # ends the workers
@@ -135,14 +136,9 @@ def in_processes(jobs: Collection[tuple[Cell, Path]], workers: int | None) -> It
 
 
 def start_worker(parent: Connection) -> None:
-    torch.set_num_threads(1)
-    threading.Thread(target=follow, args=(parent,), daemon=True).start()
-
-
-def follow(parent: Connection) -> None:
     """No life after the parent closes its end, as it also does when it is killed without a word."""
-    wait([parent])
-    os._exit(1)
+    torch.set_num_threads(1)
+    threading.Thread(target=lambda: (wait([parent]), os._exit(1)), daemon=True).start()
 
 
 def run_cell(cell: Cell, path: Path) -> Path:

@@ -88,9 +88,7 @@ class BlockAttention(Function):
         q, k, v, *probs = ctx.saved_tensors
         n_queries, scale = q.shape[1] // k.shape[1], q.shape[-1] ** -0.5
         grad_q = torch.empty_like(q)
-        grad_k = torch.zeros_like(k)
-        grad_v = torch.zeros_like(v)
-        grad_k, grad_v = grad_k.float(), grad_v.float()  # sums over blocks
+        grad_k, grad_v = (torch.zeros_like(t, dtype=torch.float32) for t in (k, v))  # sums over blocks
         for index, p in enumerate(probs):
             start = index * BLOCK
             rows = slice(start * n_queries, (start + BLOCK) * n_queries)
