@@ -1,7 +1,6 @@
-"""Batches and noise that come again, data that are noise, means that count alike: each heard beside what only looks like it."""
+"""Batches that come again, data that are noise, means that count alike: each heard beside what only looks like it."""
 
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
@@ -122,53 +121,3 @@ def test_losses_that_are_no_likelihood_are_left_alone() -> None:
     for loss_of in (rewarded, distilled):
         watch = watched(Mixer("all"), loss_of, 11)
         assert watch.state.forward.heard.found == [] and not watch.state.forward.heard.was_tried
-
-
-class Denoising(nn.Module):
-    def __init__(self, dropout: float):
-        super().__init__()
-        self.layer, self.drop = nn.Linear(5, 4), nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.layer(self.drop(torch.cat([x, t[:, None]], 1)))
-
-
-def denoised(seeds: str, dropout: float, times: Callable[[], Tensor]) -> Watch:
-    """`seeds`: what is seeded anew in each step, "all" before it, "evaluation" after it, or nothing."""
-    torch.manual_seed(1)
-    model, data = Denoising(dropout), torch.Generator().manual_seed(5)
-    optimizer = AdamW(model.parameters(), lr=1e-3)
-    with Watch(model, optimizer, quiet=True) as watch:
-        for step in range(20):
-            x = torch.randn(16, 4, generator=data)
-            if seeds in ("all", "by step"):
-                torch.manual_seed(0 if seeds == "all" else step)
-            t = times()
-            loss = (model(x * t[:, None], t) - x).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            if seeds == "evaluation":
-                torch.manual_seed(0)
-    return watch
-
-
-DRAWN = partial(torch.rand, 16)
-TIMES = torch.linspace(0, 1, 16)
-
-
-@pytest.mark.parametrize(
-    ("seeds", "dropout", "times", "told"),
-    [
-        ("all", 0.0, DRAWN, True),  # nothing is drawn within the pass: the times alone show it
-        ("all", 0.1, lambda: TIMES, True),  # the masks of dropout alone
-        ("evaluation", 0.1, lambda: TIMES, True),
-        ("", 0.1, DRAWN, False),
-        ("by step", 0.1, DRAWN, False),
-        ("", 0.0, lambda: TIMES, False),  # nothing is ever drawn
-        ("all", 0.0, lambda: TIMES, False),
-        ("", 0.1, lambda: torch.arange(16.0) % 4, False),  # a task for each place of a batch
-    ],
-)
-def test_noise_that_is_the_same_in_every_update(seeds: str, dropout: float, times: Callable, told: bool) -> None:
-    assert said(denoised(seeds, dropout, times)) == (["repeated_data"] if told else [])

@@ -15,11 +15,6 @@ class RandomState:
             which = () if device.type == "mps" else (device,)  # there is one alone, and its functions take no argument
             self.others.append((keeper, keeper.get_rng_state(*which), which))
 
-    def parts_as_in(self, other: "RandomState") -> list[bool]:
-        """Which of the generators stand where they stood there."""
-        pairs = zip(self.others, other.others, strict=True)
-        return [torch.equal(self.cpu, other.cpu), *(torch.equal(mine[1], its[1]) for mine, its in pairs)]
-
     def __enter__(self) -> "RandomState":
         return self
 

@@ -59,7 +59,6 @@ class Outside(Listener):
     def before_update(self, n: int) -> None:
         """Before update n of those seen, from 1."""
         self.counts.added = {}
-        self.repeats.before_update(n)
         self.terms.before_update(n)
 
     def look(self, tracked: Sequence[Tracked], step: int, n_seen: int, longest: int) -> None:

@@ -9,7 +9,6 @@ from ..findings import RULES as SAID
 from ..findings import grouped
 from ..tokens import REPEATED
 from .causal import future_leak
-from .repeats import SEEDED
 from .rule import Ill, Rule, found_in, rule
 from .state import MODES, State
 
@@ -101,19 +100,11 @@ ASKED = (
 )
 
 
-def same_noise(state: State) -> Ill:
-    return {"random numbers": {"value": SEEDED}} if state.outside.repeats.same_noise else {}
-
-
-SAME = "in {value} updates on end the {names} are those of the update before: dropout, noise or times"
-ONCE = "seed once, before the loop, and not in each step, batch or evaluation; keep a generator in place of making one"
-
 RULES = (
     Rule("future_leak", "error", leaks),
     Rule("evaluation_mode", "error", partial(evaluating, has_trained=True), EVALUATING, TRAIN),
     Rule("evaluation_mode", "warning", partial(evaluating, has_trained=False), EVALUATING, TRAIN),
     repeated_data,
-    Rule("repeated_data", "warning", same_noise, SAME, ONCE),
     mode_mismatch,
     *(Rule(name, SAID[name][0], partial(found_in, name=name)) for name in ASKED),
 )
