@@ -6,8 +6,9 @@ import pytest
 import torch
 from test_examine import Tiny, batch
 from torch import Tensor, nn
+from torch.optim import AdamW
 
-from moe_lab.health import check_train_eval
+from moe_lab.health import check_train_eval, examine
 
 
 def test_dropout_is_no_difference_between_modes() -> None:
@@ -52,7 +53,7 @@ class Noisy(nn.Module):
         ("function", ("mode_mismatch", "warning", "dropout")),
         ("attention", ("mode_mismatch", "warning", "scaled_dot_product_attention")),
         ("positional", ("mode_mismatch", "warning", "dropout")),
-        ("anew", ("not_in_optimizer", "error", "Linear(8, 8)")),
+        ("anew", ("mode_mismatch", "info", "evaluation")),
         ("sampled", ("mode_mismatch", "info", "evaluation")),
         ("sound", None),
         ("module", None),
@@ -68,6 +69,12 @@ def test_what_is_random_in_evaluation(kind: str, told: tuple | None) -> None:
     finding = check_train_eval(lambda x: model.train()(x), lambda x: model.eval()(x), x)
     assert (finding and (finding.rule, finding.severity, finding.where)) == told
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_layer_that_each_pass_makes_is_in_no_optimizer() -> None:
+    model, x = Noisy("anew"), torch.randn(16, 8)
+    told = examine(model, x, lambda model, x: model(x).square().mean(), AdamW(model.parameters()))
+    assert [(f.rule, f.severity) for f in told.findings if f.severity != "info"] == [("not_in_optimizer", "error")]
 
 
 def test_a_module_that_reads_its_childs_weights_by_hand_is_heard_too() -> None:

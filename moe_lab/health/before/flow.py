@@ -1,11 +1,12 @@
 """What training and evaluation compute: by who is called in which mode, and by what comes of it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook, register_module_parameter_registration_hook
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from ..findings import Finding, several
@@ -21,19 +22,15 @@ RETRIES = 8
 def check_train_eval(fn_train: Callable[[Any], Any], fn_eval: Callable[[Any], Any], batch: Any) -> Finding | None:
     """Is a mechanism missing in one mode? Both functions map a batch to the same kind of output, say logits.
 
-    Layers that each pass makes anew are named, with other weights; else modules with parameters that compute in one mode only.
-    Else outputs that are further apart than 5 times what two calls of `fn_train` differ by (dropout) are an `info`; and where these
-    differ, two of `fn_eval` are compared: a dropout that still drops is a warning, other noise an `info`. Random state is put back.
+    Modules with parameters that compute in one mode only are named. Else outputs that are further apart than 5 times what two calls of
+    `fn_train` differ by (dropout) are an `info`; and where these differ, two of `fn_eval` are compared: a dropout that still drops is a
+    warning, other noise an `info`. Random state is put back.
     """
     with RandomState([]):
-        trained, in_training, made = heard(fn_train, batch)
-        evaluated, in_evaluation, made_again = heard(fn_eval, batch)
-        if anew := [in_evaluation.pop(key) for key in made_again.keys() - made if key in in_evaluation]:
-            if finding := noise_in_evaluation(fn_eval, batch, evaluated, anew):
-                return finding
-            in_training = {key: name for key, name in in_training.items() if key not in made or key in in_evaluation}
+        trained, in_training = heard(fn_train, batch)
+        evaluated, in_evaluation = heard(fn_eval, batch)
         for _ in range(RETRIES if in_evaluation.keys() - in_training.keys() else 0):  # layers may be left out at random
-            _, more, _ = heard(fn_train, batch)
+            _, more = heard(fn_train, batch)
             in_training |= {key: more[key] for key in more.keys() & in_evaluation.keys()}
         both = {"training": (in_training, in_evaluation), "evaluation": (in_evaluation, in_training)}
         for word, (ran, missing) in both.items():
@@ -78,18 +75,14 @@ class Dropping(TorchFunctionMode):
         return function(*args, **kwargs or {})
 
 
-def noise_in_evaluation(fn: Callable, batch: Any, before: Any, anew: Sequence[str] = ()) -> Finding | None:
-    """A second evaluation beside the first: do they differ, and is it layers made `anew`, a dropout, or other random numbers?"""
+def noise_in_evaluation(fn: Callable, batch: Any, before: Any) -> Finding | None:
+    """A second evaluation beside the first: do they differ, and is it a dropout, or other random numbers?"""
     with Dropping() as dropping:
         again = fn(batch)
     apart, least = distance(getattr(again, "logits", again), before)
     if apart <= least:
         return None
     told = round(apart, 6), round(least, 6)
-    if anew:
-        message = f"each forward pass makes {len(anew)} layers anew, with other weights: {several(anew)}"
-        advice = "make them once, in the module's __init__, and before the optimizer: these never learn anything"
-        return Finding("not_in_optimizer", "error", anew[0], message, advice, *told)
     message, names = f"two evaluations of one batch are {apart:.3g} apart (RMS)", sorted(dropping.heard)
     if not names:
         advice = "random numbers that are drawn by design, as samples or noise; a dropout of one's own would look alike"
@@ -98,22 +91,17 @@ def noise_in_evaluation(fn: Callable, batch: Any, before: Any, anew: Sequence[st
     return Finding("mode_mismatch", "warning", names[0], f"{message}: {several(names)} still drops", advice, *told)
 
 
-def heard(fn: Callable, batch: Any) -> tuple[Any, dict[int, str], dict[int, nn.Module]]:
-    """The output; the modules with parameters whose forward pass ran, id → class and shape; those that got a parameter meanwhile."""
-    called: dict[int, str] = {}
-    made: dict[int, nn.Module] = {}
+def heard(fn: Callable, batch: Any) -> tuple[Any, dict[int, str]]:
+    """The output, and the modules with parameters whose forward pass ran, id → class and shape, but for those that it made itself."""
+    called: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
     def note(module: nn.Module, args: tuple) -> None:
         if (first := next(module.parameters(), None)) is not None:
-            called.setdefault(id(module), f"{type(module).__name__}{tuple(first.shape)}")
+            called.setdefault(module, f"{type(module).__name__}{tuple(first.shape)}")
 
-    def given(module: nn.Module, name: str, p: Tensor) -> None:
-        made[id(module)] = module
-
-    handles = [register_module_forward_pre_hook(note), register_module_parameter_registration_hook(given)]
+    handle = register_module_forward_pre_hook(note)
     try:
         output = fn(batch)
     finally:
-        for handle in handles:
-            handle.remove()
-    return getattr(output, "logits", output), called, made
+        handle.remove()
+    return getattr(output, "logits", output), {id(module): name for module, name in called.items()}
