@@ -1,6 +1,5 @@
 """Comments that contradict the learning rate they stand beside: "use 0.001 for Muon" next to 0.0003 under Muon."""
 
-import math
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -15,8 +14,8 @@ RANGE = rf"{NUMBER.format('low')}(?:{TO}{NUMBER.format('high')})?{NOT_A_RATE}"
 NAME = rf"\b(?P<name>(?:{'|'.join(FAMILIES)})\w*)"
 FOR = r"\s*[(#,]?\s*(?:is\s+)?(?:for|with|under|in case of|if|when using)\s+(?:the\s+)?"
 SAYS = r"(?::|=|->|→|,|uses?|wants?|needs?|likes?|takes?|at|is|should be|lr|\s)*"
-# a value for a name, a name and its value, or a name alone: what one has matched is not asked of the next
-FORMS = [re.compile(form, re.I) for form in (RANGE + FOR + NAME, NAME + SAYS + RANGE, rf"\bfor\s+(?:the\s+)?{NAME}")]
+# a value for a name, or a name and its value: what one has matched is not asked of the other
+FORMS = [re.compile(form, re.I) for form in (RANGE + FOR + NAME, NAME + SAYS + RANGE)]
 NEGATED = re.compile(r"(?:\b(?:not|never|no|than|unlike|was|were|instead of|too \w+)|n't)\W+(?:\w+\W+){0,2}$", re.I)
 SAYS_OFF, SAYS_ON = (
     re.compile(rf"(?:is |now |was )?(?:{word})\b(?! (?:by default|for|in|if|when|unless|at|until))", re.I)
@@ -37,26 +36,21 @@ def switches(plan: Plan) -> Iterator[Finding]:
 
 
 class Statement(NamedTuple):
-    """What a comment says about a value: from `low` to `high` for an optimizer; any where it gives no number."""
+    """What a comment says about a value: from `low` to `high` for an optimizer."""
 
     family: str
-    low: float = 0.0
-    high: float = math.inf
-
-    def allows(self, value: float) -> bool:
-        return self.low * (1 - 1e-6) <= value <= self.high * (1 + 1e-6)
+    low: float
+    high: float
 
 
 def statements(comment: str) -> list[Statement]:
-    """Every "X for NAME", "NAME: X" and "for NAME" of a comment, where NAME is an optimizer and nothing negates it."""
+    """Every "X for NAME" and "NAME: X" of a comment, where NAME is an optimizer and nothing negates it; a number over 1 is a count."""
     stated = []
 
     def note(match: re.Match) -> str:
-        named = match.groupdict()
-        ends = sorted(float(named[end]) for end in ("low", "high") if named.get(end))
-        # a number over 1 is a count
-        if not NEGATED.search(match.string[: match.start()]) and not (ends and ends[-1] > 1):
-            stated.append(Statement(family(named["name"]), *(ends[:1] + ends[-1:])))
+        ends = sorted(float(match[end]) for end in ("low", "high") if match[end])
+        if ends[-1] <= 1 and not NEGATED.search(match.string[: match.start()]):
+            stated.append(Statement(family(match["name"]), ends[0], ends[-1]))
         return "|" * len(match[0])
 
     for form in FORMS:
@@ -65,29 +59,17 @@ def statements(comment: str) -> list[Statement]:
 
 
 def contradictions(plan: Plan) -> Iterator[Finding]:
-    """A warning for each learning rate that the comments beside or above it gainsay.
-
-    They give another number for its optimizer; or no word about it, and the value is said to be for another one (only
-    told where Muon is one of the two, whose LRs are numbers of another scale). One that agrees anywhere ends the matter.
-    """
+    """A warning for each learning rate for whose optimizer the comments beside or above it give others, and not this one."""
     for entry, value, optimizer in plan.peak_rates():
-        stated = [statement for comment in entry.comments for statement in statements(comment)]
-        mine = [statement for statement in stated if statement.family == optimizer]
-        if optimizer is None or any(statement.allows(value) for statement in mine):
+        stated = [s for comment in entry.comments for s in statements(comment) if s.family == optimizer]
+        if not stated or any(s.low * (1 - 1e-6) <= value <= s.high * (1 + 1e-6) for s in stated):
             continue
-        others = [statement.family for statement in stated if statement.allows(value)]
-        named = [family(match[0]) for match in re.finditer(NAME, " ".join(entry.comments), re.I)]
+        _, low, high = stated[0]
+        span = f"{low:g}" if low == high else f"{low:g} to {high:g}"
         above = [f"# {c}" for c in entry.comments if c not in entry.line and statements(c)]
         line = " ".join(" / ".join([*above, entry.line]).split())
-        quoted = f"the comment at {entry.name}: {value:g} says otherwise: `{line}`"
-        if mine:
-            _, low, high = mine[0]
-            span = f"{low:g}" if low == high else f"{low:g} to {high:g}"
-            message = f"{quoted}; the optimizer is {optimizer}, for which it gives {span}"
-            advice = f"set {entry.name} to {span}, or correct the comment"
-            rule = "lr_too_low" if value < low else "lr_too_high"
-            yield Finding(rule, "warning", entry.where, message, advice, value, span)
-        elif others and optimizer not in named and "muon" in (optimizer, others[0]):
-            message = f"{quoted}; it means the value for {others[0]}, and the optimizer is {optimizer}"
-            advice = f"give {optimizer} a learning rate of its own, or correct the comment"
-            yield Finding("muon_convention", "warning", entry.where, message, advice, value)
+        message = f"the comment at {entry.name}: {value:g} says otherwise: `{line}`; the optimizer is {optimizer}, for which it gives {span}"
+        advice = f"set {entry.name} to {span}, or correct the comment"
+        yield Finding(
+            "lr_too_low" if value < low else "lr_too_high", "warning", entry.where, message, advice, value, span
+        )
