@@ -114,9 +114,9 @@ def future_leak(forward: ForwardProbe) -> Finding | None:
     by = f"{moved:.2g} (limit {limit:.1g})"
     message = f"tokens changed from position {cut} on move the logits of targets before it by {by}"
     if float((read(changed, held(made)) - before).abs().max()) > limit:
-        return Finding("future_leak", "error", "logits", message, OVER_TIME, moved, limit)
+        return leak(moved, limit, "error", "logits", message, OVER_TIME)
     message += ", and do not where the indices of every top-k and sort are held: it chooses over time"
-    return Finding("future_leak", "info", "choices", message, CHOICE, moved, limit)
+    return leak(moved, limit, "info", "choices", message, CHOICE)
 
 
 def logits(

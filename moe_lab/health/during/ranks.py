@@ -2,17 +2,14 @@
 
 import hashlib
 import json
-import math
 from collections import Counter
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..torch_private import meeting_store
-
-TENSORS = 64  # whose samples are told
 
 
 class Ranks:
@@ -28,34 +25,18 @@ class Ranks:
         self.told: list[int] = []
         self.heard: dict[int, list[dict]] = {}  # by step, of all ranks, in their order; steps that every rank has told
 
-    def exchange(self, state: Any) -> None:
-        """Say what a State sees here, and take in what all others have said. Nothing without other ranks."""
+    def exchange(self, step: int, seen_here: Callable[[], dict]) -> None:
+        """Say what is seen here at this step, and take in what all others have said. Nothing without other ranks."""
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return
-        store, n_ranks, step = meeting_store(), dist.get_world_size(), state.step
+        store, n_ranks = meeting_store(), dist.get_world_size()
         if step not in self.told:
-            store.set(f"{self.place}/{step}/{dist.get_rank()}", json.dumps(seen_here(state)))
+            store.set(f"{self.place}/{step}/{dist.get_rank()}", json.dumps(seen_here()))
             self.told.append(step)
         for step in self.told:
             keys = [f"{self.place}/{step}/{rank}" for rank in range(n_ranks)]
             if step not in self.heard and store.check(keys):
                 self.heard[step] = [json.loads(store.get(key)) for key in keys]
-
-
-def seen_here(state: Any) -> dict:
-    """Numbers of this rank: of whole tensors' samples, of the last batch's tokens, and which loss was the first that is not finite."""
-    whole = [t for t in state.tracked if not hasattr(t.param, "to_local") and not t.is_master]
-    samples = [t.sample(t.param).float() for t in whole[:: -(-len(whole) // TENSORS) or 1]]
-    args, kwargs = (state.forward.in_training and state.forward.inputs) or ((), {})  # evaluations may well be shared
-    ids = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-    bad = [i for i, loss in enumerate(state.losses) if not math.isfinite(loss)]
-    before = state.events.n_observed - len(state.losses)  # losses that are not kept
-    return {
-        "weights": digest(samples),
-        "size": sum(float(x.norm()) for x in samples),
-        "data": digest([x.float() for x in ids]) if ids else None,
-        "first_nonfinite": before + bad[0] if bad else None,  # loss; a gradient that was averaged is NaN on all
-    }
 
 
 def digest(tensors: list[Tensor]) -> float:

@@ -2,11 +2,31 @@
 
 import math
 
+from torch import Tensor
+
 from ..findings import several
+from .ranks import digest
 from .rule import Ill, rule
 from .state import State
 
+TENSORS = 64  # whose samples are told
 APART = 1e-4  # of the weights' size: averaged gradients leave copies equal to the bit, or nearly so
+
+
+def seen_here(state: State) -> dict:
+    """Numbers of this rank: of whole tensors' samples, of the last batch's tokens, and which loss was the first that is not finite."""
+    whole = [t for t in state.tracked if not hasattr(t.param, "to_local") and not t.is_master]
+    samples = [t.sample(t.param).float() for t in whole[:: -(-len(whole) // TENSORS) or 1]]
+    args, kwargs = (state.forward.in_training and state.forward.inputs) or ((), {})  # evaluations may well be shared
+    ids = [t.float() for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+    bad = [i for i, loss in enumerate(state.losses) if not math.isfinite(loss)]
+    before = state.events.n_observed - len(state.losses)  # losses that are not kept
+    return {
+        "weights": digest(samples),
+        "size": sum(float(x.norm()) for x in samples),
+        "data": digest(ids) if ids else None,
+        "first_nonfinite": before + bad[0] if bad else None,  # loss; a gradient that was averaged is NaN on all
+    }
 
 
 def apart(told: list[dict]) -> list[int]:

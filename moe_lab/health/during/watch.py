@@ -21,6 +21,7 @@ from .listener import Hook
 from .report import LAST_WORDS, STANDS, Published, closing, table, unchecked
 from .rule import Rule
 from .rules import ALL, AT_START
+from .rules_ranks import seen_here
 from .rules_updates import N_LOSSES
 from .state import WINDOW, State
 from .tracking import Tracked, all_innermost, module_of, refuse_bad_input
@@ -106,7 +107,7 @@ class Watch:
 
     def hear_ranks(self) -> None:
         failed = partial(self.fail, where="the ranks", what="what other ranks see is not compared")
-        Hook(self.state.ranks.exchange, failed)(self.state)
+        Hook(self.state.ranks.exchange, failed)(self.step, partial(seen_here, self.state))
 
     def report(self) -> None:
         """Print a table, a line a kind of tensor, and the findings so far; while attached, of a reading made now."""
