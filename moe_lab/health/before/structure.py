@@ -14,6 +14,7 @@ from ..during.reached import asked, leaves, nodes, untaught
 from ..during.tracking import held_by, is_master, storage
 from ..findings import Finding, several
 from ..sampling import elements, plain, sample_positions
+from ..tokens import raw
 from ..torch_private import takers
 from .plan import OFF, Plan
 
@@ -67,40 +68,25 @@ def asked_by_loss(trial: Any) -> list[Finding]:
 
 
 def copied(model: nn.Module, optimizers: Sequence[Optimizer]) -> set[str]:
-    """Names of the tensors of a copy that the model keeps of itself, such as an average: nearly all that trains is there once
-    more, untrained, under its own name behind another prefix, with the same values."""
-    trained = set(map(id, held_by(optimizers)))
-    named = dict(model.named_parameters())
-    by_tail: dict[str, list[Tensor]] = {}
-    for name in (name for name, p in named.items() if id(p) in trained):
-        for tail in tails(name):
-            by_tail.setdefault(tail, []).append(named[name])
-    by_prefix: dict[str, dict[str, list[Tensor]]] = {}
-    for name in (name for name, p in named.items() if id(p) not in trained):
-        for tail in tails(name)[1:]:
-            if tail in by_tail:
-                by_prefix.setdefault(name.removesuffix(tail), {})[name] = by_tail[tail]
-    least = COPIED * sum(id(p) in trained for p in named.values())
+    """Names of the tensors of a copy that the model keeps of itself, such as an average: of a module about as large as what trains,
+    of which nothing trains, and whose matrices all hold the values of trained ones."""
+    trained, named = set(map(id, held_by(optimizers))), dict(model.named_parameters())
+    mine = [p for p in named.values() if id(p) in trained]
+    formats = {p.dtype for p in named.values() if id(p) not in trained}
+    known = {values(p, dtype) for p in mine if p.ndim > 1 for dtype in formats}
     found: set[str] = set()
-    for candidates in (names for names in by_prefix.values() if len(names) >= least):
-        same = {name for name, ps in candidates.items() if any(is_equal(named[name], p) for p in ps)}
-        has_matrix = any(named[name].ndim > 1 for name in same)  # fresh norms are all alike
-        found |= same if has_matrix and len(same) >= least else set()
+    for prefix, module in model.named_modules():
+        own = dict(module.named_parameters(prefix))
+        if len(own) >= COPIED * len(mine) and trained.isdisjoint(map(id, own.values())):
+            matrices = [p for p in own.values() if p.ndim > 1]  # fresh norms are all alike
+            found |= own.keys() if matrices and all(values(p, p.dtype) in known for p in matrices) else set()
     return found
 
 
-def tails(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[i:]) for i in range(len(parts))]
-
-
-def is_equal(p: Tensor, q: Tensor) -> bool:
-    """In a sample, and in the format of the first."""
-    if p.shape != q.shape or hasattr(p, "to_local") or hasattr(q, "to_local") or q.is_meta:
-        return False
-    at = sample_positions(p.shape)
-    a, b = (elements(plain(t), at.to(t.device)).cpu() for t in (p, q))
-    return torch.equal(a, b.to(a.dtype))
+def values(p: Tensor, dtype: torch.dtype) -> tuple:
+    """Of its sample, in this format."""
+    sample = elements(plain(p), sample_positions(plain(p).shape).to(p.device))
+    return tuple(p.shape), raw(sample.to(dtype).cpu())
 
 
 def cannot_move(model: nn.Module, optimizers: Sequence[Optimizer]) -> Finding | None:
