@@ -233,6 +233,15 @@ def test_a_rate_that_never_rises_and_one_that_rests() -> None:
     assert not LRS & set(said(with_lrs(lambda step: (0.0 if step > 10 else 0.02, 0.004), n=40, budget=100)))
 
 
+@pytest.mark.parametrize(("compounds", "told"), [(True, True), (False, False)])
+def test_a_factor_of_the_whole_run_that_is_multiplied_again_and_again(compounds, told) -> None:
+    """lr *= 0.5 ** (step // 10) at each step, and what was meant by it."""
+    factor = [
+        math.prod(0.5 ** (s // 10) for s in range(step + 1)) if compounds else 0.5 ** (step // 10) for step in range(60)
+    ]
+    assert ("lr_spent" in said(with_lrs(lambda step: (0.02 * factor[step], 0.004 * factor[step]), n=60))) == told
+
+
 def test_a_wrapped_rate_on_its_device_is_read_as_well() -> None:
     model = toy()
     watch = watched(model, [AdamW(model.parameters(), lr=torch.tensor(0.01))], 20)

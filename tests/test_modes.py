@@ -109,3 +109,11 @@ def test_layers_that_training_leaves_out_at_random(share: float) -> None:
     finding = check_train_eval(lambda x: model.train()(x), lambda x: model.eval()(x), torch.randn(3, 4))
     alarm = finding.where if finding and finding.severity == "warning" else None
     assert alarm == (None if share < 1 else "Linear(4, 4)")
+
+
+def test_torchs_own_layers_that_take_another_way_in_evaluation() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    x = torch.randn(2, 5, 16)
+    assert check_train_eval(lambda x: model.train()(x), lambda x: model.eval()(x), x) is None
+    assert torch.backends.mha.get_fastpath_enabled()

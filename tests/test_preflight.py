@@ -259,6 +259,11 @@ TOKENS = {
         ({"max_steps": -1, "warmup_steps": 500, "logging_steps": 500, "save_steps": 500}, None),  # epochs decide
         ({"max_steps": 100, "warmup_steps": 0, "eval_steps": 500, "save_steps": 500, "logging_steps": 10}, None),
         ({"steps": 1000, "decay_steps": None, "warmup_steps": 0.1}, None),
+        ({"max_steps": 5000, "warmup_ratio": 100}, "the warm-up of 100 runs is not over within the 1 planned"),
+        ({"max_steps": 5000, "warmup_ratio": 0.1}, None),
+        ({"epochs": 100, "scheduler": {"T_max": 50}}, "by epoch 50 of 100 at the latest, and rises again"),
+        ({"epochs": 100, "warmup_epochs": 10, "T_max": 90}, None),
+        ({"epochs": 10, "T_max": 3000}, None),  # updates
     ],
 )
 def test_schedules_on_paper(config: dict, words: str | None) -> None:

@@ -1,7 +1,8 @@
 """Rules about learning rates and the loss: a training in which each must speak, and ones in which it must not."""
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from stand_ins import MyOpt
 from torch import nn
-from torch.optim import SGD, AdamW
+from torch.optim import SGD, Adam, AdamW
 from toy import VOCAB, adamw, finding, loss_of, said, spoken, toy, train, watched
 
 from moe_lab.health import Finding, Watch
@@ -108,6 +109,11 @@ def test_a_layer_of_as_many_units_as_tokens_is_no_head(inside: bool) -> None:
         model.up = model.mlp[0][0].forward
     probe = Watch(model, adamw(model)).state.forward
     assert probe.head is model.head is probe.heard.head
+
+
+def test_two_networks_in_a_list_without_any_tokens() -> None:
+    nets = nn.ModuleList(nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 2)) for _ in range(2))
+    assert Watch(nets, AdamW(nets.parameters(), weight_decay=0.0)).state.forward.head is None
 
 
 def test_accumulated_gradients_are_healthy() -> None:
@@ -221,3 +227,30 @@ def test_steps_so_large_that_the_loss_stops() -> None:
     assert sized(partial(AdamW, lr=3.0), 60)[0] == "lr_too_high"
     assert "lr_too_high" not in sized(partial(AdamW, lr=1e-3), 60, noise=50.0)  # noise: nothing to learn
     assert "lr_too_high" not in sized(partial(AdamW, lr=0.03), 60)
+
+
+class OwnRate(SGD):
+    """Makes its learning rate by itself, as Adafactor may: its group has none."""
+
+    def __init__(self, params: Iterable[nn.Parameter], rate: float):
+        super().__init__(params, lr=rate)
+        self.rate, self.param_groups[0]["lr"] = rate, None
+
+    def step(self, closure=None):
+        with torch.no_grad():
+            for p in self.param_groups[0]["params"]:
+                p -= self.rate * p.grad / (p.grad.square().mean().sqrt() + 1e-12)
+
+
+def test_steps_of_an_optimizer_that_makes_its_own_rate() -> None:
+    assert sized(partial(OwnRate, rate=1e-6))[0] == "lr_too_low"
+    assert sized(partial(OwnRate, rate=1e-3)) == []
+
+
+def test_a_loss_that_comes_back_from_a_blow_up_has_not_fallen() -> None:
+    torch.manual_seed(0)
+    deep = nn.Sequential(
+        nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4)
+    )
+    assert sized(partial(Adam, lr=0.3), 60, model=copy.deepcopy(deep))[0] == "lr_too_high"
+    assert sized(partial(Adam, lr=0.003), 60, model=deep) == []

@@ -223,6 +223,16 @@ def test_time_steps_of_a_fresh_state_space(bias: float | None, wanted: list[str]
     assert said(Watch(model, torch.optim.AdamW(model.parameters()))) == []
 
 
+@pytest.mark.parametrize("is_drawn", [True, False])
+def test_the_bias_of_an_output_is_no_time_step(is_drawn: bool) -> None:
+    mixer = nn.Module()
+    mixer.A_log = nn.Parameter(torch.arange(1.0, 9.0).log().repeat(32, 1))
+    mixer.steps, mixer.out = nn.Linear(32, 32), nn.Linear(32, 32)
+    nn.init.constant_(mixer.steps.bias, -4.6 if is_drawn else 0.0)  # a time step of 0.01 or 0.7
+    watch = Watch(nn.Sequential(mixer), torch.optim.AdamW(mixer.parameters(), weight_decay=0.0))
+    assert said(watch) == ["delta_start"] * (not is_drawn)
+
+
 def test_looking_at_choices_changes_nothing() -> None:
     ends = []
     for watching in (False, True):

@@ -213,6 +213,16 @@ def test_a_parameter_in_two_optimizers_is_an_error_at_once() -> None:
         AdamW([{"params": [model.up.weight]}, {"params": [model.up.weight]}])
 
 
+def test_two_parameters_in_the_same_memory_move_twice() -> None:
+    for tied, told in ((True, []), (False, ["updated_twice"])):
+        model = toy()
+        if tied:
+            model.head.weight = model.embedding.weight
+        else:
+            model.head.weight.data = model.embedding.weight.data
+        assert said(Watch(model, AdamW(model.parameters(), weight_decay=0.0)), "error") == told
+
+
 def test_the_report_fits_the_page(capsys, monkeypatch) -> None:
     for columns in (80, 120):
         monkeypatch.setenv("COLUMNS", str(columns))

@@ -65,7 +65,7 @@ RULES: dict[str, tuple[str, str]] = {
     "broken_tie": ("warning", "a token table and a head that should be one tensor and are two"),
     "no_gradient": ("error", "a trainable tensor gets no gradient"),
     "not_in_optimizer": ("error", "a trainable tensor is in no optimizer"),
-    "updated_twice": ("error", "a tensor is in two optimizers"),
+    "updated_twice": ("error", "a tensor is in two optimizers, or twice in one"),
     "frozen_module": ("warning", "part of the model has requires_grad=False and was not declared frozen"),
     "delta_start": ("warning", "a state space model's fresh time steps are far from 0.001 to 0.1"),
     "stuck_copy": ("warning", "a 16-bit copy that follows the weights, such as an average, cannot come nearer"),

@@ -28,6 +28,8 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "total_tokens": ("max_tokens", "train_tokens", "token_budget"),
     "warmup_steps": ("num_warmup_steps", "warmup_iters", "lr_warmup_iters", "lr_warmup_steps", "warmup_updates"),
     "epochs": ("num_epochs", "n_epochs", "max_epochs", "total_epochs", "num_train_epochs", "train_epochs"),
+    "warmup_ratio": ("warmup_proportion", "warmup_fraction"),
+    "T_max": ("t_max",),
     "warmup_epochs": ("num_warmup_epochs", "warm_up_epochs", "lr_warmup_epochs"),
     "decay_steps": ("lr_decay_iters", "lr_decay_steps", "cosine_steps", "max_decay_steps"),
     "log_interval": ("logging_steps", "log_every", "log_every_n_steps", "log_freq", "log_steps"),

@@ -26,11 +26,17 @@ def schedule(plan: Plan) -> Iterator[Finding]:
         entry = plan.find(key)
         return Finding("schedule", severity, entry.where, f"{entry.name}: {told}", advice, value, limit)
 
-    for unit in ("steps", "epochs"):
-        warmup, planned = plan.number(f"warmup_{unit}") or 0, plan.number(unit)
+    # of a share of the run, one run is planned
+    for unit, planned in {"steps": steps, "epochs": plan.number("epochs"), "ratio": 1}.items():
+        warmup, units = plan.number(f"warmup_{unit}") or 0, "runs" if unit == "ratio" else unit
         if planned and warmup >= planned:
-            told = f"the warm-up of {warmup:g} {unit} is not over within the {planned:g} planned: the peak LR is never reached"
+            told = f"the warm-up of {warmup:g} {units} is not over within the {planned:g} planned: the peak LR is never reached"
             yield finding("warning", f"warmup_{unit}", told, f"shorten it, or {ONE_UNIT}", warmup, planned)
+    # whether it counts epochs or updates, which are more
+    cosine, epochs = plan.number("T_max") or math.inf, plan.number("epochs") or 0
+    if cosine * OFF_BUDGET < epochs:
+        told = f"the cosine is at its end by epoch {cosine:g} of {epochs:g} at the latest, and rises again"
+        yield finding("warning", "T_max", told, "give it the whole run's length", cosine, epochs)
     if not steps:
         return
     if decay and not 1 / OFF_BUDGET <= decay / steps <= OFF_BUDGET:

@@ -176,8 +176,8 @@ def head_of(model: nn.Module, table: nn.Embedding | None) -> nn.Linear | None:
     of = {m: name for name, m in model.named_modules() if isinstance(m, nn.Linear) and table is not None}
     heads = [m for m in of if m.out_features == table.num_embeddings]
     last = min(reversed(heads), key=lambda m: (m.weight is not table.weight, of[m].count(".")), default=None)
-    parent = of[last].rpartition(".")[0] if last is not None else ""
-    several = isinstance(model.get_submodule(parent), nn.ModuleList)
+    parent = "" if last is None else of[last].rpartition(".")[0]
+    several = last is not None and isinstance(model.get_submodule(parent), nn.ModuleList)
     return next(m for m in heads if of[m].rpartition(".")[0] == parent) if several else last
 
 

@@ -11,6 +11,7 @@ from .tracking import LR_STEADY, SAME_LR, SPENT
 LR_LATE = 0.2  # share of the peak LR below which it is late in a decay, or early in a warm-up
 UP, UP_LOADED = 20.0, 3.0  # over all there was, at once, and where a state was loaded (a first phase may have a tenth)
 TEETH, REACHED = 3, 0.5  # restarts that make a habit; share of the LR asked for that no warm-up among them gets to
+NOTHING = 2**-24  # of the peak: float32 does not see it beside 1
 CLEAR, LONG = 50, 10_000  # updates after which, without a budget, a warm-up is called too long, and from where on
 
 
@@ -46,13 +47,13 @@ def brought_back(state: State) -> Ill:
     "is the scheduler stepped once an update, and not once a micro-batch or process? Was its length given in updates?",
 )
 def lr_spent(state: State) -> Ill:
-    """All LRs near zero before half of the budget, or at zero for LR_STEADY updates."""
+    """All LRs near zero before half of the budget, or for LR_STEADY updates at zero, beside the peak."""
     groups = [g for g in state.groups if len(g.recent) == LR_STEADY]
     if not groups or len(groups) < len(state.groups):
         return {}
     where = ", ".join(g.name for g in groups)
-    if not any(lr for g in groups for lr in g.recent):
-        what = f"was 0 in the last {LR_STEADY} updates"
+    if all(lr <= NOTHING * g.peak for g in groups for lr in g.recent):
+        what = f"was {max(g.last for g in groups):.0g} in the last {LR_STEADY} updates"
         return {"zero": {"where": where, "what": what, "value": 0.0, "limit": max(g.peak for g in groups)}}
     first = max(g.spent_at for g in groups) + state.start_step
     if state.budget is None or not all(g.spent_at for g in groups) or first >= state.budget / 2:

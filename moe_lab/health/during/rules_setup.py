@@ -12,6 +12,7 @@ from ..sampling import plain
 from .forward import unwrapped
 from .rule import Ill, Rule, by_kind, found_in, rule
 from .state import State
+from .tracking import storage
 
 THAWED = 2  # looks at gradients, five updates apart: a loop may add the group a little later
 ON_PURPOSE = 0.5  # share of the parameters from which on frozen ones look like an adapter's base
@@ -30,10 +31,14 @@ def not_in_optimizer(state: State) -> Ill:
     return by_kind(t for t in trainable if t in thawed or t.name not in state.frozen_on_purpose)
 
 
-@rule("{names} is in two optimizers and moves twice a step", "take it out of one of them")
+@rule(
+    "{names} is in the optimizers twice and moves twice a step",
+    "take it out of one of them; to tie weights, assign the parameter itself and not its .data",
+)
 def updated_twice(state: State) -> Ill:
-    n_owners = Counter(id(p) for group in state.groups for p in group.group["params"])
-    return {t.name: [t] for t in state.tracked if n_owners[id(t.param)] > 1}
+    """By storage: two parameters may lie in the same memory, each with gradients and an optimizer's state of its own."""
+    n_owners = Counter(storage(p) for group in state.groups for p in group.group["params"])
+    return {t.name: [t] for t in state.tracked if n_owners[storage(t.param)] > 1}
 
 
 @rule(
@@ -79,15 +84,16 @@ def broken_tie(state: State) -> Ill:
     "an init over all linear layers overwrote its bias: set that last, to the inverse softplus of steps drawn from there",
 )
 def delta_start(state: State) -> Ill:
-    """Of modules whose own matrix is log 1, log 2, …, log N in each row: decay rates that no update has touched."""
+    """Of modules whose own matrix is log 1, log 2, …, log N in each row: decay rates that no update has touched. Of several biases
+    of their length one may be the output's: then any that is as it should be is enough."""
     found = {}
     for name, module in state.modules.items() if not state.n_seen else ():
         rates = [p for p in module.parameters(recurse=False) if p.ndim == 2 and is_decay_rates(p)]
-        for key, child in module.named_children() if rates else ():
-            if isinstance(child, nn.Linear) and child.bias is not None and child.out_features == len(rates[0]):
-                step = float(nn.functional.softplus(plain(child.bias).float()).median())
-                if not DELTAS[0] <= step <= DELTAS[1]:
-                    found[f"{name}.{key}"] = {"value": step, "limit": DELTAS[step > DELTAS[1]]}
+        layers = {key: m for key, m in module.named_children() if rates and isinstance(m, nn.Linear)}
+        biases = {key: m.bias for key, m in layers.items() if m.bias is not None and len(m.bias) == len(rates[0])}
+        steps = {key: float(nn.functional.softplus(plain(b).float()).median()) for key, b in biases.items()}
+        if not any(DELTAS[0] <= step <= DELTAS[1] for step in steps.values()):
+            found |= {f"{name}.{key}": {"value": s, "limit": DELTAS[s > DELTAS[1]]} for key, s in steps.items()}
     return found
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from .intended import keeps_lost_bits
 from .probes import decay_arrives, is_adam, law_of
 from .rule import Ill, by_kind, rule
-from .rules_loss import LR_ACTED, change, learning_rates
+from .rules_loss import LR_ACTED, SEEN_FALL, change, learning_rates
 from .state import State
 from .steps import kind_of, matrix_shape
 from .tracking import LR_STEADY, GroupState, Tracked
@@ -19,6 +19,7 @@ SMALLEST_CLIP = 0.01  # a tenth of the least that anybody clips to
 LOOKS = 4  # at the gradients, 5 updates apart
 LATE = 50  # updates until which lost updates would have been found
 TINY, HUGE = 1e-4, 0.3  # of a matrix's size that a step changes; 1e-3 is usual, healthy SGD was seen from 3e-4 on
+BLOWN_UP = 2.0  # times the first loss
 TRAVEL, PLANNED = 0.1, 1000  # of its size within the budget, that is too little; updates where no budget is known
 SAME = {"lr_too_low", "lr_too_high"}  # what these say themselves
 LEARNED_LITTLE = 0.05  # share of the first loss
@@ -126,9 +127,11 @@ def lr_too_low(state: State) -> Ill:
     severity="warning",
 )
 def lr_too_high(state: State) -> Ill:
-    """Where the loss does not fall, however much it jumps: of steps that large, it is they that are told."""
-    (first, last, noise), moved = change(state), moved_by(state)
-    stopped = moved > HUGE and state.n_seen >= LR_ACTED and last - first > -noise
+    """Where the loss does not fall, however much it jumps: of steps that large, it is they that are told. Nor is it a fall to come
+    back from a blow-up to where an untrained model was."""
+    (first, last, noise), moved, untrained = change(state), moved_by(state), next(iter(state.losses), 0.0)
+    back = max(state.losses[:LR_STEADY], default=0.0) > BLOWN_UP * untrained and last > (1 - SEEN_FALL) * untrained > 0
+    stopped = moved > HUGE and state.n_seen >= LR_ACTED and (back or last - first > -noise)
     return {"steps": {"value": moved, "limit": HUGE}} if stopped and not explained(state) else {}
 
 

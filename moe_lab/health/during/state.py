@@ -17,7 +17,7 @@ from .intended import Replays
 from .outside import Outside
 from .ranks import Ranks
 from .steps import Steps
-from .tracking import HISTORY, GroupState, Tracked, held_by, track
+from .tracking import HISTORY, GroupState, Tracked, held_by, lr_of, track
 
 READ_EVERY = 5  # updates between looks at the gradients
 MODES = 3  # such looks in a row that tell a mode
@@ -79,8 +79,8 @@ class State:
         if optimizer is self.optimizers[0]:
             self.outside.before_update(self.counts[id(optimizer)] - self.start_step)
         for group in self.groups:
-            if group.optimizer is optimizer and group.group.get("lr") is not None:
-                self.waiting.add(number_of(group.group["lr"]), group.note_lr)
+            if group.optimizer is optimizer:
+                self.waiting.add(number_of(lr_of(group.group)), group.note_lr)
         if self.counts[id(optimizer)] % READ_EVERY == 1:
             self.modes = [*self.modes[-MODES + 1 :], any(module.training for module in self.model.modules())]
             self.has_trained |= self.modes[-1]

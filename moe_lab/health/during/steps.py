@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from ..sampling import Waiting, plain
 from .probes import is_linear
-from .tracking import GroupState, Tracked
+from .tracking import GroupState, Tracked, lr_of
 
 EVERY, LOOKS = 5, 12  # updates between steps that are measured, steps of a tensor; then the kind is known
 PER_GROUP = 4  # tensors of a group that are measured
@@ -58,8 +58,8 @@ class Steps:
         if n % EVERY != 2:  # the first of all may be another rule's: Adam's is a sign
             return
         for t in (t for t in self.chosen if t.optimizer is optimizer and len(t.steps) < LOOKS):
-            lr, grad, moved = t.group.get("lr"), t.param.grad, replayed.get(id(t))
-            if lr is None or grad is None or grad.is_sparse or (t.is_narrow and moved is None):
+            lr, grad, moved = lr_of(t.group), t.param.grad, replayed.get(id(t))
+            if grad is None or grad.is_sparse or (t.is_narrow and moved is None):
                 continue
             is_whole = moved is None or moved.shape == t.param.shape
             weight = part(t.param) if is_whole else t.sample(t.param).float()

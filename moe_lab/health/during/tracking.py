@@ -31,6 +31,11 @@ def asked(optimizer: Optimizer, group: dict) -> float | None:
     return None if given is None else float(given)
 
 
+def lr_of(group: dict) -> Tensor | float:
+    """1 where an optimizer makes its learning rate by itself: then its steps are what they are."""
+    return 1.0 if group.get("lr") is None else group["lr"]
+
+
 class GroupState:
     """A group of an optimizer's parameters, and its learning rate over time."""
 
