@@ -45,8 +45,8 @@ def test_a_corner_is_an_arm_of_the_design() -> None:
     arms = {study_04.corner(point, fixed) for point in ("cure", "centre") for fixed in study_04.SUBSETS}
     assert arms <= set(found.arms()) and len(arms) == 14
     assert study_04.corner("cure", {"Muon"}) == "failure with Muon of cure, bf16"
-    assert study_04.corner("cure", {"AdamW", "Muon", "fp32"}) == "cure, float32"
-    assert study_04.corner("cure", {"fp32"}) == "failure, float32"
+    assert study_04.corner("cure", {"AdamW", "Muon", "float32"}) == "cure, float32"
+    assert study_04.corner("cure", {"float32"}) == "failure, float32"
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5])

@@ -24,7 +24,11 @@ def deviations(found: Results, arm: str) -> list[float]:
 
 def norms_by_muon(found: Results) -> dict[float, float]:
     """Muon's LR → how far the norms got, on average over seeds, with AdamW at 9e-5."""
-    arms = {3e-4: "failure, float32", 1e-3: corner("cure", {"Muon", "fp32"}), 4e-3: corner("centre", {"Muon", "fp32"})}
+    arms = {
+        3e-4: "failure, float32",
+        1e-3: corner("cure", {"Muon", "float32"}),
+        4e-3: corner("centre", {"Muon", "float32"}),
+    }
     return {lr: fmean(deviations(found, arm)) for lr, arm in arms.items()}
 
 

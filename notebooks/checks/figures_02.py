@@ -127,7 +127,7 @@ def draw_router(differ: float, **logits: float) -> tuple[Figure, str, str]:
     label_right(axes, ends)
     alt = f"Balance loss {balance:.2f}. Load {', '.join(f'{v:.2f}' for v in load)}; "
     alt += f"mean probability {', '.join(f'{v:.2f}' for v in prob)}."
-    return figure, alt, "The loss multiplies the two bars of each expert: E · Σ load · prob."
+    return figure, alt, "The loss multiplies the two bars of each expert: E · Σ load · mean probability."
 
 
 def explore_router() -> None:

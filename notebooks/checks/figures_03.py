@@ -24,7 +24,7 @@ def pair_figure(runs: Mapping[str, Any]) -> Drawn:
     """Loss and furthest norm weight of runs side by side, so far, and nothing of what a watch has found."""
     figure, labels, seen = new_figure(10, 3.3), ([], []), []
     loss = new_axes(figure, (0.065, 0.16, 0.3, 0.73), "Training loss", "update", "nats per token")
-    norm = new_axes(figure, (0.52, 0.16, 0.25, 0.73), "Furthest norm weight, |w − 1|", "update", "no unit")
+    norm = new_axes(figure, (0.52, 0.16, 0.25, 0.73), "Norm weights: largest |w − 1|", "update", "no unit")
     for (name, run), (colour, line, _), width in zip(runs.items(), SERIES, (3.5, 1.5), strict=False):
         steps = [row["step"] for row in run.rows]
         for axes, field, texts in ((loss, "loss", labels[0]), (norm, "furthest", labels[1])):

@@ -18,6 +18,7 @@ from moe_lab.show.style import draw_floors, label_right, new_axes, new_figure
 Shown = tuple[Figure, str, str]
 Sweep = Mapping[float, Sequence[float]]  # learning rate → losses, one a seed; infinite where a run diverged
 QUINTIC = (3.4445, -4.7750, 2.0315)
+BAND = (0.65, 1.25)  # where five iterations bring what was above a hundredth
 
 
 class Best(NamedTuple):
@@ -35,7 +36,7 @@ def spectra(spectra: Mapping[str, Sequence[float]]) -> Shown:
         figure, (0.07, 0.15, 0.72, 0.74), "Singular values of one step", "rank", "singular value, log scale"
     )
     axes.set_yscale("log")
-    axes.axhspan(0.7, 1.2, color=style.PALE, alpha=0.6, linewidth=0)
+    axes.axhspan(*BAND, color=style.PALE, alpha=0.6, linewidth=0)
     labels, said = [], []
     every = np.concatenate([np.asarray(values) for values in spectra.values()])
     axes.set_ylim(max(every.min(), 1e-4) / 1.5, every.max() * 1.5)
@@ -44,7 +45,11 @@ def spectra(spectra: Mapping[str, Sequence[float]]) -> Shown:
         labels.append((values[-1], name, colour))
         said.append(f"{name} from {values[0]:.2g} down to {values[-1]:.2g}")
     label_right(axes, labels)
-    alt = "Singular values by rank, on a logarithmic scale: " + "; ".join(said) + ". A band marks 0.7 to 1.2."
+    alt = (
+        "Singular values by rank, on a logarithmic scale: "
+        + "; ".join(said)
+        + f". A band marks {BAND[0]} to {BAND[1]}."
+    )
     return (
         figure,
         alt,
@@ -105,8 +110,9 @@ def lr_sweep(
             if optimum := (optima or {}).get(title, {}).get(name):
                 axes.plot(optimum, means[best], marker="*", markersize=13, color=colour, markeredgecolor=style.INK)
             last = means[-1] if math.isfinite(means[-1]) else every.max()
-            labels.append((last, name, colour))
-            lines.append(f"{title}, {name}: best {means[best]:.3f} at {lrs[best]:g}")
+            shown = "AdamW alone" if name == "adamw" else name
+            labels.append((last, shown, colour))
+            lines.append(f"{title}, {shown}: best {means[best]:.3f} at {lrs[best]:g}")
         label_right(axes, labels)
     alt = "Validation loss in nats per token over the learning rate.\n" + "; ".join(lines) + "."
     stars = "Stars: optima of a parabola in log LR. " if optima else ""
@@ -196,14 +202,14 @@ def iterate(steps: float, smallest: float) -> Shown:
         figure, (0.07, 0.15, 0.86, 0.74), f"After {steps} iterations", "singular value before", "singular value after"
     )
     axes.set_xscale("log")
-    axes.axhspan(0.7, 1.2, color=style.PALE, linewidth=0)
+    axes.axhspan(*BAND, color=style.PALE, linewidth=0)
     axes.axhline(1, color=style.GREY, linestyle="--", linewidth=1)
     axes.plot(before, before, color=style.GREY, linestyle=":", linewidth=1.2)
     axes.plot(before, after, color=style.BLUE, linewidth=2)
     axes.set_ylim(0, 1.3)
-    inside = ((after > 0.65) & (after < 1.25)).mean()
+    inside = ((after > BAND[0]) & (after < BAND[1])).mean()
     alt = f"After {steps} iterations singular values from {smallest:.2g} to 1 lie between {after.min():.2g} and "
-    alt += f"{after.max():.2g}; {inside:.0%} of them, evenly in logs, between 0.65 and 1.25."
+    alt += f"{after.max():.2g}; {inside:.0%} of them, evenly in logs, between {BAND[0]} and {BAND[1]}."
     return (
         figure,
         alt,

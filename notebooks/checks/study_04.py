@@ -14,7 +14,7 @@ from checks.surface import GridBest, Optimum, Quadratic, best_on_grid, bootstrap
 from moe_lab.failures.results import Results
 
 METHODS = ("original", "match_rms_adamw", "adamw")
-FIXES = ("Muon", "AdamW", "fp32")
+FIXES = ("Muon", "AdamW", "float32")
 SUBSETS = [frozenset(fix for fix, bit in zip(FIXES, bits, strict=True) if bit) for bits in np.ndindex(2, 2, 2)]
 
 
@@ -74,8 +74,8 @@ def crossing(run: Mapping[int, float], floor: float, window: int = 5) -> int | N
 
 
 def corner(point: str, fixed: Collection[str]) -> str:
-    """The arm in which these of Muon, AdamW and fp32 have been fixed, the others are as in the failure with bf16."""
-    precision = "float32" if "fp32" in fixed else "bf16"
+    """The arm in which these of Muon, AdamW and float32 have been fixed, the others are as in the failure with bf16."""
+    precision = "float32" if "float32" in fixed else "bf16"
     lrs = [name for name in ("Muon", "AdamW") if name in fixed]
     if len(lrs) == 1:
         return f"failure with {lrs[0]} of {point}, {precision}"
