@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -15,6 +16,7 @@ import nbformat
 import notebook_rules
 import pytest
 from checks import ledger
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from benchmarks.outputs import CLAIMS, declared_claims
 from moe_lab.course import case
@@ -65,6 +67,43 @@ def test_committed_notebooks_are_whole(path: Path) -> None:
 def test_the_form_of_bad_notebooks_is_refused(name: str, problem: str | None) -> None:
     found = problems(FIXTURES / f"{name}.ipynb")
     assert (found == []) if problem is None else any(text.startswith(problem) for text in found)
+
+
+def code_of(notebook) -> list:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def shown(data: dict) -> Callable:
+    return lambda notebook: code_of(notebook)[-1].outputs.append(new_output("display_data", data=data))
+
+
+def tagged(*tags: str) -> Callable:
+    return lambda notebook: code_of(notebook)[0].metadata.update(tags=[*tags])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [
+        (lambda notebook: [cell.update(outputs=[]) for cell in code_of(notebook)], "cleared"),
+        (lambda notebook: code_of(notebook)[0].update(execution_count=2), "execution counts"),
+        (lambda notebook: code_of(notebook)[0].outputs.append(new_output("error")), "an error"),
+        (shown({"application/vnd.jupyter.widget-view+json": {}}), "widget state"),
+        (lambda notebook: notebook.metadata.update(widgets={}), "widget state"),
+        (shown({"image/png": "x" * LARGEST}), f"{LARGEST // 1024} KiB"),
+        (tagged(), "there must be exactly one cell tagged parameters"),
+        (tagged("parameters", "nbval-raises-exception"), "raises-exception"),
+    ],
+)
+def test_each_problem_of_form_has_its_bad_notebook(spoil: Callable, problem: str, tmp_path: Path) -> None:
+    cells = [new_code_cell("a = 1", metadata={"tags": ["parameters"]}, execution_count=1)]
+    cells.append(new_code_cell("a", execution_count=2, outputs=[new_output("stream", text="1")]))
+    notebook = new_notebook(cells=cells)
+    nbformat.write(notebook, tmp_path / "good.ipynb")
+    assert problems(tmp_path / "good.ipynb") == []
+    spoil(notebook)
+    nbformat.write(notebook, tmp_path / "bad.ipynb")
+    (found,) = problems(tmp_path / "bad.ipynb")
+    assert found.startswith(problem)
 
 
 def test_nbval_refuses_bad_cells_and_no_others(tmp_path: Path) -> None:
