@@ -36,19 +36,10 @@ def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tens
     return angles.cos(), angles.sin()
 
 
-class Rotation(Function):
-    """Turn each pair of x (B, H, T, C) by its position's angle; computed in float32, returned in x's dtype."""
-
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        first, second = x.float().chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).type_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        cos, sin = ctx.saved_tensors
-        return Rotation.apply(grad, cos, -sin), None, None  # the gradient is turned back
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Each pair of x (B, H, T, C) by its position's angle; computed in float32, returned in x's dtype."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).type_as(x)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -124,7 +115,7 @@ class Attention(nn.Module):
             proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return Rotation.apply(q, *table), Rotation.apply(k, *table), v
+        return turned(q, *table), turned(k, *table), v
 
     def forward(self, x: Tensor, positions: Tensor, keep: Tensor | None = None, cache=None) -> tuple[Tensor, None]:
         """x (B, T, D) in order of time, positions (B, T) int64 → (B, T, D), and no routing. A row sees itself and the
@@ -147,7 +138,7 @@ class Attention(nn.Module):
         if is_token:
             table = [t[:, :, start:end] for t in cache.table]
             heads = torch.cat([self.q_proj(x), self.k_proj(x)], dim=-1).view(batch, -1, 1, width)  # turned as one
-            q, k = Rotation.apply(heads, *table).split([heads.shape[1] - n_kv, n_kv], dim=1)
+            q, k = turned(heads, *table).split([heads.shape[1] - n_kv, n_kv], dim=1)
             v = self.v_proj(x).view(batch, n_kv, 1, width)
         else:
             q, k, v = self.project(x, positions)
