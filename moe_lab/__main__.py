@@ -78,7 +78,8 @@ def check_file(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
-    print(*lines(config, args.tflops, args.utilisation, args.price, args.ranks), sep="\n")
+    for line in lines(config, args.tflops, args.utilisation, args.price, args.ranks):
+        print(line, flush=True)  # one by one: of a large model each takes seconds
 
 
 def line_of(f: Finding) -> str:

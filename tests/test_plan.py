@@ -8,7 +8,7 @@ from torch.utils.flop_counter import flop_registry
 from moe_lab import build_model, load_config, plan
 from moe_lab.__main__ import main
 from moe_lab.config import ROOT, Config, ModelConfig
-from moe_lab.model import count_parameters
+from moe_lab.model import count_parameters, heads, scan
 from moe_lab.optim import build_optimizers, muon
 
 LAB, CASE = ROOT / "configs" / "lab.yaml", ROOT / "configs" / "training_1.5b.yaml"
@@ -100,6 +100,19 @@ def test_memory_is_what_is_allocated(update: Update) -> None:
     assert working == pytest.approx(update.peak(), rel=0.1)
     assert sum(planned) == pytest.approx(held + update.peak(), rel=0.1)
     assert sum(planned) - working == pytest.approx(held, rel=0.001)
+
+
+def test_a_loop_that_is_counted_once_takes_what_all_its_rounds_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight rounds of logits, of which the first fills autocast's cache, and blocks of Mamba's scan."""
+    monkeypatch.setattr(heads, "LOGITS", 32 * 1024)
+    monkeypatch.setattr(scan, "ELEMENTS", {})
+    monkeypatch.setattr(scan, "ON_GPUS", 1)
+    sizes = ["model.n_layers=3", "model.moe_layers=[1]", "model.mamba_layers=[2]", "model.vocab_size=1024"]
+    changes = ["precision.compute=bfloat16", "training.activation_checkpointing=true", *sizes]
+    config = load_config(LAB, ["training.batch_size=2", "model.max_seq_len=128", *changes])
+    quick = plan.passes_bytes(config)
+    monkeypatch.setattr(plan, "LOOPS", ())
+    assert quick == plan.passes_bytes(config)
 
 
 def update_states(optimizer: torch.optim.Optimizer) -> list[dict[str, torch.Tensor]]:

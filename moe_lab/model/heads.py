@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from moe_lab.model.layers import autocast_dtype
+
 LOGITS = 2**24  # that a loss makes at once: 64 MB in float32
 CACHED = 2**18  # of these a CPU takes so many at a time, which its cache holds
 
@@ -34,6 +36,24 @@ def loss_and_slope(logits: Tensor, index: Tensor, counts: Tensor, slope: Tensor)
     return ((whole - logits.gather(1, index)) * counts).sum()
 
 
+def learn(head: nn.Module, weights: Sequence[Tensor], learns: bool, total: Tensor, *rows: Tensor) -> list[Tensor]:
+    """Add to `total` the loss of rows: hidden (N, D), index and counts (N, 1). Returns gradients by hidden and by `weights`,
+    none if nothing is to learn or a hook cut the logits off."""
+    hidden, index, counts = rows
+    with torch.set_grad_enabled(learns):
+        x = hidden.detach() * counts  # what does not count teaches nothing
+        x = x.to(autocast_dtype(x)).requires_grad_()  # of a leaf that it casts autocast would keep both
+        logits = head(x)
+    slope = torch.empty_like(logits, requires_grad=False)
+    n_cached = max(1, CACHED // head.out_features) if logits.is_cpu else len(logits)
+    for part in zip(*(t.split(n_cached) for t in (logits.detach(), index, counts, slope)), strict=True):
+        total += loss_and_slope(*part)
+    if not logits.requires_grad:
+        return []
+    by_rows, *by_weights = torch.autograd.grad(logits, (x, *weights), slope)
+    return [(by_rows * counts).type_as(hidden), *by_weights]
+
+
 class HeadLoss(Function):
     """Summed cross-entropy of head(hidden), hidden (N, D), targets (N,); LOGITS logits exist at a time. If `learns`,
     gradients are made in the forward pass, as `F.linear_cross_entropy` does, which on a CPU multiplies bfloat16 in
@@ -44,27 +64,16 @@ class HeadLoss(Function):
         total, slopes = hidden.new_zeros((), dtype=torch.float32), []
         sums: list[Tensor] = []  # of the weights' gradients
         index, counts = targets.unsqueeze(1).clamp(min=0), (targets != -100).unsqueeze(1)  # (N, 1)
-        n_rows, n_cached = (max(1, n // head.out_features) for n in (LOGITS, CACHED))
-        for start in range(0, len(hidden), n_rows):
-            rows = slice(start, start + n_rows)
-            with torch.set_grad_enabled(learns):
-                x = (hidden[rows].detach() * counts[rows]).requires_grad_()  # what does not count teaches nothing
-                logits = head(x)
-            slope = torch.empty_like(logits, requires_grad=False)
-            whole = (logits.detach(), index[rows], counts[rows], slope)
-            for part in zip(*(t.split(n_cached if t.is_cpu else n_rows) for t in whole), strict=True):
-                total += loss_and_slope(*part)
-            if logits.requires_grad:
-                by_rows, *by_weights = torch.autograd.grad(logits, (x, *weights), slope)
-                slopes.append(by_rows * counts[rows])
-                sums = [a.add_(b) for a, b in zip(sums, by_weights, strict=True)] if sums else by_weights
-            del logits, slope, whole, part  # before the next are made
+        chunks = (t.split(max(1, LOGITS // head.out_features)) for t in (hidden, index, counts))
+        for rows in zip(*chunks, strict=True):
+            if made := learn(head, weights, learns, total, *rows):
+                slopes.append(made[0])
+                sums = [a.add_(b) for a, b in zip(sums, made[1:], strict=True)] if sums else made[1:]
         ctx.save_for_backward(*([torch.cat(slopes), *sums] if slopes else ()))
         return total
 
     @staticmethod
     def backward(ctx, grad):
-        # none are there if nothing was to learn, or a hook cut the logits off
         by_hidden, *by_weights = [t * grad for t in ctx.saved_tensors] or [None] * (len(ctx.needs_input_grad) - 3)
         return by_hidden, None, None, None, *by_weights
 

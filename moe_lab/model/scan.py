@@ -43,11 +43,9 @@ class SelectiveScan(Function):
     @staticmethod
     def forward(ctx, delta, A, B, C, x):
         y, state, starts = torch.empty_like(x), x.new_zeros(len(x), *A.shape), []
-        for block, (decay, states) in blocks(x, A, 2):
+        for block, room in blocks(x, A, 2):
             starts.append(state)
-            recur(delta[:, block], A, B[:, block], x[:, block], state, decay, states)
-            y[:, block] = (C[:, block].unsqueeze(2) @ states.flatten(1, 2)).squeeze(2)
-            state = states[:, -1, -1].clone()
+            state = scan(A, state, room, *(t[:, block] for t in (delta, B, C, x, y)))
         ctx.save_for_backward(delta, A, B, C, x, *starts)
         ctx.mark_non_differentiable(state)
         return y, state
@@ -56,30 +54,47 @@ class SelectiveScan(Function):
     def backward(ctx, grad_y, _):
         """The adjoint g_t = C_t ∂y_t + exp(Δ_{t+1} A) g_{t+1} is the same recurrence, run backwards."""
         delta, A, B, C, x, *starts = ctx.saved_tensors
-        grad_delta, grad_B, grad_C, grad_x = (torch.empty_like(t) for t in (delta, B, C, x))
+        grads = [torch.empty_like(t) for t in (delta, B, C, x)]
         grad_A, carried = torch.zeros_like(A), torch.zeros_like(starts[0])
-        for block, (decay, states, adjoint) in reversed([*blocks(x, A, 3)]):
-            start = starts.pop()
-            d, u, grad = delta[:, block], x[:, block], grad_y[:, block]
-            whole = recur(d, A, B[:, block], u, start, decay, states)
-            torch.mul(in_chunks(C[:, block]).unsqueeze(4), in_chunks(grad).unsqueeze(3), out=adjoint)
-            values, rates = adjoint.unbind(2)[::-1], decay.unbind(2)[:0:-1]
-            leaving = decay[:, :, 0] * ends(values, rates)
-            values[0].add_(entering(carried, leaving, whole, range(len(whole[0]) - 1, -1, -1)))
-            chain(values, rates)
-            carried = decay[:, 0, 0] * adjoint[:, 0, 0]
-            decay, states, adjoint = (t.flatten(1, 2) for t in (decay, states, adjoint))  # (B, K·L, N, D)
-            # a row times a matrix: a matrix times a column takes ten times as long
-            grad_C[:, block] = (grad.unsqueeze(2) @ states.mT).squeeze(2)
-            grad_B[:, block] = ((d * u).unsqueeze(2) @ adjoint.mT).squeeze(2)
-            grad_input = (B[:, block].unsqueeze(2) @ adjoint).squeeze(2)  # by Δx
-            grad_log_decay = adjoint.mul_(decay)  # by ΔA: adjoint · decay · the state before
-            grad_log_decay[:, 0].mul_(start)
-            grad_log_decay[:, 1:].mul_(states[:, :-1])
-            grad_A += torch.mul(grad_log_decay, d.unsqueeze(2), out=decay).sum((0, 1))
-            grad_delta[:, block] = torch.mul(grad_log_decay, A, out=decay).sum(2).addcmul_(grad_input, u)
-            grad_x[:, block] = grad_input * d
-        return grad_delta, grad_A, grad_B, grad_C, grad_x
+        for block, room in reversed([*blocks(x, A, 3)]):
+            whole = (delta, B, C, x, grad_y, *grads)
+            carried = adjoint(A, grad_A, starts.pop(), carried, room, *(t[:, block] for t in whole))
+        grad_delta, *others = grads
+        return grad_delta, grad_A, *others
+
+
+def scan(A: Tensor, start: Tensor, room: Tensor, delta: Tensor, B: Tensor, C: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Fill y of the block that follows the state `start`. Returns the state after it."""
+    decay, states = room
+    recur(delta, A, B, x, start, decay, states)
+    y.copy_((C.unsqueeze(2) @ states.flatten(1, 2)).squeeze(2))
+    return states[:, -1, -1].clone()
+
+
+def adjoint(A: Tensor, grad_A: Tensor, start: Tensor, carried: Tensor, room: Tensor, *of_block: Tensor) -> Tensor:
+    """Add a block's share to `grad_A` and fill its gradients. `carried` is decayed g of the position after it; returns that
+    of its first. `of_block`: delta, B, C, x, ∂y, and the gradients of the first four."""
+    delta, B, C, x, grad, grad_delta, grad_B, grad_C, grad_x = of_block
+    decay, states, g = room
+    whole = recur(delta, A, B, x, start, decay, states)
+    torch.mul(in_chunks(C).unsqueeze(4), in_chunks(grad).unsqueeze(3), out=g)
+    values, rates = g.unbind(2)[::-1], decay.unbind(2)[:0:-1]
+    leaving = decay[:, :, 0] * ends(values, rates)
+    values[0].add_(entering(carried, leaving, whole, range(len(whole[0]) - 1, -1, -1)))
+    chain(values, rates)
+    carried = decay[:, 0, 0] * g[:, 0, 0]
+    decay, states, g = (t.flatten(1, 2) for t in (decay, states, g))  # (B, K·L, N, D)
+    # a row times a matrix: a matrix times a column takes ten times as long
+    grad_C.copy_((grad.unsqueeze(2) @ states.mT).squeeze(2))
+    grad_B.copy_(((delta * x).unsqueeze(2) @ g.mT).squeeze(2))
+    grad_input = (B.unsqueeze(2) @ g).squeeze(2)  # by Δx
+    grad_log_decay = g.mul_(decay)  # by ΔA: g · decay · the state before
+    grad_log_decay[:, 0].mul_(start)
+    grad_log_decay[:, 1:].mul_(states[:, :-1])
+    grad_A += torch.mul(grad_log_decay, delta.unsqueeze(2), out=decay).sum((0, 1))
+    grad_delta.copy_(torch.mul(grad_log_decay, A, out=decay).sum(2).addcmul_(grad_input, x))
+    torch.mul(grad_input, delta, out=grad_x)
+    return carried
 
 
 def blocks(x: Tensor, A: Tensor, n: int) -> Iterator[tuple[slice, Tensor]]:
