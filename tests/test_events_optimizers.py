@@ -86,23 +86,6 @@ def test_an_optimizer_that_steps_inside_of_the_watched_one() -> None:
     assert "no_updates" not in watched(model, outer, partial(sound, model, inner))
 
 
-@pytest.mark.parametrize(
-    ("every", "told"),
-    [(1, True), (5, True), (20, False)],  # a batch, an epoch, stages of a thaw
-)
-def test_an_optimizer_that_is_made_anew_all_the_time(every: int, told: bool) -> None:
-    """Another one than is watched steps, and it never has a past."""
-    model = toy()
-    others = adamw(model)
-
-    def step(i: int) -> torch.Tensor:
-        if i % every == 0:
-            others[:] = adamw(model)
-        return sound(model, others[0], i)
-
-    assert ("no_updates" in watched(model, adamw(model), step)) == told
-
-
 def test_an_inner_loop_whose_optimizer_is_new_for_each_task() -> None:
     """As in Reptile: the watched one steps as well."""
     model = toy()

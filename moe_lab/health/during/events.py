@@ -65,8 +65,6 @@ class Events(Listener):
         self.held: list[Callable] = []  # hooks
         self.for_all: Callable = ignore
         self.n_steps = 0  # of any optimizer
-        self.others: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # that step along watched tensors
-        self.n_anew = 0  # how many were new, since a watched one stepped
         # cleared gradients had a use: an optimizer that is not watched steps, or inputs get some, to be attacked by
         self.had_use = False
         self.by_turns = False  # a watched one stepped between another's passes, as a generator's
@@ -98,11 +96,9 @@ class Events(Listener):
         if id(optimizer) not in self.watched:
             self.had_use = True
             firsts = [group["params"][0] for group in optimizer.param_groups if group["params"]]
+            # inside of one that is watched, as SAM's, or in its place
             if any(p is t.param for p in firsts for t in self.tensors):
-                # new at its first step: made anew all the time, or once at a thaw; else inside of one that is watched, as SAM's
-                self.n_anew += (is_new := optimizer not in self.others)
-                self.n_losses = self.n_losses if is_new else 0
-                self.others.add(optimizer)
+                self.n_losses = 0
 
     def enters(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.had_use |= any(t.requires_grad for t in tensors_of([args, kwargs]))
@@ -136,7 +132,7 @@ class Events(Listener):
 
     def before_update(self, optimizer: Optimizer, has_gradients: bool) -> None:
         """`has_gradients`: now, and not made in the step."""
-        self.n_losses = self.n_anew = 0
+        self.n_losses = 0
         mine = [ear for ear in self.ears if ear.t.optimizer is optimizer]
         heard = [ear for ear in mine if ear.n]
         look: dict[str, list[Truth]] = {"stale": [ear.clean ^ True for ear in heard]}

@@ -31,7 +31,6 @@ class Pass(NamedTuple):
     loss: float  # mean cross-entropy of the targets, nats
     weight: float  # the one w that fits best
     rest: float  # share of the gradient, squared, that is no cross-entropy, whatever the weights
-    uneven: float  # share that is none of equal weights
     least: float  # the smallest w's sign: below 0 in preferences and rewards
     beside: Tensor | None = None  # (B,) float32, a number for each row of all that the model was given
 
@@ -53,7 +52,7 @@ class Pass(NamedTuple):
 
 
 class Heard:
-    """Listens to the table of tokens, the head and the whole model. Ids, targets and five numbers a pass wait for `fetch`."""
+    """Listens to the table of tokens, the head and the whole model. Ids, targets and four numbers a pass wait for `fetch`."""
 
     def __init__(self, model: nn.Module, table: nn.Module | None, head: nn.Module | None):
         self.model, self.head = model, head
@@ -182,7 +181,7 @@ class Heard:
 
 
 def compared(scores: Tensor, gradient: Tensor, target: Tensor) -> Tensor:
-    """(5,) float32: `Pass`'s numbers of scores and gradient (R, V) and targets (R,)."""
+    """(4,) float32: `Pass`'s numbers of scores and gradient (R, V) and targets (R,)."""
     asked = target >= 0
     p = scores.softmax(-1)
     at = target.clamp(min=0).unsqueeze(-1)
@@ -197,7 +196,7 @@ def compared(scores: Tensor, gradient: Tensor, target: Tensor) -> Tensor:
     explained = (both.square() / own.clamp(min=1e-30)).sum() / whole
     loss = -(likely.clamp(min=1e-30).log() * asked).sum() / asked.sum()
     least = torch.where(asked, both, torch.inf).min()
-    return torch.stack([loss, weight * size, 1 - explained, 1 - weight * both.sum() / whole, least.sign()])
+    return torch.stack([loss, weight * size, 1 - explained, least.sign()])
 
 
 def named_tensors(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:

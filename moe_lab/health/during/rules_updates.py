@@ -27,7 +27,6 @@ BIAS = 0.3  # share of moved elements that fell, above the share that was meant 
 BIAS_ELEMENTS = 30  # moved elements before the bias is judged
 WAIT = 15  # updates before a missing gradient is judged: zero-initialised and adapter matrices start with exact zeros
 WAIT_READINGS = 3  # readings of the gradients until then, 5 updates apart
-N_ANEW = 8  # new optimizers that step in place of the watched: more than a thaw by stages makes
 N_LOSSES = 50  # without an update: more than micro-batches are accumulated, if each were observed
 MOST, OFTEN = 0.8, 0.2  # share of the last updates from which on an order of events is a habit, or no accident
 UNREPLAYED = 50  # updates before 16-bit weights under an unknown optimizer are judged
@@ -180,17 +179,13 @@ def direction_bias(state: State) -> Ill:
 
 @rule(
     "{value} {what} and not one update since",
-    "a GradScaler that meets an infinite gradient skips every step; else the optimizer that steps is another one, "
-    "perhaps made anew for each batch or epoch, without a past",
+    "a GradScaler that meets an infinite gradient skips every step; else the optimizer that steps is another one",
 )
 def no_updates(state: State) -> Ill:
     """Losses without an update; or an optimizer that backward passes reach and that does not step, while another does."""
     n = min(state.events.n_losses, state.events.n_observed - state.n_seen)
     if n >= N_LOSSES:
         return {"updates": {"value": n, "limit": N_LOSSES, "what": "losses"}}
-    if (n := state.events.n_anew) >= N_ANEW:
-        what = "optimizers, each made anew, stepped along the watched one's tensors,"
-        return {"anew": {"value": n, "limit": N_ANEW, "what": what}}
     found = {}
     for optimizer, ears in grouped(state.events.ears, lambda ear: ear.t.optimizer).items():
         n = min(ear.n for ear in ears)
