@@ -11,6 +11,7 @@ import random
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -162,7 +163,8 @@ def health_kind(name: str) -> str:
 
 
 def watch(run: Trained) -> dict[str, Any]:
-    lines = [*told(run.findings), *run.table.splitlines()[:1]]
+    table, ends = run.table.splitlines(), ("error: ", "warning: ", "info: ", "no findings", "not checked: ")
+    lines = [*told(run.findings), *takewhile(lambda line: not line.startswith(ends), table)]
     return result(lines, {"errors": sum(f.severity == "error" for f in run.findings)}, run.findings)
 
 

@@ -86,11 +86,13 @@ def test_a_run_is_made_and_measured(monkeypatch: pytest.MonkeyPatch, tmp_path) -
     short = maker.BASE.with_(training={"steps": 25, "eval_interval": 25, "save_interval": 25})
     monkeypatch.setattr(maker, "BASE", short)
     plan = ward.Plan((("random tokens", "uniform"), ("updates rounded away", "by the config")), 3)
-    maker.write(tmp_path / "run_1.json", maker.run(plan))
+    maker.run_to(tmp_path / "run_1.json", plan)
     patient = ward.Patient("run 1", tmp_path / "run_1.json")
     assert ward.shows(patient.results["tokens"], "random tokens")
     assert ward.shows(patient.results["preflight"], "updates rounded away")
     assert abs(patient.results["tokens"].readings["collisions"] - 1) < 0.1
     assert not ward.shows(patient.results["tokens"], "padding in the loss")
+    told = patient.results["watch"].lines
+    assert any(line.startswith("tensor ") for line in told) and len({*told}) == len(told)  # its table, no finding twice
     opened = ward.Ward({"run 1": plan}, {"run 1": patient})
     assert ward_readers.by_checklist(opened, "run 1") == plan.causes

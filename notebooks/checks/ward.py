@@ -112,7 +112,7 @@ class Ward:
         price = "paid already" if paid else f"{PRICES[what][0]} min"
         print(f"{run}, {what}: {price}, {self.minutes(run)} min on this run so far")
         for line in result.lines:
-            print(textwrap.fill(line, 98, initial_indent="  ", subsequent_indent="    "))
+            print(textwrap.fill(line, 102, initial_indent="  ", subsequent_indent="    "))
         show_result(run, what, result)
 
     def config(self, run: str) -> None:

@@ -59,7 +59,12 @@ def desk(ward: Ward):
     keep = w.Button(
         description="keep this reading in view", tooltip="until this is pressed again", layout=config.layout
     )
-    keep.on_click(lambda _: setattr(kept, "outputs", says.outputs))
+    kept.layout.display = "none"  # until then the other one has the whole width
+
+    def keep_it(_: object) -> None:
+        kept.outputs, kept.layout.display = says.outputs, None
+
+    keep.on_click(keep_it)
 
     def note() -> None:
         values = [[one.value for one in both if one.value != NONE] for both in (causes, cures)]
