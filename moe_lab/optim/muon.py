@@ -18,6 +18,8 @@ from moe_lab.optim.sharded import is_sharded, local, on_whole
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 EPSILON = 1e-7
 CONVENTIONS = ("original", "match_rms_adamw")
+WIDE, AT_ONCE = 1.5, 5  # from which B / A on it takes fewer products to compose steps before they are applied; so many
+BLOCK = 64  # rows of a symmetric product that are computed together
 # What is updated together, of momentum in float32: on a CPU what its caches hold, elsewhere what is worth a launch.
 BATCH_BYTES, LARGE_BATCH_BYTES = 1 << 21, 1 << 28
 
@@ -32,12 +34,55 @@ def orthogonalise(matrices: Tensor, steps: int) -> Tensor:
     x = matrices.reshape(-1, rows, columns)
     norms = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
     x = (x * norms.clamp(min=EPSILON).reciprocal()).to(fast_dtype(x.device))  # a copy: momentum is not to be divided
-    a, b, c = COEFFICIENTS
-    for _ in range(steps):
-        gram = x.mT @ x if rows > columns else x @ x.mT  # (M, S, S)
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, *((x, polynomial) if rows > columns else (polynomial, x)), beta=a)
+    tall = rows > columns
+    if x.dtype == torch.float32 and max(rows, columns) >= WIDE * min(rows, columns):
+        for done in range(0, steps, AT_ONCE):
+            polynomial = composed(gram_of(x), min(AT_ONCE, steps - done))
+            x = x @ polynomial if tall else polynomial @ x
+    else:
+        for _ in range(steps):
+            polynomial = quadratic(gram_of(x))
+            x = torch.baddbmm(x, *((x, polynomial) if tall else (polynomial, x)), beta=COEFFICIENTS[0])
     return x.view(matrices.shape)
+
+
+def gram_of(x: Tensor) -> Tensor:
+    """X Xᵀ of wide matrices, Xᵀ X of tall ones: (M, A, B) → (M, S, S)."""
+    return symmetric(x.mT, x) if x.shape[1] > x.shape[2] else symmetric(x, x.mT)
+
+
+def quadratic(gram: Tensor) -> Tensor:
+    """b · G + c · G²."""
+    _, b, c = COEFFICIENTS
+    if gram.dtype == torch.bfloat16:  # it has no digits for the small numbers beside b on a diagonal
+        return torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    inner = c * gram
+    inner.diagonal(dim1=1, dim2=2).add_(b)
+    return symmetric(gram, inner)
+
+
+def composed(gram: Tensor, steps: int) -> Tensor:
+    """What so many steps together multiply X with, if X Xᵀ is `gram`, float32. An error of a small eigenvalue grows
+    twelvefold a step: too much for bfloat16, and in float32 for more than a few steps."""
+    one = quadratic(gram)
+    one.diagonal(dim1=1, dim2=2).add_(COEFFICIENTS[0])
+    if steps == 1:
+        return one
+    return symmetric(composed(symmetric(symmetric(one, gram), one), steps - 1), one)  # polynomials of G: they commute
+
+
+def symmetric(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right where that is symmetric: (M, S, …), (M, …, S) → (M, S, S). In float32 what mirrors is copied; units for
+    bfloat16 are too fast for that to pay."""
+    if left.dtype != torch.float32:
+        return left @ right
+    size = left.shape[1]
+    product = left.new_empty(len(left), size, size)
+    for start in range(0, size, BLOCK):
+        block, rest = slice(start, start + BLOCK), slice(start + BLOCK, size)
+        torch.bmm(left[:, block], right[:, :, start:], out=product[:, block, start:])
+        product[:, rest, block] = product[:, block, rest].mT
+    return product
 
 
 def lr_factor(shape: torch.Size, convention: str) -> float:
