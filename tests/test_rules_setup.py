@@ -220,18 +220,6 @@ def test_what_chooses_in_training_alone_is_cut_off_and_not_idle(hard: bool) -> N
     assert "autograd.Function" in found.advice and "reentrant" in found.advice
 
 
-@pytest.mark.parametrize("closed_at", [0, 5, 11])
-def test_a_watch_that_was_closed_early_and_attached_again_can_still_tell_what_is_cut_off(closed_at: int) -> None:
-    model = toy(kind=Detached)
-    optimizers = adamw(model)
-    watch = Watch(model, optimizers)
-    train(watch, model, optimizers, closed_at)
-    watch.close()
-    watch.attach()
-    train(watch, model, optimizers, 30)
-    assert "no_gradient" in said(watch, "error")
-
-
 @pytest.mark.parametrize("on_a_frozen_base", [False, True])
 def test_a_factor_that_starts_at_zero_is_waited_for(on_a_frozen_base: bool) -> None:
     model = toy(kind=Adapted)

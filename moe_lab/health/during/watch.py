@@ -121,20 +121,13 @@ class Watch:
         print(*(f"not checked: {what}: {why}" for what, why in unchecked(self.state).items()), sep="\n")
 
     def attach(self) -> None:
-        """Put the hooks on the optimizers, as the constructor does; again, after `close`."""
-        if self.handles:
-            return
-        if self.state.n_seen:
-            self.state.restart_window()  # what happened meanwhile was not seen
         before, after = Hook(self.before_step, self.stop), Hook(self.after_step, self.stop)
         self.handles = [o.register_step_pre_hook(before) for o in self.state.optimizers]
         self.handles += [o.register_step_post_hook(after) for o in self.state.optimizers]
         loaded = Hook(self.state.note_loaded, self.stop)
         self.handles += [o.register_load_state_dict_post_hook(loaded) for o in self.state.optimizers]
-        for part in (self.state.outside, self.state.events):
+        for part in (self.state.outside, self.state.events, self.state.forward):
             part.listen(self.fail)
-        if self.state.n_seen < LISTENED:
-            self.state.forward.listen(self.fail)
 
     def close(self) -> None:
         """Detach from model and optimizers. Findings stay."""
