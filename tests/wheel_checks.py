@@ -178,6 +178,7 @@ def torchs_private_interfaces_are_there() -> None:
     ((leaf, node, place, _),) = private.uses(x @ right)
     assert leaf is right and (node.name(), place) == ("MmBackward0", 1)
     assert private.takers(x @ right)[id(right)] == {"MmBackward0"}
+    assert private.made_shape((x @ right).grad_fn) == tuple((x @ right).shape)
     inside: list[bool] = []
     right.register_hook(lambda grad: inside.append(private.is_in_backward()))
     (x @ right).sum().backward()
