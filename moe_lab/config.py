@@ -246,8 +246,6 @@ def to_yaml(config: Config) -> str:
 
 def differences(old: Config, new: Config) -> list[str]:
     """`section.key: old → new` for every field that differs."""
-    lines = []
-    for name, before in to_dict(old).items():
-        after = to_dict(new)[name]
-        lines += [f"{name}.{key}: {before[key]} → {after[key]}" for key in before if before[key] != after[key]]
-    return lines
+    after = to_dict(new)
+    fields = [(name, key, value) for name, values in to_dict(old).items() for key, value in values.items()]
+    return [f"{s}.{key}: {value} → {after[s][key]}" for s, key, value in fields if value != after[s][key]]

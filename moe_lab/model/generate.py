@@ -4,17 +4,13 @@ import torch
 from torch import Tensor, nn
 
 
-def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator) -> Tensor:
-    """One token id a row, (B,) int64, from logits (B, V). Temperature 0 takes the most likely one. top_k keeps the k
-    most likely; top_p then keeps the fewest tokens whose probabilities sum to at least p (Holtzman et al. 2020, sec.
-    3.1, https://arxiv.org/abs/1904.09751)."""
+def choose(logits: Tensor, temperature: float, top_p: float | None, generator) -> Tensor:
+    """One token id a row, (B,) int64, from logits (B, V). Temperature 0 takes the most likely one. top_p
+    keeps the fewest tokens whose probabilities sum to at least p (Holtzman et al. 2020, sec. 3.1,
+    https://arxiv.org/abs/1904.09751)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
-    if top_k is not None:
-        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    probs = logits.softmax(dim=-1)
+    probs = (logits.float() / temperature).softmax(dim=-1)
     if top_p is not None:
         ordered, index = probs.sort(dim=-1, descending=True)
         before = ordered.cumsum(dim=-1) - ordered
@@ -22,7 +18,7 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     return torch.multinomial(probs, 1, generator=generator).squeeze(1)  # normalises by itself
 
 
-def check_options(limit: int, length: int, max_new_tokens: int, temperature, top_k, top_p) -> None:
+def check_options(limit: int, length: int, max_new_tokens: int, temperature, top_p) -> None:
     """Raise ValueError, one line, for what cannot be generated."""
     too_long = f"max_new_tokens={max_new_tokens} after a prompt of {length} tokens goes past model.max_seq_len={limit}"
     problems = {
@@ -30,7 +26,6 @@ def check_options(limit: int, length: int, max_new_tokens: int, temperature, top
         f"max_new_tokens={max_new_tokens} must be at least 1": max_new_tokens < 1,
         f"{too_long}; ask for at most {limit - length}": length + max_new_tokens > limit,
         f"temperature={temperature} must be 0 (greedy) or more": temperature < 0,
-        f"top_k={top_k} must be at least 1": top_k is not None and top_k < 1,
         f"top_p={top_p} must be more than 0 and at most 1": top_p is not None and not 0 < top_p <= 1,
     }
     for message, is_wrong in problems.items():
@@ -45,7 +40,6 @@ def generate(
     *,
     tokenizer=None,
     temperature: float = 1.0,
-    top_k: int | None = None,
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor | str:
@@ -58,7 +52,7 @@ def generate(
             raise ValueError("a text prompt needs tokenizer=…; load_run returns it beside the model")
         prompt = torch.tensor([tokenizer.encode(prompt).ids], dtype=torch.int64)
     batch, length = prompt.shape
-    check_options(model.config.max_seq_len, length, max_new_tokens, temperature, top_k, top_p)
+    check_options(model.config.max_seq_len, length, max_new_tokens, temperature, top_p)
     weight = model.embedding.weight
     total = length + max_new_tokens
     ids = prompt.new_empty(batch, total, device=weight.device)
@@ -68,7 +62,7 @@ def generate(
     with torch.inference_mode():
         for position in range(length, total):
             logits = step(model, ids[:, done:position], caches)
-            ids[:, position] = choose(logits, temperature, top_k, top_p, generator)
+            ids[:, position] = choose(logits, temperature, top_p, generator)
             done = position
     return tokenizer.decode(ids[0].tolist()) if is_text else ids
 

@@ -126,11 +126,9 @@ class LanguageModel(nn.Module):
         x = self.embedding(ids)
         routing: list[Routing] = []
         depth: list[DepthReport] = []
+        twice = self.recompute_blocks and self.training and torch.is_grad_enabled()
         for block in self.layers:
-            if self.recompute_blocks and self.training and torch.is_grad_enabled():
-                x, routings, reports = recomputed(block, x, generator)
-            else:
-                x, routings, reports = block(x, generator)
+            x, routings, reports = recomputed(block, x, generator) if twice else block(x, generator)
             routing += routings
             depth += reports
         return Trunk(self.final_norm(x), tuple(routing), tuple(depth))
