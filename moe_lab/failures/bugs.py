@@ -7,6 +7,7 @@ that the case did not have are functions.
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from pkgutil import resolve_name
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from moe_lab.config import ConfigError, ModelConfig, read_yaml
-from moe_lab.failures.edits import Edit, applied, by_function, edited, owner_of, source_of
+from moe_lab.failures.edits import Edit, applied, by_function, edited, source_of
 from moe_lab.model import build_model
 
 # healthy skeletons of what the package does elsewhere, or not at all: B07 and B16 edit them
@@ -47,7 +48,8 @@ def edits_of(id: str) -> list[Edit]:
     known = BUGS["edits"] | BUGS["others"]
     if id not in known:
         raise ConfigError(f"{id!r} cannot be planted; there are {', '.join(known)}")
-    return [Edit(*owner_of(edit["in"]), edit["old"], edit["new"]) for edit in known[id]]
+    named = ((edit["in"].rpartition("."), edit) for edit in known[id])
+    return [Edit(resolve_name(owner), name, edit["old"], edit["new"]) for (owner, _, name), edit in named]
 
 
 def planted(*ids: str) -> AbstractContextManager[None]:

@@ -8,7 +8,6 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from importlib import import_module
 from itertools import count
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -24,16 +23,6 @@ class Edit(NamedTuple):
     name: str
     old: str
     new: str
-
-
-def owner_of(path: str) -> tuple[Any, str]:
-    """`moe_lab.model.depth.Depth.choose` → the class Depth and "choose"; of a function, its module and its name."""
-    module, name = path.rsplit(".", 1)
-    try:
-        return import_module(module), name
-    except ModuleNotFoundError:
-        module, owner = module.rsplit(".", 1)
-        return getattr(import_module(module), owner), name
 
 
 def source_of(function: Callable) -> str:

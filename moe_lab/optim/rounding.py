@@ -62,27 +62,24 @@ class Rounded(Optimizer):
         inner.param_groups.clear()
         super().__init__(groups, inner.defaults)
 
+    @torch.no_grad()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take over one more group; its parameters are cast to bfloat16 in place."""
         super().add_param_group({**param_group, "rounding": self.mode})
         group = self.param_groups[-1]
         for p in group["params"]:
-            self.take_over(p)
+            if p.dtype not in (torch.float32, torch.bfloat16):
+                raise ValueError(f"Rounded takes float32 and bfloat16 parameters, got {p.dtype}")
+            start = p.detach().to(torch.float32, copy=True)
+            p.data = start.bfloat16()
+            if p.grad is not None:
+                p.grad.data = p.grad.bfloat16()
+            self.work[p] = nn.Parameter(start.new_empty(0))
+            if self.mode == "masters":
+                self.state[p]["master"] = start
+            elif self.mode == "kahan":
+                self.state[p]["compensation"] = (start - p.float()).bfloat16()
         self.inner.add_param_group({**group, "params": [self.work[p] for p in group["params"]]})
-
-    @torch.no_grad()
-    def take_over(self, p: Tensor) -> None:
-        if p.dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"Rounded takes float32 and bfloat16 parameters, got {p.dtype}")
-        start = p.detach().to(torch.float32, copy=True)
-        p.data = start.bfloat16()
-        if p.grad is not None:
-            p.grad.data = p.grad.bfloat16()
-        self.work[p] = nn.Parameter(start.new_empty(0))
-        if self.mode == "masters":
-            self.state[p]["master"] = start
-        elif self.mode == "kahan":
-            self.state[p]["compensation"] = (start - p.float()).bfloat16()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None):

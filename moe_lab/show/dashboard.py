@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from moe_lab.health.during.watch import Watch
 from moe_lab.health.findings import SEVERITIES, Finding, grouped
-from moe_lab.show.front import Waiting, cell_of, is_interactive, keep_live, release_thread_pool, request
+from moe_lab.show.front import Waiting, is_interactive, keep_live, release_thread_pool, request
 from moe_lab.show.style import to_html
 
 REDRAW_S = 1.0  # the least time between two pictures, seconds
@@ -83,7 +83,7 @@ class Live:
                 _active.stop()
             _active._join()
         _active = self
-        self._cell = cell_of(request())
+        self._cell = request().get("metadata", {}).get("cellId")
         if self.controls:
             self._box = self._widgets()
             self._handle = display(self._box, display_id=True)

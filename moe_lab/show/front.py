@@ -27,10 +27,6 @@ def request() -> dict[str, Any]:
     return kernel.get_parent("shell") if kernel else {}
 
 
-def cell_of(request: dict[str, Any]) -> str | None:
-    return request.get("metadata", {}).get("cellId")
-
-
 def keep_live(widget: Any) -> None:
     """Let a slider move more than once while a cell awaits: ipykernel 7.4.0 sends no "idle" for such messages, and the front
     end holds back the next change until one comes. The "busy" after it is for the front end's status line."""
