@@ -111,9 +111,10 @@ def trend(losses: Sequence[float]) -> tuple[float, float]:
 
 # What is added up over a tensor's sampled elements; `Bank.sums` says how.
 SUMS = (
-    "n_touched unchanged unchanged_lately down meant_down moved_square weight_square realised_intended intended_square "
-    "moments_rruu moments_ruuu moments_uuuu ulps_square n_varied"
-).split()
+    *("n_touched", "unchanged", "unchanged_lately", "down", "meant_down", "moved_square", "weight_square"),
+    *("realised_intended", "intended_square", "moments_rruu", "moments_ruuu", "moments_uuuu"),
+    *("ulps_square", "n_varied"),
+)
 
 
 class Share(NamedTuple):
