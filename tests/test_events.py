@@ -224,6 +224,31 @@ def cleared_between(model, optimizer, i, set_to_none: bool = True):
     return loss
 
 
+def clipped_between(model, optimizer, i, after_each: bool = True, max_norm: float = 0.01):
+    """Without `after_each` once, after the last one, as is meant."""
+    optimizer.zero_grad()
+    for _ in range(4):
+        loss = loss_of(model)
+        (loss / 4).backward()
+        if after_each:
+            nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    optimizer.step()
+    return loss
+
+
+def turned_between(model, optimizer, i):
+    """As where gradients of several tasks are made to agree."""
+    optimizer.zero_grad()
+    for _ in range(2):
+        loss = loss_of(model)
+        (loss / 2).backward()
+        for p in model.parameters():
+            p.grad -= 0.5 * p.grad.mean()
+    optimizer.step()
+    return loss
+
+
 def stepped_twice(model, optimizer, i):
     loss = sound(model, optimizer, i)
     nn.utils.clip_grad_norm_(model.parameters(), 0.1)
@@ -234,7 +259,7 @@ def stepped_twice(model, optimizer, i):
 ILL = [(gone, "cleared_gradients", "gone when"), (cleared_between, "cleared_gradients", "the last one alone")]
 ILL += [(partial(loop, set_to_none=False), *told) for loop, *told in ILL]
 ILL += [(never_cleared, "stale_gradients", "still there"), (cleared_now_and_then, "stale_gradients", "still there")]
-ILL += [(stepped_twice, "stale_gradients", "used already")]
+ILL += [(stepped_twice, "stale_gradients", "used already"), (clipped_between, "cleared_gradients", "made smaller")]
 
 
 @pytest.mark.parametrize("begins", [0, 35])
@@ -243,3 +268,9 @@ def test_each_mistake_is_named_whenever_it_begins(loop, rule: str, told: str, be
     (finding,) = seen(loop, begins + 20, begins)
     assert finding.rule == rule and told in finding.message and begins < finding.step <= begins + 25
     assert finding.value > finding.limit
+
+
+@pytest.mark.parametrize("kind", ["once", "never binds", "several tasks"])
+def test_gradients_that_are_clipped_or_changed_as_is_meant(kind: str) -> None:
+    loop = turned_between if kind == "several tasks" else partial(clipped_between, after_each=kind != "once")
+    assert found(partial(loop, max_norm=1e6) if kind == "never binds" else loop, n=40) == set()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from toy import finding, said
 
-from moe_lab.health import Watch
+from moe_lab.health import Watch, examine
 
 V, B, T, END, PAD = 48, 8, 24, 1, 2
 
@@ -279,3 +279,36 @@ def test_a_pass_that_cannot_be_repeated_is_told_as_not_checked(capsys: pytest.Ca
     assert said(watch) == [] and line in capsys.readouterr().out.splitlines()
     watched(Mixer(), next_token).report()
     assert "sees the future" not in capsys.readouterr().out
+
+
+class Sorting(nn.Module):
+    """Kinds of texts: by their tokens, or by those of others at the same place."""
+
+    def __init__(self, batch_first: bool = True):
+        super().__init__()
+        self.tokens = nn.Embedding(20, 16)
+        self.layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.1, batch_first=batch_first)
+        self.norm, self.out = nn.BatchNorm1d(16), nn.Linear(16, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.out(self.norm(self.layer(self.tokens(ids)).mean(1)))
+
+
+class Nodes(nn.Module):
+    """A graph's: each hears of all others, and may."""
+
+    def __init__(self, square: bool):
+        super().__init__()
+        self.out, self.square = nn.Linear(8, 3), square
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ x.mT if self.square else self.out(x) + self.out(x).mean(0)).squeeze(-1)
+
+
+@pytest.mark.parametrize("kind", ["its own", "beside it", "nodes", "pairs"])
+def test_examples_that_hear_of_each_other(kind: str) -> None:
+    torch.manual_seed(0)
+    model = Nodes(kind == "pairs") if kind in ("nodes", "pairs") else Sorting(kind == "its own")
+    x = torch.randn(6, 8) if isinstance(model, Nodes) else torch.randint(20, (6, 5))
+    found = examine(model, (x, torch.randint(3, (6,))), lambda model, b: F.cross_entropy(model(b[0]), b[1])).findings
+    assert [f.where for f in found if f.rule == "future_leak"] == ["batch"] * (kind == "beside it")

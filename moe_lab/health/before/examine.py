@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..during.causal import check_causality
+from ..during.causal import check_causality, rows_mix
 from ..during.forward import ForwardProbe, disturbed, unwrapped
 from ..during.heard import tensors_of
 from ..during.tracking import all_innermost
@@ -259,6 +259,8 @@ def causality(trial: Trial) -> Finding | None:
     heard, (args, kwargs) = trial.heard, trial.probe.inputs or ((), {})
     ids = heard.passes[-1].tokens.ids if heard.is_next_token else torch.empty(0)
     if not any(torch.equal(given, ids.to(given)) for given in tensors_of([args, kwargs])):
+        if finding := rows_mix(trial.model.eval(), args, kwargs):
+            return finding
         raise ValueError("it cannot be told whether looking ahead is meant; call check_causality")
     model = trial.model.float().eval()
     length = min(TOKENS, ids.shape[1], max(SHORTEST, math.isqrt(ids.numel())))  # its square is no more than a batch

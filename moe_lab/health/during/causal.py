@@ -18,7 +18,7 @@ LEAK = 1e-4  # of the logits' deviation: grouped kernels are not bit-stable when
 LEAK_NARROW = 0.05  # the same in 16 bits, where other counts in a grouped kernel round otherwise
 ROWS = 32  # sequences of a pass
 OVER_TIME = "look for a missing mask, a convolution padded on both sides, a top-k or a statistic over the sequence"
-OVER_BATCH = "look for a statistic over the batch, or a mask or reshape that mixes sequences"
+OVER_BATCH = "look for a layer that takes (T, B, …) unless batch_first=True, a statistic over the batch, or a reshape that mixes rows"
 LENGTH = (
     "look for a sum or mean over the sequence, a scale or a table made from its length, positions counted from its end"
 )
@@ -69,6 +69,27 @@ def check_causality(
         message = f"the first {half} tokens have other logits alone than at the start of {seq_len}"
         return leak(moved, limit, "warning", "length", message, LENGTH)
     return None
+
+
+@torch.no_grad()
+def rows_mix(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Finding | None:
+    """Does one example of a batch change the answers to others, (B,) or (B, C)? In evaluation mode. Not told of numbers with two
+    dimensions, which may be a graph's nodes, nor where another dimension is as long: time may come first."""
+    given = [t for t in tensors_of([args, kwargs]) if t.ndim]
+    n = len(given[0]) if any(t.ndim > 1 for t in given) else 0
+    if n < 3 or any(len(t) != n or n in t.shape[1:] or (t.ndim == 2 and t.is_floating_point()) for t in given):
+        return None
+
+    def answer(first: Callable) -> Tensor:
+        answers = tensors_of(model(*map(first, args), **{key: first(value) for key, value in kwargs.items()}))
+        mine = [t for t in answers if t.ndim in (1, 2) and len(t) == n and n not in t.shape[1:]]
+        return mine[0].float() if mine else torch.zeros(n)
+
+    before = answer(lambda v: v)
+    after = answer(lambda v: torch.cat([v[1:2], v[1:]]) if isinstance(v, Tensor) and v.ndim else v)
+    moved, limit = float((after - before)[1:].abs().max()), LEAK * float(before.std())
+    message = "changing one example of a batch moves the answers to others, in evaluation mode, too"
+    return leak(moved, limit, "warning", "batch", message, OVER_BATCH) if moved > limit else None
 
 
 def leak(moved: float, limit: float, severity: str, where: str, message: str, advice: str) -> Finding:

@@ -19,11 +19,19 @@ from .tracking import Tracked
 
 KEPT, LOOKS = 20, 8  # updates of an optimizer that are looked back at, at most and at least
 N_HEARD = 8  # optimizers that are listened to
+ROUGH = 0.01  # relative: 16 bits round by less
 Truth = bool | Tensor  # one bool, on its device until `fetch`
 
 
 def part(tensor: Tensor) -> Tensor:
     return plain(tensor.detach()).flatten()[:WHOLE]
+
+
+def is_smaller(gradient: Tensor, before: Tensor) -> Tensor:
+    """Whether it is what it was, times a number below 1 and above 0."""
+    size, was = gradient.abs().sum(), before.abs().sum()
+    same = (gradient * was - before * size).abs().max() <= ROUGH * size * before.abs().max()
+    return same & (size > 0) & (size < (1 - ROUGH) * was)
 
 
 class Ear:
@@ -39,7 +47,8 @@ class Ear:
         self.clean: Truth = False  # whether a pass found nothing before it
         self.thrown: Truth = True  # … each but the first did, although one had come before, to the same weights
         self.some: Truth = False  # whether the last pass left something
-        self.kept: Tensor | None = None  # of the weights then
+        self.shrunk: Truth = False  # … found what had come before smaller, by one factor
+        self.kept: tuple[Tensor, Tensor] | None = None  # of the weights and the gradient then
         self.is_told = False  # whether the present pass tells
         self.at = 0  # how many steps there had been before the last pass
 
@@ -114,13 +123,15 @@ class Events(Listener):
             ear.thrown = False
             self.by_turns |= ear.at != self.n_steps
         elif ear.n and ear.thrown is not False:  # where the weights have moved, the gradient had its use, as in SAM
-            ear.thrown = ear.thrown & ear.some & nothing & (part(ear.t.param) == ear.kept).all()
+            ear.thrown = ear.thrown & ear.some & nothing & (part(ear.t.param) == ear.kept[0]).all()
+        if ear.n and ear.at == self.n_steps and ear.kept and ear.t.param.grad is not None:
+            ear.shrunk = ear.shrunk | is_smaller(part(ear.t.param.grad), ear.kept[1])
 
     def accumulated(self, ear: Ear, p: Tensor) -> None:
         if ear.is_told:
             ear.n, ear.at, ear.last = ear.n + 1, self.n_steps, p.grad
             ear.some = p.grad is not None and part(p.grad).any()
-            ear.kept = part(p).clone() if ear.several else None
+            ear.kept = (part(p).clone(), part(p.grad).clone()) if ear.several and p.grad is not None else None
 
     @property
     def is_game(self) -> bool:
@@ -140,6 +151,7 @@ class Events(Listener):
             look["gone"] = [ear.nothing & (ear.some if ear.n else True) for ear in mine]
             # a gradient that somebody put there may be made of all of them
             look["thrown"] = [ear.n > 1 and ear.t.param.grad is ear.last and ear.thrown for ear in heard]
+            look["shrunk"] = [ear.shrunk for ear in heard]
         elif has_gradients:
             left = [ear for ear in mine if ear.t.param.grad is not None]
             look["twice"] = [ear.t.param.grad is ear.last and ear.nothing ^ True for ear in left]

@@ -209,12 +209,15 @@ def stale_gradients(state: State) -> Ill:
 @rule("in {value:.0%} of the updates {told}", "{cure}")
 def cleared_gradients(state: State) -> Ill:
     """Before the step, or between micro-batches: there the pass was for nothing, unless another optimizer uses it."""
-    gone, thrown = max(state.events.share("gone"), default=0.0), state.events.share("thrown")
+    gone = max(state.events.share("gone"), default=0.0)
     if gone > OFTEN:
         return {"order": {"value": gone, "limit": OFTEN, "told": GONE, "cure": MOVE_IT}}
-    if state.events.had_use or min(thrown, default=0.0) <= OFTEN:
-        return {}
-    return {"between": {"value": min(thrown), "limit": OFTEN, "told": THROWN, "cure": CLEAR_AFTER}}
+    for kind, told, cure in (
+        () if state.events.had_use else (("thrown", THROWN, CLEAR_AFTER), ("shrunk", SHRUNK, CLIP_ONCE))
+    ):
+        if (often := min(state.events.share(kind), default=0.0)) > OFTEN:
+            return {"between": {"value": often, "limit": OFTEN, "told": told, "cure": cure}}
+    return {}
 
 
 LEFT = "the gradients of earlier ones were still there when the backward pass began"
@@ -225,6 +228,8 @@ GONE = "a gradient arrives and is gone when the optimizer steps"
 MOVE_IT = "zero_grad() stands between backward pass and step(), or a validation there calls it: move it before both"
 THROWN = "several backward passes come, and each finds the one before cleared: the step has the last one alone"
 CLEAR_AFTER = "zero_grad() stands in the loop over micro-batches: call it once, before the first or after the step"
+SHRUNK = "several backward passes come, and each finds the gradients of those before made smaller: the last ones outweigh them"
+CLIP_ONCE = "clip, unscale or divide once an update, after its last backward pass: scale each loss by its share instead"
 LOST = (
     "{dtype} rounds updates away. Of the displacement that the optimizer intended over {window} updates less than {limit:.0%} "
     "arrived in {n_sick} of {n_kinds} kinds of tensor: {each}"
