@@ -212,9 +212,9 @@ def cleared_gradients(state: State) -> Ill:
     gone = max(state.events.share("gone"), default=0.0)
     if gone > OFTEN:
         return {"order": {"value": gone, "limit": OFTEN, "told": GONE, "cure": MOVE_IT}}
-    for kind, told, cure in (
-        () if state.events.had_use else (("thrown", THROWN, CLEAR_AFTER), ("shrunk", SHRUNK, CLIP_ONCE))
-    ):
+    if state.events.had_use:
+        return {}
+    for kind, told, cure in (("thrown", THROWN, CLEAR_AFTER), ("shrunk", SHRUNK, CLIP_ONCE)):
         if (often := min(state.events.share(kind), default=0.0)) > OFTEN:
             return {"between": {"value": often, "limit": OFTEN, "told": told, "cure": cure}}
     return {}
