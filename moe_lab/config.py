@@ -15,7 +15,9 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
+from moe_lab.sections import GONE as GONE  # for rooms that know this file alone
 from moe_lab.sections import ConfigError, Dumper, build, parse_word, read_yaml, section
+from moe_lab.sections import check_value as check_value
 
 
 def root_of(package: Path) -> Path:

@@ -21,7 +21,7 @@ ALLOWED = {
     "train": {*TRAINING, "health.sampling"},
     "health": set(),
     "show": {"config", "train.record", "health"},
-    "failures": {"sections", *TRAINING, "train", "health"},
+    "failures": {*TRAINING, "train", "health"},
     "course": {"sections", *TRAINING, "train", "health", "show", "failures"},
     "plan": {"config", "model", "optim"},
     "connect": {*TRAINING, "train", "health"},

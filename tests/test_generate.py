@@ -106,11 +106,11 @@ def test_sampling_repeats_with_its_generator_and_spares_the_global_one() -> None
     ("prompt", "options", "message"),
     [
         (0, {}, "prompt is empty; give at least one token"),
-        (4, {"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        (4, {"max_new_tokens": 0}, "max_new_tokens=0 must be more than 0"),
         (40, {}, "max_new_tokens=9 after a prompt of 40 tokens goes past model.max_seq_len=48; ask for at most 8"),
-        (4, {"temperature": -0.1}, "temperature=-0.1 must be 0 (greedy) or more"),
-        (4, {"top_p": 0.0}, "top_p=0.0 must be more than 0 and at most 1"),
-        (4, {"top_p": 1.1}, "top_p=1.1 must be more than 0 and at most 1"),
+        (4, {"temperature": -0.1}, "temperature=-0.1 must be at least 0"),
+        (4, {"top_p": 0.0}, "top_p=0.0 must be more than 0"),
+        (4, {"top_p": 1.1}, "top_p=1.1 must be at most 1"),
         ("a quick brown", {}, "a text prompt needs tokenizer=…; load_run returns it beside the model"),
     ],
 )

@@ -26,13 +26,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from moe_lab.config import Config, to_dict
+from moe_lab.config import GONE, Config, to_dict
 from moe_lab.data.corpus import read_corpus
 from moe_lab.data.prepare import CACHE
 from moe_lab.failures.bugs import planted
 from moe_lab.failures.results import RESULTS, Results, load_results, provenance
 from moe_lab.optim.rounding import Remedy
-from moe_lab.sections import GONE
 from moe_lab.train import RunError, Trainer, read_record
 from moe_lab.train.evaluate import evaluate
 from moe_lab.train.record import write_atomically

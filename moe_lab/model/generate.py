@@ -1,13 +1,16 @@
 """Text from a model: the prompt in one pass, which fills the caches, then one token a step."""
 
+from typing import Annotated
+
 import torch
 from torch import Tensor, nn
 
+from moe_lab.config import Count, NonNegative, check_value
+
 
 def choose(logits: Tensor, temperature: float, top_p: float | None, generator) -> Tensor:
-    """One token id a row, (B,) int64, from logits (B, V). Temperature 0 takes the most likely one. top_p
-    keeps the fewest tokens whose probabilities sum to at least p (Holtzman et al. 2020, sec. 3.1,
-    https://arxiv.org/abs/1904.09751)."""
+    """One token id a row, (B,) int64, from logits (B, V). Temperature 0 takes the most likely one. top_p keeps the
+    fewest tokens whose probabilities sum to at least p (Holtzman et al. 2020, sec. 3.1, https://arxiv.org/abs/1904.09751)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     probs = (logits.float() / temperature).softmax(dim=-1)
@@ -16,21 +19,6 @@ def choose(logits: Tensor, temperature: float, top_p: float | None, generator) -
         before = ordered.cumsum(dim=-1) - ordered
         probs = torch.zeros_like(probs).scatter(1, index, ordered.masked_fill(before >= top_p, 0))
     return torch.multinomial(probs, 1, generator=generator).squeeze(1)  # normalises by itself
-
-
-def check_options(limit: int, length: int, max_new_tokens: int, temperature, top_p) -> None:
-    """Raise ValueError, one line, for what cannot be generated."""
-    too_long = f"max_new_tokens={max_new_tokens} after a prompt of {length} tokens goes past model.max_seq_len={limit}"
-    problems = {
-        "prompt is empty; give at least one token": length == 0,
-        f"max_new_tokens={max_new_tokens} must be at least 1": max_new_tokens < 1,
-        f"{too_long}; ask for at most {limit - length}": length + max_new_tokens > limit,
-        f"temperature={temperature} must be 0 (greedy) or more": temperature < 0,
-        f"top_p={top_p} must be more than 0 and at most 1": top_p is not None and not 0 < top_p <= 1,
-    }
-    for message, is_wrong in problems.items():
-        if is_wrong:
-            raise ValueError(message)
 
 
 def generate(
@@ -52,9 +40,15 @@ def generate(
             raise ValueError("a text prompt needs tokenizer=…; load_run returns it beside the model")
         prompt = torch.tensor([tokenizer.encode(prompt).ids], dtype=torch.int64)
     batch, length = prompt.shape
-    check_options(model.config.max_seq_len, length, max_new_tokens, temperature, top_p)
+    if length == 0:
+        raise ValueError("prompt is empty; give at least one token")
+    check_value("max_new_tokens", max_new_tokens, Count)
+    check_value("temperature", temperature, NonNegative)
+    check_value("top_p", top_p, Annotated[float, "> 0", "<= 1"] | None)
+    if (total := length + max_new_tokens) > (limit := model.config.max_seq_len):
+        asked = f"max_new_tokens={max_new_tokens} after a prompt of {length} tokens goes past model.max_seq_len={limit}"
+        raise ValueError(f"{asked}; ask for at most {limit - length}")
     weight = model.embedding.weight
-    total = length + max_new_tokens
     ids = prompt.new_empty(batch, total, device=weight.device)
     ids[:, :length] = prompt
     caches = [block.seq_layer.new_cache(batch, total, weight.device, weight.dtype) for block in model.layers]
