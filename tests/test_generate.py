@@ -60,11 +60,11 @@ def test_the_state_of_mamba_does_not_grow(name: str) -> None:
     assert sizes == [2 * experts * 2 * d_inner * (3 + 4)] * 2  # layers, experts, rows: taps - 1 inputs and the state
 
 
-def naive_distribution(logits: list[float], temperature: float, top_p: float | None) -> list[float]:
+def naive_distribution(logits: list[float], temperature: float, top_k: int | None, top_p: float | None) -> list[float]:
     """Probabilities of the tokens that may be chosen, one token at a time."""
     weights = [math.exp(value / temperature) for value in logits]
-    order = sorted(range(len(logits)), key=lambda i: -logits[i])
-    total = sum(weights)
+    order = sorted(range(len(logits)), key=lambda i: -logits[i])[:top_k]
+    total = sum(weights[i] for i in order)
     kept, mass = [], 0.0
     for i in order:
         kept.append(i)
@@ -76,20 +76,21 @@ def naive_distribution(logits: list[float], temperature: float, top_p: float | N
 
 
 @pytest.mark.parametrize("top_p", [None, 0.3, 0.8, 1.0])
+@pytest.mark.parametrize("top_k", [None, 1, 3, 50])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_choosing_follows_the_naive_distribution(temperature: float, top_p) -> None:
+def test_choosing_follows_the_naive_distribution(temperature: float, top_k, top_p) -> None:
     """Given the same random numbers, the same distribution chooses the same tokens, however it was computed."""
     logits = normal(4, 7, seed=3) * 1.5
-    expected = torch.tensor([naive_distribution(row, temperature, top_p) for row in logits.tolist()])
+    expected = torch.tensor([naive_distribution(row, temperature, top_k, top_p) for row in logits.tolist()])
     ours, theirs = (torch.Generator().manual_seed(5) for _ in "ab")
     for _ in range(200):
-        chosen = choose(logits, temperature, top_p, ours)
+        chosen = choose(logits, temperature, top_k, top_p, ours)
         assert torch.equal(chosen, torch.multinomial(expected, 1, generator=theirs).squeeze(1))
 
 
 def test_greedy_takes_the_most_likely_whatever_else_is_asked() -> None:
     logits = normal(5, 9)
-    assert torch.equal(choose(logits, 0, 0.5, None), logits.argmax(-1))
+    assert torch.equal(choose(logits, 0, 2, 0.5, None), logits.argmax(-1))
 
 
 def test_sampling_repeats_with_its_generator_and_spares_the_global_one() -> None:
@@ -109,6 +110,7 @@ def test_sampling_repeats_with_its_generator_and_spares_the_global_one() -> None
         (4, {"max_new_tokens": 0}, "max_new_tokens=0 must be more than 0"),
         (40, {}, "max_new_tokens=9 after a prompt of 40 tokens goes past model.max_seq_len=48; ask for at most 8"),
         (4, {"temperature": -0.1}, "temperature=-0.1 must be at least 0"),
+        (4, {"top_k": 0}, "top_k=0 must be more than 0"),
         (4, {"top_p": 0.0}, "top_p=0.0 must be more than 0"),
         (4, {"top_p": 1.1}, "top_p=1.1 must be at most 1"),
         ("a quick brown", {}, "a text prompt needs tokenizer=…; load_run returns it beside the model"),

@@ -8,12 +8,17 @@ from torch import Tensor, nn
 from moe_lab.config import Count, NonNegative, check_value
 
 
-def choose(logits: Tensor, temperature: float, top_p: float | None, generator) -> Tensor:
-    """One token id a row, (B,) int64, from logits (B, V). Temperature 0 takes the most likely one. top_p keeps the
-    fewest tokens whose probabilities sum to at least p (Holtzman et al. 2020, sec. 3.1, https://arxiv.org/abs/1904.09751)."""
+def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator) -> Tensor:
+    """One token id a row, (B,) int64, from logits (B, V). Temperature 0 takes the most likely one. top_k keeps the k
+    most likely; top_p then keeps the fewest tokens whose probabilities sum to at least p (Holtzman et al. 2020, sec.
+    3.1, https://arxiv.org/abs/1904.09751)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    probs = (logits.float() / temperature).softmax(dim=-1)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    probs = logits.softmax(dim=-1)
     if top_p is not None:
         ordered, index = probs.sort(dim=-1, descending=True)
         before = ordered.cumsum(dim=-1) - ordered
@@ -28,6 +33,7 @@ def generate(
     *,
     tokenizer=None,
     temperature: float = 1.0,
+    top_k: int | None = None,
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor | str:
@@ -44,6 +50,7 @@ def generate(
         raise ValueError("prompt is empty; give at least one token")
     check_value("max_new_tokens", max_new_tokens, Count)
     check_value("temperature", temperature, NonNegative)
+    check_value("top_k", top_k, Count | None)
     check_value("top_p", top_p, Annotated[float, "> 0", "<= 1"] | None)
     if (total := length + max_new_tokens) > (limit := model.config.max_seq_len):
         asked = f"max_new_tokens={max_new_tokens} after a prompt of {length} tokens goes past model.max_seq_len={limit}"
@@ -56,7 +63,7 @@ def generate(
     with torch.inference_mode():
         for position in range(length, total):
             logits = step(model, ids[:, done:position], caches)
-            ids[:, position] = choose(logits, temperature, top_p, generator)
+            ids[:, position] = choose(logits, temperature, top_k, top_p, generator)
             done = position
     return tokenizer.decode(ids[0].tolist()) if is_text else ids
 
