@@ -3,9 +3,6 @@
 # Shapes: S sampled elements of a tensor, M tensors of one shape, T positions.
 
 import gc
-import inspect
-import sys
-import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -13,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from ..findings import grouped
 from ..measures import ulp
@@ -30,7 +26,6 @@ ALIKE = 0.3  # distance of a copy from the way that its weight has gone, over it
 AWAY = 8  # ULPs that an element of a copy lies from its weight before it is asked whether it comes nearer
 ENOUGH = 500  # elements that far away, over all looks, before they are judged
 LOOKS = 10  # looks at copies before one that never moves is judged
-REACH = 50_000  # objects looked at from the loop, and the longest list among them
 SLOW = 2e-3  # momentum of a batch norm below which a tenth of what there was first is left after 1000 updates
 COUNTED = 1 << 16  # elements of the largest buffer that is called a count
 
@@ -64,13 +59,13 @@ class Outside(Listener):
     def look(self, tracked: Sequence[Tracked], step: int, n_seen: int, longest: int) -> None:
         """At what no pass shows."""
         self.reached.judge()
-        self.copies.look(self.model, tracked, step, n_seen)
+        self.copies.look(tracked, step, n_seen)
         if self.positions is None:
             self.positions = rough_positions(self.model, longest)
 
 
 class Copies:
-    """16-bit tensors beside trained ones, among all that the loop can reach: do they come nearer where they are written to?
+    """16-bit tensors beside trained ones, among all of the process: do they come nearer where they are written to?
 
     An average of decay d moves an element only where it lies more than ULP / 2(1 - d) away. So the elements that lie farthest
     are compared with those that lie less far: in exact numbers, or rounded stochastically, both come nearer by the same share.
@@ -84,11 +79,12 @@ class Copies:
         self.pairs: list[Tensor] = []  # (n, 2): ULPs away, and the share of the way made until the next look
         self.n_still = 0  # looks at copies that stood still altogether, though they were written to in each update
 
-    def look(self, model: nn.Module, tracked: Sequence[Tracked], step: int, n_seen: int) -> None:
+    def look(self, tracked: Sequence[Tracked], step: int, n_seen: int) -> None:
         # or others are put in their place
         if n_seen >= self.search_at or any(copy() is None for copy, _ in self.followed):
             self.search_at = max(self.search_at, 10 * n_seen)
-            near = [t for t in (*model.parameters(), *model.buffers(), *in_reach([model])) if is_16_bit(t)]
+            # of subclasses nothing is known: they may have no memory
+            near = [t for t in gc.get_objects() if type(t) in (Tensor, nn.Parameter) and is_16_bit(t)]
             self.followed = [(weakref.ref(copy), t) for copy, t in copies_of(tracked, near)]
         before, self.before = self.before, {}
         for reference, t in self.followed:
@@ -117,53 +113,21 @@ class Copies:
         return float(slow / fast) if fast > 0 else None
 
 
-def in_reach(left_out: Sequence[object]) -> Iterator[Tensor]:
-    """The tensors that the functions now running hold, directly or in objects of theirs: no search of the whole process."""
-    ours = __name__.rpartition(".during")[0]
-    frame, things = sys._getframe(1), []
-    while frame is not None:
-        if not frame.f_globals.get("__name__", "").startswith(ours):
-            kept = frame.f_locals
-            things += list(kept.values())
-            if frame.f_code.co_flags & inspect.CO_OPTIMIZED and isinstance(kept, dict):
-                kept.clear()  # before Python 3.13 a function's is a copy that would stay and keep all of it alive
-        frame = frame.f_back
-    seen, passed_by = {id(thing) for thing in left_out} | {id(things)}, (type, types.ModuleType, Optimizer)
-    for thing in things:  # which grows meanwhile: the nearest come first
-        kind = type(thing)
-        if id(thing) in seen or issubclass(kind, passed_by) or str(kind.__module__).startswith(ours):
-            continue
-        seen.add(id(thing))
-        if issubclass(kind, Tensor):
-            yield thing
-            continue
-        if issubclass(kind, nn.Module):
-            yield from (*thing.parameters(), *thing.buffers())
-            seen |= {id(module) for module in thing.modules()}
-            inner = [*vars(thing).values()]
-        elif issubclass(kind, (list, tuple, dict, set)) and len(thing) > REACH:
-            continue
-        else:
-            inner = (thing.__closure__ or ()) if kind is types.FunctionType else gc.get_referents(thing)
-        if len(things) < REACH:
-            things += filter(gc.is_tracked, inner)
-
-
 def copies_of(tracked: Sequence[Tracked], tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tracked]]:
-    """Those that lie on the way from where a trained matrix was to where it is, and are not its own memory."""
+    """Those that lie on the way from where a trained matrix was to where it is, and are not its own memory: of each the nearest."""
     matrices = [t for t in tracked if t.owner and t.bank and t.param.ndim > 1 and not t.constant]
     by_shape = grouped(matrices, lambda t: tuple(t.param.shape))
-    own, found = {storage(t.param) for t in tracked if t.owner}, {}
-    for tensor in tensors:
-        shape = tuple(tensor.shape)
-        if shape in by_shape and tensor.layout is torch.strided and not tensor.is_meta and storage(tensor) not in own:
-            nearest = nearest_of(tensor, by_shape[shape])
-            if nearest is not None:
-                found.setdefault(id(nearest), (tensor, nearest))
-    return list(found.values())[:N_COPIES]
+    own, found = {storage(t.param) for t in tracked if t.owner}, []
+    for tensor in (t for t in tensors if tuple(t.shape) in by_shape and t.layout is torch.strided and not t.is_meta):
+        if tensor.untyped_storage().nbytes() and storage(tensor) not in own:
+            found.append((*nearest_of(tensor, by_shape[tuple(tensor.shape)]), tensor))
+    # what nobody has written to is a picture of some update, and follows nothing
+    found = sorted((one for one in found if one[0] < ALIKE), key=lambda one: (one[2]._version > 0, -one[0]))
+    return list({id(t): (tensor, t) for _, t, tensor in found}.values())[-N_COPIES:]
 
 
-def nearest_of(copy: Tensor, candidates: Sequence[Tracked]) -> Tracked | None:
+def nearest_of(copy: Tensor, candidates: Sequence[Tracked]) -> tuple[float, Tracked]:
+    """How far it is from the way that a weight has gone, over its size, and which weight."""
     here = plain(copy).flatten()[candidates[0].index.to(copy.device)].float().cpu()  # (S,)
     places = [(t.bank(), t.bank().places[id(t)]) for t in candidates]
     start = torch.stack([bank.start[place] for bank, place in places]).float().cpu()  # (M, S)
@@ -171,7 +135,7 @@ def nearest_of(copy: Tensor, candidates: Sequence[Tracked]) -> Tracked | None:
     gone = ((here - start) * way).sum(1) / way.square().sum(1).clamp(min=1e-30)
     rest = (here - start - gone.clamp(0, 1).unsqueeze(1) * way).norm(dim=1) / here.norm().clamp(min=1e-30)
     least = int(rest.argmin())
-    return candidates[least] if rest[least] < ALIKE else None
+    return float(rest[least]), candidates[least]
 
 
 class Counts:
