@@ -30,6 +30,8 @@ model = net()
 PLAIN = """
 if "bf16" in sys.argv:
     model.bfloat16()
+if "twice" in sys.argv:
+    model.append(nn.Softmax(-1))
 half = list(model.parameters())[:-1] if "half" in sys.argv else model.parameters()
 optimizer = torch.optim.AdamW(half, lr=1e-2, weight_decay=0.0)
 for _ in range(40):
@@ -127,7 +129,11 @@ def test_a_script_is_watched_and_keeps_its_arguments_its_output_and_its_exit_cod
     assert watching == "doctor: watching Sequential under AdamW"
     assert last.startswith("after 40 updates: 0 errors, 0 warnings, 0 info; not checked: ")
     assert "the loss" not in last  # the roots of the backward passes were observed
-    for sickness, words in (("bf16", "warning: lost_updates: "), ("half", "error: not_in_optimizer: ")):
+    for sickness, words in (
+        ("bf16", "warning: lost_updates: "),
+        ("half", "error: not_in_optimizer: "),
+        ("twice", "warning: squashed_twice: "),
+    ):
         code, _, err = doctor(PLAIN, sickness)
         assert code == 3 and words in err, err
 

@@ -179,6 +179,16 @@ class Unscaled(GPT2LMHeadModel):
         return output
 
 
+class Twice(GPT2LMHeadModel):
+    """Hands probabilities to a loss that makes a softmax."""
+
+    def forward(self, input_ids=None, labels=None, attention_mask=None, **others):
+        output = super().forward(input_ids)
+        probs = output.logits[:, :-1].flatten(0, 1).softmax(-1)
+        output.loss = nn.functional.cross_entropy(probs, labels[:, 1:].flatten())
+        return output
+
+
 class Divided(Unscaled):
     accepts_loss_kwargs = False  # so Trainer divides
 
@@ -230,6 +240,10 @@ def test_a_loss_that_is_n_times_too_large_is_named(tmp_path) -> None:
     divided = trained(tmp_path, Divided, gradient_accumulation_steps=4, max_steps=20)
     losses = [row["loss"] for row in divided.state.log_history if "loss" in row]
     assert serious(divided) == [] and callback_of(divided).watch.state.losses == pytest.approx(losses, abs=1e-5)
+
+
+def test_how_a_model_makes_its_loss_is_read_off_its_graph(tmp_path) -> None:
+    assert serious(trained(tmp_path, Twice, max_steps=12))[0] == ("squashed_twice", 10)
 
 
 def test_a_loss_made_outside_of_the_model_is_taken_from_a_log_of_every_step(tmp_path, monkeypatch) -> None:

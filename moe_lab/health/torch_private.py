@@ -61,7 +61,7 @@ def without_step_hooks(optimizers: Sequence[Optimizer]) -> Iterator[None]:
 
 @contextmanager
 def backward_heard(hear: Callable[[Tensor], None]) -> Iterator[None]:
-    """`hear(root)` before each backward pass of one number, without what a GradScaler multiplied it with. Torch knows no hook for
+    """`hear(root)` before each backward pass of one number, with its graph, without what a GradScaler multiplied it with. Torch knows no hook for
     all of them: `Tensor.backward` looks these functions up. What checkpoints recompute begins at activations."""
     inner, multiply, scales = torch.autograd.backward, torch.amp.GradScaler.scale, []
 
@@ -75,7 +75,7 @@ def backward_heard(hear: Callable[[Tensor], None]) -> Iterator[None]:
     def backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
         roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
         if len(roots) == 1 and roots[0].numel() == 1:
-            hear(roots[0].detach() / scales[0] if scales else roots[0].detach())
+            hear(roots[0] / scales[0] if scales else roots[0])
             scales.clear()
         return inner(roots, grad_tensors, *args, **kwargs)
 

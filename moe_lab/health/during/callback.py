@@ -46,6 +46,7 @@ class HealthCallback:
         """Keep the loss that a training pass returns as soon as its gradient arrives, times that gradient."""
         loss = output.get("loss") if isinstance(output, dict) else output[0] if isinstance(output, tuple) else None
         if isinstance(loss, Tensor) and loss.requires_grad and not loss.ndim:
+            self.watch.state.outside.reached.observe(loss)
             value = loss.detach().clone()
             loss.register_hook(lambda weight: self.parts.append(value * weight))
 

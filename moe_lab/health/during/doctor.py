@@ -44,16 +44,21 @@ class Doctor:
         first = self.loss is None or self.in_closure
         self.loss = root.float().clone() if first else self.loss + root.float()
         self.n_losses += 1
+        for watch in self.only_watch():
+            watch.state.outside.reached.observe(root)
         if self.n_losses == MOST_ACCUMULATED:
             for optimizer in [] if self.watches else alive(Optimizer):
                 self.begin(optimizer)
             self.observe(self.n_losses)
 
+    def only_watch(self) -> list[Watch]:
+        """Of several models it cannot be told whose loss it is."""
+        return list(self.watches.values()) if len(self.watches) == 1 else []
+
     def observe(self, times: int = 1) -> None:
-        """To the only watch: of several models it cannot be told whose loss it is."""
-        if len(self.watches) == 1 and self.loss is not None:
+        for watch in self.only_watch() if self.loss is not None else ():
             for _ in range(times):
-                next(iter(self.watches.values())).observe(loss=self.loss / times)
+                watch.observe(loss=self.loss / times)
         self.loss = None
 
     def before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:

@@ -124,11 +124,11 @@ class Reached:
             self.has_heard |= tensor.requires_grad
 
     def observe(self, loss: Tensor | float) -> None:
-        self.n += 1
-        if self.n == self.next:
+        """A loss with its graph; of others nothing can be told."""
+        self.n += (has_graph := isinstance(loss, Tensor) and loss.requires_grad)
+        if has_graph and self.n == self.next:
             self.next *= 10
-            if isinstance(loss, Tensor):
-                self.look(loss)
+            self.look(loss)
 
     def look(self, root: Tensor) -> None:
         graph = nodes(root) if root.requires_grad else []
