@@ -6,7 +6,7 @@ import os
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -44,7 +44,7 @@ def read_corpus(data: DataConfig, progress: bool = True) -> Corpus:
     skipped: Counter[str] = Counter()
     documents: dict[str, str] = {}  # name -> text
     left = data.max_bytes or sys.maxsize
-    for name, content in tqdm(contents_of(data, skipped), desc="reading", delay=2, disable=not progress):
+    for name, content in tqdm(contents_of(data, skipped), desc="reading", delay=2, leave=False, disable=not progress):
         text, reason = decode(content, left)
         if reason:
             skipped[reason] += 1
@@ -114,18 +114,21 @@ def files_of(source: str, skipped: Counter[str]) -> tuple[Path, list[str]]:
 
 def stdlib_names(root: Path) -> list[str]:
     """The standard library's own .py files: no tests, near-copies, tables or products of the build."""
-    names = [name for name in file_names(root) if name.endswith(".py") and not name.startswith(BUILD_PRODUCTS)]
-    return [name for name in names if not NOT_IN_STDLIB.intersection(name.split("/")[:-1])]
+    found = file_names(root, NOT_IN_STDLIB)
+    return [name for name in found if name.endswith(".py") and not name.startswith(BUILD_PRODUCTS)]
 
 
-def file_names(root: Path) -> list[str]:
-    """Relative paths of all files below `root`, sorted; links to folders are not followed."""
+def file_names(root: Path, without: Collection[str] = ()) -> list[str]:
+    """Relative paths of all files below `root`, sorted; links to folders, and folders of these names, are not followed."""
 
     def stop(error: OSError):
         raise ConfigError(f"data.source: the folder {error.filename} cannot be read: {error.strerror}")
 
-    found = os.walk(root, onerror=stop)
-    return sorted((Path(folder) / name).relative_to(root).as_posix() for folder, _, names in found for name in names)
+    found = []
+    for folder, folders, names in os.walk(root, onerror=stop):
+        folders[:] = (name for name in folders if name not in without)  # what is left there is walked next
+        found += [(Path(folder) / name).relative_to(root).as_posix() for name in names]
+    return sorted(found)
 
 
 def stream_texts(data: DataConfig, rows: Iterable[dict] | None = None) -> Iterator[str]:
