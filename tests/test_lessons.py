@@ -87,9 +87,16 @@ def test_options_are_shuffled_by_text_and_seed_alone() -> None:
     texts = [f"question {n}" for n in range(300)]
     places = [Question(text, OPTIONS, "").shuffled().index("it falls") for text in texts]
     assert places == [Question(text, OPTIONS, "").shuffled().index("it falls") for text in texts]
-    assert places != [Question(text, OPTIONS, "", seed=1).shuffled().index("it falls") for text in texts]
+    assert places != [Question(text, OPTIONS, "").shuffled(1).index("it falls") for text in texts]
     assert all(70 < places.count(place) < 130 for place in range(3))  # 100 expected, SD 8
     assert Question("question 0", OPTIONS, "").shuffled() == ["it stays", "it falls", "it rises"]  # on every machine
+
+
+def test_a_scale_keeps_its_order(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("MOE_LAB_INTERACTIVE", "0")
+    degrees = {f"{n} times": lambda m, n=n: m["times"] == n for n in range(6)}
+    asked(Question("How often?", degrees, "", scale=True))
+    assert [line[6:] for line in capsys.readouterr().out.splitlines()[1:]] == list(degrees)
 
 
 def test_the_cell_waits_for_a_click(shown, capsys) -> None:
@@ -115,7 +122,7 @@ def test_interrupt_goes_on_without_a_guess(shown, capsys) -> None:
     reveal(LOSS, first=2, last=1)
     assert "you did not guess" in capsys.readouterr().out
     score()
-    assert capsys.readouterr().out == "0 of 0 predictions were right\n"
+    assert capsys.readouterr().out == "0 of 0 predictions were right; questions: 1\n"
 
 
 def test_guesses_are_kept_and_scored_over_what_was_answered(shown, capsys) -> None:
@@ -129,7 +136,7 @@ def test_guesses_are_kept_and_scored_over_what_was_answered(shown, capsys) -> No
     reveal(unanswered, first=2, last=1)
     assert "you did not guess" in capsys.readouterr().out
     score()
-    assert capsys.readouterr().out == "1 of 2 predictions were right\n"
+    assert capsys.readouterr().out == "1 of 2 predictions were right; questions: 3\n"
 
 
 def test_a_question_asked_again_keeps_its_answer_and_does_not_wait(shown, capsys) -> None:
@@ -137,7 +144,9 @@ def test_a_question_asked_again_keeps_its_answer_and_does_not_wait(shown, capsys
     reveal(LOSS, first=2, last=1)
     asked(LOSS)
     score()
-    assert capsys.readouterr().out.endswith("0 of 0 predictions were right\n")  # not before it is revealed again
+    assert capsys.readouterr().out.endswith(
+        "0 of 0 predictions were right; questions: 0\n"
+    )  # not before it is revealed again
     assert [b.description for b in buttons() if b.button_style] == ["it rises"]
     assert "Your last answer: it rises." in shown[-1].children[-1].value
     reveal(LOSS, first=2, last=1)
@@ -165,7 +174,10 @@ def test_answers_and_the_options_order_are_kept_across_notebooks(shown, capsys) 
     reveal(LOSS, first=2, last=1)
     assert "✗ you predicted: it rises" in capsys.readouterr().out
     score()
-    assert capsys.readouterr().out.splitlines() == ["0 of 1 predictions were right", "in all notebooks so far: 1 of 2"]
+    assert capsys.readouterr().out.splitlines() == [
+        "0 of 1 predictions were right; questions: 1",
+        "in all notebooks so far: 1 of 2",
+    ]
 
 
 @pytest.mark.parametrize(

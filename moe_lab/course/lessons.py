@@ -34,11 +34,12 @@ class Question:
     text: str
     options: Mapping[str, Callable[[Mapping[str, Any]], Any]]
     tempts: str  # why the popular wrong answer tempts, and why it is wrong: shown with the answer
-    seed: int = 0  # another one shuffles the options anew
+    scale: bool = False  # the options are degrees of one thing, in order, and keep it
 
     def shuffled(self, copies: int = 0) -> list[str]:
-        """The options in an order that text and seeds decide: the same on every machine. `copies`: a reader's own seed."""
-        return random.Random(f"{self.seed + copies} {self.text}").sample(list(self.options), len(self.options))
+        """The options, if no scale in an order that text and seed decide, on every machine. `copies`: a reader's own seed."""
+        anew = random.Random(f"{copies} {self.text}").sample(list(self.options), len(self.options))
+        return list(self.options) if self.scale else anew
 
     def answer(self, measured: Mapping[str, Any]) -> str:
         """The option that is true of what was measured. Raises AssertionError unless it is exactly one."""
@@ -138,11 +139,11 @@ def reveal(question: Question, **measured: Any) -> None:
 
 
 def score() -> None:
-    """Print how many of the reader's guesses were right; what was not answered does not count. Headless, nothing."""
+    """Print how many of the reader's guesses were right; what was not guessed does not count. Headless, nothing."""
     if not is_interactive():
         return
     right, made = right_of({q.text: guess for q, guess in guesses.items()}, {q.text: a for q, a in answers.items()})
-    print(f"{right} of {made} predictions were right")
+    print(f"{right} of {made} predictions were right; questions: {len(answers)}")
     in_all = right_of(kept()["guesses"], kept()["answers"])
     if in_all[1] > made:
         print(f"in all notebooks so far: {in_all[0]} of {in_all[1]}")

@@ -24,11 +24,13 @@ bf16 = Question(
         "more than 3 times as fast": lambda m: m["ratio"] > 3,
     },
     tempts="Half the bits suggest half the time, and for reading memory that is right. Products need circuits of their own: "
-    "with them bf16 is several times faster, without them it is emulated and far slower.",
+    "with them bf16 can be several times faster, without them it is emulated and slower. A product as small as this one, or a busy "
+    "machine, shows less of either.",
+    scale=True,
 )
 
 minutes = Question(
-    "How many minutes will the whole training run of this profile (notebook 05) take on this machine?",
+    "How many minutes will the training inside notebook 05 take on this machine, in this profile and without the rest of 05?",
     {
         "less than 1": lambda m: m["minutes"] <= 1,
         "1 to 5": lambda m: 1 < m["minutes"] <= 5,
@@ -37,4 +39,5 @@ minutes = Question(
     },
     tempts="The number of parameters says little: tokens, updates and the kind of processor decide, and a second program on "
     "the same cores can cost more than all of them.",
+    scale=True,
 )

@@ -12,6 +12,7 @@ init_std = Question(
     },
     tempts="A model that knows nothing should not care how it says so. But a loud opinion about nothing costs more than a "
     "quiet one, and what counts is the variance of the scores, not their deviation.",
+    scale=True,
 )
 
 floors = Question(

@@ -11,6 +11,7 @@ active = Question(
     },
     tempts="Two of eight is a quarter, and that is true of the experts. But only half of the model is experts; the "
     "embedding, the heads, attention and Mamba compute every token.",
+    scale=True,
 )
 
 balance = Question(
@@ -33,6 +34,7 @@ forget = Question(
     },
     tempts="Zero sounds like a small step size. But the step size is softplus(bias), and softplus(0) is ln 2: every "
     "token halves the state, and twenty halvings leave a millionth.",
+    scale=True,
 )
 
 skipped = Question(
@@ -45,6 +47,7 @@ skipped = Question(
     },
     tempts="'Skipped' sounds like 'untouched'. In B03 nothing was computed for the token, and its copy was added all "
     "the same, once in each of two sublayers.",
+    scale=True,
 )
 
 leak = Question(

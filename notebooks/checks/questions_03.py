@@ -5,7 +5,9 @@ from moe_lab.course.lessons import Question
 curve = Question(
     "After 25 updates, how does the training loss of the bf16 run look beside that of its control?",
     {
-        "it does not fall": lambda m: m["sick"] > m["start"] - 0.1 * (m["start"] - m["control"]),
+        "it does not fall, and the control's does": lambda m: (
+            m["sick"] > m["start"] - 0.1 * (m["start"] - m["control"])
+        ),
         "it falls at half the pace or less": lambda m: (
             0.1 < (m["start"] - m["sick"]) / (m["start"] - m["control"]) <= 0.5
         ),
@@ -13,6 +15,7 @@ curve = Question(
     },
     tempts="A run whose norms are frozen ought to look broken. But norms are a few thousand of millions of numbers, the others "
     "still learn, and the loss of so short a run hides what is missing. That is why this failure lives for months.",
+    scale=True,
 )
 
 cause = Question(
@@ -39,11 +42,12 @@ lr = Question(
         "none: bf16 never moves a weight of 1": lambda m: not m["least_lr"],
     },
     tempts='5e-4 is the next round number above 3e-4, and "never" is what the norms of the case suggest. Half the gap below 1, '
-    "2^-9 or 0.00195, over the largest step that AdamW makes decides it.",
+    "2⁻⁹ or 0.00195, over the largest step that AdamW makes decides it.",
+    scale=True,
 )
 
 between = Question(
-    "Updates of 2.5e-3 lie between 2^-9 and 2^-8. Where do weights of 1 go under fifty of them?",
+    "Updates of 2.5e-3 lie between 2⁻⁹ and 2⁻⁸. Where do weights of 1 go under fifty of them?",
     {
         "half go up, half go down": lambda m: (m["rose"], m["fell"]) == (1, 1),
         "nowhere": lambda m: (m["rose"], m["fell"]) == (0, 0),

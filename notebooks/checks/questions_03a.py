@@ -35,6 +35,7 @@ width = Question(
     },
     tempts="The learning rate is the same number, so the step seems to be the same. Muon's step per element shrinks with √width, "
     "while weights of a fixed standard deviation do not.",
+    scale=True,
 )
 
 fresh = Question(
@@ -46,6 +47,7 @@ fresh = Question(
     },
     tempts="Nothing was trained, so nothing should have changed. But two independent draws are as far apart as two points at a right "
     "angle: √2 of their length.",
+    scale=True,
 )
 
 payer = Question(
@@ -81,10 +83,11 @@ norms_only = Question(
     "Norms alone in float32, at the report's cure: how much of bf16's cost comes back?",
     {
         "less than a fifth": lambda m: m["back"] < 0.2,
+        "a fifth to a third": lambda m: 0.2 <= m["back"] <= 0.35,
         "about half": lambda m: 0.35 < m["back"] < 0.75,
         "nearly all": lambda m: m["back"] >= 0.75,
-        "a fifth to a third": lambda m: 0.2 <= m["back"] <= 0.35,
     },
     tempts='"Less than a fifth" was our own guess, written down before the runs. Ten times the rate moves norms too, and gives back '
     "nothing; but it moves them downwards alone, and in float32 they go where the gradient sends them.",
+    scale=True,
 )

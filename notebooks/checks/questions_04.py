@@ -14,6 +14,7 @@ step = Question(
     },
     tempts="The same number looks like the same step. Muon's step is a matrix whose singular values are all about 1, and a "
     "large matrix of that kind has small elements: 1 / √1536 each.",
+    scale=True,
 )
 adamw = Question(
     "After the warm-up, what is the RMS of AdamW's step on a matrix, divided by its learning rate?",
@@ -25,6 +26,7 @@ adamw = Question(
     },
     tempts="AdamW does divide by the gradient's size, but by that of single gradients. The mean of noisy gradients, which "
     "stands above the line, is smaller than they are.",
+    scale=True,
 )
 sweep = Question(
     "The report says that Muon is designed for 1e-3 to 3e-3 (C10). Where is the best LR in `original`, at width 96?",
@@ -35,6 +37,7 @@ sweep = Question(
         "above 1e-2": lambda m: m["lr"] >= 1e-2,
     },
     tempts="A published range tempts because it names no convention, no width and no length of run: so it seems to hold for all.",
+    scale=True,
 )
 horizon = Question(
     "The run becomes four times as long, 800 updates in place of 200, with three seeds a point and a cosine. What will AdamW's "
@@ -46,4 +49,5 @@ horizon = Question(
     },
     tempts="A fitted line with intervals looks like a finding. These intervals come from the residuals of a quadratic, with one "
     "seed a point and a constant learning rate.",
+    scale=True,
 )

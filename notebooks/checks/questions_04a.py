@@ -56,4 +56,5 @@ reach = Question(
         "more than 60 %": lambda m: m["share"] >= 0.6,
     },
     tempts="0.004 beside 1.0 looks like nothing. The yardstick is not the weight but the sum of the learning rates.",
+    scale=True,
 )

@@ -14,6 +14,7 @@ loss = Question(
     },
     tempts="A few minutes seem too short to beat a table that has counted the whole training text, so the options in the middle "
     "tempt. The table forgets everything but two tokens; the model does not.",
+    scale=True,
 )
 twin = Question(
     "The same run with bf16 parameters: how far from 1 is the furthest norm weight after the first updates?",
@@ -24,6 +25,7 @@ twin = Question(
     },
     tempts="Each step is large enough to be seen in float32, so a part of it seems bound to survive. Rounding keeps no parts: "
     "from 1.0 a step of at most half a gap is gone, and only one that is larger than the rate can get through, as a whole gap.",
+    scale=True,
 )
 gap = Question(
     "Validation stands above training in the figure. Where does most of that gap come from?",

@@ -23,6 +23,7 @@ no_fix = Question(
     },
     tempts="The training loss does fall, from a little above ln V to ln V, and it falls faster with a better learning rate. "
     "That fall is a model which stops having opinions.",
+    scale=True,
 )
 leak_or_mode = Question(
     "The data are text now. Validation lies further above training than in the control. Which of these will the two looks show?",
@@ -44,6 +45,7 @@ skipped = Question(
     },
     tempts="To skip means to leave alone, and the config says `capacity`, not `gain`. But a copy of the residual was added to the "
     "residual, once in each sublayer.",
+    scale=True,
 )
 log = Question(
     "Four micro-batches an update, a log every ten steps, 754 steps. What has this loop written down by the end?",
@@ -55,6 +57,7 @@ log = Question(
     },
     tempts="754 over ten is 75, and each of both conditions is often true. They are never true at once: the one wants an odd "
     "number, and the other an even one.",
+    scale=True,
 )
 dearest = Question(
     "Text in place, one bug at a time, a small model, 150 updates. Which of these costs most?",
@@ -77,6 +80,7 @@ credit = Question(
         "more than all: the others cost something": lambda m: m["share"] > 1.1,
     },
     tempts="What one meant to repair gets the credit. Who changes four things has one number, and it belongs to all four.",
+    scale=True,
 )
 first_switch = Question(
     "It still fails after both fixes. The report says: switch Mixture-of-Depths and Mamba off first. In a run of that day, on "

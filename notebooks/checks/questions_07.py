@@ -12,6 +12,7 @@ how_many = Question(
     },
     tempts="A report that names the right two causes reads as if it were right in general. A right diagnosis does not carry "
     "over to the sentences around it: each of them is a claim of its own, about a rate, a range or a reason.",
+    scale=True,
 )
 
 missing = Question(

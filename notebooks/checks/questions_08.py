@@ -19,12 +19,13 @@ accumulated = Question(
     "A model's forward takes **others and ignores what is in it. Its loss is a mean. Four micro-batches make an update. "
     "How large is the gradient, beside that of a model that does not ignore it?",
     {
-        "the same: Trainer divides by four": lambda m: abs(m["ratio"] - 1) < 0.2,
         "a quarter": lambda m: abs(m["ratio"] - 0.25) < 0.1,
+        "the same: Trainer divides by four": lambda m: abs(m["ratio"] - 1) < 0.2,
         "four times as large": lambda m: abs(m["ratio"] - 4) < 0.5,
     },
     tempts="Trainer did divide, for years. Since the accumulation was repaired it divides only for a model that cannot take "
     "the number of targets, and **others looks as if it could.",
+    scale=True,
 )
 hidden = Question(
     "At update 13 one loss is NaN. With logging_steps=1, what does Trainer's log show from there on?",

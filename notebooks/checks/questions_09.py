@@ -12,6 +12,7 @@ work = Question(
     },
     tempts="1 % is what its author gives, and at batches of half a million tokens it is right. The iteration costs the same "
     "whatever the batch, and here the batch is a hundred times smaller.",
+    scale=True,
 )
 
 first_sign = Question(
@@ -24,6 +25,7 @@ first_sign = Question(
     },
     tempts="The dtype is visible at once, but it proves no harm: healthy runs keep bf16 parameters, with masters beside them. "
     "What was intended and what arrived takes a few updates to compare.",
+    scale=True,
 )
 
 transfer = Question(
