@@ -33,11 +33,14 @@ def dataset() -> SimpleNamespace:
     return SimpleNamespace(train=tokens, validation=tokens[:9000], vocab_size=V)
 
 
-NAMED = {"bf16_parameters": 53, "muon_convention": 36}
+NAMED = {"bf16_parameters": 53, "muon_convention": 36, "lr_too_low": 36}
 ONE_HEAD = ["model.n_pred_tokens=1", "model.aux_loss_weights=[1.0]"]
 # of each check: wrong answers, and what the reader is told
 WRONG_00 = {
     "named": [
+        ({"bf16_parameters": None}, "nothing is written"),
+        (NAMED | {"rate_too_low": 36}, "no rule is called 'rate_too_low'"),
+        ({"bf16_parameters": 53, "muon_convention": 36}, "2 of 3"),
         ({"bf16_parameters": 53}, "two causes"),
         (NAMED | {"bf16_parameters": 1}, "after the colon"),
         ({"lr_too_low": 36, "never_moved": 53}, "number format"),

@@ -170,7 +170,7 @@ def test_the_patients_show_their_causes_to_a_watch(seed: int, capsys) -> None:
     for letter, cause in right.items():
         other = next(word for word in exercises_03.CAUSES if word != cause)
         assert not exercises_03.check_causes(right | {letter: other}, config)
-        assert f"{letter}: {exercises_03.HINTS[cause]}" in capsys.readouterr().out
+        assert f"{letter} is not {other!r}: {exercises_03.REFUTED[other]}" in capsys.readouterr().out
     assert not exercises_03.check_causes({"A": "healthy"}, config)
 
 
@@ -217,7 +217,7 @@ def test_checkpoints_are_told_apart_by_inspection(runs, capsys) -> None:
     for letter, state in right.items():
         other = next(word for word in exercises_03a.STATES.values() if word != state)
         assert not exercises_03a.check_states(right | {letter: other}, 3)
-        assert exercises_03a.HINTS[state] in capsys.readouterr().out
+        assert exercises_03a.REFUTED[other] in capsys.readouterr().out
 
 
 def test_side_by_side_trains_each_to_the_end_and_draws_once(monkeypatch) -> None:

@@ -119,7 +119,7 @@ def test_progress_is_told_by_the_waiting_cell(mode, request, capsys) -> None:
     assert (out == "") == (mode == "in_a_script")  # nothing is shown
     told = [line for line in err.splitlines() if "%" in line]
     assert 3 <= len(told) <= 10
-    assert re.search(r"^ *\d+ %  running · step \d+/25 · loss \d\.\d+ · 6,000 tokens/s", told[0])
+    assert re.search(r"^ *\d+ %  running · step \d+/25 · last batch \d\.\d+ · 6,000 tokens/s", told[0])
 
 
 def test_an_error_in_the_worker_is_raised_by_the_waiting_cell(headless) -> None:
@@ -225,7 +225,7 @@ def test_the_status_says_what_is_going_on(headless) -> None:
     controls.evaluated, trainer.step = 1.0, 7
     run.rows.append(step_row(5) | {"lr": {"muon": 0.01, "adamw": 0.0016}})
     controls.lr_scale, controls.saved = 0.5, "step_000006.pt"
-    assert run.status().startswith("running · step 7/20 · loss 7.")
+    assert run.status().startswith("running · step 7/20 · last batch 7.")
     assert run.status().endswith(" · LR of muon 0.01 · LR × 0.5 · saved step_000006.pt")
     controls.pause()
     assert run.status().startswith("paused · step 7/20")

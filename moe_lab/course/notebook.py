@@ -72,7 +72,8 @@ def begin(**parameters: Any) -> Lab:
     config, model = lab.config, lab.config.model
     mixture = f", {len(model.moe_layers)} with {model.n_experts} experts" if model.moe_layers else ""
     tokens = f"{config.n_steps} steps of {config.tokens_per_step:,} tokens"
-    print(f"profile {lab.profile}: {tokens}, seed {config.training.seed}")
+    of_text = "" if lab.profile == "lab" else "; the numbers in the text are those of profile lab"
+    print(f"profile {lab.profile}: {tokens}, seed {config.training.seed}{of_text}")
     print(f"model: d_model {model.d_model}, {model.n_layers} layers{mixture}, vocabulary {model.vocab_size:,}")
     if "run_dir" in parameters:
         shown = lab.run_dir.relative_to(ROOT) if lab.run_dir.is_relative_to(ROOT) else lab.run_dir

@@ -59,9 +59,7 @@ class Live:
     def __init__(
         self, trainers: Sequence[Any], watches: Mapping[str, Watch], acts: Mapping[str, Callable] | None = None
     ):
-        self.trainers = list(trainers)
-        self.watches = dict(watches)
-        self.acts = dict(acts or {})
+        self.trainers, self.watches, self.acts = list(trainers), dict(watches), dict(acts or {})
         self.can_show = get_ipython() is not None  # not in a plain script
         self.controls = self.can_show and is_interactive()
         self.training: Future[Any] = Future()
@@ -167,7 +165,7 @@ class Live:
             self.training.set_exception(error)
 
     def _draw(self) -> None:
-        drawn, not_before = None, 0.0  # a tenth of the time is drawn, at most
+        drawn, not_before = [0] * (1 + len(self.trainers)), 0.0  # no empty axes; a tenth of the time is drawn, at most
         while wait([self.training], REDRAW_S).not_done:
             self._status.value = self.status()
             for trainer in self.trainers:
@@ -249,7 +247,7 @@ class Live:
         slider.observe(lambda change: [one.set_lr_scale(change["new"]) for one in controls], names="value")
         keep_live(slider)
         planted = [button(name, f"{name}, after this step", partial(self.plant, name)) for name in self.acts]
-        self._status, self._image = widgets.Label(self.status()), widgets.HTML()
+        self._status, self._image = widgets.Label(self.status()), widgets.HTML(layout={"min_height": "22em"})
         self._image.add_class(f"moe-live-{self._number}")
         wrap = {"flex_flow": "row wrap"}
         rows = [widgets.HBox([*buttons, slider], layout=wrap)]

@@ -71,8 +71,7 @@ class LiveRun(Live):
     def add_watch(self, name: str, watch: Watch) -> None:
         """Tell it the losses from here on, and show what it finds, under this name."""
         self.watches[name] = watch
-        every = self.trainer.config.training.log_interval
-        self.trainer.listeners.append(observing(watch, every, self.trainer.n_steps))
+        self.trainer.listeners.append(observing(watch, self.trainer.config.training.log_interval, self.trainer.n_steps))
 
     def work(self) -> dict[str, Any]:
         return self.trainer.fit()
@@ -91,13 +90,11 @@ class LiveRun(Live):
         return marks + [mark for watch in self.watches.values() for mark in found_by(watch)]
 
     def status(self) -> str:
-        """One line: state, progress, loss, speed, time left, the first group's learning rate, the last checkpoint."""
-        controls = self.trainer.controls
-        n_steps = self.trainer.n_steps
-        step = self.trainer.step
+        """One line: state, progress, the last batch's loss, speed, time left, the first group's learning rate, the last checkpoint."""
+        controls, n_steps, step = self.trainer.controls, self.trainer.n_steps, self.trainer.step
         text = f"{self.state()} · step {step}/{n_steps}"
         if row := last_with_loss(self.rows):
-            text += f" · loss {loss_of(row, self.trainer.config):.3f}"
+            text += f" · last batch {loss_of(row, self.trainer.config):.3f}"
             speed = row.get("tokens_per_s")
             if speed and not self.training.done():
                 left_s = row["tokens"] * (n_steps - step) / row["step"] / speed

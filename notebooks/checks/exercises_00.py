@@ -10,6 +10,7 @@ from math import isclose
 from checks.exercise import exercise
 from moe_lab import Trainer, load_config
 from moe_lab.config import ROOT
+from moe_lab.health import RULES
 
 AS_REPORTED = ROOT / "configs" / "training_1.5b_as_reported.yaml"
 SMALL = ROOT / "configs" / "smoke.yaml"
@@ -26,6 +27,9 @@ def line_of(start: str) -> int:
 def check_named(named: Mapping[str, int]) -> None:
     """`named`: rule → line of the case's config, of what preflight calls an error or a warning."""
     of_format, of_rate = line_of("parameters:"), line_of("max_lr:")
+    assert named and None not in {*named, *named.values()}, "nothing is written yet in one of its places: {rule: line}"
+    unknown = sorted(set(named) - set(RULES))
+    assert not unknown, f"no rule is called {unknown and unknown[0]!r}: copy the name from the finding"
     assert len(set(named.values())) > 1, "the report has two causes, and they stand in two lines"
     assert "bf16_parameters" in named, "one finding is about the number format of the parameters"
     assert named["bf16_parameters"] == of_format, "the number after the colon of `where` is the line"
@@ -33,6 +37,7 @@ def check_named(named: Mapping[str, int]) -> None:
     assert rates, "the other finding is about a learning rate: leave none out that is at least a warning"
     assert set(rates.values()) == {of_rate}, f"the learning rate stands in line {of_rate}"
     assert len(named) == 1 + len(rates), "leave out what is neither an error nor a warning, or not in that file"
+    assert len(named) == 3, f"{len(named)} of 3: one more is an error or a warning in a line that you already have"
 
 
 @exercise

@@ -16,11 +16,11 @@ from moe_lab.config import Config, load_config, to_yaml
 from moe_lab.failures import bugs
 
 CAUSES = ("healthy", "no gradient", "not in the optimizer", "rounded away")
-HINTS = {
-    "no gradient": "count the looks that found a gradient: an optimizer can only move what has one",
-    "not in the optimizer": "it has a gradient, and nobody intends anything with it",
-    "rounded away": "somebody intended a displacement, and none arrived",
-    "healthy": "compare intended with real movement; where the weights are float32 nothing is replayed, and they move",
+REFUTED = {  # what speaks against each answer where it is wrong: the right one is the reader's to find
+    "no gradient": "count the looks that found a gradient at its norms",
+    "not in the optimizer": "`not_in_optimizer` is not among its watch's findings",
+    "rounded away": "in float32 nothing is rounded away: look at the dtype of its norms",
+    "healthy": "its norms stand still: look at `moved_square`",
 }
 
 
@@ -69,7 +69,7 @@ def check_causes(named: Mapping[str, str], config: Config) -> None:
     )
     right = shuffled_causes(config)
     wrong = [letter for letter in "ABCD" if named[letter] != right[letter]]
-    assert not wrong, f"{wrong[0]}: {HINTS[right[wrong[0]]]}"
+    assert not wrong, f"{wrong[0]} is not {named[wrong[0]]!r}: {REFUTED[named[wrong[0]]]}"
 
 
 @exercise

@@ -14,10 +14,10 @@ from moe_lab.config import Config, load_config, to_yaml
 from moe_lab.optim.schedule import lr_share
 
 STATES = {"float32": "float32", "bf16": "updates lost", "masters": "bf16, nothing lost"}
-HINTS = {
+REFUTED = {  # what speaks against each answer where it is wrong: the right one is the reader's to find
     "float32": "look at the dtype of its tensors",
-    "updates lost": "inspect_checkpoint calls it an error: read which tensors have never moved",
-    "bf16, nothing lost": "its tensors are bf16; look for what its optimizer's state keeps beside the moments",
+    "updates lost": "inspect_checkpoint names no tensor of it that has never moved",
+    "bf16, nothing lost": "look at the dtype of its tensors, and at what the optimizer's state keeps beside the moments",
 }
 
 
@@ -63,7 +63,7 @@ def check_states(named: Mapping[str, str], seed: int) -> None:
     )
     right = {letter: STATES[run] for letter, run in shuffled_states(seed).items()}
     wrong = [letter for letter in "ABC" if named[letter] != right[letter]]
-    assert not wrong, f"{wrong[0]}: {HINTS[right[wrong[0]]]}"
+    assert not wrong, f"{wrong[0]} is not {named[wrong[0]]!r}: {REFUTED[named[wrong[0]]]}"
 
 
 @exercise

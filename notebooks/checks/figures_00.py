@@ -16,7 +16,7 @@ NAMES = {
     "failure, bf16": "failing learning rates, bf16",
     "failure": "failing learning rates",
     "cure": "the report's cure",
-    "centre": "other learning rates",
+    "centre": "higher learning rates",
 }
 
 
@@ -58,7 +58,8 @@ def case_curves(
     alt = f"Loss over {n_steps} updates, four falling curves beside four level lines of counts. {'; '.join(seen)}."
     caption = (
         "Lines: training loss, mean of three seeds, with the band from the best seed to the worst. Marks: validation loss at the "
-        "end. Level lines: what tables of counts reach on the same text. All four runs share model, text, start values and "
-        "the order of the data; they differ in two learning rates and in the format of the parameters."
+        "end, of other text, so a mark may lie off its line. Level lines: what tables of counts reach on the same text. All four "
+        "runs share model, text, start values and the order of the data; they differ in two learning rates and in the format of "
+        "the parameters."
     )
     return figure, alt, caption

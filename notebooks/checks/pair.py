@@ -29,7 +29,9 @@ class LivePair(Live):
     None: all of them. `watches` are made here for trainers that have none.
     """
 
-    caption = "Where the two curves part, what differs between the runs begins to show."
+    caption = (
+        "What differs between the runs shows in the panel whose curves part; curves that lie together do not show it."
+    )
 
     def __init__(
         self, trainers: Mapping[str, Any], watches: Mapping[str, Watch] | None = None, until: int | None = None
@@ -68,7 +70,7 @@ class LivePair(Live):
         text = f"{self.state()} · step {step}/{self.until}"
         for name, rows in self.rows.items():
             last = last_with_loss(rows)
-            text += f" · {name}: loss {loss_of(last, self.named[name].config):.3f}" if last else ""
+            text += f" · {name}: last batch {loss_of(last, self.named[name].config):.3f}" if last else ""
         if step and not self.training.done():
             text += left((time.monotonic() - self.began) * (self.until / step - 1))
         return text
@@ -79,8 +81,8 @@ def pair_figure(
 ) -> tuple[Figure, str]:
     """Loss and norm weights of runs beside each other, by name, with what happened in each."""
     figure = new_figure(10, 3.8)
-    loss = new_axes(figure, (0.065, 0.14, 0.34, 0.75), "Training loss (dots: validation)", "step", "nats per token")
-    norm = new_axes(figure, (0.63, 0.14, 0.2, 0.75), "Norm weights: largest |w − 1|", "step", "no unit, 0 at the foot")
+    loss = new_axes(figure, (0.065, 0.14, 0.34, 0.75), "Training loss (marks: validation)", "step", "nats per token")
+    norm = new_axes(figure, (0.63, 0.14, 0.2, 0.75), "Norm weights: largest |w − 1|", "step", "0 is the lowest value")
     norm.set_yscale("symlog", linthresh=1e-4)
     texts, labels, norms, everything = [], [], [], []
     for (name, some), (colour, line, marker) in zip(rows.items(), SERIES, strict=False):
