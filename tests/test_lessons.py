@@ -71,6 +71,10 @@ def press(option: str) -> None:
     next(button for button in buttons() if button.description == option).click()
 
 
+def closed(answer: str) -> str:
+    return f"{LOSS.text}\nyour answer: {answer} (run this cell again to change it)"
+
+
 def test_headless_there_is_no_guess_and_no_score(monkeypatch, capsys) -> None:
     monkeypatch.setenv("MOE_LAB_INTERACTIVE", "0")
     asked(LOSS)
@@ -104,8 +108,8 @@ def test_the_cell_waits_for_a_click(shown, capsys) -> None:
     title, *_, note = shown[0].children
     assert "<b>What does a &lt; b do?</b>" in title.value and 'alt="What does a &lt; b do?"' in title.value
     assert [button.description for button in buttons()] == [*LOSS.shuffled(), NO_GUESS]
-    assert "waits here for your choice. Interrupt (■) goes on without one" in note.value
-    assert TEXTS == ["What does a < b do?\nyour answer: it falls"], "the buttons stay in the saved notebook"
+    assert "later cells ([*]) wait with it. Interrupt (■) goes on without one" in note.value
+    assert [closed("it falls")] == TEXTS, "the buttons stay in the saved notebook"
     assert capsys.readouterr().out == ""
 
 
@@ -118,11 +122,12 @@ def test_interrupt_goes_on_without_a_guess(shown, capsys) -> None:
 
     asyncio.run(cell())
     assert capsys.readouterr().out == "going on without a guess\n"
-    assert [f"What does a < b do?\nyour answer: {NO_GUESS}"] == TEXTS
+    assert [closed("none")] == TEXTS
     reveal(LOSS, first=2, last=1)
     assert "you did not guess" in capsys.readouterr().out
     score()
     assert capsys.readouterr().out == "0 of 0 predictions were right; questions: 1\n"
+    asked(LOSS, "it falls")  # the cell waits again
 
 
 def test_guesses_are_kept_and_scored_over_what_was_answered(shown, capsys) -> None:
@@ -151,7 +156,7 @@ def test_a_question_asked_again_keeps_its_answer_and_does_not_wait(shown, capsys
     assert "Your last answer: it rises." in shown[-1].children[-1].value
     reveal(LOSS, first=2, last=1)
     assert "✗ you predicted: it rises" in capsys.readouterr().out
-    told = "What does a < b do?\nyour answer: it rises"
+    told = closed("it rises")
     assert [told, told] == TEXTS, "its buttons stay in the saved notebook"
     asked(LOSS)
     press("it falls")

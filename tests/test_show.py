@@ -9,6 +9,7 @@ import pytest
 from browser.fake_trainer import FakeTrainer, eval_row, step_row
 from checks.pair import LivePair
 from IPython.core.interactiveshell import InteractiveShell
+from matplotlib.figure import Figure
 from tiny_run import tiny, without_times
 
 from moe_lab import Trainer
@@ -92,6 +93,13 @@ def test_buttons_and_slider_reach_the_trainers_controls(watched) -> None:
     asked = controls.take(step=1)
     assert [row["action"] for row in asked] == ["pause", "resume", "lr_scale", "save", "stop"]
     assert asked[2]["value"] == 2.0
+
+
+def test_no_empty_axes_stand_there_before_the_first_update(watched, monkeypatch) -> None:
+    drawn = []
+    monkeypatch.setattr(LiveRun, "figure", lambda run: drawn.append(run.trainer.step) or (Figure(), ""))
+    finished(FakeTrainer(n_steps=3, step_s=0.2))
+    assert drawn and min(drawn) > 0
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

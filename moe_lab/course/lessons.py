@@ -17,7 +17,9 @@ from moe_lab.show.front import is_interactive
 from moe_lab.train.record import write_atomically
 
 NO_GUESS = "I'd rather not guess"
-WAITING = "The notebook waits here for your choice. Interrupt (■) goes on without one."
+WAITING = (
+    "The notebook waits here for your choice, and later cells ([*]) wait with it. Interrupt (■) goes on without one."
+)
 # options may be longer than a line; ipywidgets gives a group of buttons no name for screen readers; a button that goes takes the
 # keys' focus with it; Run All scrolls to the end, and figures that are drawn above the question late push it out of sight again
 GROUP = """<style>.moe-lab-options .jupyter-button {{white-space: normal; height: auto; text-align: left;
@@ -81,14 +83,11 @@ async def ask(question: Question) -> None:
         guesses[question] = before
     close_box(question)
     open_boxes[question] = show_options(question, before)
-    if before:
-        return
     try:
         while question not in guesses:
             await asyncio.sleep(0.05)
     except (asyncio.CancelledError, KeyboardInterrupt):
-        guesses[question] = NO_GUESS  # until the cell is run again in another kernel: it is not kept
-        print("going on without a guess")
+        print("going on without a guess")  # none is kept: run again, the cell waits again
         close_box(question)
 
 
@@ -107,14 +106,15 @@ def show_options(question: Question, before: str | None) -> Callable[[], None]:
         buttons.append(ipywidgets.Button(description=option, tooltip=option, layout={"width": "auto"}))
         buttons[-1].on_click(lambda _, option=option: choose(option))
         buttons[-1].button_style = "info" if option == before else ""
-    note = f"Your last answer: {before}. It stays unless you choose another one." if before else WAITING
+    note = f"Your last answer: {before}. Another one takes its place; then reveal it again." if before else WAITING
     title = ipywidgets.HTML(GROUP.format(question=html.escape(question.text, quote=True)))
     box = ipywidgets.VBox([title, *buttons, ipywidgets.HTML(f"<i>{html.escape(note)}</i>")])
     box.add_class("moe-lab-options")
     handle = display(box, display_id=True)
 
     def close() -> None:  # a saved notebook would show the buttons as an error
-        handle.update({"text/plain": f"{question.text}\nyour answer: {guesses.get(question, NO_GUESS)}"}, raw=True)
+        said = f"your answer: {guesses.get(question, 'none')} (run this cell again to change it)"
+        handle.update({"text/plain": f"{question.text}\n{said}"}, raw=True)
         box.close()
 
     return close
