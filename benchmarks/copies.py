@@ -121,14 +121,33 @@ def folded(text: str, summary: str = SUMMARY) -> str:
 
 
 def relinked(text: str) -> str:
-    """Links of a page in notebooks/ as they must be in WORK: results stay where they are, solutions are notebooks."""
+    """Links of a page in notebooks/ as they must be in WORK: results stay where they are, solutions are notebooks, and a word
+    that is linked to the glossary shows its meaning under the pointer: the link itself leads to the top of a long list."""
 
     def notebook(link: re.Match[str]) -> str:
         names = {path.name.split("_")[0]: path.name for path in all_notebooks()}
         return f"solutions/{names.get(link[1], link[0])}"
 
+    def word(link: re.Match[str]) -> str:
+        term = " ".join(link[1].lower().strip("`").split())
+        forms = (term, term.removesuffix("s"), term.removesuffix("es"), re.sub(r"ies$", "y", term))
+        said = next((known[form] for form in forms if form in known), None)
+        return f'[{link[1]}](GLOSSARY.md "{said}")' if said else link[0]
+
+    if "](GLOSSARY.md)" in text:
+        known = meanings((NOTEBOOKS / "GLOSSARY.md").read_text(encoding="utf-8"))
+        text = re.sub(r"\[([^\]]+)\]\(GLOSSARY\.md\)", word, text)
     text = text.replace("](results/", f"](../{NOTEBOOKS.name}/results/")
     return re.sub(r"\bsolutions/(\w+)\.md\b", notebook, text)
+
+
+def meanings(glossary: str) -> dict[str, str]:
+    """Each term of the glossary, in lower case, and what is said of it, as plain text that fits into a link's title."""
+    found = {}
+    for term, said in re.findall(r"^- \*\*(.+?)\*\*[^:]*: (.+)$", glossary, re.MULTILINE):
+        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)|[*`$\\]", r"\1", said)
+        found |= dict.fromkeys(term.lower().split(", "), plain.replace('"', "'").replace("|", "∣"))
+    return found
 
 
 # ---- solutions -------------------------------------------------------------------------------------------------------

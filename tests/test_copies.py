@@ -81,6 +81,14 @@ def test_a_copy_is_cleared_folded_and_linked(course: Path) -> None:
     assert nbformat.read(course / "00_one.ipynb", as_version=4).cells[0].outputs, "the notebook itself has changed"
 
 
+def test_a_word_of_the_glossary_shows_its_meaning_in_a_copy() -> None:
+    said = copies.relinked("two [learning rates](GLOSSARY.md), the [ULP](GLOSSARY.md), the [glossary](GLOSSARY.md)")
+    rate, ulp, rest = re.fullmatch(r"two (.+), the (.+), the (.+)", said).groups()
+    text = (ROOT / "notebooks" / "GLOSSARY.md").read_text(encoding="utf-8")
+    assert re.fullmatch(r'\[learning rates\]\(GLOSSARY\.md "[^"\n|]{20,}"\)', rate)
+    assert ulp.removeprefix('[ULP](GLOSSARY.md "')[:20] in text and rest == "[glossary](GLOSSARY.md)"
+
+
 def test_a_copy_is_made_once(course: Path) -> None:
     work = course.parent / "work"
     assert copies.make(work=work) == ["work/ holds your copies of the notebooks; they are never overwritten"]
