@@ -121,7 +121,7 @@ SHEET_STYLE = """@page { size: A4 landscape; margin: 5mm }
 body { font: 5.9pt/1.1 "DejaVu Sans", Verdana, sans-serif; margin: 0 } h1 { font-size: 11pt; margin: 0 } p { margin: 1pt 0 3pt }
 table { border-collapse: collapse; width: 100%; table-layout: fixed } code { font-size: 5.7pt }
 td { border-top: .4pt solid #aaa; padding: .6pt 3pt; vertical-align: top } .stage { font-weight: bold; background: #eee }
-@media screen { body { margin: 1em; font-size: 9pt } code { font-size: inherit } }"""
+@media screen { body { margin: 1em; font-size: 9pt } table { table-layout: auto } td:first-child { white-space: nowrap } code { font-size: inherit } }"""
 WIDTHS = (2.4, 8.1, 18, 26, 20, 25.5)  # of the sheet's columns, %
 
 

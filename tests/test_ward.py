@@ -210,8 +210,15 @@ def test_buttons_do_what_calls_do(opened: ward.Ward) -> None:
     run.value = "run 3"
     assert press["tokens"].description == "tokens · 1 min"
     assert (cause.value, evidence.value, cure.value) == (ward_desk.NONE, (), ward_desk.NONE)
-    assert ward_desk.so_far(opened, "run 3") == "run 3: 0 min so far, for nothing; nothing is written down"
-    assert ward_desk.so_far(opened, "run 2") == "run 2: 1 min so far, for tokens; written down: random tokens"
+    assert ward_desk.so_far(opened, "run 3") == "run 3: nothing is ordered; nothing is written down"
+    told = "run 2: 1 min so far, for tokens; written down: random tokens; tokens; mend the loader, and let it raise"
+    assert ward_desk.so_far(opened, "run 2") == told
+    run.value = "run 2"
+    assert (cause.value, evidence.value, cure.value) == (
+        "random tokens",
+        ("tokens",),
+        "mend the loader, and let it raise",
+    )
 
 
 def test_a_look_is_paid_for_once_and_a_note_says_what_it_lacks(opened: ward.Ward, capsys) -> None:

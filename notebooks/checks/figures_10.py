@@ -75,15 +75,22 @@ def load(run: str, result: Result) -> tuple[Figure, str, str]:
     loads = np.array(result.drawn)  # (times, layers, experts)
     figure, said = new_figure(10, 2.9), []
     for layer in range(loads.shape[1]):
-        box = (0.07 + 0.48 * layer, 0.2, 0.4, 0.64)
+        box = (0.07 + 0.45 * layer, 0.2, 0.39, 0.64)
         axes = new_axes(figure, box, f"{run}: MoE layer {layer}", "share of the run", "expert" if layer == 0 else "")
         axes.grid(False)
         extent = (0, 1, loads.shape[2] - 0.5, -0.5)
-        axes.imshow(loads[:, layer].T, cmap="PuOr", vmin=0, vmax=2, aspect="auto", extent=extent)
+        image = axes.imshow(loads[:, layer].T, cmap="cividis", vmin=0, vmax=4, aspect="auto", extent=extent)
+        axes.set_yticks(range(loads.shape[2]))
         last = loads[-1, layer]
         said.append(f"layer {layer} ends between {last.min():.2f} and {last.max():.2f} of the even share")
-    alt = f"{run}: tables of colours, experts by time, orange for few tokens and purple for many; {'; '.join(said)}."
-    return figure, alt, "A row that turns orange and stays so is an expert that nobody asks any more."
+    bar = figure.colorbar(image, cax=figure.add_axes((0.93, 0.2, 0.015, 0.64)), ticks=range(5))
+    bar.ax.set_title("load", fontsize=9, color=style.INK)
+    alt = f"{run}: tables of colours, experts by time, dark for few tokens and bright for many; {'; '.join(said)}."
+    return (
+        figure,
+        alt,
+        "One column, one update; 1 is the even share. A row that stays darkest is an expert that nobody asks any more.",
+    )
 
 
 def heard(run: str, result: Result) -> tuple[Figure, str, str]:

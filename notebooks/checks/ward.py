@@ -27,6 +27,8 @@ CHECKLIST = read_yaml(LIST)
 LINES = {line["id"]: line for line in CHECKLIST["lines"]}
 # measurement → [minutes, what is done]; the prices are the checklist's
 PRICES: dict[str, list] = CHECKLIST["measurements"]
+# what a measurement does not look at, and does not say itself
+NOT_CHECKED = {"examine": ["not checked: the future in training mode: tokens were changed in evaluation mode alone"]}
 DEAREST = max(PRICES, key=lambda what: PRICES[what][0])
 
 
@@ -111,7 +113,10 @@ class Ward:
         result = self.look(run, what)
         price = "paid already" if paid else f"{PRICES[what][0]} min"
         print(f"{run}, {what}: {price}, {self.minutes(run)} min on this run so far")
-        for line in result.lines:
+        untold = (
+            [] if any(line.startswith("not checked: causality") for line in result.lines) else NOT_CHECKED.get(what, [])
+        )
+        for line in (*result.lines, *untold):
             print(textwrap.fill(line, 102, initial_indent="  ", subsequent_indent="    "))
         show_result(run, what, result)
 
@@ -151,7 +156,7 @@ class Ward:
         """Print, for every run with a diagnosis, what was right, and what would have been the shortest way."""
         marks = self.marks()
         if not marks:
-            print("nothing is written down yet: ward.diagnose(run, causes, evidence, cure)")
+            print("nothing is written down yet: use the desk above, or ward.diagnose(run, causes, evidence, cure)")
             return
         for run, one in marks.items():
             print(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable
 
-from checks.ward import CAUSES, PRICES, Ward, all_cures
+from checks.ward import CAUSES, PRICES, Note, Ward, all_cures
 from moe_lab.sections import ConfigError
 from moe_lab.show.front import is_interactive
 
@@ -34,7 +34,7 @@ def desk(ward: Ward):
     style = {"description_width": "6em"}
     run = w.Dropdown(options=list(ward.patients), description="run", layout=wide, style=style)
     # a long config pushes no note away; the second one keeps a reading to compare with
-    says, kept = (w.Output(layout=w.Layout(max_height="26em", overflow="auto", flex="1 1 36em")) for _ in range(2))
+    says, kept = (w.Output(layout=w.Layout(max_height="26em", overflow="auto", flex="1 1 62em")) for _ in range(2))
     causes = [choice(w, name, [*sorted(CAUSES)], wide, style) for name in ("cause", "2nd cause")]
     cures = [choice(w, name, [*sorted(all_cures())], wide, style) for name in ("cure", "2nd cure")]
     evidence = w.SelectMultiple(
@@ -76,10 +76,12 @@ def desk(ward: Ward):
     notes = w.VBox([*causes, evidence, several, *cures, w.HBox([write, score])])
 
     def begin(_: object) -> None:
-        """Another run: an empty note, and what was ordered and written down of it so far."""
-        for one in (*causes, *cures):
-            one.value = NONE
-        evidence.value = ()
+        """Another run: its note, and what was ordered and written down of it so far."""
+        noted = ward.notes.get(run.value, Note(frozenset(), (), frozenset()))
+        for both, names in ((causes, noted.causes), (cures, noted.cures)):
+            for one, name in zip(both, [*sorted(names), NONE, NONE], strict=False):
+                one.value = name
+        evidence.value = noted.evidence
         label_paid()
         tell(says, lambda: print(so_far(ward, run.value)))
 
@@ -91,8 +93,12 @@ def desk(ward: Ward):
 
 def so_far(ward: Ward, run: str) -> str:
     ordered, note = ward.ordered.get(run, ()), ward.notes.get(run)
-    written = f"written down: {', '.join(sorted(note.causes))}" if note else "nothing is written down"
-    return f"{run}: {ward.minutes(run)} min so far, for {', '.join(ordered) or 'nothing'}; {written}"
+    parts = (sorted(note.causes), note.evidence, sorted(note.cures)) if note else ()
+    written = (
+        f"written down: {'; '.join(', '.join(part) or NONE for part in parts)}" if note else "nothing is written down"
+    )
+    spent = f"{ward.minutes(run)} min so far, for {', '.join(ordered)}" if ordered else "nothing is ordered"
+    return f"{run}: {spent}; {written}"
 
 
 def choice(w, name: str, options: list[str], layout, style):
