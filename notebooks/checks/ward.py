@@ -167,7 +167,7 @@ class Ward:
         right, points = sum(one.right for one in marks.values()), sum(one.points for one in marks.values())
         spent, par = sum(map(self.minutes, marks)), sum(one.par for one in marks.values())
         print(
-            f"{right} of {len(marks)} right; {points:.0f} of {10 * len(marks)} points; "
+            f"{right} of {len(marks)} right; {points:.3g} of {10 * len(marks)} points; "
             f"{spent} minutes, the shortest ways take {par}"
         )
 

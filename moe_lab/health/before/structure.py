@@ -97,7 +97,7 @@ def cannot_move(model: nn.Module, optimizers: Sequence[Optimizer]) -> Finding | 
     if not (stuck := list(steps)):
         return None
     most = f"a step of at most {max(steps.values()):.1e} is rounded away"
-    message = f"{len(stuck)} 16-bit tensors can never move: {most}: {several(stuck)}"
+    message = f"{len(stuck)} tensors of 16 bits can never move: {most}: {several(stuck)}"
     advice = "keep the parameters in float32 and compute under autocast"
     return Finding("bf16_parameters", "error", several(stuck), message, advice, len(stuck), 0)
 

@@ -21,7 +21,7 @@ TWICE = 3  # updates in which a count was doubled
 
 
 @rule(
-    "gradients of {n} matrices are {size:.0e} of the others', relative to their weights: {names}",
+    "matrices ({n}) with gradients of {size:.0e} of the others', relative to their weights: {names}",
     "look for a score, a branch or a loss term that is multiplied by next to nothing, or a softmax or sigmoid that is saturated",
 )
 def faint_gradient(state: State) -> Ill:

@@ -142,7 +142,7 @@ def explained(state: State) -> bool:
 
 
 @rule(
-    "weight decay never arrives in {n} 16-bit tensors: each step of it is below half a unit in the last place: {names}",
+    "weight decay never arrives in {n} tensors of 16 bits: each step of it is below half a unit in the last place: {names}",
     "let it be part of the update that is rounded stochastically or kept in masters, or keep the parameters in float32",
 )
 def lost_decay(state: State) -> Ill:

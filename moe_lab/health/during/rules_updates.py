@@ -238,7 +238,7 @@ KEEP_BITS = (
     "keep the parameters in float32 and compute under autocast; or use an optimizer with fp32 masters, Kahan "
     "summation or stochastic rounding"
 )
-NEVER = "{n} 16-bit tensors stand still, and no step that Adam can make at its peak learning rate moves them: all is rounded away: {names}"
+NEVER = "{n} tensors of 16 bits stand still, and no step that Adam can make at its peak learning rate moves them: all is rounded away: {names}"
 ASK_FOR_FLOAT32 = f"a checkpoint is loaded in its own format unless one asks for float32; {KEEP_BITS}"
 CUT_OFF = "{n} tensors shape the output but got no gradient in {updates} updates: {names}"
 FIND_CUT = (
