@@ -8,7 +8,6 @@ import re
 import types
 import typing
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +29,24 @@ class ConfigError(ValueError):
         return [f"error: {self}"]
 
 
+@dataclass
+class SectionHelp:
+    """A section's docstring, with the lines of its fields wherever the source is at hand; read when help asks."""
+
+    name: str
+    text: str
+
+    def __get__(self, instance: Any, section: type) -> str:
+        try:
+            source = inspect.getsource(section)
+        except (OSError, TypeError):
+            return self.text
+        lines = re.findall(r"^    \w+: .* = .*  # .*\n", source, re.MULTILINE)
+        return f"{self.text}\n\nFields of the YAML section `{self.name}`:\n\n{''.join(lines)}"
+
+
 def section(cls: type) -> type:
-    """Make `ModelConfig` the frozen dataclass of the YAML section `model`, which is checked whenever one is built; its
-    docstring has the lines of its fields."""
+    """Make `ModelConfig` the frozen dataclass of the YAML section `model`, which is checked whenever one is built."""
     name = cls.__name__.removesuffix("Config").lower()
 
     def check(self) -> None:
@@ -44,9 +58,7 @@ def section(cls: type) -> type:
     cls.hints = typing.get_type_hints(cls, include_extras=True)
     cls.__post_init__ = check
     made = dataclass(frozen=True, kw_only=True)(cls)
-    with suppress(OSError, TypeError):  # no source is at hand
-        fields = re.findall(r"^    \w+: .* = .*  # .*\n", inspect.getsource(cls), re.MULTILINE)
-        made.__doc__ += f"\n\nFields of the YAML section `{name}`:\n\n{''.join(fields)}"
+    made.__doc__ = SectionHelp(name, cls.__doc__)
     return made
 
 
