@@ -21,7 +21,8 @@ from .repeats import Repeats
 from .routing import LOOK_EVERY, Routing, Terms
 from .tracking import Tracked, storage
 
-N_COPIES = 16  # copies that are followed; whoever keeps some in 16 bits keeps all
+N_COPIES = 16  # weights whose copies are followed; whoever keeps some in 16 bits keeps all
+BESIDE = 4  # copies followed of each: what an earlier run left behind looks like one
 ALIKE = 0.3  # distance of a copy from the way that its weight has gone, over its size: any other tensor has about 1
 AWAY = 8  # ULPs that an element of a copy lies from its weight before it is asked whether it comes nearer
 ENOUGH = 500  # elements that far away, over all looks, before they are judged
@@ -73,8 +74,8 @@ class Copies:
 
     def __init__(self) -> None:
         self.followed: list[tuple[weakref.ref, Tracked]] = []
-        # by the weight: the copy, its sample and version, and the update of the last look
-        self.before: dict[int, tuple] = {}
+        # by the weight, of each copy: itself, its sample and version, and the update of the last look
+        self.before: dict[int, list[tuple]] = {}
         self.search_at = 1  # updates seen
         self.pairs: list[Tensor] = []  # (n, 2): ULPs away, and the share of the way made until the next look
         self.n_still = 0  # looks at copies that stood still altogether, though they were written to in each update
@@ -90,9 +91,12 @@ class Copies:
         for reference, t in self.followed:
             copy = reference()
             here = plain(copy).flatten()[t.index.to(copy.device)].float().cpu()
-            self.before[id(t)] = reference, here, copy._version, step
-            if id(t) in before:
-                was_in, was, version, then = before[id(t)]
+            self.before.setdefault(id(t), []).append((reference, here, copy._version, step))
+            earlier = before.get(id(t), [])
+            # its own look, or that of one that is no more: it was put in its place
+            last = [one for one in earlier if one[0] is reference] or [one for one in earlier if one[0]() is None]
+            if last:
+                was_in, was, version, then = last[0]
                 gap = t.sample(t.param).float().cpu() - was
                 away = gap.abs() / ulp(was, copy.dtype)
                 far = away >= AWAY
@@ -114,16 +118,16 @@ class Copies:
 
 
 def copies_of(tracked: Sequence[Tracked], tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tracked]]:
-    """Those that lie on the way from where a trained matrix was to where it is, and are not its own memory: of each the nearest."""
+    """Those that lie on the way from where a trained matrix was to where it is, and are not its own memory: the nearest."""
     matrices = [t for t in tracked if t.owner and t.bank and t.param.ndim > 1 and not t.constant]
     by_shape = grouped(matrices, lambda t: tuple(t.param.shape))
     own, found = {storage(t.param) for t in tracked if t.owner}, []
     for tensor in (t for t in tensors if tuple(t.shape) in by_shape and t.layout is torch.strided and not t.is_meta):
         if tensor.untyped_storage().nbytes() and storage(tensor) not in own:
             found.append((*nearest_of(tensor, by_shape[tuple(tensor.shape)]), tensor))
-    # what nobody has written to is a picture of some update, and follows nothing
-    found = sorted((one for one in found if one[0] < ALIKE), key=lambda one: (one[2]._version > 0, -one[0]))
-    return list({id(t): (tensor, t) for _, t, tensor in found}.values())[-N_COPIES:]
+    near = sorted((one for one in found if one[0] < ALIKE), key=lambda one: one[0])
+    of_each = list(grouped(near, lambda one: id(one[1])).values())
+    return [(tensor, t) for some in of_each[:N_COPIES] for _, t, tensor in some[:BESIDE]]
 
 
 def nearest_of(copy: Tensor, candidates: Sequence[Tracked]) -> tuple[float, Tracked]:
