@@ -36,6 +36,8 @@ class Tiny(nn.Module):
         if self.training or self.fault != "one mode":
             x = x + self.only_trained(x)
         x = self.block(x)
+        if self.fault == "mean over time in training" and self.training:
+            x = x + x.mean(1, keepdim=True)
         if self.fault == "top-k over time" or (self.scorer and self.training):
             scores = self.scorer(x).squeeze(-1) if self.scorer else x.norm(dim=-1)
             best = scores.topk(ids.shape[1] // 2, dim=1).indices
@@ -77,6 +79,7 @@ FAULTS = {
     "padded on both sides": {"future_leak": "error"},
     "top-k over time": {"future_leak": "error"},
     "batch statistic": {"future_leak": "error"},
+    "mean over time in training": {"future_leak": "error"},
     "detached": {"no_gradient": "error"},
     "choice in training": {"no_gradient": "error", "mode_mismatch": "warning"},
     "one mode": {"mode_mismatch": "warning"},

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..during.causal import check_causality, rows_mix
+from ..during.causal import check_causality, future_leak, rows_mix
 from ..during.forward import ForwardProbe, disturbed, unwrapped
 from ..during.heard import tensors_of
 from ..during.tracking import all_innermost
@@ -34,6 +34,7 @@ SCALED = "warning", "it may be summed, or divided by the accumulation"
 NEXT_TOKEN = 0.05  # share by which auxiliary terms may move a loss
 FIRST_LOSS = 0.2  # nats; auxiliary terms and tied embeddings move a first loss by less
 SPARE = 4  # of ten forward passes, when loss, modes and causality have theirs: for tensors without a gradient, then arguments
+IN_TRAINING = 2  # of them, for causality where the modes compute something else
 TOKENS, SHORTEST = 32, 8  # lengths at which causality is tried
 CUT_OFF = (
     "learning is cut off: look for detach, no_grad, an integer index, or a backward or checkpointing that returns None"
@@ -80,7 +81,7 @@ def examine(
     `batch` is what the model is trained on: ids (B, T), (ids, labels), or keyword arguments of its forward pass;
     `loss_fn(model, batch)` the scalar that is minimised, by default what the forward pass returns as `loss`. Returns the
     findings, and which checks did not run and why. Works on a copy of the model; costs one backward pass and at most ten forward
-    passes of the batch, and says what it did not try for that. The random state is put back. Raises what copying the model raises.
+    passes of the batch (two more where training alone sees the future), and says what it did not try for that. The random state is put back. Raises what copying the model raises.
     """
     examination = Examination()
     ask = examination.ask
@@ -118,6 +119,7 @@ class Trial:
         self.probe, self.listening = ForwardProbe(self.model, True), Listening(self.model)
         self.heard = self.probe.heard
         self.heard.elements = sys.maxsize  # all logits: the loss is compared
+        self.apart: Finding | None = None  # how training and evaluation differ
 
     def hear(self, fail: Callable) -> Iterator[Finding]:
         """Of a model that could be trained: a loss that cannot train it. Raises ValueError after it."""
@@ -236,7 +238,9 @@ def silent_parts(trial: Trial) -> Iterator[Finding]:
 
 
 def modes(trial: Trial) -> Finding | None:
-    return check_train_eval(lambda b: logits(trial.training(), b), lambda b: logits(trial.model.eval(), b), trial.batch)
+    trained, evaluated = (lambda b: logits(trial.training(), b)), (lambda b: logits(trial.model.eval(), b))
+    trial.apart = check_train_eval(trained, evaluated, trial.batch)
+    return trial.apart
 
 
 def first_loss(trial: Trial) -> Finding | None:
@@ -255,7 +259,8 @@ def first_loss(trial: Trial) -> Finding | None:
 
 def causality(trial: Trial) -> Finding | None:
     """Only a model that is trained on the next token must be causal: a masked language model may look ahead, and so may an encoder,
-    whose tokens are not those that are foretold. In float32, since grouped kernels and 16 bits are not exact."""
+    whose tokens are not those that are foretold. In float32, since grouped kernels and 16 bits are not exact. In evaluation; in training,
+    too, where that computes something else."""
     heard, (args, kwargs) = trial.heard, trial.probe.inputs or ((), {})
     ids = heard.passes[-1].tokens.ids if heard.is_next_token else torch.empty(0)
     if not any(torch.equal(given, ids.to(given)) for given in tensors_of([args, kwargs])):
@@ -264,7 +269,13 @@ def causality(trial: Trial) -> Finding | None:
         raise ValueError("it cannot be told whether looking ahead is meant; call check_causality")
     model = trial.model.float().eval()
     length = min(TOKENS, ids.shape[1], max(SHORTEST, math.isqrt(ids.numel())))  # its square is no more than a batch
-    return check_causality(model, heard.vocab_size, length, next(model.parameters()).device)
+    finding = check_causality(model, heard.vocab_size, length, next(model.parameters()).device)
+    if finding is not None or trial.apart is None:
+        return finding
+    if trial.spare < IN_TRAINING:
+        raise ValueError("in training mode, where other is computed, it was not tried, to save forward passes")
+    trial.training()
+    return future_leak(trial.probe)
 
 
 # in order of certainty

@@ -122,7 +122,9 @@ def without_effect(trial: Any) -> Iterator[Finding]:
     tensors = {n: v for n, v in parts.items() if isinstance(v, Tensor) and v.ndim and v.numel() > 2}
     masks = {name for name, value in tensors.items() if ((value == 0) | (value == 1)).all()}
     ordered = sorted(tensors, key=lambda name: name not in masks)
-    for name in ordered[: trial.spare]:
+    tried = ordered[: trial.spare]
+    trial.spare -= len(tried)
+    for name in tried:
         value, is_mask = tensors[name], name in masks
         other = 1 - value.int() if is_mask else value.flip(0).roll(1, -1) if value.ndim > 1 else value.roll(1)
         third = (torch.arange(value.numel(), device=value.device) % 3 == 1).view(value.shape)
@@ -133,5 +135,5 @@ def without_effect(trial: Any) -> Iterator[Finding]:
             message = f"a third of {name!r} was changed and the loss is the same to the bit: nothing uses it"
             advice = "follow it from the batch to the loss: it may be dropped on the way, or overwritten"
             yield Finding("no_effect", "warning" if is_mask else "info", str(name), message, advice, 0, 0)
-    if rest := ordered[trial.spare :]:
+    if rest := ordered[len(tried) :]:
         raise ValueError(f"not tried, to save forward passes: {', '.join(map(str, rest))}")
