@@ -108,17 +108,16 @@ def logits_of(fn: Callable[[Tensor], Any], device: torch.device | str, *rows: Te
 
 
 def future_leak(forward: ForwardProbe) -> Finding | None:
-    """Of the pass that was heard last, repeated with later tokens changed. None where nothing leaks, or it cannot be told: two passes
-    differ by themselves, or no targets are before the changed tokens. Raises `Unrepeatable`."""
+    """Of the pass that was heard last, repeated with later tokens changed. Raises `Unrepeatable` where it cannot be told."""
     heard = forward.heard
     if forward.inputs is None or is_sharded(forward.model):
-        return None
+        raise Unrepeatable("no input was kept" if forward.inputs is None else "the weights are spread over processes")
     ids, labels = heard.passes[-1].tokens
     cut = ids.shape[1] // 2 | 1  # odd: blocks have even sizes
     row = int((labels[:, :cut] != IGNORED).sum(1).argmax())
     asked = (labels[row, :cut] != IGNORED).nonzero().flatten()
     if cut >= ids.shape[1] or not len(asked):
-        return None
+        raise Unrepeatable("no target stands in the first half of the texts")
     changed = ids.clone()
     places = torch.randint(ids.numel(), (ids.shape[1] - cut,), generator=torch.Generator().manual_seed(0))
     others = ids.flatten()[places]
@@ -131,7 +130,7 @@ def future_leak(forward: ForwardProbe) -> Finding | None:
         return None
     made: list[Tensor] = []
     if float((read(ids, recorded(made)) - before).abs().max()) > limit:
-        return None
+        raise Unrepeatable("two passes of one input differ by themselves")
     by = f"{moved:.2g} (limit {limit:.1g})"
     message = f"tokens changed from position {cut} on move the logits of targets before it by {by}"
     if float((read(changed, held(made)) - before).abs().max()) > limit:

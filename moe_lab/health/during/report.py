@@ -164,7 +164,8 @@ def unchecked(state: State) -> dict[str, str]:
     if not state.events.looks:
         told["the order of zero_grad, backward and step"] = "no tensor that is whole and trained could be listened to"
     told |= state.forward.untried
-    told["what only a changed input or weight shows (the future, memory, arguments without effect)"] = "see examine"
+    future = "" if state.forward.heard.was_tried else "the future, "
+    told[f"what only a changed input or weight shows ({future}memory, arguments without effect)"] = "see examine"
     return told
 
 
