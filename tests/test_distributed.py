@@ -1,6 +1,7 @@
 """Many ranks, as gloo runs them on one machine: the same updates as one process, checkpoints, and how a job ends."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from moe_lab import Trainer, load_config
-from moe_lab.connect.distributed import leave
+from moe_lab.connect.distributed import leave, main
 from moe_lab.optim import Muon
 from moe_lab.optim.sharded import is_sharded
 from moe_lab.train.record import read_record
@@ -29,14 +31,20 @@ SETTINGS = {
     "model": {"dropout": 0, "n_experts": 3},
     "training": {"gradient_accumulation_steps": 4, "batch_size": 2, "steps": 20, "max_lr": 0.005, "warmup_steps": 0}
     | {"log_interval": 1, "eval_interval": 20, "save_interval": 10, "device": "cpu"},
+    "data": {"max_bytes": 100_000},  # every rank scores the whole validation text, twice
 }
 OVERRIDES = [f"{section}.{key}={value}" for section, values in SETTINGS.items() for key, value in values.items()]
-MODULE = ["-m", "moe_lab.connect.distributed", "configs/smoke.yaml", *OVERRIDES]
+GIVEN = [str(ROOT / "configs/smoke.yaml"), *OVERRIDES]
+MODULE = ["-m", "moe_lab.connect.distributed", *GIVEN]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 NEAR = 3e-4  # nats: other orders of the same sums, through a discrete choice now and then
+# A process imports for seconds what a rank of these needs for one: ranks without a launcher are forks of one that has
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["moe_lab.connect.distributed"])
 
 
-def start(n_ranks: int, run_dir: Path, *more: str) -> subprocess.Popen:
+def launch(n_ranks: int, run_dir: Path, *more: str) -> subprocess.Popen:
+    """As a user does."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_ranks)]
     command += [*MODULE, "--run-dir", str(run_dir), *more]
     return subprocess.Popen(
@@ -44,11 +52,50 @@ def start(n_ranks: int, run_dir: Path, *more: str) -> subprocess.Popen:
     )
 
 
+def one_rank(arguments: list[str], environment: dict[str, str], said: Path) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(os.open(said, os.O_WRONLY | os.O_APPEND), stream.fileno())
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    leave(main(arguments))
+
+
+class Ranks:
+    """Processes that are told of each other as a launcher tells them, each with its arguments."""
+
+    def __init__(self, folder: Path, *arguments: list[str], **meeting: str):
+        self.processes, self.said = [], []
+        for rank, given in enumerate(arguments):
+            own = meeting and meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(arguments))}
+            self.said.append(folder / f"said_{len(list(folder.glob('said_*')))}.txt")
+            self.said[-1].touch()
+            self.processes.append(FORKS.Process(target=one_rank, args=(given, own, self.said[-1])))
+            self.processes[-1].start()
+
+    def end(self) -> tuple[list[int], list[str]]:
+        """Their exit codes, and what each one said."""
+        for process in self.processes:
+            process.join(240)
+            process.kill()
+            process.join()
+        return [process.exitcode for process in self.processes], [path.read_text() for path in self.said]
+
+
+def meeting() -> dict[str, str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+
+
+def start(n_ranks: int, run_dir: Path, *more: str) -> Ranks:
+    arguments = [*GIVEN, "--run-dir", str(run_dir), *more]
+    return Ranks(run_dir.parent, *[arguments] * n_ranks, **meeting())
+
+
 def train(n_ranks: int, run_dir: Path, *more: str) -> Path:
-    job = start(n_ranks, run_dir, *more)
-    out, err = job.communicate(timeout=240)
-    assert job.returncode == 0, err[-3000:]
-    assert f"finished: 20 steps on {n_ranks} ranks" in out
+    codes, said = start(n_ranks, run_dir, *more).end()
+    assert set(codes) == {0}, said[0][-3000:]
+    assert f"finished: 20 steps on {n_ranks} ranks" in said[0]
     return run_dir
 
 
@@ -65,7 +112,12 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(2, tmp_path_factory.mktemp("two") / "run", "--strategy", "fsdp")
+    run_dir = tmp_path_factory.mktemp("two") / "run"
+    job = launch(2, run_dir, "--strategy", "fsdp")
+    out, err = job.communicate(timeout=240)
+    assert job.returncode == 0, err[-3000:]
+    assert "finished: 20 steps on 2 ranks" in out
+    return run_dir
 
 
 def test_two_sharded_ranks_make_the_updates_of_one_process(alone: Path, two: Path) -> None:
@@ -107,78 +159,75 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_with_four(two: Path, tmp
     assert losses(run) == pytest.approx(losses(two), abs=NEAR) and len(losses(run)) == 20
 
 
-@pytest.mark.parametrize("save_interval", [1, 5])  # 1: it is killed within a save, as likely as not
-def test_a_killed_rank_ends_the_job_and_a_whole_checkpoint_is_left(tmp_path: Path, save_interval: int) -> None:
-    settings = ["training.steps=100000", f"training.save_interval={save_interval}"]
-    job = start(2, tmp_path / "run", "--strategy", "fsdp", *settings)
+def whole_checkpoint(run_dir: Path, runs: Callable[[], bool]) -> None:
+    """Wait for the first."""
+    deadline = time.monotonic() + 200
+    while not list((run_dir / "checkpoints").glob("step_*[0-9]/state.pt")):
+        assert time.monotonic() < deadline and runs()
+        time.sleep(0.2)
+
+
+def tells_and_goes_on(run_dir: Path, said: str) -> None:
+    """One line says what is lost and what is left; what is left is enough."""
+    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: rank 0: another rank is gone; last whole checkpoint: step_")
+    step = torch.load(max((run_dir / "checkpoints").glob("step_*[0-9]")) / "state.pt", weights_only=True)["step"]
+    _, resumed = start(2, run_dir, "--resume", f"training.steps={step + 2}").end()
+    assert f"finished: {step + 2} steps on 2 ranks" in resumed[0], resumed[0][-3000:]
+
+
+def test_a_killed_rank_ends_the_job_and_a_whole_checkpoint_is_left(tmp_path: Path) -> None:
+    job = launch(2, tmp_path / "run", "training.steps=100000", "training.save_interval=5")
     try:
-        deadline = time.monotonic() + 200
-        while not list((tmp_path / "run/checkpoints").glob("step_*[0-9]/state.pt")):
-            assert time.monotonic() < deadline and job.poll() is None
-            time.sleep(0.2)
+        whole_checkpoint(tmp_path / "run", lambda: job.poll() is None)
         children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
         os.kill(int(children[1]), signal.SIGKILL)
         _, err = job.communicate(timeout=120)
     finally:
         job.kill()
     assert job.returncode != 0
-    assert "error: " in err, err[-3000:]
-    (said,) = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert said.startswith("error: rank 0: another rank is gone; last whole checkpoint: step_")
-    step = torch.load(max((tmp_path / "run/checkpoints").glob("step_*[0-9]")) / "state.pt", weights_only=True)["step"]
-    resumed = start(2, tmp_path / "run", "--resume", f"training.steps={step + 2}")
-    out, err = resumed.communicate(timeout=240)
-    assert f"finished: {step + 2} steps on 2 ranks" in out, err[-3000:]
+    tells_and_goes_on(tmp_path / "run", err)
+
+
+def test_so_it_is_where_the_rank_is_killed_within_a_save(tmp_path: Path) -> None:
+    """As likely as not."""
+    job = start(2, tmp_path / "run", "training.steps=100000", "training.save_interval=1")
+    try:
+        whole_checkpoint(tmp_path / "run", lambda: all(process.is_alive() for process in job.processes))
+    finally:
+        job.processes[1].kill()
+    codes, said = job.end()
+    assert codes == [2, -signal.SIGKILL]
+    tells_and_goes_on(tmp_path / "run", said[0])
 
 
 def test_what_cannot_be_shared_out_is_refused_in_one_line(tmp_path: Path) -> None:
-    job = start(2, tmp_path / "run", "training.gradient_accumulation_steps=3")
-    _, err = job.communicate(timeout=120)
-    lines = {line for line in err.splitlines() if line.startswith("error: ")}
-    assert job.returncode and len(lines) == 1
+    codes, said = start(2, tmp_path / "run", "training.gradient_accumulation_steps=3").end()
+    lines = {line for text in said for line in text.splitlines() if line.startswith("error: ")}
+    assert codes == [2, 2] and len(lines) == 1
     assert "training.gradient_accumulation_steps=3 cannot be shared out to 2 ranks; set it to a multiple" in lines.pop()
     assert not (tmp_path / "run").exists()
 
 
 def test_a_rank_with_another_config_is_refused_by_all(tmp_path: Path) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = str(taken.getsockname()[1])
-    meeting = ENVIRONMENT | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    jobs = [
-        subprocess.Popen(
-            [sys.executable, *MODULE, f"training.seed={rank}", "--run-dir", str(tmp_path / "run")],
-            cwd=ROOT,
-            env=meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for job in jobs:
-        _, err = job.communicate(timeout=120)
-        line = err.strip().splitlines()[-1]
-        assert job.returncode == 2 and line.startswith(
-            "error: rank 1 was given another config than rank 0 (training.seed: 0 → 1); start"
-        )
+    given = [[*GIVEN, f"training.seed={rank}", "--run-dir", str(tmp_path / "run")] for rank in range(2)]
+    codes, said = Ranks(tmp_path, *given, **meeting()).end()
+    assert codes == [2, 2]
+    for text in said:
+        line = text.strip().splitlines()[-1]
+        assert line.startswith("error: rank 1 was given another config than rank 0 (training.seed: 0 → 1); start")
 
 
 def test_without_a_launcher_or_with_a_taken_port_one_line_says_so(tmp_path: Path) -> None:
-    command = [sys.executable, *MODULE, "--run-dir", str(tmp_path / "run")]
-    job = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-    assert job.returncode == 2 and job.stderr.strip().splitlines()[-1].startswith("error: the ranks cannot meet (")
+    given = [*GIVEN, "--run-dir", str(tmp_path / "run")]
+    (code,), (said,) = Ranks(tmp_path, given).end()
+    assert code == 2 and said.strip().splitlines()[-1].startswith("error: the ranks cannot meet (")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        meeting = {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(taken.getsockname()[1]),
-            "WORLD_SIZE": "1",
-            "RANK": "0",
-        }
-        job = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT | meeting, capture_output=True, text=True, timeout=120)
-    line = job.stderr.strip().splitlines()[-1]
-    assert job.returncode == 2 and "address already in use" in line.lower() and "torchrun --standalone" in line
+        (code,), (said,) = Ranks(tmp_path, given, **meeting() | {"MASTER_PORT": str(taken.getsockname()[1])}).end()
+    line = said.strip().splitlines()[-1]
+    assert code == 2 and "address already in use" in line.lower() and "torchrun --standalone" in line
 
 
 # ---- Muon alone ------------------------------------------------------------------------------------------------------
@@ -228,7 +277,7 @@ def rank(number: int, n_ranks: int, store: str, result: str) -> None:
 @pytest.mark.parametrize("n_ranks", [2, 3])
 def test_muon_on_spread_tensors_is_muon_on_whole_ones(tmp_path: Path, n_ranks: int) -> None:
     arguments = (n_ranks, str(tmp_path / "store"), str(tmp_path / "result"))
-    torch.multiprocessing.spawn(rank, arguments, n_ranks)
+    torch.multiprocessing.start_processes(rank, arguments, n_ranks, start_method="forkserver")
     for ours, expected in zip(torch.load(tmp_path / "result"), updated(shard=False), strict=True):
         torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5)  # the same products, in other batches
 
