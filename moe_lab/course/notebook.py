@@ -4,7 +4,6 @@ papermill turns `-p flag false` into the text "false" and injects a misspelt nam
 """
 
 import itertools
-import json
 import os
 import re
 import sys
@@ -21,6 +20,7 @@ from moe_lab.failures.results import plain, provenance
 from moe_lab.sections import ConfigError, check_value, parse_word, suggestion
 from moe_lab.show.front import is_interactive
 from moe_lab.train.device import choose_threads, pick_device
+from moe_lab.train.record import append_jsonl
 
 PROFILES = ("smoke", "lab", "gpu")
 # JupyterLab breaks a printed line wherever its cell ends
@@ -162,5 +162,4 @@ def claim(id: str, holds: Any, statement: str, /, **numbers: Any) -> None:
     print(f"{id} holds: {statement}")
     if path := os.environ.get("MOE_LAB_CLAIMS"):
         line = {"id": id, "statement": statement, "numbers": kept, "profile": os.environ.get("MOE_LAB_PROFILE", "lab")}
-        with Path(path).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        append_jsonl(Path(path), [line])
