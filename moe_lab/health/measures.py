@@ -109,14 +109,6 @@ def trend(losses: Sequence[float]) -> tuple[float, float]:
     return slope, math.sqrt(rest / (n - 2) * 12 / (n**3 - n))
 
 
-# What is added up over a tensor's sampled elements; `Bank.sums` says how.
-SUMS = (
-    *("n_touched", "unchanged", "unchanged_lately", "down", "meant_down", "moved_square", "weight_square"),
-    *("realised_intended", "intended_square", "moments_rruu", "moments_ruuu", "moments_uuuu"),
-    *("ulps_square", "n_varied"),
-)
-
-
 class Share(NamedTuple):
     rho: float
     error: float  # standard error over elements
@@ -124,13 +116,13 @@ class Share(NamedTuple):
 
 
 def share_of(readings: Sequence[Any]) -> Share | None:
-    """ρ over several tensors, which have their SUMS, with its standard error; None where the intended updates are not known or zero."""
+    """ρ over several tensors, of their `Bank.sums`, and its standard error; None where no intended update is known."""
     known = [r for r in readings if r.intended_square]
     if not known:
         return None
-    total = {name: sum(getattr(r, name) for r in known) for name in SUMS}
-    square = total["intended_square"]
-    rho = total["realised_intended"] / square
-    rest = total["moments_rruu"] - 2 * rho * total["moments_ruuu"] + rho**2 * total["moments_uuuu"]
-    ulps = math.sqrt(total["ulps_square"] / max(total["n_touched"], 1))
+    names = ("intended_square", "realised_intended", "moments_rruu", "moments_ruuu", "moments_uuuu")
+    square, both, rruu, ruuu, uuuu = (sum(getattr(r, name) for r in known) for name in names)
+    rho = both / square
+    rest = rruu - 2 * rho * ruuu + rho**2 * uuuu
+    ulps = math.sqrt(sum(r.ulps_square for r in known) / max(sum(r.n_touched for r in known), 1))
     return Share(rho, math.sqrt(max(0.0, rest)) / square, ulps)

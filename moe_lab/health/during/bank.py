@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..findings import grouped
-from ..measures import SUMS, ulp
+from ..measures import ulp
 from ..sampling import Waiting, plain
 from ..torch_private import norms
 from .tracking import Tracked
@@ -62,8 +62,8 @@ class Bank:
             self.origin = self.gather()
             self.intended.zero_()
 
-    def sums(self) -> Tensor:
-        """(M, a column for each of SUMS) on the device. r: realised, u: intended displacement, of touched elements alone: those whose
+    def sums(self) -> tuple[list[str], Tensor]:
+        """Their names, and (M, a column for each). r: realised, u: intended displacement, of touched elements alone: those whose
         gradient has been non-zero at least once (an embedding's row counts from its first gradient on)."""
         now = self.gather()
         on = self.touched
@@ -92,16 +92,17 @@ class Bank:
             "n_varied": self.start != self.start[self.firsts][self.owner],  # of all: that differ from the first
         }
         self.last = now
-        table = torch.stack([columns[name].to(wide) for name in SUMS], 1)
-        return table.new_zeros(len(self.tensors), table.shape[1]).index_add_(0, self.owner, table)
+        table = torch.stack([column.to(wide) for column in columns.values()], 1)
+        return list(columns), table.new_zeros(len(self.tensors), table.shape[1]).index_add_(0, self.owner, table)
 
     def read(self, step: int) -> None:
         """Leave the sums in their tensors, once a step: nothing has moved since. The one transfer from the device."""
         if self.read_at == step:
             return
         self.read_at = step
-        for t, row in zip(self.tensors, self.sums().tolist(), strict=True):
-            vars(t).update(zip(SUMS, row, strict=True))
+        names, table = self.sums()
+        for t, row in zip(self.tensors, table.tolist(), strict=True):
+            vars(t).update(zip(names, row, strict=True))
             if not t.intended_known:
                 t.realised_intended = t.intended_square = None
 

@@ -87,18 +87,9 @@ def mode_mismatch(state: State) -> Ill:
 EVALUATING = "{n} modules would compute otherwise in training, and updates are made in evaluation mode: {names}"
 TRAIN = "call model.train() after each evaluation, and before the first update"
 
-ASKED = (
-    "shared_target",
-    "squashed_twice",
-    "constant_tokens",
-    "random_tokens",
-    "repeated_data",
-    "one_text",
-    "label_shift",
-    "never_a_target",
-    "padding_in_loss",
-)
-
+GRAPHS = "shared_target", "squashed_twice"
+TEXTS = "constant_tokens", "random_tokens", "repeated_data", "one_text"
+LABELS = "label_shift", "never_a_target", "padding_in_loss"
 
 RULES = (
     Rule("future_leak", "error", leaks),
@@ -106,5 +97,5 @@ RULES = (
     Rule("evaluation_mode", "warning", partial(evaluating, has_trained=False), EVALUATING, TRAIN),
     repeated_data,
     mode_mismatch,
-    *(Rule(name, SAID[name][0], partial(found_in, name=name)) for name in ASKED),
+    *(Rule(name, SAID[name][0], partial(found_in, name=name)) for name in GRAPHS + TEXTS + LABELS),
 )

@@ -122,5 +122,4 @@ def rough_positions(state: State) -> Ill:
     return {name: {"value": size, "limit": 0} for name, size in (state.outside.positions or {}).items()}
 
 
-EXPERTS = (collapsed_experts, starved_experts)
-RULES = (faint_gradient, *EXPERTS, constant_term, counted_twice, stuck_copy, rough_positions)
+RULES = (faint_gradient, collapsed_experts, starved_experts, constant_term, counted_twice, stuck_copy, rough_positions)

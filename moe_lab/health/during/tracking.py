@@ -86,7 +86,7 @@ class GroupState:
 
 
 class Tracked:
-    """One watched tensor: who it is, who updates it, its gradients, and the SUMS over its sampled elements when last read."""
+    """One watched tensor: who it is, who updates it, its gradients, and its `Bank.sums` when last read."""
 
     def __init__(self, name: str, param: Tensor, owner: GroupState | None = None, kind: str | None = None):
         self.name, self.param, self.owner = name, param, owner
