@@ -30,7 +30,7 @@ COMPOSITE = {"CompositeImplicitAutograd", "CompositeExplicitAutograd", "Composit
 CPU_ALONE = {
     "_scaled_dot_product_flash_attention_for_cpu": "attention on MPS is _scaled_dot_product_attention_math_for_mps",
     "_scaled_dot_product_flash_attention_for_cpu_backward": "attention on MPS is made of products and softmax",
-    "_linalg_svd": "the steps that probes.law_of makes up are taken to the CPU",
+    "_linalg_svd": "the steps that steps.law_of makes up are taken to the CPU",
 }
 
 

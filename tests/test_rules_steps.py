@@ -12,7 +12,7 @@ from toy import finding, said, toy, train, watched
 
 from moe_lab.health import Watch
 from moe_lab.health.during.intended import keeps_lost_bits
-from moe_lab.health.during.probes import law_of
+from moe_lab.health.during.steps import law_of
 from moe_lab.health.torch_private import fan_ins
 from moe_lab.optim.muon import orthogonalise
 

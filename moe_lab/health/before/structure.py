@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..during.probes import law_of, unmovable
 from ..during.reached import asked, leaves, nodes, untaught
+from ..during.steps import law_of, unmovable
 from ..during.tracking import held_by, is_master, storage
 from ..findings import Finding, several
 from ..sampling import elements, plain, sample_positions

@@ -15,8 +15,7 @@ state.py         what is known of a training, which the rules see
 tracking.py      which tensors are followed, under which names and in which groups
 bank.py          their sampled elements: where they were, are, and were meant to go; who gets a gradient, and how large
 intended.py      what a step is meant to do: the optimizer's own, replayed in float32
-probes.py        what an optimizer does with made-up gradients: Adam's rule, laws of shapes, decay
-steps.py         what kind of step an optimizer takes, measured
+steps.py         what kind of step an optimizer takes, measured; and tried on made-up gradients: laws of shapes, decay
 events.py        backward passes and steps: gradients that pile up, go before the step, or serve twice
 ranks.py         what ranks that train together tell each other: do they agree?
 doctor.py        doctor train.py: a script is watched without an edit

@@ -7,11 +7,10 @@ from statistics import fmean
 
 from ..conventions import Group, convention_of, judge
 from ..measures import adam_reach, trend
-from .probes import is_adam
 from .rule import Ill, Rule, rule
 from .rules_lr import LR_LATE
 from .state import PRETRAINED, State
-from .steps import kind_of, matrix_shape
+from .steps import is_adam, kind_of, matrix_shape
 from .tracking import HISTORY, LR_STEADY, GroupState
 
 SIGMAS = 3.0  # standard errors of a difference of losses

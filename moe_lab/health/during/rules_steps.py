@@ -6,11 +6,10 @@ from statistics import median
 from torch import nn
 
 from .intended import keeps_lost_bits
-from .probes import decay_arrives, is_adam, law_of
 from .rule import Ill, by_kind, rule
 from .rules_loss import LR_ACTED, SEEN_FALL, change, learning_rates
 from .state import State
-from .steps import kind_of, matrix_shape
+from .steps import decay_arrives, is_adam, kind_of, law_of, matrix_shape
 from .tracking import LR_STEADY, GroupState, Tracked
 
 TALLER = 1.2  # size of a tall matrix's step over a wide one's, or the reverse, from which on an orientation is meant

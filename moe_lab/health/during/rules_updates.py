@@ -9,10 +9,9 @@ from ..findings import grouped
 from ..measures import share_of
 from . import intended
 from .events import LOOKS
-from .probes import unmovable
 from .rule import Ill, Rule, by_kind, rule
 from .state import State
-from .steps import kind_of
+from .steps import kind_of, unmovable
 from .tracking import Tracked
 
 LOST_ERROR, LOST_WARNING = 0.5, 0.95  # ρ, realised over intended displacement
