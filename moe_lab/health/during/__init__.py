@@ -4,12 +4,10 @@ watch.py         the Watch: hooks, checks, report
 rules.py         the rules in the order in which they are asked
 rules_setup.py   who is updated at all: optimizers, frozen parts, decay of norms
 rules_updates.py what becomes of updates: order of events, broken gradients, lost to rounding, without gradient, one direction only
-rules_signal.py  what lies outside of the optimizer, experts, terms without effect, faint gradients
-rules_flow.py    targets and data, looks into the future, updates in evaluation mode
+rules_flow.py    targets and data, looks into the future, modes; experts, faint signals; copies, counts and positions beside them
 rules_ranks.py   ranks that train together and do not agree
 rules_steps.py   the step that arrives: matrix by matrix, its factor and its size; decay that is rounded away
-rules_lr.py      learning rates over time: asked for, had at first, now
-rules_loss.py    learning rates, measured steps against the usual ones; reach; the loss that comes of them
+rules_loss.py    learning rates: over time, beside the usual ones, and how far they reach; the loss that comes of them
 rule.py          what a rule is: something to look for, and the words for it
 state.py         what is known of a training, which the rules see
 tracking.py      which tensors are followed, under which names and in which groups
