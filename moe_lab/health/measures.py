@@ -38,13 +38,8 @@ def realised_share(realised: Tensor, intended: Tensor) -> float:
     return (realised @ intended).item() / square if square else math.nan
 
 
-class Prediction(NamedTuple):
-    lost: float  # share of the elements whose update is rounded away, 0 to 1
-    realised: float  # expected ρ of one update
-
-
-def predict_lost(weight: Tensor, step_rms: float, dtype: torch.dtype = torch.bfloat16) -> Prediction:
-    """What one update of root mean square `step_rms` would lose if `weight` were kept in `dtype`, before any training.
+def predict_lost(weight: Tensor, step_rms: float, dtype: torch.dtype = torch.bfloat16) -> float:
+    """Share of the elements that one update of root mean square `step_rms` would not move if `weight` were kept in `dtype`.
 
     Updates are drawn from a normal distribution, independent of the weights: Muon's elements are close to that, AdamW's
     are larger in the middle (most are near ±LR late, fewer early), so take it as a size and not as a forecast.
@@ -52,8 +47,7 @@ def predict_lost(weight: Tensor, step_rms: float, dtype: torch.dtype = torch.bfl
     generator = torch.Generator().manual_seed(0)
     kept = weight.detach().flatten().float().cpu().to(dtype).float()
     update = torch.randn(kept.shape, generator=generator) * step_rms
-    realised = (kept + update).to(dtype).float() - kept
-    return Prediction(is_lost(kept, update, dtype).float().mean().item(), realised_share(realised, update))
+    return is_lost(kept, update, dtype).float().mean().item()
 
 
 def adam_ratio_bound(t: float, betas: Sequence[float] = (0.9, 0.95)) -> float:

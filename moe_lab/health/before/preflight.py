@@ -182,7 +182,7 @@ def predicted_losses(plan: Plan) -> str:
     if muon and plan.number("d_model") or adam and not muon:
         std, step = plan.number("init_std") or 0.02, ADAMW_RMS * (muon or adam)[0].adamw_lr
         weights = torch.randn(SAMPLE, generator=torch.Generator().manual_seed(1)) * std
-        share = f"{predict_lost(weights, step).lost:.0%} of their updates at first (RMS {step:.1e} a step)"
+        share = f"{predict_lost(weights, step):.0%} of their updates at first (RMS {step:.1e} a step)"
         parts.append(f"matrices with deviation {std:g} lose {share}")
     return ": expect that " + ", and ".join(parts) if parts else ""
 
