@@ -81,7 +81,7 @@ def test_prediction_goes_from_nothing_lost_to_all() -> None:
     w = normal(10_000)
     assert measures.predict_lost(w, 1e-7) == pytest.approx(1, abs=0.05)
     assert measures.predict_lost(w, 10.0) == pytest.approx(0, abs=0.001)
-    assert measures.predict_lost(w, 1e-6, torch.float32) == pytest.approx(0, abs=0.02)
+    assert measures.predict_lost(w, 1e-6, torch.float32) == pytest.approx(0, abs=0.05)
 
 
 def test_the_reach_tends_to_the_largest_step() -> None:
