@@ -37,6 +37,7 @@ SUMMARY = "The answer: open it when you have one of your own"
 RECAP = "The recap, five lines: open it when you have said yours"
 # a notebook's own answers at its end: the recap's lines, and the sentence of its last cell
 ENDS = re.compile(r"(?<=## Recap\n\n).+?(?=\n\n|\Z)|\*\*Answer:\*\*.*\Z", re.DOTALL)
+TERM = re.compile(r"^- \*\*(.+?)\*\*", re.MULTILINE)  # of the glossary: a word, or several of one meaning
 # what JupyterLab would write into a notebook at its first save: with it, a copy that was only opened is unchanged
 KERNEL = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
 QUIET = {
@@ -62,7 +63,7 @@ def make(fresh: bool = False, work: Path = WORK) -> list[str]:
     shutil.copytree(NOTEBOOKS / "checks", work / "checks", ignore=shutil.ignore_patterns("__*__"), dirs_exist_ok=True)
     shutil.copytree(work / "checks", work / "solutions" / "checks", dirs_exist_ok=True)
     for page in (*NOTEBOOKS.glob("*.md"), *NOTEBOOKS.glob("*.html")):
-        write_atomically(work / page.name, relinked(page.read_text(encoding="utf-8")))
+        write_atomically(work / page.name, TERM.sub(anchored, relinked(page.read_text(encoding="utf-8"))))
     settings = work / ".jupyter" / "labconfig" / "default_setting_overrides.json"
     settings.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(settings, json.dumps(QUIET))
@@ -122,7 +123,7 @@ def folded(text: str, summary: str = SUMMARY) -> str:
 
 def relinked(text: str) -> str:
     """Links of a page in notebooks/ as they must be in WORK: results stay where they are, solutions are notebooks, and a word
-    that is linked to the glossary shows its meaning under the pointer: the link itself leads to the top of a long list."""
+    that is linked to the glossary leads to its own line there, and shows its meaning under the pointer."""
 
     def notebook(link: re.Match[str]) -> str:
         names = {path.name.split("_")[0]: path.name for path in all_notebooks()}
@@ -131,8 +132,8 @@ def relinked(text: str) -> str:
     def word(link: re.Match[str]) -> str:
         term = " ".join(link[1].lower().strip("`").split())
         forms = (term, term.removesuffix("s"), term.removesuffix("es"), re.sub(r"ies$", "y", term))
-        said = next((known[form] for form in forms if form in known), None)
-        return f'[{link[1]}](GLOSSARY.md "{said}")' if said else link[0]
+        form = next((form for form in forms if form in known), None)
+        return f'[{link[1]}](GLOSSARY.md#{slug(form)} "{known[form]}")' if form else link[0]
 
     if "](GLOSSARY.md)" in text:
         known = meanings((NOTEBOOKS / "GLOSSARY.md").read_text(encoding="utf-8"))
@@ -141,10 +142,18 @@ def relinked(text: str) -> str:
     return re.sub(r"\bsolutions/(\w+)\.md\b", notebook, text)
 
 
+def anchored(entry: re.Match[str]) -> str:
+    return f"- {''.join(f'<a id={slug(term)!r}></a>' for term in entry[1].split(', '))}{entry[0][2:]}"
+
+
+def slug(term: str) -> str:
+    return re.sub(r"\W+", "-", term.lower())
+
+
 def meanings(glossary: str) -> dict[str, str]:
     """Each term of the glossary, in lower case, and what is said of it, as plain text that fits into a link's title."""
     found = {}
-    for term, said in re.findall(r"^- \*\*(.+?)\*\*[^:]*: (.+)$", glossary, re.MULTILINE):
+    for term, said in re.findall(rf"{TERM.pattern}[^:]*: (.+)$", glossary, re.MULTILINE):
         plain = re.sub(r"\[([^\]]*)\]\([^)]*\)|[*`$\\]", r"\1", said)
         found |= dict.fromkeys(term.lower().split(", "), plain.replace('"', "'").replace("|", "∣"))
     return found

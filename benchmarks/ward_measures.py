@@ -99,15 +99,16 @@ def record(run: Trained) -> dict[str, Any]:
     first, half = (max(rates[n].values()) / peak for n in (0, len(rates) // 2))
     norms = [row["grad_norm"] for row in steps]
     readings = {"least_load": last.min(), "first_lr": first, "half_lr": half}
-    listed = [f"MoE layer {n}: " + " ".join(f"{value:.2f}" for value in layer) for n, layer in enumerate(last)]
+    numbered = zip(run.trainer.config.model.moe_layers, last, strict=True)
+    listed = [f"MoE layer {n}: " + " ".join(f"{value:.2f}" for value in layer) for n, layer in numbered]
     lines = [
         f"load over the even share, mean of the last {LAST} updates (1 is even):",
         *listed,
         f"learning rate of update 1 over the peak: {first:.2f}; half-way: {half:.2f}",
         f"gradient norm before clipping: median {np.median(norms):.2f}, largest {max(norms):.2f}",
     ]
-    every = np.linspace(0, len(load) - 1, 24).astype(int)
-    return result(lines, readings, drawn=load[every].round(2).tolist())
+    means = [part.mean(axis=0).round(2).tolist() for part in np.array_split(load, len(load) // LAST)]
+    return result(lines, readings, drawn=means)
 
 
 def tokens(run: Trained) -> dict[str, Any]:

@@ -220,7 +220,7 @@ def parts(page: Page) -> Iterator[str]:
     recap = re.search(r"^## Recap\s*\n(.*?)(?=\n\*\*|\n#|\Z)", everything, re.DOTALL | re.MULTILINE)
     if not recap or len(re.findall(r"^\d\. ", recap[1], re.MULTILINE)) != 5:
         yield "no recap of five numbered lines under `## Recap`"
-    recall = re.search(r"would you know\?\*\*(.*?)(?=\n##|\Z)", everything, re.DOTALL | re.IGNORECASE)
+    recall = re.search(r"### would you know\?(.*?)(?=\n##|\Z)", everything, re.DOTALL | re.IGNORECASE)
     if not recall or recall[1].count("<details") < 3:
         yield "no three folded answers under `Would you know?`"
     for name in ("What would break", "**Terms**", "**Next**", "**Answer"):

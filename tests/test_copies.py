@@ -58,7 +58,7 @@ def course(tmp_path: Path, monkeypatch) -> Path:
     exercise = "start = 4\nhalf = None  # your function\n_ = exercises_00.check_half(half)"
     answer = markdown("## What it was\n\nIt fell.\nAnd rose.\n\nIt stopped.", "answer")
     cells = [code("print(1)", output="1"), answer, code("claim(1)", "claims"), code(exercise)]
-    recap = "Solutions: none.\n\n## Recap\n\n1. It fell.\n\n**Would you know?** Yes.\n\n**Answer:** it fell."
+    recap = "Solutions: none.\n\n## Recap\n\n1. It fell.\n\n### Would you know?\n\nYes.\n\n**Answer:** it fell."
     cells.append(markdown(recap))
     write(folder / "00_one.ipynb", *cells, markdown("[done](solutions/00.md), [runs](results/a.json)"))
     return folder
@@ -73,7 +73,7 @@ def test_a_copy_is_cleared_folded_and_linked(course: Path) -> None:
         f"## What it was\n\n<details><summary>{copies.SUMMARY}</summary>\n\nIt fell.\nAnd rose.\n\nIt stopped.\n\n</det"
     )
     assert recap.source.splitlines()[:4] == ["Solutions: none.", "", "## Recap", ""]
-    assert f"{copies.RECAP}</summary>\n\n1. It fell.\n\n</details>\n\n**Would you know?**" in recap.source
+    assert f"{copies.RECAP}</summary>\n\n1. It fell.\n\n</details>\n\n### Would you know?" in recap.source
     assert recap.source.endswith("</summary>\n\n**Answer:** it fell.\n\n</details>")
     assert claim.metadata.jupyter.source_hidden and "jupyter" not in first.metadata
     assert links.source == "[done](solutions/00_one.ipynb), [runs](../notebooks/results/a.json)"
@@ -81,12 +81,15 @@ def test_a_copy_is_cleared_folded_and_linked(course: Path) -> None:
     assert nbformat.read(course / "00_one.ipynb", as_version=4).cells[0].outputs, "the notebook itself has changed"
 
 
-def test_a_word_of_the_glossary_shows_its_meaning_in_a_copy() -> None:
+def test_a_word_of_the_glossary_shows_its_meaning_in_a_copy_and_leads_to_its_line(work: Path) -> None:
     said = copies.relinked("two [learning rates](GLOSSARY.md), the [ULP](GLOSSARY.md), the [glossary](GLOSSARY.md)")
     rate, ulp, rest = re.fullmatch(r"two (.+), the (.+), the (.+)", said).groups()
     text = (ROOT / "notebooks" / "GLOSSARY.md").read_text(encoding="utf-8")
-    assert re.fullmatch(r'\[learning rates\]\(GLOSSARY\.md "[^"\n|]{20,}"\)', rate)
-    assert ulp.removeprefix('[ULP](GLOSSARY.md "')[:20] in text and rest == "[glossary](GLOSSARY.md)"
+    assert re.fullmatch(r'\[learning rates\]\(GLOSSARY\.md#learning-rate "[^"\n|]{20,}"\)', rate)
+    assert ulp.removeprefix('[ULP](GLOSSARY.md#ulp "')[:20] in text and rest == "[glossary](GLOSSARY.md)"
+    told = " ".join(cell.source for name in NAMES for cell in read(work, name).cells if cell.cell_type == "markdown")
+    linked = {*re.findall(r"\]\(GLOSSARY\.md#(\S+)", told)}
+    assert len(linked) > 40 and linked <= {*re.findall(r"<a id='([^']+)'></a>", (work / "GLOSSARY.md").read_text())}
 
 
 def test_a_copy_is_made_once(course: Path) -> None:

@@ -6,7 +6,7 @@ import re
 import IPython.display
 import pytest
 import torch
-from checks import explore_03, figures_02
+from checks import explorables, explore_03, figures_02
 from checks.explorables import Choice, Slider, explore
 from helpers import tiny
 from matplotlib.figure import Figure
@@ -53,6 +53,7 @@ class Page:
     def __init__(self, monkeypatch, live: str) -> None:
         self.shown, self.pictures = [], []
         monkeypatch.setenv("MOE_LAB_INTERACTIVE", live)
+        monkeypatch.setattr(explorables, "moved", {})
         monkeypatch.setattr(IPython.display, "display", self.display)
 
     def display(self, what, **options) -> "Page":
@@ -96,6 +97,8 @@ def test_an_explorable_starts_at_its_controls_values_and_follows_them(live, monk
         for widget, value in zip(page.shown[0].children, (3.5, "R"), strict=True):
             widget.value = value
         assert page.pictures == ["3.5 and L\nA caption.", "3.5 and R\nA caption."]
+        explore(draw_sum, first=Slider("first", 2.0, 0, 8, 0.5), second=second)  # the cell is run again
+        assert page.shown[-1]["text/plain"] == "3.5 and R\nA caption."
 
 
 def test_headless_a_still_figure_stands_in_and_nothing_else_is_drawn(monkeypatch) -> None:

@@ -42,7 +42,7 @@ Take 0.3 nats in 40 %.
 4. four
 5. five
 
-**Would you know?**
+### Would you know?
 
 <details>a</details><details>b</details><details>c</details>
 

@@ -23,7 +23,8 @@ MANY = [eval_row(0), *(step_row(step) for step in range(1, 1501)), eval_row(1500
 
 def of_steps(n: int) -> Config:
     """Of a run with one head, so that the next token's loss has the weight 1."""
-    return Config().with_(model={"n_pred_tokens": 1, "aux_loss_weights": (1.0,)}, training={"steps": n})
+    model = {"n_pred_tokens": 1, "aux_loss_weights": (1.0,), "moe_layers": (1, 3)}
+    return Config().with_(model=model, training={"steps": n})
 
 
 @pytest.mark.parametrize("rows", [[], [eval_row(0)], [step_row(1)], MANY], ids=["none", "eval", "one", "many"])
@@ -54,12 +55,12 @@ def test_the_description_says_the_numbers_of_the_rows() -> None:
         "Step 7 of 10: training loss 3.250 nats per token, a mean of the last updates, validation loss 4.000 at step 7, "
         "0.080 below the trigram table (4.080).\n"
         "Norm weights moved by up to 0.004; gradient norm 0.5; "
-        "busiest expert: MoE layer 1, expert 1, 2.40 times the even share."
+        "busiest expert: MoE layer 3, expert 1, 2.40 times the even share."
     )
 
 
 def test_the_next_tokens_loss_is_shown_without_its_weight() -> None:
-    config = Config().with_(model={"n_pred_tokens": 2, "aux_loss_weights": (1.0, 0.5)}, training={"steps": 10})
+    config = of_steps(10).with_(model={"n_pred_tokens": 2, "aux_loss_weights": (1.0, 0.5)})
     row = step_row(1) | {"losses": {"next_token": 4.0, "future_2": 2.0}}
     figure, description = training_figure([row], FLOORS, config)
     assert "training loss 6.000" in description

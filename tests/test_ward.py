@@ -123,7 +123,7 @@ def test_the_shortest_way_to_the_right_answer_is_worth_ten(opened: ward.Ward, n_
     made = noted(opened, run)
     assert made.right and made.points == 10 and opened.minutes(run) == made.par
     opened.score()
-    assert f"✓ {run}: 10.0 points." in capsys.readouterr().out
+    assert f"✓ {run}: 10 points." in capsys.readouterr().out
 
 
 def test_minutes_evidence_and_cure_cost_points(opened: ward.Ward) -> None:

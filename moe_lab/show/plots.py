@@ -88,7 +88,7 @@ def training_figure(
         style = {"ha": "right", "color": VERMILION, "fontsize": 8.5, "transform": norm.transAxes}
         norm.text(0.98, 0.05, f"updates that arrive: {shares}", **style)
         parts.append(f"updates that arrive: {shares}")
-    second = "; ".join(parts + draw_load(load, relative_load(rows)))
+    second = "; ".join(parts + draw_load(load, relative_load(rows), config.model.moe_layers))
     second += "".join(f"; {text} at step {step}" for step, text, _ in marks)
     if not len(steps):
         return figure, f"No update yet; {config.n_steps} steps are planned.\nThe figure fills as the run goes on."
@@ -172,21 +172,21 @@ def write_in(axes: Axes, text: str) -> None:
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", color=INK, fontsize=9)
 
 
-def draw_load(axes: Axes, load: np.ndarray) -> list[str]:
-    """A table of colours, layers × experts, where 1 is the even share; with numbers where they fit. Returns which expert
+def draw_load(axes: Axes, load: np.ndarray, layers: Sequence[int]) -> list[str]:
+    """A table of colours, `layers` × experts, where 1 is the even share; with numbers where they fit. Returns which expert
     is the busiest, in words, if there is one."""
     axes.grid(False)
     if not load.size:
         axes.set_xticks([])
         write_in(axes, "no MoE layer, or no reading yet")
         return []
-    axes.set_xlabel("expert (orange: fewer tokens, purple: more)")
+    axes.set(xlabel="expert (orange: fewer tokens, purple: more)", yticks=range(len(load)), yticklabels=layers)
     axes.imshow(load, cmap="PuOr", vmin=0, vmax=2, aspect="auto")
-    axes.locator_params(nbins=12, integer=True)
+    axes.locator_params(axis="x", nbins=12, integer=True)
     axes.spines[:].set_visible(False)
     if load.shape[1] <= 16 and len(load) <= 12:
         for (layer, expert), value in np.ndenumerate(load):
             colour = INK if 0.35 < value < 1.5 else "white"
             axes.text(expert, layer, f"{value:.1f}", ha="center", va="center", fontsize=8, color=colour)
-    layer, expert = np.unravel_index(load.argmax(), load.shape)
-    return [f"busiest expert: MoE layer {layer}, expert {expert}, {load.max():.2f} times the even share"]
+    row, expert = np.unravel_index(load.argmax(), load.shape)
+    return [f"busiest expert: MoE layer {layers[row]}, expert {expert}, {load.max():.2f} times the even share"]

@@ -62,6 +62,9 @@ class Choice(NamedTuple):
         return ipywidgets.ToggleButtons(options=list(self.options.items()), description=self.label, style=style)
 
 
+moved: dict[str, Any] = {}  # where a reader left each control: a cell that is run again begins there
+
+
 def explore(
     draw: Callable[..., tuple[Figure, str, str]],
     still: Callable[[], tuple[Figure, str, str]] | None = None,
@@ -75,6 +78,9 @@ def explore(
     from IPython.display import display
 
     widgets = {name: control.widget() for name, control in controls.items()}
+    place = f"{draw.__module__}.{draw.__qualname__}"
+    for name, widget in widgets.items():
+        widget.value = moved.get(f"{place}({name})", widget.value)
 
     def picture() -> dict[str, str]:
         return to_html(*draw(**{name: widget.value for name, widget in widgets.items()}))
@@ -82,9 +88,14 @@ def explore(
     display(ipywidgets.VBox([*widgets.values()]))
     name_sliders()
     handle = display(picture(), raw=True, display_id=True)
+
+    def redraw(_: Any) -> None:
+        moved.update({f"{place}({name})": widget.value for name, widget in widgets.items()})
+        handle.update(picture(), raw=True)
+
     for widget in widgets.values():
         keep_live(widget)
-        widget.observe(lambda _: handle.update(picture(), raw=True), names="value")
+        widget.observe(redraw, names="value")
 
 
 def name_sliders() -> None:

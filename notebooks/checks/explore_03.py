@@ -43,14 +43,14 @@ def add_in_bf16(weight: float, update: float) -> Sum:
 def number_line(positions: Sequence[tuple[float, float]] = POSITIONS) -> tuple[Figure, str, str]:
     """One line a (weight, update): the bf16 numbers around the weight, the stretch that rounds back to it, and where the
     updated weight lands. Returns the figure, its alt text and its caption."""
-    height = 0.25 + 1.15 * len(positions)
+    height = 0.25 + 1.3 * len(positions)
     figure = new_figure(10, height)
     lines = []
     for row, (weight, update) in enumerate(positions):
-        box = (0.04, 1 - (1.15 * (row + 1) - 0.3) / height, 0.92, 0.45 / height)
+        box = (0.04, 1 - (1.3 * (row + 1) - 0.3) / height, 0.92, 0.6 / height)
         lines.append(draw_line(new_axes(figure, box, "", "", ""), add_in_bf16(weight, update), update))
     caption = (
-        "The dot is the weight, the arrow its update, ticks are numbers of bf16; sums in grey round back to the dot."
+        "The ring is the weight, the arrow its update, ticks are numbers of bf16; sums in grey round back to the ring."
     )
     return figure, "\n".join(lines), caption
 
@@ -60,7 +60,7 @@ def draw_line(axes: Axes, s: Sum, update: float) -> str:
     spacing = ulp(torch.tensor(s.weight), torch.bfloat16).item()
     reach = max(3.4 * spacing, 1.3 * abs(update))
     low, high = s.weight - reach, s.weight + reach
-    axes.set(xlim=(low, high), ylim=(-0.6, 1), yticks=[])
+    axes.set(xlim=(low, high), ylim=(-0.6, 1.5), yticks=[])
     axes.grid(False)
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.axhline(0, color=GREY, linewidth=1)
@@ -70,15 +70,15 @@ def draw_line(axes: Axes, s: Sum, update: float) -> str:
         apart = math.ceil(len(numbers) / 8)  # so that labels do not touch; the weight is one of those that have one
         axes.set_xticks(numbers[numbers.index(s.weight) % apart :: apart])
     axes.xaxis.set_major_formatter("{x:.5g}")
-    axes.axvspan(s.low, s.high, ymin=0.2, ymax=0.56, color=PALE, linewidth=0)
-    axes.plot(s.weight, 0, marker="o", color=BLUE, markersize=8)
+    axes.axvspan(s.low, s.high, ymin=0.1, ymax=0.47, color=PALE, linewidth=0)
+    axes.plot(s.weight, 0, marker="o", color=BLUE, markersize=13, markerfacecolor="none", markeredgewidth=2)
     colour, marker, sign, verdict = GREEN, "s", "■", f"lands on {s.result:.6g}"
     if s.lost:
         colour, marker, sign, verdict = VERMILION, "x", "✕", "lost"
-    arrow = {"arrowstyle": "->", "color": colour, "linewidth": 1.6}
-    axes.annotate("", (s.target, 0.42), (s.weight, 0.42), arrowprops=arrow)
-    axes.plot([s.target] * 2, [0, 0.42], color=colour, linewidth=1.2, linestyle=":")
-    axes.plot(s.result, 0, marker=marker, color=colour, markersize=9, markeredgewidth=2.2, zorder=4)
+    arrow = {"arrowstyle": "->", "color": colour, "linewidth": 1.4, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 9}
+    axes.annotate("", (s.target, 1.1), (s.weight, 1.1), arrowprops=arrow)  # above the ring, and none of it in the ring
+    axes.plot([s.target] * 2, [0.5, 1.1], color=colour, linewidth=1.2, linestyle=":")
+    axes.plot(s.result, 0, marker=marker, color=colour, markersize=6, markeredgewidth=2, zorder=4)
     total = f"{s.weight:.6g} {'+' if update >= 0 else '−'} {abs(update):.3g} = {s.target:.7g}"
     sentence = f"{total} in exact arithmetic: {verdict}"
     axes.set_title(f"{sign} {sentence}", loc="left", fontsize=9.5, color=LETTERS[colour], fontweight="bold")

@@ -67,22 +67,22 @@ def norm_paths(panels: Mapping[str, Mapping[str, list[float]]]) -> Drawn:
 
 def ulp_histogram(ratios: Mapping[str, Tensor]) -> Drawn:
     """How the size of one update compares with the gap of bf16 at its weight, by kind of tensor, on a log scale."""
-    figure, seen, labels = new_figure(10, 3.4), [], []
-    title = "One update over the gap between bf16 numbers at its weight, |Δ| / ulp"
-    axes = new_axes(figure, (0.065, 0.16, 0.7, 0.73), title, "|Δ| / ulp, log scale", "share of the elements")
-    bins = torch.linspace(LOWEST, 6, 89)
-    axes.axvspan(2.0**LOWEST, 0.5, color=PALE, alpha=0.6, linewidth=0)
-    axes.set_xscale("log", base=2)
-    axes.set_xlim(2.0**LOWEST, 2.0**6)
-    for (name, ratio), (colour, line, _) in zip(ratios.items(), SERIES, strict=False):
-        shares = torch.histogram(ratio.log2().clamp(LOWEST, 6), bins).hist / len(ratio)
-        axes.stairs(shares.numpy(), 2 ** bins.numpy(), color=colour, linestyle=line, linewidth=1.6)
+    figure, seen, bins = new_figure(10, 3.2), [], torch.linspace(LOWEST, 6, 89)
+    for place, ((name, ratio), (colour, _, _)) in enumerate(zip(ratios.items(), SERIES, strict=False)):
         under = (ratio < 0.5).float().mean().item()
-        labels.append((shares.max().item(), f"{name}: {under:.0%} under ½", colour))
+        box, y = (0.07 + 0.237 * place, 0.17, 0.19, 0.66), "share of the elements" if place == 0 else ""
+        axes = new_axes(figure, box, f"{name}\n{under:.0%} under ½", "|Δ| / ulp, log scale", y)
+        axes.axvspan(2.0**LOWEST, 0.5, color=PALE, alpha=0.6, linewidth=0)
+        axes.set_xscale("log", base=2)
+        axes.set_xlim(2.0**LOWEST, 2.0**6)
+        shares = torch.histogram(ratio.log2().clamp(LOWEST, 6), bins).hist / len(ratio)
+        axes.stairs(shares.numpy(), 2 ** bins.numpy(), color=colour, linewidth=1.6)
+        axes.set_ylim(bottom=0)
         seen.append(f"{name} {under:.0%}")
-    axes.set_ylim(bottom=0)
-    label_right(axes, labels)
-    caption = "Left of ½, in grey, an update is rounded away; right of it, it arrives, rounded to whole gaps."
+    caption = (
+        "|Δ| / ulp is one update over the gap between bf16 numbers at its weight; each panel has a scale of its own. Left of ½, in "
+        "grey, an update is rounded away; right of it, it arrives, rounded to whole gaps."
+    )
     return figure, "Share of the elements whose update is under half a gap: " + ", ".join(seen) + ".", caption
 
 

@@ -12,6 +12,7 @@ from checks.ward import Patient, Result
 from moe_lab.show import style
 from moe_lab.show.style import draw_floors, label_right, new_axes, new_figure, show
 
+WIDTH = 7  # inches: half a window, as the desk has it beside the checklist, shows them unshrunk
 GAIN = 0.05  # nats that a branch must gain: the checklist's limit
 
 
@@ -54,8 +55,8 @@ def show_result(run: str, what: str, result: Result) -> None:
 
 def floors(run: str, result: Result) -> tuple[Figure, str, str]:
     """Both losses beside the tables of counts, which stand in the first line."""
-    figure = new_figure(10, 3.4)
-    axes = new_axes(figure, (0.07, 0.16, 0.72, 0.74), f"{run}: loss of the next token", "update", "nats per token")
+    figure = new_figure(WIDTH, 3.4)
+    axes = new_axes(figure, (0.09, 0.16, 0.66, 0.74), f"{run}: loss of the next token", "update", "nats per token")
     training, validation = (np.array(result.drawn[name]).T for name in ("training", "validation"))
     axes.plot(*training, color=style.BLUE, linewidth=1.3)
     axes.plot(*validation, color=style.VERMILION, linestyle="--", marker="s", markersize=5)
@@ -73,30 +74,32 @@ def floors(run: str, result: Result) -> tuple[Figure, str, str]:
 def load(run: str, result: Result) -> tuple[Figure, str, str]:
     """Each expert's load over time, a panel a layer."""
     loads = np.array(result.drawn)  # (times, layers, experts)
-    figure, said = new_figure(10, 2.9), []
-    for layer in range(loads.shape[1]):
-        box = (0.07 + 0.45 * layer, 0.2, 0.39, 0.64)
-        axes = new_axes(figure, box, f"{run}: MoE layer {layer}", "share of the run", "expert" if layer == 0 else "")
+    names = [line.partition(":")[0] for line in result.lines if line.startswith("MoE layer")]
+    figure, said = new_figure(WIDTH, 2.9), []
+    for layer, name in enumerate(names):
+        box = (0.08 + 0.44 * layer, 0.2, 0.37, 0.64)
+        axes = new_axes(figure, box, f"{run}: {name}", "share of the run", "expert" if layer == 0 else "")
         axes.grid(False)
         extent = (0, 1, loads.shape[2] - 0.5, -0.5)
         image = axes.imshow(loads[:, layer].T, cmap="cividis", vmin=0, vmax=4, aspect="auto", extent=extent)
         axes.set_yticks(range(loads.shape[2]))
         last = loads[-1, layer]
-        said.append(f"layer {layer} ends between {last.min():.2f} and {last.max():.2f} of the even share")
+        said.append(f"{name} ends between {last.min():.2f} and {last.max():.2f} of the even share")
     bar = figure.colorbar(image, cax=figure.add_axes((0.93, 0.2, 0.015, 0.64)), ticks=range(5))
     bar.ax.set_title("load", fontsize=9, color=style.INK)
     alt = f"{run}: tables of colours, experts by time, dark for few tokens and bright for many; {'; '.join(said)}."
     return (
         figure,
         alt,
-        "One column, one update; 1 is the even share. A row that stays darkest is an expert that nobody asks any more.",
+        f"Each of {len(loads)} columns is a mean over its part of the run; 1 is the even share. A row that stays darkest is an "
+        "expert that nobody asks any more.",
     )
 
 
 def heard(run: str, result: Result) -> tuple[Figure, str, str]:
     """Who hears of a changed token."""
     values = {name: value for name, value in result.drawn.items() if name != "loss"}
-    axes = row_axes(list(values), f"{run}: change of an earlier logit", "standard deviations of the logits")
+    axes = row_axes(list(values), f"{run}: change of an earlier logit", "standard deviations of the logits", WIDTH)
     for place, value in enumerate(values.values()):
         axes.plot([0, value], [place, place], color=style.VERMILION if value else style.BLUE, linewidth=4)
         axes.annotate(f"{value:.2g}", (value, place), (8, -3), textcoords="offset points", fontsize=9, color=style.INK)
@@ -112,7 +115,9 @@ def heard(run: str, result: Result) -> tuple[Figure, str, str]:
 def branches(run: str, result: Result) -> tuple[Figure, str, str]:
     """What three times each learning rate gains."""
     rows = [(name, gain, error) for name, gain, error in result.drawn if gain is not None and abs(gain) < 100]
-    axes = row_axes([name for name, _, _ in rows], f"{run}: gained by three times the LR", "nats after 30 updates")
+    axes = row_axes(
+        [name for name, _, _ in rows], f"{run}: gained by three times the LR", "nats after 30 updates", WIDTH
+    )
     for place, (_, gain, error) in enumerate(rows):
         axes.errorbar(
             gain, place, xerr=3 * error, color=style.BLUE if gain < GAIN else style.VERMILION, marker="o", capsize=3

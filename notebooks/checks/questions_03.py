@@ -61,7 +61,7 @@ between = Question(
 ratio = Question(
     "One update of the control. In which kind of tensor would bf16 round away the update of nearly every element?",
     {
-        "in every kind: bf16 has the same seven bits everywhere": lambda m: min(m.values()) > 0.9,
+        "in every kind of tensor: bf16 has the same seven bits everywhere": lambda m: min(m.values()) > 0.9,
         "in the norms and most of Mamba's vectors, not in the matrices": lambda m: (
             m["norms"] > 0.9 and m["vectors"] > 0.5 > m["matrices"]
         ),

@@ -9,7 +9,9 @@ separates = Question(
     {
         "the tokens: are they text?": lambda m: m["still"] == 0 and m["collisions"] < 3,
         "the checkpoint: how far did each kind of tensor get?": lambda m: m["still"] > 0,
-        "the config: what does it ask for?": lambda m: m["still"] == 0 and m["findings"] > 0,
+        "the config: does preflight find anything in what it asks for?": lambda m: (
+            m["still"] == 0 and m["findings"] > 0
+        ),
     },
     tempts="Each of the other two can convict one hypothesis, and says nothing about the two that are left.",
 )

@@ -161,13 +161,13 @@ class Ward:
         for run, one in marks.items():
             print(
                 textwrap.fill(
-                    f"{'✓' if one.right else '✗'} {run}: {one.points:.1f} points. {one.why}", 98, subsequent_indent="  "
+                    f"{'✓' if one.right else '✗'} {run}: {one.points:g} points. {one.why}", 98, subsequent_indent="  "
                 )
             )
         right, points = sum(one.right for one in marks.values()), sum(one.points for one in marks.values())
         spent, par = sum(map(self.minutes, marks)), sum(one.par for one in marks.values())
         print(
-            f"{right} of {len(marks)} right; {points:.3g} of {10 * len(marks)} points; "
+            f"{right} of {len(marks)} right; {points:g} of {10 * len(marks)} points; "
             f"{spent} minutes, the shortest ways take {par}"
         )
 

@@ -33,7 +33,8 @@ class FakeTrainer:
 
     def __init__(self, n_steps=20, step_s=0.002, fails_at=None, run_dir="no_such_run", step=0):
         self.n_steps, self.step_s, self.fails_at, self.run_dir, self.step = n_steps, step_s, fails_at, run_dir, step
-        model, training = SimpleNamespace(aux_loss_weights=(1.0,)), SimpleNamespace(max_grad_norm=1.0, log_interval=1)
+        model = SimpleNamespace(aux_loss_weights=(1.0,), moe_layers=(0, 2))
+        training = SimpleNamespace(max_grad_norm=1.0, log_interval=1)
         self.config = SimpleNamespace(model=model, training=training, n_steps=n_steps)
         self.controls, self.listeners, self.thread = Controls(), [], None
 
