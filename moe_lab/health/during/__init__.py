@@ -19,10 +19,9 @@ ranks.py         what ranks that train together tell each other: do they agree?
 doctor.py        doctor train.py: a script is watched without an edit
 listener.py      hooks that no error gets past, and parts that listen through them
 forward.py       what forward passes tell: vocabulary, the logits' variance, which tensors matter
-outside.py       copies that follow the weights, tables of positions, buffers that count
+outside.py       copies that follow the weights, tables of positions, buffers that count, batches that come back
 routing.py       choices among experts, and scalars that may be terms of the loss
 reached.py       the loss's graph: leaves that no optimizer holds, a softmax made twice, one target for all outputs
-repeats.py       a fingerprint of each batch: does one come back too soon?
 heard.py         what a language model is asked for: ids, targets, weights, read off the logits' gradient
 causal.py        check_causality, and the same of a pass that was heard: later tokens changed
 report.py        what was said, the log, and what need not be said again; the readings as a table of text

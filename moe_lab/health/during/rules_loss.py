@@ -287,13 +287,11 @@ def initial_loss(state: State) -> Ill:
     return {"loss": {"value": first, "limit": expected, "factor": factor, "shown": shown, "severity": severity}}
 
 
+BY_TABLE = "muon_convention", "lr_too_low", "lr_too_high"
 ROSE = "the loss rose from {first:.2f} to {last:.2f}"
 
 RULES = (
-    *(
-        Rule(name, "warning", partial(learning_rates, name=name))
-        for name in ("muon_convention", "lr_too_low", "lr_too_high")
-    ),
+    *(Rule(name, "warning", partial(learning_rates, name=name)) for name in BY_TABLE),
     nonfinite_loss,
     Rule("lr_too_high", "error", loss_rose, ROSE, "lower the learning rate, or lengthen the warm-up"),
     loss_not_falling,

@@ -7,7 +7,7 @@ from torch import nn
 
 from .intended import keeps_lost_bits
 from .rule import Ill, by_kind, rule
-from .rules_loss import LR_ACTED, SEEN_FALL, change, learning_rates
+from .rules_loss import BY_TABLE, LR_ACTED, SEEN_FALL, change, learning_rates
 from .state import State
 from .steps import decay_arrives, is_adam, kind_of, law_of, matrix_shape
 from .tracking import LR_STEADY, GroupState, Tracked
@@ -136,7 +136,7 @@ def lr_too_high(state: State) -> Ill:
 
 def explained(state: State) -> bool:
     """Whether something else was said that would explain the size of steps, or the table of usual learning rates will say it."""
-    by_table = any(learning_rates(state, name) for name in ("lr_too_low", "lr_too_high", "muon_convention"))
+    by_table = any(learning_rates(state, name) for name in BY_TABLE)
     return by_table or any(f.severity != "info" and f.rule not in SAME for f in state.findings)
 
 
