@@ -279,3 +279,4 @@ def test_every_kind_that_loses_updates_is_named_with_the_first() -> None:
     assert never.where == "head.weight" and "no step that Adam can make" in never.message
     assert found.severity == "error" and found.step == 20  # not one element moved: half a unit is proof
     assert found.message.index("norm.weight 0%") < found.message.index("embedding.weight")
+    assert "arrived in 5 of 7 kinds" in found.message  # the head, too: of itself, a hundredth of a unit proves nothing
