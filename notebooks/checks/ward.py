@@ -27,8 +27,6 @@ CHECKLIST = read_yaml(LIST)
 LINES = {line["id"]: line for line in CHECKLIST["lines"]}
 # measurement → [minutes, what is done]; the prices are the checklist's
 PRICES: dict[str, list] = CHECKLIST["measurements"]
-# what a measurement does not look at, and does not say itself
-NOT_CHECKED = {"examine": ["not checked: the future in training mode: tokens were changed in evaluation mode alone"]}
 DEAREST = max(PRICES, key=lambda what: PRICES[what][0])
 
 
@@ -113,10 +111,7 @@ class Ward:
         result = self.look(run, what)
         price = "paid already" if paid else f"{PRICES[what][0]} min"
         print(f"{run}, {what}: {price}, {self.minutes(run)} min on this run so far")
-        untold = (
-            [] if any(line.startswith("not checked: causality") for line in result.lines) else NOT_CHECKED.get(what, [])
-        )
-        for line in (*result.lines, *untold):
+        for line in result.lines:
             print(textwrap.fill(line, 102, initial_indent="  ", subsequent_indent="    "))
         show_result(run, what, result)
 
