@@ -166,6 +166,8 @@ def test_neighbours_that_are_of_one_text() -> None:
         order = torch.randperm(64, generator=torch.Generator().manual_seed(seed)).tolist()
         assert said([torch.stack([rows[i] for i in order[j : j + 4]]) for j in range(0, 64, 4)]) == []
     assert said(batches(), vocab_size=256) == []  # one text, all of whose words come everywhere
+    few = torch.rand(32, 8, generator=torch.Generator().manual_seed(0)) ** 3 * 400  # are by chance alike by a fifth
+    assert said([few.long()]) == []
 
 
 def test_validation_of_random_tokens() -> None:
