@@ -219,7 +219,9 @@ def linear(n_steps: int) -> Callable:
     return lambda step: (0.02 * max(0.0, 1 - step / n_steps), 0.004 * max(0.0, 1 - step / n_steps))
 
 
-@pytest.mark.parametrize(("n_steps", "budget", "told"), [(25, 100, True), (57, 100, False), (100, 100, False), (25, None, True)])
+@pytest.mark.parametrize(
+    ("n_steps", "budget", "told"), [(25, 100, True), (57, 100, False), (100, 100, False), (25, None, True)]
+)
 def test_rates_that_are_spent_too_early(n_steps, budget, told) -> None:
     """A scheduler that is stepped four times an update; without a budget, zero for good is told alone."""
     assert ("lr_spent" in said(with_lrs(linear(n_steps), n=60, budget=budget))) == told
