@@ -296,6 +296,11 @@ class Sorting(nn.Module):
         return self.out(self.norm(self.layer(self.tokens(ids)).mean(1)))
 
 
+class Drops(Sorting):
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.dropout(super().forward(ids), 0.5, training=not self.training)
+
+
 class Nodes(nn.Module):
     """A graph's: each hears of all others, and may."""
 
@@ -307,10 +312,12 @@ class Nodes(nn.Module):
         return (x @ x.mT if self.square else self.out(x) + self.out(x).mean(0)).squeeze(-1)
 
 
-@pytest.mark.parametrize("kind", ["its own", "beside it", "nodes", "pairs"])
+@pytest.mark.parametrize("kind", ["its own", "beside it", "nodes", "pairs", "drops"])
 def test_examples_that_hear_of_each_other(kind: str) -> None:
     torch.manual_seed(0)
-    model = Nodes(kind == "pairs") if kind in ("nodes", "pairs") else Sorting(kind == "its own")
+    by_kind = {"nodes": partial(Nodes, False), "pairs": partial(Nodes, True), "drops": Drops}
+    model = by_kind.get(kind, partial(Sorting, kind == "its own"))()
     x = torch.randn(6, 8) if isinstance(model, Nodes) else torch.randint(20, (6, 5))
     found = examine(model, (x, torch.randint(3, (6,))), lambda model, b: F.cross_entropy(model(b[0]), b[1])).findings
     assert [f.where for f in found if f.rule == "future_leak"] == ["batch"] * (kind == "beside it")
+    assert ("dropout" in [f.where for f in found if f.rule == "mode_mismatch"]) == (kind == "drops")

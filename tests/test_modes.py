@@ -41,6 +41,8 @@ class Noisy(nn.Module):
             return nn.functional.scaled_dot_product_attention(x[None], x[None], x[None], dropout_p=0.5)[0]
         if self.kind == "positional":
             return torch.dropout(x, 0.5, True)
+        if self.kind == "inverted":
+            return nn.functional.dropout(x, 0.5, training=not self.training)
         if self.kind == "sampled":
             return x + torch.randn_like(x)
         by_kind = {"function": nn.functional.dropout, "sound": partial(nn.functional.dropout, training=self.training)}
@@ -53,6 +55,7 @@ class Noisy(nn.Module):
         ("function", ("mode_mismatch", "warning", "dropout")),
         ("attention", ("mode_mismatch", "warning", "scaled_dot_product_attention")),
         ("positional", ("mode_mismatch", "warning", "dropout")),
+        ("inverted", ("mode_mismatch", "warning", "dropout")),
         ("anew", ("mode_mismatch", "info", "evaluation")),
         ("sampled", ("mode_mismatch", "info", "evaluation")),
         ("sound", None),

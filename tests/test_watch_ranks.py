@@ -83,6 +83,7 @@ def test_ranks_that_disagree_are_named_by_each_of_them(found: list, case: str, r
         about_ranks = [line for line in mine[case] if "rank" in line.split(":")[0]]
         assert [line.split(":")[0] for line in about_ranks] == [rule], mine[case]
         assert int(about_ranks[0].rsplit("@", 1)[1]) <= 30
+        assert case != "one rank's NaN" or "rank 1 was NaN" in about_ranks[0]
 
 
 @pytest.mark.parametrize("case", HEALTHY)

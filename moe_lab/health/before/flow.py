@@ -25,15 +25,16 @@ def check_train_eval(fn_train: Callable[[Any], Any], fn_eval: Callable[[Any], An
     """Is a mechanism missing in one mode? Both functions map a batch to the same kind of output, say logits.
 
     Modules with parameters that compute in one mode only are named. Else outputs that are further apart than 5 times what two calls of
-    `fn_train` differ by (dropout) are an `info`; and where these differ, two of `fn_eval` are compared: a dropout that still drops is a
-    warning, other noise an `info`. Random state is put back.
+    `fn_train` differ by (dropout) are an `info`; and where these differ, or evaluation is heard to drop something, two of `fn_eval` are
+    compared: a dropout that still drops is a warning, other noise an `info`. Random state is put back.
     """
     with RandomState([]), ExitStack() as stack:
         # else torch's own transformer layers compute all of theirs in one kernel, in evaluation alone
         stack.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
         mha.set_fastpath_enabled(False)
         trained, in_training = heard(fn_train, batch)
-        evaluated, in_evaluation = heard(fn_eval, batch)
+        with Dropping() as dropping:
+            evaluated, in_evaluation = heard(fn_eval, batch)
         for _ in range(RETRIES if in_evaluation.keys() - in_training.keys() else 0):  # layers may be left out at random
             _, more = heard(fn_train, batch)
             in_training |= {key: more[key] for key in more.keys() & in_evaluation.keys()}
@@ -47,7 +48,7 @@ def check_train_eval(fn_train: Callable[[Any], Any], fn_eval: Callable[[Any], An
         if apart <= least:
             return None
         noise, _ = distance(trained, heard(fn_train, batch)[0])
-        if noise > least and (finding := noise_in_evaluation(fn_eval, batch, evaluated)):
+        if (noise > least or dropping.heard) and (finding := noise_in_evaluation(fn_eval, batch, evaluated)):
             return finding
     limit = max(SIGMAS * noise, least)
     if apart <= limit:

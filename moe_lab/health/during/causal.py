@@ -74,7 +74,8 @@ def check_causality(
 @torch.no_grad()
 def rows_mix(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Finding | None:
     """Does one example of a batch change the answers to others, (B,) or (B, C)? In evaluation mode. Not told of numbers with two
-    dimensions, which may be a graph's nodes, nor where another dimension is as long: time may come first."""
+    dimensions, which may be a graph's nodes, nor where another dimension is as long: time may come first. Raises ValueError where two
+    calls differ."""
     given = [t for t in tensors_of([args, kwargs]) if t.ndim]
     n = len(given[0]) if any(t.ndim > 1 for t in given) else 0
     if n < 3 or any(len(t) != n or n in t.shape[1:] or (t.ndim == 2 and t.is_floating_point()) for t in given):
@@ -86,6 +87,8 @@ def rows_mix(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Finding |
         return mine[0].float() if mine else torch.zeros(n)
 
     before = answer(lambda v: v)
+    if not torch.equal(before, answer(lambda v: v)):
+        raise ValueError("two evaluations of one batch differ by themselves")
     after = answer(lambda v: torch.cat([v[1:2], v[1:]]) if isinstance(v, Tensor) and v.ndim else v)
     moved, limit = float((after - before)[1:].abs().max()), LEAK * float(before.std())
     message = "changing one example of a batch moves the answers to others, in evaluation mode, too"
