@@ -274,3 +274,33 @@ def test_each_mistake_is_named_whenever_it_begins(loop, rule: str, told: str, be
 def test_gradients_that_are_clipped_or_changed_as_is_meant(kind: str) -> None:
     loop = turned_between if kind == "several tasks" else partial(clipped_between, after_each=kind != "once")
     assert found(partial(loop, max_norm=1e6) if kind == "never binds" else loop, n=40) == set()
+
+
+class TwoTasks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.kind, self.size = nn.Linear(8, 16), nn.Linear(16, 3), nn.Linear(16, 2)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        hidden = torch.tanh(self.trunk(x))
+        return [self.kind(hidden), self.size(hidden)]
+
+
+@pytest.mark.parametrize(("way", "told"), [("cleared", {"cleared_gradients"}), ("added", set()), ("in turns", set())])
+def test_a_task_whose_gradients_another_clears(way: str, told: set[str]) -> None:
+    """Those of the shared part come again, and of the first head none is ever there at a step."""
+    model = TwoTasks()
+    (optimizer,) = adamw(model)
+
+    def step(i: int) -> torch.Tensor:
+        x = torch.randn(16, 8)
+        optimizer.zero_grad()
+        losses = [F.cross_entropy(scores, x[:, : scores.shape[1]].argmax(1)) for scores in model(x)]
+        for loss in losses if way != "in turns" else [losses[i % 2 - 1]]:
+            if way == "cleared":
+                optimizer.zero_grad()
+            loss.backward(retain_graph=True)
+        optimizer.step()
+        return losses[0].detach()
+
+    assert watched(model, [optimizer], step) & {*EVENTS, "no_gradient"} == told

@@ -27,6 +27,12 @@ def part(tensor: Tensor) -> Tensor:
     return plain(tensor.detach()).flatten()[:WHOLE]
 
 
+def is_heard(t: Tracked) -> bool:
+    """A trained leaf; of a sharded one another gets the gradient."""
+    is_trained = t.owner and t.param.requires_grad and not t.is_master
+    return bool(is_trained and t.param.is_leaf and not hasattr(t.param, "to_local"))
+
+
 def is_smaller(gradient: Tensor, before: Tensor) -> Tensor:
     """Whether it is what it was, times a number below 1 and above 0."""
     size, was = gradient.abs().sum(), before.abs().sum()
@@ -70,6 +76,9 @@ class Events(Listener):
         self.model, self.tensors, self.waiting = model, tensors, waiting
         self.n_losses = self.n_observed = 0  # since the last update, and in all: losses may come in bunches
         self.ears: list[Ear] = []
+        self.missed: list[
+            Ear
+        ] = []  # at tensors that had no gradient at the first step: does one come, and go before it?
         self.watched: set[int] = set()  # ids of optimizers
         self.held: list[Callable] = []  # hooks
         self.for_all: Callable = ignore
@@ -80,19 +89,28 @@ class Events(Listener):
         self.looks: dict[int, deque[dict[str, list[bool]]]] = {}  # by optimizer, what its last updates were like
 
     def hooks(self, hook: Callable) -> Iterator[Any]:
-        trained = [t for t in self.tensors if t.owner and t.param.requires_grad and not t.is_master]
-        whole = [t for t in trained if t.param.is_leaf and not hasattr(t.param, "to_local")]  # sharded: another gets it
-        mine = list(grouped(whole, lambda t: id(t.optimizer)).values())[:N_HEARD]
+        self.hook = hook
+        mine = list(grouped(filter(is_heard, self.tensors), lambda t: id(t.optimizer)).values())[:N_HEARD]
         halves = [half for ts in mine for half in (ts[: len(ts) // 2], ts[len(ts) // 2 :]) if half]
         self.ears = [Ear(min(half, key=lambda t: t.param.numel())) for half in halves]
-        for ear in self.ears:
-            yield ear.t.param.register_hook(self.weakly(hook(partial(self.arrives, ear))))
-            yield ear.t.param.register_post_accumulate_grad_hook(self.weakly(hook(partial(self.accumulated, ear))))
+        yield from self.hung(self.ears)
         self.watched = {id(t.optimizer) for t in self.tensors}
         self.for_all = hook(self.any_step)
         LISTENING.add(self)
         attend()
         yield self.model.register_forward_pre_hook(hook(self.enters), with_kwargs=True)
+
+    def hung(self, ears: Sequence[Ear]) -> Iterator[Any]:
+        for ear in ears:
+            yield ear.t.param.register_hook(self.weakly(self.hook(partial(self.arrives, ear))))
+            yield ear.t.param.register_post_accumulate_grad_hook(self.weakly(self.hook(partial(self.accumulated, ear))))
+
+    def miss(self, tensors: Sequence[Tracked]) -> None:
+        """Listen to some that had no gradient at a step, unless the listening has ended."""
+        smallest = sorted(filter(is_heard, tensors), key=lambda t: t.param.numel())
+        new = [Ear(t) for t in smallest[: N_HEARD - len(self.missed)]] if self.handles else []
+        self.missed += new
+        self.handles += self.hung(new)
 
     def weakly(self, hook: Callable) -> Callable:
         """What torch keeps outside of any garbage collector's reach must not keep a watch that was never closed, and its model."""
@@ -155,6 +173,10 @@ class Events(Listener):
         elif has_gradients:
             left = [ear for ear in mine if ear.t.param.grad is not None]
             look["twice"] = [ear.t.param.grad is ear.last and ear.nothing ^ True for ear in left]
+        if missed := [ear for ear in self.missed if ear.t.optimizer is optimizer]:
+            look["some gone"] = [False]
+            for ear in (ear for ear in missed if ear.n):
+                look["some gone"] = [look["some gone"][0] | ear.some & ear.nothing]
         if mine:
             told: dict[str, list[bool]] = {kind: [] for kind in look}
             self.looks.setdefault(id(optimizer), deque(maxlen=KEPT)).append(told)
@@ -162,7 +184,7 @@ class Events(Listener):
                 self.waiting.add(truth, told[kind].append)
         for ear in self.ears:
             ear.n_others += 1
-        for ear in mine:
+        for ear in (*mine, *missed):
             ear.begin()
 
     def share(self, kind: str, last: int = KEPT) -> list[float]:
@@ -172,7 +194,7 @@ class Events(Listener):
         return [sum(share) / len(share) for share in shares if len(share) >= LOOKS]
 
     def forget(self) -> None:
-        self.ears, self.held, self.for_all = [], [], ignore
+        self.ears, self.missed, self.held, self.for_all = [], [], [], ignore
         LISTENING.discard(self)
         attend()
 

@@ -208,7 +208,7 @@ def stale_gradients(state: State) -> Ill:
 @rule("in {value:.0%} of the updates {told}", "{cure}")
 def cleared_gradients(state: State) -> Ill:
     """Before the step, or between micro-batches: there the pass was for nothing, unless another optimizer uses it."""
-    gone = max(state.events.share("gone"), default=0.0)
+    gone = max((*state.events.share("gone"), *state.events.share("some gone")), default=0.0)
     if gone > OFTEN:
         return {"order": {"value": gone, "limit": OFTEN, "told": GONE, "cure": MOVE_IT}}
     if state.events.had_use:

@@ -108,7 +108,9 @@ class State:
         n = self.counts[id(optimizer)]
         if n % READ_EVERY == 1:
             owners = (optimizer, None) if optimizer is self.optimizers[0] else (optimizer,)
-            self.gradients.read([t for t in self.tracked if t.optimizer in owners], optimizer, n)
+            mine = [t for t in self.tracked if t.optimizer in owners]
+            self.gradients.read(mine, optimizer, n)
+            self.events.miss([t for t in mine if t.no_gradient == 1 and not t.with_gradient])
 
     def read(self) -> None:
         """Take in what is new, fetch what waits on the devices, and read the samples."""
