@@ -170,6 +170,20 @@ def test_two_factors_that_are_both_zero_are_not_in_vain() -> None:
     assert finding(watched(model, adamw(model), 40), "no_gradient").severity == "warning"
 
 
+@pytest.mark.parametrize(("least", "told"), [(-10.0, []), (10.0, ["no_gradient"])])
+def test_an_output_that_is_clamped_where_nothing_comes_back(least: float, told: list[str]) -> None:
+    """No tensor has a say in the output then, and yet it is no part that this use of the model has no need of."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1), nn.Hardtanh(least, 100.0))
+    optimizer = AdamW(model.parameters(), lr=1e-3)
+    with Watch(model, optimizer) as watch:
+        for _ in range(30):
+            x = torch.randn(16, 4)
+            optimizer.zero_grad()
+            (model(x) - x.sum(1, keepdim=True)).square().mean().backward()
+            optimizer.step()
+    assert said(watch) == told and (not told or "none of the 4 trainable" in finding(watch, "no_gradient").message)
+
+
 @pytest.mark.parametrize("dead", [False, True])
 def test_a_bias_that_a_difference_of_two_scores_cancels(dead: bool) -> None:
     """A critic's. The bias of units that are all dead has no gradient either, and their weights have none."""

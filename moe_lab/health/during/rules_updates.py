@@ -104,6 +104,12 @@ def no_gradient(state: State, matters: bool) -> Ill:
     return {kind: ts for kind, ts in by_kind(never).items() if bool(state.forward.matters(ts[0].param)) == matters}
 
 
+def nothing_learns(state: State) -> Ill:
+    """All trainable tensors, where none of them has a say in the output either, as behind a clamp."""
+    silent, trained = no_gradient(state, matters=False), [t for t in state.tracked if t.owner and t.param.requires_grad]
+    return silent if sum(map(len, silent.values())) == len(trained) else {}
+
+
 def cancels(state: State, t: Tracked) -> bool:
     """Whether a bias has a gradient of exactly 0 where its module's other tensors get another: nothing is cut off there, and what
     it adds cancels in the loss, as in a difference of two scores."""
@@ -114,7 +120,8 @@ def cancels(state: State, t: Tracked) -> bool:
 def idle(state: State, used: bool) -> Ill:
     """Without a gradient where nothing is cut off: what is behind a cut has none either. What no pass takes, or takes in vain, is a
     part of the class that this use of it has no need of; two factors that are both zero have a say together."""
-    idle = {} if no_gradient(state, matters=True) else no_gradient(state, matters=False)
+    is_told = no_gradient(state, matters=True) or nothing_learns(state)
+    idle = {} if is_told else no_gradient(state, matters=False)
     together, forward = [t.param for ts in idle.values() for t in ts], state.forward
     if together and forward.matters(*together) is False:
         forward.unused |= forward.told & set(together)
@@ -245,6 +252,11 @@ FIND_CUT = (
     "inputs (use_reentrant=False, or enable_input_require_grads), a choice (argmax, top-k) whose score never multiplies the "
     "output, detach(), no_grad or item() between them and the loss"
 )
+NOTHING = "none of the {n} trainable tensors got a gradient other than 0 in {updates} updates: {names}"
+FIND_STOP = (
+    "nothing learns: between all of them and the loss stands a clamp, a saturated or rounding function, a mask over everything, "
+    "or factors that are both zero; or all targets, rewards or weights of the loss are the same"
+)
 IDLE = "{n} trainable tensors got no gradient in {updates} updates, and no effect of theirs on the output was seen: {names}"
 UNUSED = "{n} trainable tensors got no gradient in {updates} updates, and whatever they hold, the output is the same: {names}"
 USE = "find out whether the loss should use them (a head, a term, a branch that is never taken), else leave them out"
@@ -258,6 +270,7 @@ RULES = (
     Rule("lost_updates", "error", badly_lost, LOST, KEEP_BITS),
     Rule("lost_updates", "warning", partly_lost, LOST, KEEP_BITS),
     Rule("no_gradient", "error", partial(no_gradient, matters=True), CUT_OFF, FIND_CUT),
+    Rule("no_gradient", "error", nothing_learns, NOTHING, FIND_STOP),
     Rule("no_gradient", "warning", partial(idle, used=True), IDLE, USE),
     Rule("no_gradient", "info", partial(idle, used=False), UNUSED, USE),
     frozen_tensor,
