@@ -82,6 +82,7 @@ class Events(Listener):
         self.watched: set[int] = set()  # ids of optimizers
         self.held: list[Callable] = []  # hooks
         self.for_all: Callable = ignore
+        self.hook: Callable = ignore  # makes a hook of a function
         self.n_steps = 0  # of any optimizer
         # cleared gradients had a use: an optimizer that is not watched steps, or inputs get some, to be attacked by
         self.had_use = False
@@ -194,7 +195,8 @@ class Events(Listener):
         return [sum(share) / len(share) for share in shares if len(share) >= LOOKS]
 
     def forget(self) -> None:
-        self.ears, self.missed, self.held, self.for_all = [], [], [], ignore
+        self.ears, self.missed, self.held = [], [], []
+        self.for_all = self.hook = ignore
         LISTENING.discard(self)
         attend()
 
