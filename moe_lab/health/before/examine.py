@@ -81,7 +81,8 @@ def examine(
     `batch` is what the model is trained on: ids (B, T), (ids, labels), or keyword arguments of its forward pass;
     `loss_fn(model, batch)` the scalar that is minimised, by default what the forward pass returns as `loss`. Returns the
     findings, and which checks did not run and why. Works on a copy of the model; costs one backward pass and at most ten forward
-    passes of the batch (two more where training alone sees the future), and says what it did not try for that. The random state is put back. Raises what copying the model raises.
+    passes of the batch (two more where training alone sees the future), and says what it did not try for that. The random state is
+    put back. Raises what copying the model raises.
     """
     examination = Examination()
     ask = examination.ask
@@ -259,8 +260,8 @@ def first_loss(trial: Trial) -> Finding | None:
 
 def causality(trial: Trial) -> Finding | None:
     """Only a model that is trained on the next token must be causal: a masked language model may look ahead, and so may an encoder,
-    whose tokens are not those that are foretold. In float32, since grouped kernels and 16 bits are not exact. In evaluation; in training,
-    too, where that computes something else."""
+    whose tokens are not those that are foretold. In float32, since grouped kernels and 16 bits are not exact. In evaluation;
+    in training, too, where that computes something else."""
     heard, (args, kwargs) = trial.heard, trial.probe.inputs or ((), {})
     ids = heard.passes[-1].tokens.ids if heard.is_next_token else torch.empty(0)
     if not any(torch.equal(given, ids.to(given)) for given in tensors_of([args, kwargs])):

@@ -175,9 +175,10 @@ class Events(Listener):
             left = [ear for ear in mine if ear.t.param.grad is not None]
             look["twice"] = [ear.t.param.grad is ear.last and ear.nothing ^ True for ear in left]
         if missed := [ear for ear in self.missed if ear.t.optimizer is optimizer]:
-            look["some gone"] = [False]
+            some: Truth = False
             for ear in (ear for ear in missed if ear.n):
-                look["some gone"] = [look["some gone"][0] | ear.some & ear.nothing]
+                some = some | (ear.some & ear.nothing)
+            look["some gone"] = [some]
         if mine:
             told: dict[str, list[bool]] = {kind: [] for kind in look}
             self.looks.setdefault(id(optimizer), deque(maxlen=KEPT)).append(told)
