@@ -121,6 +121,23 @@ def test_validation_text_that_stands_in_training() -> None:
     assert said(batches(), validation=[text(seed=3)]) == ["split_overlap"]
 
 
+def test_little_validation_text_in_training_counts_unless_training_text_stands_there_as_often() -> None:
+    seen, held_out = batches(), [text(seed=100 + seed) for seed in range(8)]
+    line = seen[0][0].clone()  # 2 windows of 256 in the validation text, under 1 %
+    held_out[0][0] = line
+    assert said(seen, validation=held_out) == []
+    held_out[1][0] = seen[1][3]
+    held_out[2][0] = seen[2][5]  # 2.3 %
+    assert said(seen, validation=held_out) == ["split_overlap"]
+    for row in (
+        seen[3][1],
+        seen[4][2],
+        seen[5][7],
+    ):  # a line that many texts share: of training's windows 3 % stand twice
+        row.copy_(line)
+    assert said(seen, validation=held_out) == []
+
+
 @pytest.mark.parametrize("bad", [[], [torch.rand(2, 3)], ["text"], [torch.arange(3)]])
 def test_what_is_no_batch_of_tokens_is_refused_in_one_line(bad: list) -> None:
     with pytest.raises(ValueError, match="batch") as error:
@@ -145,6 +162,42 @@ def test_indented_text_that_ends_in_blanks_is_not_padded() -> None:
     ids, labels = (x.clone() for x in code(0))
     ids[::2, 16:], labels[::2, 15:] = 32, 32  # padded with blanks: longer than any indentation
     assert said([(ids, labels)]) == ["padding_in_loss"]
+
+
+def answered(
+    n: int = 8, turned: bool = False, template: int = 0, asked: str = "answers"
+) -> list[tuple[Tensor, Tensor]]:
+    """Padded rows of a prompt and its answer, the prompt's first tokens the same in all; `asked`: what is a target."""
+    made = []
+    for seed in range(n):
+        ids, generator = text(seed=seed), torch.Generator().manual_seed(seed)
+        ids[:, :template] = text(seed=1000)[0, :template]
+        ends = torch.randint(24, 33, (len(ids), 1), generator=generator)
+        is_answer = torch.arange(64) >= ends
+        is_target = torch.ones_like(is_answer) if asked == "all" else ~is_answer if turned else is_answer
+        length = torch.randint(48, 64, (len(ids), 1), generator=generator)
+        ids.scatter_(1, length - 1, 254)  # the end
+        ids[torch.arange(64) >= length] = PAD
+        made.append((ids, torch.where(is_target & (torch.arange(64) < length), ids, -100)))
+    return made
+
+
+def test_prompts_that_are_learned_in_place_of_answers() -> None:
+    assert said(answered()) == said(answered(template=20)) == []
+    (finding,) = check_data(answered(turned=True))
+    assert (finding.rule, finding.value) == ("prompt_in_loss", 128)
+    # an encoder is given other tokens than those that are asked for, and longer ones
+    other = [(ids.flip(1), labels) for ids, labels in answered(turned=True)]
+    assert said(other) == []
+    ids, labels = (torch.cat(side).flatten() for side in zip(*answered(), strict=True))
+    packed = [x[ids != PAD][:4096].view(64, 64) for x in (ids, labels)]  # one after the other, cut anywhere
+    assert said([tuple(packed)]) == []
+
+
+def test_a_beginning_that_all_rows_share() -> None:
+    assert said(answered(asked="all")) == said(answered(template=10, asked="all")) == []
+    (finding,) = check_data(answered(template=20, asked="all"))
+    assert finding.rule == "prompt_in_loss" and "first 20 tokens" in finding.message
 
 
 def documents(seed: int) -> list[Tensor]:

@@ -92,7 +92,7 @@ def closure(model, optimizer, i):
     return optimizer.step(again)
 
 
-def perturbed(model, optimizer, i):
+def perturbed(model, optimizer, i, clears: bool = True):
     """Sharpness-aware: the first pass's gradient moves the weights to where the second is taken."""
     optimizer.zero_grad()
     loss_of(model).backward()
@@ -100,7 +100,8 @@ def perturbed(model, optimizer, i):
     steps = [0.05 * p.grad / (p.grad.norm() + 1e-9) for p in parameters]
     for p, step in zip(parameters, steps, strict=True):
         p.data.add_(step)
-    optimizer.zero_grad()
+    if clears:
+        optimizer.zero_grad()
     loss = loss_of(model)
     loss.backward()
     for p, step in zip(parameters, steps, strict=True):
@@ -260,6 +261,7 @@ ILL = [(gone, "cleared_gradients", "gone when"), (cleared_between, "cleared_grad
 ILL += [(partial(loop, set_to_none=False), *told) for loop, *told in ILL]
 ILL += [(never_cleared, "stale_gradients", "still there"), (cleared_now_and_then, "stale_gradients", "still there")]
 ILL += [(stepped_twice, "stale_gradients", "used already"), (clipped_between, "cleared_gradients", "made smaller")]
+ILL += [(partial(perturbed, clears=False), "stale_gradients", "at other weights")]
 
 
 @pytest.mark.parametrize("begins", [0, 35])

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_events import (
     EVENTS,
     found,
@@ -114,3 +115,38 @@ def test_a_report_after_no_update_is_no_all_clear(capsys) -> None:
     watch.findings.clear()
     watch.report()
     assert "no update was seen" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("clears", [True, False])
+def test_a_closure_that_is_called_again_at_other_weights(clears: bool) -> None:
+    model = toy()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4)
+    ids = torch.randint(model.embedding.num_embeddings, (4, 8))
+
+    def closure() -> torch.Tensor:
+        if clears:
+            optimizer.zero_grad()
+        loss = F.cross_entropy(model(ids).flatten(0, 1), ids.flatten())
+        loss.backward()
+        return loss
+
+    def step(i: int) -> torch.Tensor:
+        optimizer.zero_grad()
+        return optimizer.step(closure)
+
+    assert EVENTS & watched(model, [optimizer], step, 20) == (set() if clears else {"stale_gradients"})
+
+
+def test_a_closure_may_take_a_batch_in_parts() -> None:
+    model = toy()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4)
+    parts = torch.randint(model.embedding.num_embeddings, (2, 4, 8))
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        losses = [F.cross_entropy(model(ids).flatten(0, 1), ids.flatten()) / 2 for ids in parts]
+        for loss in losses:
+            loss.backward()
+        return sum(losses)
+
+    assert not EVENTS & watched(model, [optimizer], lambda i: optimizer.step(closure), 20)

@@ -119,6 +119,56 @@ def test_a_memory_that_ends_after_a_few_tokens(name: str, kind, expected: list) 
     assert found == expected
 
 
+class Stack(nn.Module):
+    """Pre-norm blocks; `twice`: each adds its input once more, "dropped": the second one's is all that it returns, twice."""
+
+    def __init__(self, twice: bool | str, n: int = 3) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = nn.Embedding(V, D), nn.Linear(D, V, bias=False)
+        self.blocks = nn.ModuleList(Residual(twice if twice != "dropped" else n == 1 and "dropped") for n in range(n))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(F.layer_norm(x, x.shape[-1:]))
+
+
+class Residual(nn.Module):
+    def __init__(self, twice: bool | str) -> None:
+        super().__init__()
+        self.norm, self.up, self.down, self.twice = nn.LayerNorm(D), nn.Linear(D, 4 * D), nn.Linear(4 * D, D), twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.down(F.gelu(self.up(self.norm(x))))
+        return x + x + 0 * inner if self.twice == "dropped" else x + inner + (x if self.twice else 0)
+
+
+@pytest.mark.parametrize("twice", [False, True, "dropped"])
+def test_a_residual_that_is_added_twice(twice: bool | str) -> None:
+    found = [f for f in examine(Stack(twice), batch(), loss_of).findings if f.rule == "scaled_copies"]
+    assert [(f.severity, f.where) for f in found] == (
+        [("warning", f"blocks.{int(twice == 'dropped')}")] if twice else []
+    )
+
+
+@pytest.mark.parametrize("family", ["GPT2", "Llama", "OPT", "GPTNeoX"])
+def test_blocks_that_add_their_input_once(family: str) -> None:
+    sizes = {
+        "vocab_size": V,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+    }
+    sizes |= {"n_embd": 16, "n_layer": 3, "n_head": 2, "ffn_dim": 32, "word_embed_proj_dim": 16}
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{family}Config")(**sizes))
+    ids = batch()[0]
+    assert "scaled_copies" not in {f.rule for f in examine(model, {"input_ids": ids, "labels": ids}).findings}
+
+
 def losses_of(model: nn.Module, ids: Tensor) -> Tensor:
     return sum(model.losses(ids).values())
 

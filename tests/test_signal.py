@@ -113,6 +113,17 @@ def test_a_watch_knows_how_long_the_sequences_are() -> None:
         assert said(watch) == wanted
 
 
+@pytest.mark.parametrize(
+    ("weights", "table"), [("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("float32", "float32")]
+)
+def test_rounded_cosines_are_told_beside_exact_weights_alone(weights: str, table: str) -> None:
+    model = toy()
+    model.rotary = holding(torch.outer(PLACES, FREQUENCIES).cos())
+    model.to(getattr(torch, weights)).rotary.to(getattr(torch, table))
+    told = [f for f in watched(model, adamw(model), 11).findings if f.rule == "rough_positions"]
+    assert [(f.severity, f.where) for f in told] == ([("info", "rotary.table")] if weights != table else [])
+
+
 # ---- terms of the loss -----------------------------------------------------------------------------------------------
 
 

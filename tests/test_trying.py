@@ -86,6 +86,22 @@ def test_what_torch_is_heard_of_by_itself(shares: list[float], tmp_path) -> None
     assert (tmp_path / "it").exists() and nn.Linear(1, 1).eval().training is False
 
 
+@pytest.mark.parametrize("jumps", [False, True])
+def test_an_update_may_be_that_of_two_optimizers(jumps: bool) -> None:
+    def loop(on) -> None:
+        model = nn.Linear(1, 1)
+        two = [torch.optim.SGD([model.weight], 0.1), torch.optim.SGD([model.bias], 0.01)]
+        for step in range(5):
+            model(torch.ones(1, 1)).sum().backward()
+            for optimizer in two:
+                optimizer.param_groups[0]["lr"] = (10.0 if jumps and not step else step + 1) * optimizer.defaults["lr"]
+                optimizer.step()
+            on("log")
+
+    found = dry_run(loop, steps=5, expected=("log",))
+    assert [f.limit for f in found] == ([pytest.approx(0.2)] if jumps else [])
+
+
 def places(model: nn.Module, given, loss_fn, optimizers) -> list[str]:
     return [f.where for f in examine(model, given, loss_fn, optimizers).findings if f.rule == "not_linear"]
 

@@ -25,6 +25,8 @@ UNLIKELY = 1e-6  # chance that a token is never a target although its neighbours
 SHIFTED = 0.9  # share of labels that agree with the inputs at the best shift
 PADDED = 8  # equal tokens at a row's end from which on they look like padding
 ROWS_PADDED = 0.25  # share of the rows that end so: lines of code end in blanks less often
+# share of rows that begin with targets and end in text without: of windows that are cut anywhere, a quarter
+TURNED = 0.75
 MOST_ROWS, FEWEST_ROWS = 512, 32  # that are compared with their neighbours
 ALIKE = 6.0, 1.2  # standard deviations and times that neighbours are more alike than in 200 other orders
 # share of rows that are a neighbour moved by a few places; tokens that show it, pairs at least
@@ -170,6 +172,32 @@ def padding_is_target(labelled: Sequence[Tokens]) -> Finding | None:
     return Finding("padding_in_loss", "warning", "labels", message, advice, round(asked / targets, 3), 0.02)
 
 
+def prompt_is_target(labelled: Sequence[Tokens]) -> Finding | None:
+    """Rows that begin with targets and end in other text that is none; or that share a beginning which is asked for."""
+    if max(agreement(labelled, shift) for shift in (0, 1)) < SHIFTED:
+        return None
+    n_turned = n_rows = n_targets = 0
+    for ids, labels in labelled:
+        is_target, at_end = labels != IGNORED, runs_of(ids)[1]
+        after = (is_target.flip(1).cummax(1).values.flip(1) | at_end).logical_not().sum(1)  # a last run may be padding
+        n_turned += int((is_target[:, :2].any(1) & (after >= PADDED)).sum())
+        n_rows, n_targets = n_rows + len(ids), n_targets + int(is_target.sum())
+    if n_turned >= max(2, TURNED * n_rows):
+        message = f"{n_turned} of {n_rows} rows begin with targets and end in text that is none: prompts are learned, not answers"
+        advice = "the mask is the wrong way round: labels of -100 belong to the prompts"
+        return Finding("prompt_in_loss", "warning", "labels", message, advice, n_turned, round(TURNED * n_rows))
+    # what nine in ten have in common is the median, too
+    begins = torch.cat([ids[:, : min(ids.shape[1] for ids, _ in labelled)] for ids, _ in labelled])
+    differ = (begins != begins.median(0).values).float().mean(0) > 1 - SHIFTED
+    n_shared = int(differ.int().argmax())  # 0 where all differ at once, or none ever does
+    share = sum(int((labels[:, :n_shared] != IGNORED).sum()) for _, labels in labelled) / max(n_targets, 1)
+    if n_shared < PADDED or len(begins.unique(dim=0)) < FEWEST_ROWS or share <= ROWS_PADDED:
+        return None
+    message = f"rows share their first {n_shared} tokens, which are {share:.0%} of all targets and soon known"
+    advice = "labels of -100 belong to the prompts"
+    return Finding("prompt_in_loss", "warning", "labels", message, advice, round(share, 3), ROWS_PADDED)
+
+
 def runs_of(ids: Tensor) -> tuple[Tensor, Tensor]:
     """(B, T): how many equal tokens end at each place, and whether the run is the row's last."""
     places = torch.arange(ids.shape[1]).expand_as(ids)
@@ -238,4 +266,5 @@ def uneven(labelled: Sequence[Tokens]) -> Finding | None:
     return Finding("uneven_targets", "info", "labels", message, advice, round(high / low, 2) if low else math.inf, 2)
 
 
-TARGETS = (labels_elsewhere, never_a_target, padding_is_target)  # what is asked of labels, given or heard
+# what is asked of labels, given or heard
+TARGETS = (labels_elsewhere, never_a_target, padding_is_target, prompt_is_target)

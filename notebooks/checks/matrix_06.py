@@ -9,7 +9,16 @@ from typing import Any
 from moe_lab.failures.results import RESULTS
 from moe_lab.health.findings import SEVERITIES
 
-CALLS = ("preflight", "check_data", "examine", "check_causality", "check_train_eval", "Watch", "inspect_checkpoint")
+CALLS = (
+    "preflight",
+    "dry_run",
+    "check_data",
+    "examine",
+    "check_causality",
+    "check_train_eval",
+    "Watch",
+    "inspect_checkpoint",
+)
 # the rules that name a bug; a finding of another rule is a symptom at best
 NAMES: dict[str, set[str]] = {
     "B01": {"bf16_parameters", "lost_updates"},
@@ -32,7 +41,7 @@ NAMES: dict[str, set[str]] = {
     "B19": {"delta_start"},
     "B20": {"unread_key"},
     "B21": {"repeated_data", "one_text"},
-    "B22": {"initial_loss"},
+    "B22": {"mode_mismatch"},
     "B23": {"comment_contradicts"},
     "B24": {"rough_positions"},
     "B25": {"repeated_data"},
@@ -45,7 +54,7 @@ def load() -> dict[str, Any]:
 
 
 def column(call: str) -> str:
-    """`examine, the shown loss` is a call of `examine`."""
+    """`check_train_eval, the shown loss` is a call of `check_train_eval`."""
     return call.split(", ")[0]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..choices import RankPositions
 from ..during.heard import tensors_of
 from ..during.listener import Listener
-from ..findings import Finding, several
+from ..findings import Finding, grouped, several
 from ..sampling import tensor_kind
 
 WORDS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")  # MambaMixer, GRUBlock
@@ -20,6 +20,9 @@ PROMISES = re.compile(
 )
 # distances of tokens: farthest asked for, since a real memory may fade to nothing, and least worth asking
 FAR, NEAR = 32, 8
+# how near to 2 the share of the input in the outputs of all of a kind must be: what random weights add to it is a tenth and
+# more in one, and of another sign in the next
+NEAR_TWO = 0.1
 FEWEST = 3  # different tokens of which one factor is told
 
 
@@ -32,6 +35,8 @@ class Listening(Listener):
         super().__init__()
         self.model, self.ranks = model, RankPositions()
         self.factors: dict[str, float] = {}  # module → by how much the tokens are multiplied that it leaves alone
+        self.shares: dict[str, float] = {}  # … how often its output holds its input, over all tokens
+        self.doubled: list[str] = []  # those that return nothing but their input, twice
         self.calls: dict[tuple, tuple] = {}  # kind of module that promises memory → its name, itself, its first call
 
     def hooks(self, hook: Callable) -> Iterator[Any]:
@@ -59,12 +64,21 @@ class Listening(Listener):
         is_some = 0.02 <= len(copies) / len(c) <= 0.98 and len(x[alone].norm(dim=1).unique()) >= FEWEST
         if is_some and float(copies.std(correction=0)) < 1e-3 and abs(float(copies.mean()) - 1) > 1e-2:
             self.factors[name] = float(copies.mean())
+        self.shares.setdefault(name, float((x * y).sum() / x.square().sum().clamp(min=1e-12)))
+        if alone.all() and not torch.equal(x, y) and torch.equal(2 * x, y):
+            self.doubled.append(name)
 
     def scaled_copies(self) -> Iterator[Finding]:
         for name, factor in list(self.factors.items())[:1]:
             message = f"tokens that {several(list(self.factors))} leaves alone come out {factor:.3g} times as large"
             advice = "add the residual once: where a token is skipped, put its input back, not the input and its copy"
             yield Finding("scaled_copies", "error", name, message, advice, round(factor, 4), 1)
+        siblings = [names for names in grouped(self.shares, tensor_kind).values() if len(names) > 1]
+        twice = [names for names in siblings if all(abs(self.shares[name] - 2) < NEAR_TWO for name in names)]
+        if ill := self.doubled or next(iter(twice), []):
+            message = f"{several(ill)} returns its input twice, beside what it adds: the stream doubles with each"
+            advice = "add the residual once, in the block or in the layer that is left out, not in both"
+            yield Finding("scaled_copies", "warning", ill[0], message, advice, 2, 1)
 
     def positions(self) -> Iterator[Finding]:
         for chosen, of in [self.ranks.found] if self.ranks.found else []:

@@ -81,14 +81,13 @@ def dry_run(
     number of updates than the `steps` that are planned, and a first update at an LR above the second's that then rises.
     """
     counts: Counter[str] = Counter()
-    rates: list[float] = []
+    rates: dict[Optimizer, list[float]] = {}
 
     def on(what: str) -> None:
         counts[what] += 1
 
     def stepped(optimizer: Optimizer, *_: object) -> None:
-        on("update")
-        rates.append(max(float(group["lr"]) for group in optimizer.param_groups))
+        rates.setdefault(optimizer, []).append(max(float(group["lr"]) for group in optimizer.param_groups))
 
     def evaluated(module: nn.Module) -> nn.Module:
         on("evaluation")
@@ -102,6 +101,8 @@ def dry_run(
     finally:
         handle.remove()
         torch.save, nn.Module.eval = save, evaluate
+    # an update may be that of several optimizers
+    counts["update"] = max(counts["update"], *map(len, rates.values()), 0)
     heard = f"{counts['backward']} backward passes, {counts['update']} updates"
     told = []  # message, advice, value, limit
     if never := [what for what in expected if not counts[what]]:
@@ -111,8 +112,9 @@ def dry_run(
     if steps is not None and counts["update"] != steps:
         message, advice = f"{steps} steps are planned and the loop makes {heard}", "count updates, not micro-batches"
         told.append((message, advice, counts["update"], steps))
-    if len(rates) > 2 and rates[0] > JUMP * rates[1] and rates[2] > rates[1]:
-        message = f"the first update runs at {rates[0]:.3g}, the second at {rates[1]:.3g}, and then the LR rises"
+    begins = [made[:3] for made in rates.values() if len(made) > 2]
+    for first, second, _ in [three for three in begins if three[0] > JUMP * three[1] and three[2] > three[1]][:1]:
+        message = f"the first update runs at {first:.3g}, the second at {second:.3g}, and then the LR rises"
         advice = "a warm-up is off by one: set the LR of an update before it, (step + 1) / warmup"
-        told.append((message, advice, rates[0], rates[1]))
+        told.append((message, advice, first, second))
     return [Finding("schedule", "warning", "loop", *facts) for facts in told]

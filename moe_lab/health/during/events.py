@@ -54,6 +54,7 @@ class Ear:
         self.thrown: Truth = True  # … each but the first did, although one had come before, to the same weights
         self.some: Truth = False  # whether the last pass left something
         self.shrunk: Truth = False  # … found what had come before smaller, by one factor
+        self.mixed: Truth = False  # a pass added to what one at other weights had left
         self.kept: tuple[Tensor, Tensor] | None = None  # of the weights and the gradient then
         self.is_told = False  # whether the present pass tells
         self.at = 0  # how many steps there had been before the last pass
@@ -76,9 +77,8 @@ class Events(Listener):
         self.model, self.tensors, self.waiting = model, tensors, waiting
         self.n_losses = self.n_observed = 0  # since the last update, and in all: losses may come in bunches
         self.ears: list[Ear] = []
-        self.missed: list[
-            Ear
-        ] = []  # at tensors that had no gradient at the first step: does one come, and go before it?
+        # at tensors that had no gradient at the first step: does one come, and go before it?
+        self.missed: list[Ear] = []
         self.watched: set[int] = set()  # ids of optimizers
         self.held: list[Callable] = []  # hooks
         self.for_all: Callable = ignore
@@ -145,6 +145,7 @@ class Events(Listener):
             ear.thrown = ear.thrown & ear.some & nothing & (part(ear.t.param) == ear.kept[0]).all()
         if ear.n and ear.at == self.n_steps and ear.kept and ear.t.param.grad is not None:
             ear.shrunk = ear.shrunk | is_smaller(part(ear.t.param.grad), ear.kept[1])
+            ear.mixed = ear.mixed | ((nothing ^ True) & (part(ear.t.param) != ear.kept[0]).any())
 
     def accumulated(self, ear: Ear, p: Tensor) -> None:
         if ear.is_told:
@@ -165,7 +166,10 @@ class Events(Listener):
         self.n_losses = 0
         mine = [ear for ear in self.ears if ear.t.optimizer is optimizer]
         heard = [ear for ear in mine if ear.n]
-        look: dict[str, list[Truth]] = {"stale": [ear.clean ^ True for ear in heard]}
+        look: dict[str, list[Truth]] = {
+            "stale": [ear.clean ^ True for ear in heard],
+            "mixed": [ear.mixed for ear in heard],
+        }
         if has_gradients and heard:
             look["gone"] = [ear.nothing & (ear.some if ear.n else True) for ear in mine]
             # a gradient that somebody put there may be made of all of them

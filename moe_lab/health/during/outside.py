@@ -50,6 +50,7 @@ class Outside(Listener):
         self.counts, self.averages, self.repeats = (part(model, waiting) for part in (Counts, Averages, Repeats))
         self.routing, self.terms, self.reached = (part(model, waiting) for part in (Routing, Terms, Reached))
         self.positions: dict[str, float] | None = None  # by table, how far the last ones are off
+        self.rounded: list[str] = []  # buffers
 
     def hooks(self, hook: Callable) -> Iterator[Any]:
         for part in (self.counts, self.routing, self.terms, self.repeats, self.averages):
@@ -66,7 +67,7 @@ class Outside(Listener):
         self.reached.judge()
         self.copies.look(tracked, step, n_seen)
         if self.positions is None:
-            self.positions = rough_positions(self.model, longest)
+            self.positions, self.rounded = rough_positions(self.model, longest), rounded_buffers(self.model)
 
 
 class Copies:
@@ -267,6 +268,13 @@ def rough_positions(model: nn.Module, longest: int) -> dict[str, float]:
                 if size:
                     found[f"{name}.{key}".removeprefix(".")] = size
     return found
+
+
+def rounded_buffers(model: nn.Module) -> list[str]:
+    """Of 16 bits, in a model whose parameters have more."""
+    if any(is_16_bit(p) or not p.is_floating_point() for p in model.parameters()):
+        return []
+    return [name for name, buffer in model.named_buffers() if is_16_bit(buffer) and buffer.numel() > 3]
 
 
 def rough_angle(values: Tensor, longest: int) -> float:

@@ -203,12 +203,14 @@ def no_updates(state: State) -> Ill:
 
 @rule("in {value:.0%} of the updates {told}", "{cure}")
 def stale_gradients(state: State) -> Ill:
-    """Left over from earlier updates, in all or in every other one, or used for one and then for another. Where no pass is heard
-    any more, as under a captured graph, nothing is known of the second."""
-    left = max(state.events.share("stale", LOOKS), default=0.0)
+    """Left over from earlier updates, in all or in every other one, or from other weights within one, or used for one and then
+    for another. Where no pass is heard any more, as under a captured graph, nothing is known of the last."""
+    left, mixed = (max(state.events.share(kind, LOOKS), default=0.0) for kind in ("stale", "mixed"))
     twice = max((share for share in state.events.share("twice") if share <= MOST), default=0.0)
     if left > OFTEN:
         return {"order": {"value": left, "limit": OFTEN, "told": LEFT, "cure": CLEAR_ONCE}}
+    if mixed > OFTEN:
+        return {"weights": {"value": mixed, "limit": OFTEN, "told": MIXED, "cure": CLEAR_WITHIN}}
     return {"twice": {"value": twice, "limit": OFTEN, "told": TWICE, "cure": STEP_ONCE}} if twice > OFTEN else {}
 
 
@@ -227,6 +229,10 @@ def cleared_gradients(state: State) -> Ill:
 
 
 LEFT = "the gradients of earlier ones were still there when the backward pass began"
+MIXED = "a backward pass added to the gradients of one at other weights"
+CLEAR_WITHIN = (
+    "clear them in the closure, which is called again after each move (LBFGS), or before the second pass (SAM)"
+)
 CLEAR_ONCE = "call zero_grad() once an update, before its first backward pass, on the optimizer that steps"
 TWICE = "the optimizer steps on gradients that it has used already, with no backward pass in between"
 STEP_ONCE = "something else calls step(), too: a trainer, a wrapper or a callback; let one of them do it"
