@@ -68,6 +68,7 @@ class Row(NamedTuple):
     config: Callable[[Config], Config] = lambda config: config
     comments: dict[str, str] = {}  # beside a key of the file
     keys: str = ""  # more lines of the section `training`
+    settings: tuple[str, ...] = ()  # bugs that are none of the code
     updates: int = 100
 
 
@@ -97,6 +98,7 @@ def that_day(*bugs: str) -> Row:
         config=lambda c: at_rate(bf16(in_parts(c)), 3e-4),
         comments={"max_lr": "Lower for AdamW (use 0.001 for Muon)", "mod_enabled": "Disabled"},
         keys="  weight_decay: 0.1\n",
+        settings=("B01", "B02", "B23"),
     )
 
 
@@ -319,7 +321,8 @@ def main(names: Sequence[str]) -> None:
             ]
             print(name, seed, said, flush=True)
     if not names:
-        write_json(RESULTS / f"{NAME}.json", {"provenance": provenance(), "rows": rows})
+        at_once = {name: sorted((*row.bugs, *row.settings)) for name, row in ROWS.items()}
+        write_json(RESULTS / f"{NAME}.json", {"provenance": provenance(), "planted": at_once, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -154,6 +154,59 @@ def test_one_output_that_is_true_or_false() -> None:
     assert said(trained(net(nn.Sigmoid()), lambda out, told: F.binary_cross_entropy(out, true(told)))) == []
 
 
+OUT_OF_RANGE = {
+    "shares for their logarithms": (nn.Softmax(-1), lambda out, told: F.nll_loss(out, classes(told)), "sum to"),
+    "logits for log-probabilities": (
+        None,
+        lambda out, told: F.nll_loss(out[..., None], classes(told)[:, None]),
+        "sum to",
+    ),
+    "a ReLU and targets below 0": (nn.ReLU(), F.mse_loss, "0 to inf, which is all that relu can give"),
+    "a sigmoid and targets of any size": (nn.Sigmoid(), F.smooth_l1_loss, "0 to 1, which is all that sigmoid"),
+    "a tanh and targets of any size": (nn.Tanh(), F.huber_loss, "-1 to 1, which is all that tanh"),
+    "labels of -1 and 1": (None, lambda out, told: BCE(out, told.sign()), "0 to 1, which is all that binary"),
+}
+IN_RANGE = PLAIN | {
+    "a ReLU and targets above 0": (nn.ReLU(), lambda out, told: F.mse_loss(out, told.abs())),
+    "a tanh and pictures": (nn.Tanh(), lambda out, told: F.mse_loss(out, told.sin())),
+    "a target in fifty": (nn.Sigmoid(), lambda out, told: F.mse_loss(out, hot(told) + (told > 7))),
+    "targets of any size": (None, F.mse_loss),
+}
+
+
+def out_of_range(last: nn.Module | None, loss: Callable) -> list[str]:
+    model = net(*[last] * (last is not None), outputs=6)
+    found = examine(model, inputs(0, 512), lambda model, x: loss(model(x), x @ WAY)).findings
+    return [f.message for f in found if f.rule == "out_of_range"]
+
+
+@pytest.mark.parametrize("kind", OUT_OF_RANGE)
+def test_what_a_loss_is_not_made_for(kind: str) -> None:
+    last, loss, told = OUT_OF_RANGE[kind]
+    (message,) = out_of_range(last, loss)
+    assert told in message
+
+
+@pytest.mark.parametrize("kind", IN_RANGE)
+def test_losses_that_are_given_what_they_are_made_for(kind: str) -> None:
+    assert out_of_range(*IN_RANGE[kind]) == []
+
+
+@pytest.mark.parametrize("first", ["observe", "backward"])
+def test_a_watch_sees_the_targets_of_a_loss_that_is_observed_before_its_backward_pass(first: str) -> None:
+    model = net(nn.ReLU(), outputs=6)
+    optimizer = AdamW(model.parameters(), lr=1e-2)
+    with Watch(model, optimizer, quiet=True) as watch:
+        for step in range(11):
+            optimizer.zero_grad()
+            loss = F.mse_loss(model(inputs(step)), inputs(step) @ WAY)
+            calls = [lambda loss=loss: watch.observe(loss=loss), loss.backward]
+            for call in calls if first == "observe" else calls[::-1]:
+                call()
+            optimizer.step()
+    assert ("out_of_range" in said(watch)) == (first == "observe")
+
+
 # ---- encoders and decoders, windows ----------------------------------------------------------------------------------
 
 

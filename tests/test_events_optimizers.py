@@ -150,3 +150,21 @@ def test_a_closure_may_take_a_batch_in_parts() -> None:
         return sum(losses)
 
     assert not EVENTS & watched(model, [optimizer], lambda i: optimizer.step(closure), 20)
+
+
+@pytest.mark.parametrize("is_game", [True, False])
+def test_a_loss_that_rises_as_its_opponent_learns(is_game: bool) -> None:
+    model, judge = toy(), nn.Parameter(torch.zeros(()))
+    (optimizer,) = adamw(model)
+    rival = torch.optim.SGD([judge], lr=0.1)  # that nobody watches
+
+    def step(i: int) -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        (loss + judge).backward()
+        optimizer.step()
+        if is_game:
+            rival.step()
+        return loss.detach() + 0.2 * i
+
+    assert ("lr_too_high" in watched(model, [optimizer], step, 60)) != is_game

@@ -101,6 +101,17 @@ def test_a_norm_multiplies_each_token_by_a_factor_of_its_own() -> None:
     assert "scaled_copies" not in dict(said(model, given=(ids[:, :-1], ids[:, 1:])))
 
 
+def test_a_norm_gives_tokens_of_one_length_one_factor() -> None:
+    """Tokens without a mean, three of one kind of length: to one factor, and of others than that."""
+    model = Around("norm", nn.LayerNorm(D))
+    ids = torch.where(torch.rand(3, 25) < 0.3, torch.randint(3, (3, 25)), torch.randint(3, V, (3, 25)))
+    with torch.no_grad():
+        few = model.embedding.weight[:3]
+        few -= few.mean(1, keepdim=True)
+        few *= torch.tensor([[1.0], [1.0001], [1.0002]]) / few.norm(dim=1, keepdim=True)
+    assert "scaled_copies" not in dict(said(model, given=(ids[:, :-1], ids[:, 1:])))
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "expected"),
     [

@@ -31,12 +31,12 @@ def test_the_matrix_has_every_bug_that_a_run_can_have() -> None:
 
 
 def test_a_call_names_a_bug_only_in_all_seeds_and_a_healthy_warning_is_an_alarm() -> None:
-    def row(name: str, seed: int, rule: str, severity: str = "error") -> dict:
+    def row(name: str, seed: int, rule: str, severity: str = "error", message: str = "") -> dict:
         return {
             "row": name,
             "seed": seed,
             "call": "Watch",
-            "findings": [{"rule": rule, "severity": severity, "step": 20}],
+            "findings": [{"rule": rule, "severity": severity, "step": 20, "message": message}],
         }
 
     found = {
@@ -49,6 +49,16 @@ def test_a_call_names_a_bug_only_in_all_seeds_and_a_healthy_warning_is_an_alarm(
     assert matrix_06.named(found)["B05"] == {} and len(matrix_06.alarms(found)) == 1
     found["rows"][1] = row("B05", 1, "no_gradient", "warning")
     assert matrix_06.named(found)["B05"] == {"Watch": "error"} and matrix_06.by_step(found, "B05") == [20, 20]
+    # of two bugs that one rule names, its words tell which
+    lone = "3 modules with parameters compute in evaluation only: Linear(16, 1)"
+    found = {"rows": [row("day", 0, "mode_mismatch", message=lone)], "planted": {"day": ["B05", "B06", "B22"]}}
+    assert matrix_06.together(found, "day") == {"B05": False, "B06": False, "B22": True}
+
+
+def test_a_rounded_cosine_is_off_by_as_much_at_any_position_and_a_rounded_frequency_by_more() -> None:
+    cosines, frequencies = matrix_06.rounded([64, 65536]).values()
+    assert cosines == pytest.approx([2**-9, 2**-9], rel=2e-3)  # half a step of bfloat16 below 1
+    assert frequencies[1] / frequencies[0] == pytest.approx(1024)
 
 
 def test_results_lie_where_notebooks_look() -> None:

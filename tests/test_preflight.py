@@ -250,7 +250,11 @@ TOKENS = {
             "`(step + 1) % 4 == 0`, log_interval never",
         ),
         ({"epochs": 10, "schedule": {"warmup_epochs": 12}}, "warm-up of 12 epochs is not over within the 10 planned"),
+        ({"max_steps": 100, "learning_rate": 3e-4, "min_lr": 3e-3}, "ends at 0.003, above the 0.0003"),
+        ({"lr": 3e-4, "min_lr_ratio": 10}, "min_lr_ratio: the LR ends at 10, above the 1"),
         # healthy look-alikes
+        ({"lr": {"muon_lr": 0.02, "adam_lr": 3e-4}, "eta_min": 3e-4, "min_lr_ratio": 0.1}, None),
+        ({"min_lr": 0.1, "final_lr": 0.1}, None),
         ({"num_epochs": 90, "warmup_epochs": 5, "decay_epochs": 30, "steps": 4}, None),  # of steps none is a warm-up
         ({"epochs": 0, "warmup_epochs": 5}, None),  # until somebody stops it
         ({**TOKENS, "max_steps": 10_000, "log_interval": 10, "eval_steps": 1000, "warmup_steps": 100}, None),

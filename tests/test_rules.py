@@ -83,6 +83,32 @@ def test_a_tensor_that_is_put_back_is_frozen() -> None:
     assert {r.name: r.gradient for r in watch.readings}["up.weight"] == "lost"
 
 
+class Relative(torch.optim.Optimizer):
+    """A layer's step is a share of its norm, as LAMB's and LARS's; `guard`: where that is 0, it is the rate itself."""
+
+    def __init__(self, parameters, guard: bool):
+        super().__init__(parameters, {"lr": 0.05})
+        self.guard = guard
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                size = p.norm()
+                size = torch.ones_like(size) if self.guard and not size else size
+                p.sub_(group["lr"] * size * p.grad / p.grad.norm().clamp(min=1e-12))
+
+
+@pytest.mark.parametrize("guard", [True, False])
+def test_steps_that_are_a_share_of_a_weight_of_zero_never_begin(guard: bool) -> None:
+    model = toy()
+    nn.init.zeros_(model.up.weight)
+    watch = watched(model, [Relative(model.parameters(), guard)], 60)
+    assert ("frozen_tensor" in said(watch)) != guard
+    if not guard:
+        assert "up.weight" in finding(watch, "frozen_tensor").message
+
+
 def test_a_learning_rate_of_zero_freezes_nothing() -> None:
     model = toy()
     assert "frozen_tensor" not in said(watched(model, adamw(model, lr=0.0), 40))

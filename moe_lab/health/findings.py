@@ -109,6 +109,7 @@ RULES: dict[str, tuple[str, str]] = {
     "comment_contradicts": ("warning", "a switch whose comment says the opposite of its value"),
     "label_shift": ("error", "labels are not the next token but another one, or the one that is given"),
     "shared_target": ("warning", "all outputs of a pass are held against one and the same target"),
+    "out_of_range": ("warning", "a loss is given no log-probabilities, or targets that no output can meet"),
     "squashed_twice": ("warning", "a softmax or sigmoid before a loss that makes another one"),
     "never_a_target": ("warning", "a token that follows others and is never asked for"),
     "padding_in_loss": ("warning", "the padding at a row's end is a target"),

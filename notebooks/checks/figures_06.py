@@ -144,6 +144,28 @@ def parts(found: Mapping[str, Mapping[str, Spread]], title: str, unit: str, capt
     return axes.figure, f"Marks with their SD over three seeds, {unit}. {said}.", caption
 
 
+def rounded(places: Sequence[int], off: Mapping[str, Sequence[float]], limit: float) -> Shown:
+    """Errors over positions; `limit`: from where on the watch's rule warns."""
+    figure = new_figure(9, 3.2)
+    axes = new_axes(figure, (0.08, 0.16, 0.66, 0.72), "What bfloat16 does to positions", "position", "error")
+    axes.set(xscale="log", yscale="log")
+    labels = [(limit, "the watch warns from here", style.INK)]
+    for (what, error), (colour, line, marker) in zip(off.items(), style.SERIES, strict=False):
+        axes.plot(places, error, color=colour, linestyle=line, marker=marker, markersize=5)
+        labels.append((error[-1], what, colour))
+    axes.axhline(limit, color=style.INK, linewidth=0.8, linestyle=":")
+    label_right(axes, labels)
+    said = "; ".join(
+        f"{what}: {error[0]:.2g} at {places[0]}, {error[-1]:.2g} at {places[-1]}" for what, error in off.items()
+    )
+    alt = f"Two lines, error over position, both logarithmic. {said}. The watch warns from {limit:g} radians on."
+    return (
+        figure,
+        alt,
+        "A rounded table of cosines is off by as much at any position. A rounded frequency is off by more at each.",
+    )
+
+
 MARKS = {"error": ("●", style.VERMILION), "warning": ("○", style.BLUE), "info": ("▪", style.GREEN)}
 
 

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from ..during.causal import check_causality, future_leak, rows_mix
 from ..during.forward import ForwardProbe, disturbed, unwrapped
 from ..during.heard import tensors_of
+from ..during.reached import asked, nodes
 from ..during.tracking import all_innermost
 from ..during.watch import Watch
 from ..findings import Finding, grouped, several
@@ -133,6 +134,8 @@ class Trial:
             if getattr(self.loss, "grad_fn", None) is None and any(p.requires_grad for p in self.model.parameters()):
                 yield Finding("no_gradient", "error", "loss", NO_GRAPH, CUT_OFF, 0, 1)
                 raise ValueError("the loss has no graph")
+            self.graph = nodes(self.loss)
+            self.asked = list(asked(self.graph))  # while it holds its numbers
             self.loss.backward()
             self.heard.fetch()
 

@@ -32,6 +32,8 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "T_max": ("t_max",),
     "warmup_epochs": ("num_warmup_epochs", "warm_up_epochs", "lr_warmup_epochs"),
     "decay_steps": ("lr_decay_iters", "lr_decay_steps", "cosine_steps", "max_decay_steps"),
+    "min_lr": ("lr_min", "minimum_lr", "eta_min", "end_lr"),  # AdaBound's final_lr is SGD's
+    "min_lr_ratio": ("min_lr_rate", "end_lr_ratio", "final_lr_ratio"),
     "log_interval": ("logging_steps", "log_every", "log_every_n_steps", "log_freq", "log_steps"),
     "eval_interval": ("eval_steps", "eval_every", "eval_freq", "evaluation_interval"),
     "save_interval": ("save_steps", "save_every", "save_freq", "checkpoint_interval", "checkpoint_every"),

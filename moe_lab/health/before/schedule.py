@@ -17,8 +17,8 @@ ONE_UNIT = "count all of it in updates: one is accumulation × micro-batches"
 
 def schedule(plan: Plan) -> Iterator[Finding]:
     """Warnings where the number of steps is given, or of a warm-up in epochs that of epochs: an LR that never reaches its peak or
-    its end, steps that are micro-batches by the tokens planned, and a log that is never written. Other intervals beyond the
-    budget are infos: many a loop evaluates and saves at its end."""
+    its end, or ends above its peak; steps that are micro-batches by the tokens planned, and a log that is never written. Other
+    intervals beyond the budget are infos: many a loop evaluates and saves at its end."""
     steps, n_accum = plan.number("steps"), plan.number("gradient_accumulation_steps") or 1
     decay = plan.number("decay_steps")
 
@@ -37,6 +37,11 @@ def schedule(plan: Plan) -> Iterator[Finding]:
     if cosine * OFF_BUDGET < epochs:
         told = f"the cosine is at its end by epoch {cosine:g} of {epochs:g} at the latest, and rises again"
         yield finding("warning", "T_max", told, "give it the whole run's length", cosine, epochs)
+    peak = max((lr for _, lr, _ in plan.peak_rates()), default=math.inf)
+    for key, most in {"min_lr": peak, "min_lr_ratio": 1}.items():
+        if (least := plan.number(key) or 0) > most:
+            told = f"the LR ends at {least:g}, above the {most:g} that it comes from: the decay is a rise"
+            yield finding("warning", key, told, "give the end, or its share of the peak, below it", least, most)
     if not steps:
         return
     if decay and not 1 / OFF_BUDGET <= decay / steps <= OFF_BUDGET:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..during.reached import asked, leaves, nodes, untaught
+from ..during.reached import leaves, untaught
 from ..during.steps import law_of, unmovable
 from ..during.tracking import held_by, is_master, storage
 from ..findings import Finding, several
@@ -62,9 +62,9 @@ def stale(model: nn.Module, optimizers: Sequence[Optimizer]) -> Finding | None:
 
 def asked_by_loss(trial: Any) -> list[Finding]:
     """By its graph; what lies outside of the model's parameters, where an optimizer is given."""
-    graph, known = nodes(trial.loss), {id(p) for model in (trial.given, trial.model) for p in model.parameters()}
+    graph, known = trial.graph, {id(p) for model in (trial.given, trial.model) for p in model.parameters()}
     outside = [leaf for leaf in leaves(graph) if id(leaf) not in known] if trial.optimizers else []
-    return [*untaught(outside, trial.copies), *asked(graph)]
+    return [*untaught(outside, trial.copies), *trial.asked]
 
 
 def copied(model: nn.Module, optimizers: Sequence[Optimizer]) -> set[str]:
@@ -132,7 +132,7 @@ def without_effect(trial: Any) -> Iterator[Finding]:
         whole = parts | {name: changed}
         given = whole if isinstance(batch, Mapping) else type(batch)(whole.values())
         if not torch.equal(changed, value) and torch.equal(trial.loss_of(given), trial.loss):
-            message = f"a third of {name!r} was changed and the loss is the same to the bit: nothing uses it"
+            message = f"a third of {name!r} was changed and the loss is the same to the bit: nothing uses it, or a factor of 0"
             advice = "follow it from the batch to the loss: it may be dropped on the way, or overwritten"
             yield Finding("no_effect", "warning" if is_mask else "info", str(name), message, advice, 0, 0)
     if rest := ordered[len(tried) :]:

@@ -4,6 +4,7 @@ import gc
 import math
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from types import MappingProxyType
 from typing import Any
 
@@ -31,6 +32,16 @@ ADVICE = (
 SQUASHES = {"SoftmaxBackward0": "a softmax", "SigmoidBackward0": "a sigmoid"}
 SQUASHING = {"LogSoftmaxBackward0", "BinaryCrossEntropyWithLogitsBackward0"}
 DIFFERENCES = {f"{name}Backward0" for name in ("Sub", "MseLoss", "SmoothL1Loss", "HuberLoss")}
+LIKELIHOODS = {f"NllLoss{kind}Backward0" for kind in ("", "2D", "Nd")}
+# what a function gives at all, and losses of differences that keep their targets
+GIVES = dict.fromkeys(("Sigmoid", "Softmax"), (0.0, 1.0)) | {"Tanh": (-1.0, 1.0)}
+GIVES |= dict.fromkeys(("Relu", "Softplus", "Exp"), (0.0, math.inf))
+APART, SHARE = 0.1, 0.05  # |log| of a sum that ought to be 1; of the targets, that no output can meet
+SLACK = 1e-3  # by which a target may lie outside
+NORMALISED = "give nll_loss the output of log_softmax, or the logits to cross_entropy"
+IN_RANGE = (
+    "scale the targets (labels to 0 and 1, pictures to what the last layer gives), or leave that last function out"
+)
 FEWEST = 8  # outputs that meet as many targets by more than accident
 LOGITS = "give cross-entropy and BCE-with-logits the logits themselves; keep softmax and sigmoid for predictions"
 SHAPES = "compare the shapes in the loss: (B,) beside (B, 1) makes (B, B), each output beside every target"
@@ -61,16 +72,46 @@ def asked(graph: Sequence[Any]) -> Iterator[Finding]:
     if n := next(filter(None, map(n_crossed, graph)), 0):
         message = f"each of {n} outputs is held against all of {n} targets: the loss can teach their mean alone"
         yield Finding("shared_target", "warning", "loss", message, SHAPES, n, 1)
+    yield from islice(filter(None, map(out_of_range, graph)), 1)
 
 
 def squashed(node: Any) -> str:
     """What squashes the input of a loss that does so itself, but for rearrangements and casts."""
     if node.name() not in SQUASHING:
         return ""
+    return SQUASHES.get(source(node), "")
+
+
+def source(node: Any) -> str:
+    """The name of what made its first input, but for rearrangements and casts; empty of none."""
     inner = node.next_functions[0][0]
     while inner and REARRANGED.fullmatch(inner.name()):
         inner = inner.next_functions[0][0]
-    return SQUASHES.get(inner.name(), "") if inner else ""
+    return inner.name() if inner else ""
+
+
+def out_of_range(node: Any) -> Finding | None:
+    """Of a loss that keeps its inputs until the backward pass, which are read from the device: does it take them for what they are?"""
+    name, given = node.name(), source(node) if node.next_functions else ""
+    by_difference, by_logits = name in DIFFERENCES, name == "BinaryCrossEntropyWithLogitsBackward0"
+    made_by = given.removesuffix("Backward0")
+    try:
+        if name in LIKELIHOODS and made_by != "LogSoftmax":
+            apart = float(node._saved_self.detach().float().logsumexp(1).abs().median())
+            message = f"nll_loss is given scores whose exponentials sum to {math.exp(min(apart, 99)):.3g} (or 1 over it): no log-probabilities"
+            told = ("scores", message, NORMALISED, apart, APART)
+        elif by_logits or (by_difference and made_by in GIVES):
+            low, high = GIVES[made_by] if by_difference else (0.0, 1.0)
+            target = node._saved_target.detach()
+            share = float(((target < low - SLACK) | (target > high + SLACK)).float().mean())
+            what = f"{made_by.lower()} can give" if by_difference else "binary cross-entropy is made for"
+            message = f"{share:.0%} of the targets lie outside of {low:g} to {high:g}, which is all that {what}"
+            told = ("targets", message, IN_RANGE, share, SHARE)
+        else:
+            return None
+    except (AttributeError, RuntimeError):  # a subtraction keeps none, and after the backward pass nobody does
+        return None
+    return Finding("out_of_range", "warning", *told) if told[3] > told[4] else None
 
 
 def n_crossed(node: Any) -> int:

@@ -222,8 +222,9 @@ def spread(losses: Sequence[float]) -> float:
 
 
 def loss_rose(state: State) -> Ill:
+    """Where nothing is trained against it: a generator's loss rises as its judge learns."""
     first, last, noise = change(state)
-    if last - first <= SIGMAS * noise + START_OFF or state.losses[0] <= 0:
+    if last - first <= SIGMAS * noise + START_OFF or state.losses[0] <= 0 or state.events.is_game:
         return {}
     return {"loss": {"value": last - first, "limit": START_OFF, "first": first, "last": last}}
 

@@ -130,7 +130,8 @@ def idle(state: State, used: bool) -> Ill:
 
 @rule(
     "{n} tensors have gradients and a learning rate, and no sampled element has moved: {names}",
-    "the optimizer may hold another object than the model uses, or something writes the old values back",
+    "the optimizer may hold another object than the model uses, something writes the old values back, or its step is a share of a"
+    " weight that is 0 (LAMB, LARS)",
 )
 def frozen_tensor(state: State) -> Ill:
     stuck = [t for t in state.readings if t.owner and t.is_still and t.with_gradient >= FROZEN_READINGS]
@@ -140,7 +141,10 @@ def frozen_tensor(state: State) -> Ill:
 
 
 def expected_ulps(state: State, t: Tracked) -> float:
-    """How far an element should have travelled, in ULPs of a typical weight, by the sum of learning rates; 0: not known."""
+    """How far an element should have travelled, in ULPs of a typical weight, by the sum of learning rates; 0: not known. From 0
+    any step is far, whatever the optimizer: one that is relative to the weights never begins."""
+    if not t.weight_square:
+        return FROZEN_ULPS * bool(t.owner.total)
     kind, _ = kind_of([other for other in state.tracked if other.owner is t.owner])
     orthogonal, linear = 1 / math.sqrt(max(t.param.shape[-2:], default=1)), t.grad_norm / math.sqrt(t.param.numel())
     step = {"adam": 1.0, "sign": 1.0, "orthogonal": orthogonal, "linear": linear}
