@@ -90,6 +90,21 @@ def named(found: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     return told
 
 
+def facts(found: Mapping[str, Any]) -> dict[str, int]:
+    """In figures: bugs planted and named, runs, and of the two rows with many bugs how many are named."""
+    by_call = named(found)
+    day, bare = (together(found, row) for row in AT_ONCE)
+    counts = {"caught": sum(map(bool, by_call.values())), "planted": len(by_call), "runs": n_runs(found)}
+    counts |= {"day": sum(day.values()), "of_day": len(day), "bare": sum(bare.values()), "of_bare": len(bare)}
+    return counts | {"healthy": n_healthy(found), "alarms": len(alarms(found))}
+
+
+def hidden(found: Mapping[str, Any]) -> list[str]:
+    """Named by nothing among all the bugs of that day, and named where two of them are mended."""
+    day, bare = (together(found, row) for row in AT_ONCE)
+    return [id for id, told in bare.items() if told and not day[id]]
+
+
 def together(found: Mapping[str, Any], row: str) -> dict[str, bool]:
     """Of the bugs that were planted at once in a row: whether a call names it in every seed."""
     mine = [one for one in found["rows"] if one["row"] == row]
@@ -98,7 +113,10 @@ def together(found: Mapping[str, Any], row: str) -> dict[str, bool]:
     return {id: by_seed == seeds for id, by_seed in told.items()}
 
 
-def rounded(places: Sequence[int]) -> dict[str, list[float]]:
+PLACES = [64, 256, 1024, 4096, 16384, 65536]
+
+
+def rounded(places: Sequence[int] = PLACES) -> dict[str, list[float]]:
     """How far the last position's angle, in radians, is off where a rotary table keeps its frequencies in bfloat16, and how far any
     cosine or sine up to it is off where it keeps those: by position, frequencies of heads of 16 to the base 10,000."""
     frequencies = 10000.0 ** -(torch.arange(0, 16, 2, dtype=torch.float64) / 16)
