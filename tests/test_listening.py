@@ -94,7 +94,8 @@ class Around(nn.Module):
 
 def test_a_norm_multiplies_each_token_by_a_factor_of_its_own() -> None:
     """A token without a mean comes out of a layer norm as it went in, but for its length; the text holds it in a third of its places."""
-    model = Around("norm", nn.LayerNorm(D))
+    model = Around("norm", nn.Sequential(nn.LayerNorm(D), nn.Linear(D, D, bias=False)))  # with a matrix, of no effect
+    nn.init.eye_(model.norm[1].weight)
     ids = torch.where(torch.rand(3, 24) < 0.3, 0, torch.randint(1, V, (3, 24)))
     with torch.no_grad():
         model.embedding.weight[0] -= model.embedding.weight[0].mean()
