@@ -321,8 +321,8 @@ def main(names: Sequence[str]) -> None:
             ]
             print(name, seed, said, flush=True)
     if not names:
-        at_once = {name: sorted((*row.bugs, *row.settings)) for name, row in ROWS.items()}
-        write_json(RESULTS / f"{NAME}.json", {"provenance": provenance(), "planted": at_once, "rows": rows})
+        by_row = {name: sorted((*row.bugs, *row.settings)) for name, row in ROWS.items()}
+        write_json(RESULTS / f"{NAME}.json", {"provenance": provenance(), "planted": by_row, "rows": rows})
 
 
 if __name__ == "__main__":

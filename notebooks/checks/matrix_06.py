@@ -1,4 +1,4 @@
-"""What notebook 06 reads out of the matrix of bugs and checks (benchmarks/bug_matrix.py)."""
+"""What notebook 06 reads out of the matrix of bugs and checks (benchmarks/bug_matrix.py), and how far rounded positions are off."""
 
 from __future__ import annotations
 

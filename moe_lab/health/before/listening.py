@@ -34,9 +34,8 @@ class Listening(Listener):
         super().__init__()
         self.model, self.ranks = model, RankPositions()
         self.factors: dict[str, float] = {}  # module → by how much the tokens are multiplied that it leaves alone
-        self.shares: dict[
-            str, float
-        ] = {}  # … of several matrices → how often its output holds its input, over all tokens
+        # module of several matrices → how often its output holds its input, over all tokens
+        self.shares: dict[str, float] = {}
         self.doubled: list[str] = []  # those that return nothing but their input, twice
         self.calls: dict[tuple, tuple] = {}  # kind of module that promises memory → its name, itself, its first call
 

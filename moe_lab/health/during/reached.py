@@ -92,9 +92,11 @@ def source(node: Any) -> str:
 
 def out_of_range(node: Any) -> Finding | None:
     """Of a loss that keeps its inputs until the backward pass, which are read from the device: does it take them for what they are?"""
-    name, given = node.name(), source(node) if node.next_functions else ""
+    name = node.name()
     by_difference, by_logits = name in DIFFERENCES, name == "BinaryCrossEntropyWithLogitsBackward0"
-    made_by = given.removesuffix("Backward0")
+    if not (by_difference or by_logits or name in LIKELIHOODS):
+        return None
+    made_by = source(node).removesuffix("Backward0")
     try:
         if name in LIKELIHOODS and made_by != "LogSoftmax":
             apart = float(node._saved_self.detach().float().logsumexp(1).abs().median())
