@@ -138,7 +138,7 @@ def test_little_validation_text_in_training_counts_unless_training_text_stands_t
     assert said(seen, validation=held_out) == []
 
 
-@pytest.mark.parametrize("bad", [[], [torch.rand(2, 3)], ["text"], [torch.arange(3)]])
+@pytest.mark.parametrize("bad", [[], [torch.rand(3)], ["text"], [torch.arange(3)]])
 def test_what_is_no_batch_of_tokens_is_refused_in_one_line(bad: list) -> None:
     with pytest.raises(ValueError, match="batch") as error:
         check_data(bad)

@@ -152,7 +152,7 @@ def goes_on(functions: Sequence[types.FunctionType], error: Exception, log=None)
     assert all(torch.equal(a, b) for a, b in zip(weights, trained.untouched, strict=True)), name
     told = [f for f in watch.findings if f.rule == "not_measured"]
     assert told or name in OTHER_WAYS, name
-    assert len(told) <= 15, f"{name}: {len(told)} findings"  # one of each rule that needs the function
+    assert len(told) <= 20, f"{name}: {len(told)} findings"  # one of each rule that needs the function
 
 
 def test_no_function_that_a_hook_reaches_can_end_the_training() -> None:

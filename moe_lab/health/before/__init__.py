@@ -5,6 +5,7 @@ plan.py        what the keys mean, by the names of many projects: sizes, optimiz
 schedule.py    warm-up, decay and intervals against the budget
 comments.py    comments that contradict the learning rate they stand beside
 data.py        check_data(batches): random, repeated, masked or misplaced tokens
+examples.py    the same of numbers with targets: pictures, tables, series
 flow.py        check_train_eval: who computes in which mode, and what comes of it
 listening.py   what one pass shows: scaled copies, memories that end early, positions that are ranks
 structure.py   ties, copies, what nobody holds, stale tensors, 16-bit weights that cannot move, arguments without effect

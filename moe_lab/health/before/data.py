@@ -1,4 +1,5 @@
-"""What batches of tokens say before a second of training: tokens.py's answers, and what stands in training and validation."""
+"""What batches say before a second of training: of tokens tokens.py's answers, of numbers examples.py's, and what stands in training
+and validation."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -12,6 +13,7 @@ from torch import Tensor
 from .. import tokens as about
 from ..findings import Finding
 from ..tokens import Tokens, raw
+from .examples import check_examples, examples_of
 
 LOOKED_AT = 64  # batches at most
 OVERLAP = 0.05  # share of the validation windows that also stand in training
@@ -28,7 +30,7 @@ def tokens_of(batch: Any) -> Tokens:
     else:
         ids, labels = (*batch, None)[:2] if isinstance(batch, (tuple, list)) else (batch, None)
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
-        raise ValueError("a batch must be ids (B, T), a pair (ids, labels), or a mapping with input_ids")
+        raise ValueError("batches must all be ids (B, T), pairs (ids, labels), or mappings with input_ids")
     if not isinstance(labels, Tensor) or labels.shape != ids.shape:
         labels = None
     return Tokens(ids.detach().cpu().long(), None if labels is None else labels.detach().cpu().long())
@@ -39,13 +41,20 @@ def check_data(
 ) -> list[Finding]:
     """Look at up to 64 batches as the training would get them, in their order.
 
-    A batch is ids (B, T), a pair (ids, labels), or a mapping with `input_ids` and `labels`; labels of -100 are no target.
+    A batch is ids (B, T), a pair (ids, labels), or a mapping with `input_ids` and `labels`; labels of -100 are no target. Or numbers
+    (B, …), such as pictures, alone, with targets (B, …), or in a mapping.
     `vocab_size` defaults to the largest id seen, and one. `validation`: batches that must not stand in training too.
-    Raises ValueError, one line, for something that is no batch of tokens, or none.
+    Raises ValueError, one line, for something that is neither a batch of tokens nor of numbers, or none.
     """
-    seen = [tokens_of(batch) for batch in islice(batches, LOOKED_AT)]
-    if not seen:
+    given = list(islice(batches, LOOKED_AT))
+    if not given:
         raise ValueError("batches is empty: give at least one")
+    try:
+        tokens_of(given[0])
+    except ValueError:
+        others = islice(validation if validation is not None else (), LOOKED_AT)
+        return check_examples([examples_of(batch) for batch in given], [examples_of(batch) for batch in others])
+    seen = [tokens_of(batch) for batch in given]
     ids = torch.cat([tokens.ids.flatten() for tokens in seen])
     vocab_size = vocab_size or int(ids.max()) + 1
     labelled = [tokens for tokens in seen if tokens.labels is not None]

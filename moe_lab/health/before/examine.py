@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import CellType, FunctionType, MethodType
+from types import CellType, FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from ..during.causal import check_causality, future_leak, rows_mix
 from ..during.forward import ForwardProbe, disturbed, unwrapped
 from ..during.heard import tensors_of
 from ..during.reached import asked, nodes
+from ..during.rules_units import input_scale
 from ..during.tracking import all_innermost
 from ..during.watch import Watch
 from ..findings import Finding, grouped, several
@@ -241,6 +242,15 @@ def silent_parts(trial: Trial) -> Iterator[Finding]:
         raise ValueError(f"{more} were not tried, to save forward passes: {several(rest)}")
 
 
+def sizes(trial: Trial) -> Finding | None:
+    """Of what layers are given, as a Watch says it of their first call."""
+    seen = SimpleNamespace(
+        forward=trial.probe, modules=dict(trial.model.named_modules()), n_parameters=1, n_seen=0, step=None
+    )
+    ill = input_scale.when(seen)
+    return input_scale.finding(seen, ill) if ill else None
+
+
 def modes(trial: Trial) -> Finding | None:
     trained, evaluated = (lambda b: logits(trial.training(), b)), (lambda b: logits(trial.model.eval(), b))
     trial.apart = check_train_eval(trained, evaluated, trial.batch)
@@ -287,6 +297,7 @@ CHECKS: dict[str, Callable[[Trial], Iterable[Finding] | Finding | None]] = {
     "data": data,
     "gradients": silent_parts,
     "the loss's graph": structure.asked_by_loss,
+    "size of the inputs": sizes,
     "orthogonal steps": structure.not_linear,
     "residual stream": lambda trial: trial.listening.scaled_copies(),
     "positions": lambda trial: trial.listening.positions(),

@@ -1,13 +1,11 @@
 """What training and evaluation compute: by who is called in which mode, and by what comes of it."""
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.backends import mha
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
@@ -28,11 +26,9 @@ def check_train_eval(fn_train: Callable[[Any], Any], fn_eval: Callable[[Any], An
     `fn_train` differ by (dropout) are an `info`; and where these differ, or evaluation is heard to drop something, two of `fn_eval` are
     compared: a dropout that still drops is a warning, other noise an `info`. Random state is put back.
     """
-    with RandomState([]), ExitStack() as stack:
-        # else torch's own transformer layers compute all of theirs in one kernel, in evaluation alone
-        stack.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
-        mha.set_fastpath_enabled(False)
+    with RandomState([]):
         trained, in_training = heard(fn_train, batch)
+        # under a mode torch's own transformer layers do not compute all of theirs in one kernel, as they would in evaluation alone
         with Dropping() as dropping:
             evaluated, in_evaluation = heard(fn_eval, batch)
         for _ in range(RETRIES if in_evaluation.keys() - in_training.keys() else 0):  # layers may be left out at random

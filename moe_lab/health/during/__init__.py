@@ -5,6 +5,7 @@ rules.py         the rules in the order in which they are asked
 rules_setup.py   who is updated at all: optimizers, frozen parts, decay of norms
 rules_updates.py what becomes of updates: order of events, broken gradients, lost to rounding, without gradient, one direction only
 rules_flow.py    targets and data, looks into the future, modes; experts, faint signals; copies, counts and positions beside them
+rules_units.py   units and weights: alike, dead, shrunk; what a first layer is given, and answers that depend on nothing
 rules_ranks.py   ranks that train together and do not agree
 rules_steps.py   the step that arrives: matrix by matrix, its factor and its size; decay that is rounded away
 rules_loss.py    learning rates: over time, beside the usual ones, and how far they reach; the loss that comes of them

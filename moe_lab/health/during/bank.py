@@ -18,6 +18,8 @@ from ..torch_private import norms
 from .tracking import Tracked
 
 KEPT = 8  # norms of all gradients
+ROWS, SAME_ROWS = 4, 1e-3  # rows of a matrix that are compared; of the largest gradient: rounding
+DARK_IN = 30  # updates without a gradient that make an element dark
 WIDE = (torch.float64, torch.complex128)
 
 
@@ -39,6 +41,7 @@ class Bank:
         self.last = self.start.clone()
         self.read_at: int | None = None
         self.touched = torch.zeros_like(self.start, dtype=torch.bool)
+        self.lit, self.lit_from = self.touched.clone(), -1  # vectors alone: what had a gradient from that update on
         self.watches_intent = any(t.is_narrow for t in tensors)
         if self.watches_intent:
             self.origin = self.start.clone()
@@ -50,8 +53,10 @@ class Bank:
 
     def touch(self, tensors: Sequence[Tracked]) -> None:
         """Mark the sampled elements of these tensors of the bank that have a gradient now."""
-        for t in (t for t in tensors if t.n_touched < t.n_elements):  # as of the last reading
-            self.touched[self.places[id(t)]] |= t.sample(t.param.grad) != 0
+        for t in (t for t in tensors if t.n_touched < t.n_elements or t.param.ndim == 1):  # as of the last reading
+            has = t.sample(t.param.grad) != 0
+            self.touched[self.places[id(t)]] |= has
+            self.lit[self.places[id(t)]] |= has
 
     def intend(self, t: Tracked, moved: Tensor) -> None:
         self.intended[self.places[id(t)]] += moved
@@ -83,6 +88,9 @@ class Bank:
             "meant_down": (u < 0) & on & (moved != 0),
             "moved_square": on * moved**2,
             "weight_square": start**2,  # of all
+            "touched_square": on * start**2,
+            "along": on * start * moved,
+            "n_lit": self.lit,
             "realised_intended": r * u,  # of the window; None where the intended update is not known, as the next
             "intended_square": u**2,
             "moments_rruu": r**2 * u**2,  # with the next two for the standard error of ρ
@@ -105,10 +113,26 @@ class Bank:
             vars(t).update(zip(names, row, strict=True))
             if not t.intended_known:
                 t.realised_intended = t.intended_square = None
+        self.lit_from = step if self.lit_from < 0 else self.lit_from
+        if step - self.lit_from >= DARK_IN:
+            for t in self.tensors:
+                t.dark = 1 - t.n_lit / t.n_elements if t.n_lit else 0.0
+            self.lit.zero_()
+            self.lit_from = step
 
 
 def banks_of(tensors: Sequence[Tracked]) -> list[Bank]:
     return [Bank(mine) for mine in grouped(tensors, lambda t: (t.index.device, t.param.dtype in WIDE)).values()]
+
+
+def alike_rows(p: Tensor, grad: Tensor) -> Tensor:
+    """() bool, on their device: whether some rows of a matrix, its units, hold the same numbers and get the same gradients."""
+    each = max(1, len(plain(p)) // ROWS)
+    rows, steps = (plain(x)[::each].flatten(1) for x in (p, grad))
+    apart = (steps - steps[:1]).abs().amax() > SAME_ROWS * steps.abs().amax()
+    return (
+        (rows == rows[:1]).all() & ~apart & steps.any() if len(rows) >= ROWS else rows.new_zeros((), dtype=torch.bool)
+    )
 
 
 class Gradients:
@@ -124,9 +148,12 @@ class Gradients:
             if t.param.grad is None:
                 t.no_gradient += t.param.requires_grad
             elif t.param.grad.is_sparse:
-                t.with_gradient += 1
+                t.with_gradient, t.last_gradient = t.with_gradient + 1, n
             else:
                 dense.append(t)
+                if t.alike is None and t.param.ndim > 1:
+                    t.alike = False
+                    self.waiting.add(alike_rows(t.param, t.param.grad), partial(setattr, t, "alike"))
         # a fused optimizer under a loss scaler is handed scaled gradients, and skips its step if one is infinite
         scale, skipped = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         alike = grouped(dense, lambda t: (t.bank, t.param.grad.dtype.itemsize < 4))
@@ -149,4 +176,5 @@ class Gradients:
             t.grad_norm = max(t.grad_norm, norm if math.isfinite(norm) else 0.0)
             t.with_gradient += norm != 0
             t.zero_gradient += norm == 0
+            t.last_gradient = n if norm else t.last_gradient
         self.squares = dict(list(self.squares.items())[-KEPT:])

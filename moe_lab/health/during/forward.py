@@ -34,6 +34,7 @@ class ForwardProbe(Listener):
         self.in_training = False  # the mode in which they came
         self.precision: dict[str, Any] = {}  # the autocast under which they came
         self.logit_variance: Tensor | None = None
+        self.raw: dict[nn.Module, Tensor] = {}  # what takes a part of the batch as it came, and that part's size
         self.fan_ins: dict[int, int] = {}  # which dimension of a weight the first pass sums over, by its id
         self.answers: dict[tuple[Tensor, ...], bool | None] = {}  # of `matters`: they stand when the inputs are gone
         # of those, what the repeated pass is known to be about, and nothing that it keeps
@@ -69,7 +70,15 @@ class ForwardProbe(Listener):
             yield self.uncalled[module]
 
     def note_call(self, module: nn.Module, args: tuple) -> None:
+        """Of the first call of each; and the size of what a matrix is given as it came, in its largest feature."""
         self.uncalled.pop(module).remove()
+        if self.inputs is None or isinstance(module, nn.Embedding):
+            return
+        given = set(map(memory, tensors_of([*self.inputs[0], *self.inputs[1].values()])))
+        for x in (x for x in tensors_of(args)[:1] if x.ndim > 1 and x.is_floating_point() and memory(x) in given):
+            if any(p.ndim > 1 for p in module.parameters(recurse=False)):
+                features = x.detach().float().transpose(-1, 1 if hasattr(module, "kernel_size") else -1)
+                self.raw[module] = features.flatten(0, -2).square().mean(0).amax().sqrt()
 
     def keep_inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.inputs = tuple(map(detached, args)), {k: detached(v) for k, v in kwargs.items()}
@@ -190,6 +199,10 @@ def disturbed(param: Tensor) -> Tensor:
 
 def differ(some: list[Tensor], others: list[Tensor]) -> bool:
     return len(some) != len(others) or any(not torch.equal(a, b) for a, b in zip(some, others, strict=True))
+
+
+def memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def detached(value: Any) -> Any:

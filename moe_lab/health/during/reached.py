@@ -3,6 +3,7 @@
 import gc
 import math
 import weakref
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from types import MappingProxyType
@@ -17,9 +18,11 @@ from ..sampling import WHOLE, Waiting, plain
 from ..torch_private import REARRANGED, made_shape
 from .forward import is_sharded
 from .heard import tensors_of
+from .routing import LOOK_EVERY
 from .tracking import held_by
 
 MOST = 100_000  # nodes of a graph that are walked
+LATEST, ROWS = 3, 64  # looks at answers, and how many of a batch's
 LEAST = 5  # updates in which somebody might have moved them
 OUTSIDE = "tensors outside of the model's parameters() get gradients, and no optimizer holds them: {names}"
 ADVICE = (
@@ -42,6 +45,10 @@ NORMALISED = "give nll_loss the output of log_softmax, or the logits to cross_en
 IN_RANGE = (
     "scale the targets (labels to 0 and 1, pictures to what the last layer gives), or leave that last function out"
 )
+ALWAYS_ONE = "Softmax", "LogSoftmax", "NativeLayerNorm"
+LINEAR = {"AddmmBackward0", "MmBackward0"}
+ONE_NUMBER = "{what} over one number gives the same whatever it is given: nothing before it learns through it"
+OVER_ONE = "name the dimension that holds the choices or features; of one output take a sigmoid (binary cross-entropy with logits)"
 FEWEST = 8  # outputs that meet as many targets by more than accident
 LOGITS = "give cross-entropy and BCE-with-logits the logits themselves; keep softmax and sigmoid for predictions"
 SHAPES = "compare the shapes in the loss: (B,) beside (B, 1) makes (B, B), each output beside every target"
@@ -72,6 +79,8 @@ def asked(graph: Sequence[Any]) -> Iterator[Finding]:
     if n := next(filter(None, map(n_crossed, graph)), 0):
         message = f"each of {n} outputs is held against all of {n} targets: the loss can teach their mean alone"
         yield Finding("shared_target", "warning", "loss", message, SHAPES, n, 1)
+    if what := next(filter(None, map(over_one, graph)), ""):
+        yield Finding("no_effect", "warning", what, ONE_NUMBER.format(what=what), OVER_ONE, 1, 2)
     yield from islice(filter(None, map(out_of_range, graph)), 1)
 
 
@@ -88,6 +97,18 @@ def source(node: Any) -> str:
     while inner and REARRANGED.fullmatch(inner.name()):
         inner = inner.next_functions[0][0]
     return inner.name() if inner else ""
+
+
+def over_one(node: Any) -> str:
+    """A layer norm over one number; a softmax over one, right behind a linear layer: attention to one key alone is not meant."""
+    kind = node.name().removesuffix("Backward0")
+    if kind not in ALWAYS_ONE:
+        return ""
+    if kind == "NativeLayerNorm":
+        return "a layer norm" if math.prod(node._saved_normalized_shape) == 1 else ""
+    shape, dim = made_shape(node), node._saved_dim
+    is_one = shape and shape[dim - 2**64 if dim >= 2**63 else dim] == 1
+    return "a softmax" if is_one and math.prod(shape) > 1 and source(node) in LINEAR else ""
 
 
 def out_of_range(node: Any) -> Finding | None:
@@ -160,11 +181,19 @@ class Reached:
         self.n, self.next, self.has_heard, self.has_loss = 0, 1, False, False
         self.seen: dict[int, tuple[weakref.ref, Tensor, int]] = {}  # leaf, what it was, and before which update
         self.found: list[Finding] = []
+        self.spreads: deque[float] = deque(maxlen=LATEST)  # deviation between answers, over that within one
 
     def answered(self, module: nn.Module, args: tuple, output: Any) -> None:
-        for tensor in () if self.has_heard else tensors_of(output):
+        given = tensors_of(output)
+        for tensor in () if self.has_heard else given:
             self.look(tensor)
             self.has_heard |= tensor.requires_grad
+        wide = (t for t in given if t.is_floating_point() and t.ndim > 1 and t.shape[-1] >= FEWEST)
+        if module.training and self.waiting.update % LOOK_EVERY == 1:
+            for rows in (t.detach().flatten(0, -2) for t in islice(wide, 1)):
+                rows = rows[:: -(-len(rows) // ROWS)].float()
+                if len(rows) >= FEWEST:
+                    self.waiting.add(rows.std(0).mean() / rows.mean(0).std(), self.spreads.append)
 
     def observe(self, loss: Tensor | float) -> None:
         """A loss with its graph; of others nothing can be told."""

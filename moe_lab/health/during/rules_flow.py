@@ -209,7 +209,7 @@ def rounded(state: State) -> Ill:
     return {name: {"value": 16, "limit": 32} for name in state.outside.rounded if name not in state.outside.positions}
 
 
-GRAPHS = "shared_target", "squashed_twice", "out_of_range"
+GRAPHS = "shared_target", "squashed_twice", "out_of_range", "no_effect"
 TEXTS = "constant_tokens", "random_tokens", "repeated_data", "one_text"
 LABELS = "label_shift", "never_a_target", "padding_in_loss", "prompt_in_loss"
 SIGNALS = faint_gradient, collapsed_experts, starved_experts, constant_term

@@ -26,6 +26,7 @@ def not_in_optimizer(state: State) -> Ill:
     """A copy that the model keeps of itself is meant, unless gradients reach it. Tensors that were replaced are another matter."""
     present = set(map(id, state.named.values()))
     trainable = [t for t in state.tracked if t.owner is None and t.param.requires_grad and id(t.param) in present]
+    trainable += filter(state.is_passed_by, state.tracked)
     trainable = [t for t in trainable if t.name not in state.copied or t.with_gradient]
     thawed = [t for t in trainable if t.is_late and t.with_gradient >= THAWED]  # frozen on purpose no longer
     return by_kind(t for t in trainable if t in thawed or t.name not in state.frozen_on_purpose)
@@ -70,6 +71,18 @@ def weight_decay_on_norms(state: State) -> Ill:
     return by_kind([*(t for t in decayed if t.param.ndim <= 1), *rates])
 
 
+KEPT_SHARE = 0.75  # a dropout beyond it: usual ones drop 5 to 60 %; shares to keep are 0.8 and 0.9
+
+
+@rule(
+    "{names} drops {value:.0%} of what it is given",
+    "torch's dropout takes the share to drop, others the share to keep: 0.1 keeps nine of ten",
+)
+def heavy_dropout(state: State) -> Ill:
+    drops = {name: m.p for name, m in state.modules.items() if isinstance(m, nn.modules.dropout._DropoutNd)}
+    return {name: {"value": p, "limit": KEPT_SHARE} for name, p in drops.items() if p > KEPT_SHARE}
+
+
 DELTAS = 1e-4, 0.2  # a fresh median; Mamba draws 0.001 to 0.1 (Gu & Dao 2023, sec. 3.6)
 
 
@@ -112,5 +125,6 @@ RULES = (
     frozen_module,
     Rule("broken_tie", "warning", broken_tie),
     delta_start,
+    heavy_dropout,
     weight_decay_on_norms,
 )

@@ -25,6 +25,7 @@ FROZEN_SHARE = 0.1  # of the sum of steps that a tensor is expected to travel: s
 BIAS = 0.3  # share of moved elements that fell, above the share that was meant to
 BIAS_ELEMENTS = 30  # moved elements before the bias is judged
 WAIT = 15  # updates before a missing gradient is judged: zero-initialised and adapter matrices start with exact zeros
+SILENT = 25  # updates without a gradient, after some with one: five looks
 WAIT_READINGS = 3  # readings of the gradients until then, 5 updates apart
 N_LOSSES = 50  # without an update: more than micro-batches are accumulated, if each were observed
 MOST, OFTEN = 0.8, 0.2  # share of the last updates from which on an order of events is a habit, or no accident
@@ -101,7 +102,18 @@ def no_gradient(state: State, matters: bool) -> Ill:
     never = [t for t in state.tracked if t.owner and t.param.requires_grad and not t.with_gradient]
     never = [t for t in never if t.no_gradient + t.zero_gradient >= WAIT_READINGS]
     never = [t for t in never if t.name not in state.frozen_on_purpose and not t.is_master and not cancels(state, t)]
+    never = [t for t in never if not state.is_passed_by(t)]
     return {kind: ts for kind, ts in by_kind(never).items() if bool(state.forward.matters(ts[0].param)) == matters}
+
+
+def went_silent(state: State, frozen: bool) -> Ill:
+    """Kinds of tensor that were trained and no longer are, while others go on: an expert or a layer that is left out is no kind."""
+    mine = [t for t in state.tracked if t.owner and t.name not in state.frozen_on_purpose and not t.is_master]
+    since = {t: state.counts[id(t.optimizer)] - t.last_gradient for t in mine if t.last_gradient}
+    gone = {kind: ts for kind, ts in by_kind(mine).items() if all(since.get(t, 0) >= SILENT for t in ts)}
+    gone = {kind: ts for kind, ts in gone.items() if any(t.param.requires_grad for t in ts) != frozen}
+    found = {kind: {"value": max(t.last_gradient for t in ts), "limit": SILENT} for kind, ts in gone.items()}
+    return found if len(found) < len(by_kind(mine)) else {}
 
 
 def nothing_learns(state: State) -> Ill:
@@ -262,6 +274,13 @@ FIND_CUT = (
     "inputs (use_reentrant=False, or enable_input_require_grads), a choice (argmax, top-k) whose score never multiplies the "
     "output, detach(), no_grad or item() between them and the loss"
 )
+STOPPED = "{n} kinds of tensor were trained, and got no gradient after update {value}: {names}"
+FIND_STOPPED = (
+    "something cuts them off mid-run: units that died (a rate too high), a branch or a phase that no longer takes them, a graph that a "
+    "change of the model left behind"
+)
+FROZEN_SINCE = "{n} kinds of tensor were trained, and have requires_grad=False after update {value}: {names}"
+THAW = "set it back after the step of the other network, or after loading; name in expect_frozen what is frozen mid-run on purpose"
 NOTHING = "none of the {n} trainable tensors got a gradient other than 0 in {updates} updates: {names}"
 FIND_STOP = (
     "nothing learns: between all of them and the loss stands a clamp, a saturated or rounding function, a mask over everything, "
@@ -281,6 +300,8 @@ RULES = (
     Rule("lost_updates", "warning", partly_lost, LOST, KEEP_BITS),
     Rule("no_gradient", "error", partial(no_gradient, matters=True), CUT_OFF, FIND_CUT),
     Rule("no_gradient", "error", nothing_learns, NOTHING, FIND_STOP),
+    Rule("no_gradient", "warning", partial(went_silent, frozen=False), STOPPED, FIND_STOPPED),
+    Rule("frozen_module", "warning", partial(went_silent, frozen=True), FROZEN_SINCE, THAW),
     Rule("no_gradient", "warning", partial(idle, used=True), IDLE, USE),
     Rule("no_gradient", "info", partial(idle, used=False), UNUSED, USE),
     frozen_tensor,

@@ -171,6 +171,11 @@ class State:
         """Updates under this watch."""
         return self.step - self.start_step
 
+    def is_passed_by(self, t: Tracked) -> bool:
+        """Whether the optimizer holds another object than the model uses, in the same memory, and gradients reach the model's alone."""
+        used = self.named.get(t.name, t.param)
+        return used is not t.param and used.grad is not None and t.param.grad is None and not t.is_master
+
     @property
     def readings(self) -> list[Tracked]:
         return [t for bank in self.banks if bank.read_at is not None for t in bank.tensors]

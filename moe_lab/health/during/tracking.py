@@ -102,6 +102,9 @@ class Tracked:
         self.grad_norm = 0.0  # the largest, whole tensor
         self.with_gradient = self.zero_gradient = self.no_gradient = 0
         self.finite = True
+        self.last_gradient = 0  # the update, of those looked at, that had one last
+        self.alike: bool | None = None  # its units were one when it got its first gradient
+        self.dark = 0.0  # share of a vector's elements without a gradient for a while
         self.intended_known = False
         self.steps: list = []  # what its measured steps were like: `Step`s
         self.age = int(self.state.get("step", 0))  # updates with gradient

@@ -1,0 +1,112 @@
+"""What batches of numbers with targets say before a second of training: pictures, tables, series."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..findings import Finding
+from ..tokens import REPEATED, raw
+
+MOST = 4096  # numbers of an example that are looked at
+MANY = 256  # targets that are not all one number by chance, even where one class is rare
+ROWS = 64  # examples whose order says anything
+SORTED, MIXED = 0.9, 0.7  # share of neighbours of one class; what chance may give
+OVERLAP, TIMES = 0.05, 4  # share of the validation's examples in training, and over what training says itself
+APART, WIDER = 1.0, 3.0  # deviations between the means of training and validation; ratio of their deviations
+
+
+class Examples(NamedTuple):
+    x: Tensor  # (B, F) float32
+    y: Tensor | None  # (B, …) targets
+
+
+def examples_of(batch: Any) -> Examples:
+    """Of a tensor, of several in a row, or of a mapping: the first of numbers, or of pictures in whole ones, and what may be its targets.
+    Raises ValueError."""
+    given = batch if isinstance(batch, Mapping) else {"x": batch} if isinstance(batch, Tensor) else None
+    if given is None and isinstance(batch, (tuple, list)):
+        given = dict(enumerate(batch))
+    tensors = {key: t.detach() for key, t in (given or {}).items() if isinstance(t, Tensor) and t.ndim and len(t)}
+    key, x = next(((k, t) for k, t in tensors.items() if t.ndim > 1 + (not t.is_floating_point())), (None, None))
+    if x is None or x.is_complex():
+        raise ValueError("a batch must be ids (B, T), numbers (B, …), a pair of one of them and labels, or a mapping")
+    others = [t for k, t in tensors.items() if k != key and len(t) == len(x)]
+    flat = x.flatten(1)
+    return Examples(flat[:, :: -(-flat.shape[1] // MOST)].float().cpu(), others[0].cpu() if others else None)
+
+
+def rows_of(seen: Sequence[Examples]) -> list[bytes]:
+    return [raw(row) for examples in seen for row in examples.x]
+
+
+def not_finite(seen: Sequence[Examples]) -> Iterator[Finding]:
+    for what, tensors in (("inputs", [e.x for e in seen]), ("targets", [e.y for e in seen if e.y is not None])):
+        ill = sum(int((~torch.isfinite(t)).sum()) for t in tensors if t.is_floating_point())
+        if ill:
+            message = f"{ill} of the {what} are NaN or infinite, in {len(tensors)} batches"
+            advice = (
+                "drop or fill what is missing where the data are read; one of them makes a whole batch's gradient NaN"
+            )
+            yield Finding("nonfinite_values", "error", what, message, advice, ill, 0)
+
+
+def come_again(seen: Sequence[Examples]) -> Iterator[Finding]:
+    """Within a batch, or in the next one. What whole numbers alone describe, such as a board, may come twice."""
+    again = n = 0
+    for before, now in zip([None, *seen], seen, strict=False):
+        rows = [raw(row) for row in now.x if (row != row.round()).any()]
+        last = set(rows_of([before])) if before else set()
+        again, n = again + len(rows) - len(set(rows) - last), n + len(rows)
+    if n >= 8 and again > REPEATED * n:
+        message = f"{again / n:.0%} of {n} examples stood in the same batch, or in the one before, already"
+        advice = "workers that share one random generator, a loader made anew each step, or a few samples alone do this"
+        yield Finding("repeated_data", "warning", "data", message, advice, round(again / n, 3), REPEATED)
+
+
+def targets(seen: Sequence[Examples]) -> Iterator[Finding]:
+    """All one number; or, of classes, in the order in which a folder or a table has them."""
+    y = [e.y for e in seen if e.y is not None]
+    if not y or len({t.shape[1:] for t in y}) > 1:
+        return
+    together = torch.cat(y)
+    if len(together) >= MANY and (together == together.flatten()[0]).all():
+        message = f"all {len(together)} targets are {together.flatten()[0].item():.6g}"
+        advice = (
+            "look where labels are read: a key that is not there, a default, a column or a folder taken for another"
+        )
+        yield Finding("constant_targets", "error", "targets", message, advice, 1, 1)
+    elif together.ndim == 1 and not together.is_floating_point() and len(together) >= ROWS:
+        by_chance = float((torch.unique(together, return_counts=True)[1] / len(together)).square().sum())
+        same = float((together[1:] == together[:-1]).float().mean())
+        if same > SORTED and by_chance < MIXED:
+            message = f"{same:.0%} of the examples have the class of the one before ({by_chance:.0%} by chance): they come sorted"
+            advice = "shuffle the training set: an update that sees one class alone unlearns the others"
+            yield Finding("sorted_data", "warning", "data", message, advice, round(same, 3), SORTED)
+
+
+def beside(seen: Sequence[Examples], validation: Sequence[Examples]) -> Iterator[Finding]:
+    """Examples that stand in both, and numbers of another size."""
+    mine, others = rows_of(seen), rows_of(validation)
+    counts = Counter(mine)
+    share = sum(row in counts for row in others) / max(len(others), 1)
+    own = sum(n for n in counts.values() if n > 1) / max(len(mine), 1)
+    if share > (limit := max(OVERLAP, TIMES * own)):
+        message = f"{share:.0%} of the validation's examples also stand in the training batches"
+        advice = "split before examples are doubled or augmented, by person, place or day where there are such"
+        yield Finding("split_overlap", "warning", "data", message, advice, round(share, 3), round(limit, 3))
+    a, b = (torch.cat([e.x.flatten() for e in some]) for some in (seen, validation))
+    away, wider = float((a.mean() - b.mean()).abs() / a.std()), float(a.std() / b.std())
+    if away > APART or not 1 / WIDER < wider < WIDER:
+        message = (
+            f"validation has mean {b.mean():.3g} and deviation {b.std():.3g}, training {a.mean():.3g} and {a.std():.3g}"
+        )
+        advice = "normalise both in the same way, by the training set's numbers"
+        yield Finding("input_scale", "warning", "validation", message, advice, round(away, 3), APART)
+
+
+def check_examples(seen: Sequence[Examples], validation: Sequence[Examples]) -> list[Finding]:
+    found = [finding for check in (not_finite, come_again, targets) for finding in check(seen)]
+    return [*found, *(beside(seen, validation) if validation else ())]

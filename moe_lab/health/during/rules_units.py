@@ -1,0 +1,78 @@
+"""Rules about units and their weights: alike, dead, shrunk; and what a first layer is given."""
+
+import math
+
+from torch import nn
+
+from .bank import DARK_IN
+from .reached import LATEST
+from .rule import Ill, by_kind, rule
+from .state import State
+from .tracking import Tracked
+
+MOST_DARK, FEWEST = 0.75, 16  # share of a layer's units, and how many it has
+HALF = 0.5  # of a matrix's size
+SETTLED, SAME_ANSWER = 40, 1e-3  # updates; deviation between answers, over that within one
+LARGE = 32.0  # root mean square of a feature, where weights are drawn for 1: a thousand times the variance
+LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+
+
+@rule(
+    "{n} matrices have units that hold the same numbers and get the same gradients, so that they stay one: {names}",
+    "draw the weights at random: a constant, or zeros in two layers that follow each other, leaves one unit of each",
+)
+def alike_units(state: State) -> Ill:
+    return by_kind(t for t in state.tracked if t.alike and t.owner)
+
+
+@rule(
+    "{value:.0%} of the units of {names} had no gradient in {limit} updates: they are off for every example, and may never come back",
+    "lower the learning rate, or warm it up, before it throws ReLUs below zero; look at their biases' start; try a leaky one",
+)
+def dead_units(state: State) -> Ill:
+    """By biases: a unit's weights have no gradient, either, where its inputs are 0. A layer without any is another rule's."""
+    owners = {id(m.bias): m for m in state.modules.values() if isinstance(m, LAYERS) and m.bias is not None}
+    dark = [t for t in state.tracked if id(t.param) in owners and t.n_elements >= FEWEST and t.dark > MOST_DARK]
+    return {t.name: {"value": t.dark, "limit": DARK_IN} for t in sorted(dark, key=lambda t: -t.dark)}
+
+
+def decayed_away(t: Tracked) -> bool:
+    """Whether a matrix has lost half of its size, and its decay alone would have taken as much, or outweighs the largest gradient."""
+    left = t.touched_square + 2 * t.along + t.moved_square
+    decay, momentum = t.group.get("weight_decay") or 0.0, t.group.get("momentum") or 0.0
+    taken = t.owner.total * decay / (1 - momentum)  # as a logarithm
+    size = math.sqrt(t.weight_square / t.n_elements * t.param.numel())
+    return left < HALF**2 * t.touched_square and (taken > -math.log(HALF) / 2 or decay * size > t.grad_norm)
+
+
+@rule(
+    "weight decay has taken more than half of {n} matrices' size in {updates} updates: {names}",
+    "AdamW takes 0.01 to 0.1, times its rate, SGD 1e-4 to 5e-4; Adam's own is divided by its gradients' size, and far stronger",
+)
+def heavy_decay(state: State) -> Ill:
+    return by_kind(t for t in state.readings if t.param.ndim > 1 and t.owner and decayed_away(t))
+
+
+@rule(
+    "{names}: what comes in with the batch has a root mean square of {value:.3g} in its largest feature, and goes into a product as it is",
+    "divide pictures by 255, standardise columns by the training set's mean and deviation, count times from a near start",
+)
+def input_scale(state: State) -> Ill:
+    names = {module: name for name, module in state.modules.items()}
+    raw = {names.get(module, "a layer"): float(size) for module, size in state.forward.raw.items()}
+    return {name or "the model": {"value": size, "limit": LARGE} for name, size in raw.items() if size > LARGE}
+
+
+@rule(
+    "the last answers differ by {value:.1g} of what a single one varies by: they hardly depend on what the model is given",
+    "the way from the input is dead: units below zero, saturated ones, features that have collapsed into one, a decay that has taken all",
+)
+def constant_output(state: State) -> Ill:
+    """Of the first wide tensor that the model returns, at three looks 5 updates apart; what is wrong came before it."""
+    spreads = state.outside.reached.spreads
+    if state.n_seen < SETTLED or len(spreads) < LATEST or not max(spreads) < SAME_ANSWER:
+        return {}
+    return {"answers": {"value": max(spreads), "limit": SAME_ANSWER}}
+
+
+RULES = (alike_units, input_scale, dead_units, heavy_decay, constant_output)
