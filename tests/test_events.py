@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from toy import adamw, said, toy
+from toy import VOCAB, adamw, said, toy
 
 from moe_lab.health import Finding, Watch
 
@@ -306,3 +306,17 @@ def test_a_task_whose_gradients_another_clears(way: str, told: set[str]) -> None
         return losses[0].detach()
 
     assert watched(model, [optimizer], step) & {*EVENTS, "no_gradient"} == told
+
+
+@pytest.mark.parametrize("clears", ["the model", "the optimizer"])
+def test_what_only_the_loss_holds_is_not_cleared_by_the_model(clears: str) -> None:
+    model = toy()
+    centres = torch.nn.Parameter(torch.randn(VOCAB, VOCAB))
+    optimizer = torch.optim.AdamW([*model.parameters(), centres], lr=1e-3)
+    with Watch(model, optimizer, quiet=True) as watch:
+        for _ in range(20):
+            (model if clears == "the model" else optimizer).zero_grad()
+            ids = torch.randint(VOCAB, (4, 16))
+            (model(ids) @ centres - centres[ids]).square().mean().backward()
+            optimizer.step()
+    assert said(watch) == (["stale_gradients"] if clears == "the model" else [])

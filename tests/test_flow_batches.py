@@ -121,3 +121,11 @@ def test_losses_that_are_no_likelihood_are_left_alone() -> None:
     for loss_of in (rewarded, distilled):
         watch = watched(Mixer("all"), loss_of, 11)
         assert watch.state.forward.heard.found == [] and not watch.state.forward.heard.was_tried
+
+
+@pytest.mark.parametrize("n_batches", [1, 100])
+def test_one_batch_over_and_over_is_good_to_know(n_batches: int) -> None:
+    """A full batch is meant so."""
+    watch = watched(Mixer(), lambda model, step: next_token(model, step % n_batches), n=30)
+    told = [f.value for f in watch.findings if f.rule == "repeated_data" and f.severity == "info"]
+    assert told == ([] if n_batches > 1 else [30])

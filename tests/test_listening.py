@@ -294,3 +294,27 @@ def test_it_costs_no_more_than_ten_forward_passes_and_one_backward_pass(kind: st
         {"gradients", "arguments without effect"} if kind == "cut off" else set()
     )
     assert "not tried, to save forward passes" in not_checked.get("gradients", "not tried, to save forward passes")
+
+
+class Unrolled(nn.Module):
+    """A cell that is called token by token; `how` it gets its state."""
+
+    def __init__(self, how: str, kind: type = nn.GRUCell) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.how, self.embedding, self.cell, self.head = how, nn.Embedding(V, D), kind(D, D), nn.Linear(D, V)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h, states = None, []
+        for t, x in enumerate(self.embedding(ids).unbind(1)):
+            if h is not None and (self.how == "detached" or (self.how == "by windows" and t % 4 == 0)):
+                h = tuple(part.detach() for part in h) if isinstance(h, tuple) else h.detach()
+            h = self.cell(x) if self.how == "lost" else self.cell(x, h)
+            states.append(h[0] if isinstance(h, tuple) else h)
+        return self.head(torch.stack(states, 1))
+
+
+@pytest.mark.parametrize("kind", [nn.GRUCell, nn.LSTMCell])
+@pytest.mark.parametrize("how", ["detached", "lost", "by windows", "handed on"])
+def test_a_cell_whose_state_nothing_learns_through(how: str, kind: type) -> None:
+    assert said(Unrolled(how, kind)) == ([("short_memory", "cell")] if how in ("detached", "lost") else [])

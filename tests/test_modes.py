@@ -120,3 +120,30 @@ def test_torchs_own_layers_that_take_another_way_in_evaluation() -> None:
     x = torch.randn(2, 5, 16)
     assert check_train_eval(lambda x: model.train()(x), lambda x: model.eval()(x), x) is None
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+class OwnDropout(nn.Module):
+    def __init__(self, p: float, divides: bool) -> None:
+        super().__init__()
+        self.p, self.divides = p, divides
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = x * (torch.rand_like(x) > self.p)
+        return x if not self.training else kept / (1 - self.p) if self.divides else kept
+
+
+@pytest.mark.parametrize(("p", "divides", "is_told"), [(0.5, False, True), (0.2, False, True), (0.5, True, False)])
+def test_a_dropout_of_ones_own_that_divides_by_nothing(p: float, divides: bool, is_told: bool) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 64), OwnDropout(p, divides), nn.ReLU(), nn.Linear(64, 4)), torch.randn(256, 8)
+    found = examine(model, x, lambda model, x: model(x).square().mean()).findings
+    assert [(f.rule, f.where) for f in found if f.severity == "warning"] == [("mode_mismatch", "1")] * is_told
+    by_modes = check_train_eval(lambda x: model.train()(x), lambda x: model.eval()(x), x)
+    assert (by_modes is not None and by_modes.severity == "warning") == (is_told and p == 0.5)
+
+
+def test_batch_norms_may_make_answers_of_another_size() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 64), nn.BatchNorm1d(64), nn.Dropout(0.1), nn.Linear(64, 4))
+    finding = check_train_eval(lambda x: model.train()(x), lambda x: model.eval()(x), 9 * torch.randn(256, 8))
+    assert finding is None  # and no evaluation is called random for statistics that moved

@@ -268,6 +268,14 @@ TOKENS = {
         ({"epochs": 100, "scheduler": {"T_max": 50}}, "by epoch 50 of 100 at the latest, and rises again"),
         ({"epochs": 100, "warmup_epochs": 10, "T_max": 90}, None),
         ({"epochs": 10, "T_max": 3000}, None),  # updates
+        (
+            {"epochs": 12, "scheduler": {"milestones": [16, 22]}},
+            "falls at 16 at the earliest, and 12 epochs are planned",
+        ),
+        ({"epochs": 12, "milestones": [8, 22]}, None),
+        ({"epochs": 12, "milestones": [60000, 80000]}, None),  # updates
+        ({"max_steps": 50000, "milestones": [60000, 80000]}, "and 50000 steps are planned: it never does"),
+        ({"max_steps": 50000, "milestones": ["half", "end"]}, None),
     ],
 )
 def test_schedules_on_paper(config: dict, words: str | None) -> None:

@@ -147,6 +147,19 @@ def test_weights_that_the_loss_shrinks_are_its_own_affair(decay: float) -> None:
     assert model.weight.norm() < 0.1 and "heavy_decay" not in said(watch)
 
 
+def test_embeddings_that_learn_to_be_small_are_not_decayed_away() -> None:
+    """Their gradients are smaller than decay × weight, which AdamW does not divide."""
+    torch.manual_seed(0)
+    model = nn.Embedding(4, 64)
+    optimizer = AdamW(model.parameters(), lr=1e-2, weight_decay=0.01)
+    with Watch(model, optimizer, quiet=True) as watch:
+        for _ in range(100):
+            optimizer.zero_grad()
+            (1e-6 * model(torch.arange(4)).square().sum()).backward()
+            optimizer.step()
+    assert model.weight.norm() < 0.5 * 16 and "heavy_decay" not in said(watch)
+
+
 # ---- what comes in ----------------------------------------------------------------------------------------------------
 
 
@@ -375,3 +388,33 @@ def test_the_optimizer_of_another_object_in_the_same_memory_is_told_for_what_it_
     told = [f.where for f in watch.findings if f.rule == "not_in_optimizer"]
     assert told == [f"0.parametrizations.weight.original{n}" for n in (0, 1)]
     assert set(said(watch)) == {"not_in_optimizer"}
+
+
+class Actor(nn.Module):
+    """Answers with a distribution, and a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.actor, self.critic = nn.Linear(12, 4), nn.Linear(12, 1)
+
+    def forward(self, x: Tensor) -> tuple[torch.distributions.Distribution, Tensor]:
+        return torch.distributions.Categorical(logits=self.actor(x)), self.critic(x)
+
+
+@pytest.mark.parametrize("detaches", [False, True])
+def test_what_shapes_a_distribution_shapes_the_answer(detaches: bool) -> None:
+    """PPO's ratio has no gradient where the old log-probability keeps its own."""
+    model = Actor()
+    optimizer = Adam(model.parameters(), lr=1e-2)
+    with Watch(model, optimizer, quiet=True) as watch:
+        for step in range(30):
+            x = numbers(step)
+            action = model(x)[0].sample()
+            before, (policy, value) = model(x)[0].log_prob(action), model(x)
+            gain = (policy.log_prob(action) - (before.detach() if detaches else before)).exp() * (action == 1)
+            optimizer.zero_grad()
+            (value.square().mean() - gain.mean()).backward()
+            optimizer.step()
+    told = [(f.severity, f.where) for f in watch.findings if f.rule == "no_gradient"]
+    assert told == ([] if detaches else [("error", "actor.weight and 1 more")])

@@ -27,7 +27,7 @@ from ..random_state import RandomState
 from ..sampling import tensor_kind
 from . import structure
 from .data import check_data
-from .flow import check_train_eval
+from .flow import check_train_eval, unscaled_dropout
 from .listening import Listening
 from .preflight import plan_of, preflight
 from .schedule import first_update
@@ -254,7 +254,7 @@ def sizes(trial: Trial) -> Finding | None:
 def modes(trial: Trial) -> Finding | None:
     trained, evaluated = (lambda b: logits(trial.training(), b)), (lambda b: logits(trial.model.eval(), b))
     trial.apart = check_train_eval(trained, evaluated, trial.batch)
-    return trial.apart
+    return unscaled_dropout(trial.model) or trial.apart
 
 
 def first_loss(trial: Trial) -> Finding | None:

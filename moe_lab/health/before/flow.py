@@ -1,6 +1,7 @@
 """What training and evaluation compute: by who is called in which mode, and by what comes of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,6 +14,10 @@ from ..findings import Finding, several
 from ..random_state import RandomState
 
 SIGMAS = 5.0  # distances between two trainings' outputs that training and evaluation may be apart
+# how many times the evaluation's answers training's are, by their slope, where dropout alone makes them differ: healthy, 0.9 to 1.1
+TIMES, AGREE = (0.7, 1.4), 0.1
+DIVIDE = "a dropout of one's own must divide what it keeps by its share in training, or multiply by it in evaluation"
+ONES, AWAY = (1024, 16), 0.15  # a batch that a dropout is tried on; less than 0.1 is seldom dropped
 SAME = 1e-3  # of the outputs' deviation: below it two modes are one
 # of a layer that training left out: one that is left out half of the time stays away from all in one of 512
 RETRIES = 8
@@ -43,9 +48,14 @@ def check_train_eval(fn_train: Callable[[Any], Any], fn_eval: Callable[[Any], An
         apart, least = distance(trained, evaluated)
         if apart <= least:
             return None
-        noise, _ = distance(trained, heard(fn_train, batch)[0])
-        if (noise > least or dropping.heard) and (finding := noise_in_evaluation(fn_eval, batch, evaluated)):
+        again, _ = heard(fn_train, batch)
+        noise, _ = distance(trained, again)
+        if (noise > least or dropping.heard) and (finding := noise_in_evaluation(fn_eval, batch)):
             return finding
+        is_normed = any("BatchNorm" in name for name in in_training.values())  # by other statistics than in evaluation
+        if noise > least and not is_normed and (times := slope((trained, again), evaluated)):
+            message = f"answers in training are {times:.2g} times those in evaluation, and they differ at random"
+            return Finding("mode_mismatch", "warning", "outputs", message, DIVIDE, round(times, 3), TIMES[times > 1])
     limit = max(SIGMAS * noise, least)
     if apart <= limit:
         return None
@@ -59,6 +69,30 @@ def distance(a: Any, b: Any) -> tuple[float, float]:
     if not all(isinstance(x, Tensor) and x.shape == a.shape for x in (a, b)):
         return 0.0, 0.0
     return float((a - b).float().square().mean().sqrt()), SAME * float(b.float().std(correction=0))
+
+
+def slope(some: Sequence[Tensor], b: Tensor) -> float:
+    """How many times `b` all of the others are, each about its mean over the batch; 0 where they do not agree, or it is about once."""
+    one, *others = (x.float() - x.float().mean(0) for x in (b, *some))
+    found = [float((other * one).sum() / one.square().sum()) for other in others]
+    agree = max(found) < (1 + AGREE) * min(found)
+    return max(found) if agree and not TIMES[0] < max(found) < TIMES[1] else 0.0
+
+
+@torch.no_grad()
+def unscaled_dropout(model: nn.Module) -> Finding | None:
+    """Dropouts that are not torch's, by their class's name, without parameters: what becomes of ones in either mode, on the average?"""
+    device = next((p.device for p in model.parameters()), None)
+    for name, module in model.named_modules():
+        is_own = "drop" in type(module).__name__.lower() and not isinstance(module, nn.modules.dropout._DropoutNd)
+        if is_own and next(module.parameters(), None) is None:
+            with suppress(Exception):  # it may want other arguments
+                means = [float(module.train(mode)(torch.ones(*ONES, device=device)).mean()) for mode in (True, False)]
+                times = means[0] / means[1]
+                if not 1 - AWAY < times < 1 + AWAY:
+                    message = f"{name} gives {times:.2g} times as much in training as in evaluation, on the average"
+                    return Finding("mode_mismatch", "warning", name, message, DIVIDE, round(times, 3), 1 - AWAY)
+    return None
 
 
 class Dropping(TorchFunctionMode):
@@ -77,11 +111,11 @@ class Dropping(TorchFunctionMode):
         return function(*args, **kwargs or {})
 
 
-def noise_in_evaluation(fn: Callable, batch: Any, before: Any) -> Finding | None:
-    """A second evaluation beside the first: do they differ, and is it a dropout, or other random numbers?"""
+def noise_in_evaluation(fn: Callable, batch: Any) -> Finding | None:
+    """Two evaluations, with no training between them that moves statistics: do they differ, and is it a dropout, or other random numbers?"""
     with Dropping() as dropping:
-        again = fn(batch)
-    apart, least = distance(getattr(again, "logits", again), before)
+        before, again = (getattr(answer, "logits", answer) for answer in (fn(batch), fn(batch)))
+    apart, least = distance(again, before)
     if apart <= least:
         return None
     told = round(apart, 6), round(least, 6)

@@ -37,17 +37,28 @@ class Listening(Listener):
         # module of several matrices → how often its output holds its input, over all tokens
         self.shares: dict[str, float] = {}
         self.doubled: list[str] = []  # those that return nothing but their input, twice
+        self.cells: dict[
+            str, tuple[int, int]
+        ] = {}  # calls of a recurrent cell, and those with a state that has a graph
         self.calls: dict[tuple, tuple] = {}  # kind of module that promises memory → its name, itself, its first call
 
     def hooks(self, hook: Callable) -> Iterator[Any]:
         named = [(name, m) for name, m in self.model.named_modules() if name and any(True for _ in m.parameters())]
         for name, module in named:
             yield module.register_forward_hook(hook(partial(self.compare, name)))
+            if isinstance(module, nn.RNNCellBase):
+                yield module.register_forward_pre_hook(hook(partial(self.count_call, name)), with_kwargs=True)
         for name, module in promising(named):
             yield module.register_forward_pre_hook(hook(partial(self.keep_call, name)), with_kwargs=True)
 
     def keep_call(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.calls.setdefault((tensor_kind(name), type(module)), (name, module, args, kwargs))
+
+    def count_call(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Of a cell; learning reaches back through its state alone."""
+        state = tensors_of([args[1:], kwargs.get("hx")])
+        calls, taught = self.cells.get(name, (0, 0))
+        self.cells[name] = calls + 1, taught + any(t.requires_grad for t in state)
 
     def compare(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
         """Of modules (B, T, D) → (B, T, D) with a matrix, per token c = ⟨in, out⟩ / ⟨in, in⟩ and the rest: kept where 2–98 % of
@@ -92,7 +103,12 @@ class Listening(Listener):
 
     def memories(self) -> Iterator[Finding]:
         """Outermost modules that promise memory by their name or class, called once more: does the output at one token depend on
-        the first ones? By gradient, which shows what is too faint for a changed number."""
+        the first ones? By gradient, which shows what is too faint for a changed number. Cells of torch's own are counted."""
+        for name, (calls, taught) in self.cells.items():
+            if calls >= NEAR and not taught:
+                message = f"{name} is called {calls} times in a pass, and never with a state that has a graph: no step learns for the next"
+                advice = "hand each call the state of the one before; detach it between windows, not between steps"
+                yield Finding("short_memory", "warning", name, message, advice, 0, calls)
         for name, module, args, kwargs in self.calls.values():
             reach, asked = reach_of(module, args, kwargs)
             if asked >= NEAR and reach < asked:

@@ -30,6 +30,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "epochs": ("num_epochs", "n_epochs", "max_epochs", "total_epochs", "num_train_epochs", "train_epochs"),
     "warmup_ratio": ("warmup_proportion", "warmup_fraction"),
     "T_max": ("t_max",),
+    "milestones": ("lr_steps", "lr_milestones", "decay_epochs", "lr_decay_epochs"),
     "warmup_epochs": ("num_warmup_epochs", "warm_up_epochs", "lr_warmup_epochs"),
     "decay_steps": ("lr_decay_iters", "lr_decay_steps", "cosine_steps", "max_decay_steps"),
     "min_lr": ("lr_min", "minimum_lr", "eta_min", "end_lr"),  # AdaBound's final_lr is SGD's
@@ -99,6 +100,12 @@ class Plan:
         entry = self.find(key)
         number = as_number(entry.value) if entry else math.nan
         return number if number >= 0 else None
+
+    def numbers(self, key: str) -> list[float]:
+        """Those of a list; none where it is no list of numbers."""
+        entry = self.find(key)
+        values = [as_number(value) for value in entry.value] if entry and isinstance(entry.value, list) else []
+        return [] if any(map(math.isnan, values)) else values
 
     def says(self, names: re.Pattern) -> bool:
         """Whether a key of such a name is there and not off."""

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 from torch.optim import Optimizer
 
@@ -10,40 +11,54 @@ from .plan import Plan
 
 # decay over budget, or the reverse, up to which a rounded number or a tail at the least LR explains it
 OFF_BUDGET = 1.5
+MANY = 10  # times the epochs, from where on a milestone counts updates
 INTERVALS = ("log_interval", "eval_interval", "save_interval")
 NEVER = "it never comes, but at an end if the loop sees to it"
 ONE_UNIT = "count all of it in updates: one is accumulation × micro-batches"
 
 
+def told(plan: Plan, severity: str, key: str, words: str, advice: str, value: float, limit: float) -> Finding:
+    entry = plan.find(key)
+    return Finding("schedule", severity, entry.where, f"{entry.name}: {words}", advice, value, limit)
+
+
 def schedule(plan: Plan) -> Iterator[Finding]:
-    """Warnings where the number of steps is given, or of a warm-up in epochs that of epochs: an LR that never reaches its peak or
-    its end, or ends above its peak; steps that are micro-batches by the tokens planned, and a log that is never written. Other
+    """Warnings where the number of steps is given, or of what counts epochs that of epochs: an LR that never reaches its peak or its
+    end, rises again, or ends above its peak; steps that are micro-batches by the tokens planned, and a log that is never written. Other
     intervals beyond the budget are infos: many a loop evaluates and saves at its end."""
-    steps, n_accum = plan.number("steps"), plan.number("gradient_accumulation_steps") or 1
-    decay = plan.number("decay_steps")
+    yield from rate_over_time(plan)
+    if plan.number("steps"):
+        yield from counted_steps(plan)
 
-    def finding(severity: str, key: str, told: str, advice: str, value: float, limit: float) -> Finding:
-        entry = plan.find(key)
-        return Finding("schedule", severity, entry.where, f"{entry.name}: {told}", advice, value, limit)
 
+def rate_over_time(plan: Plan) -> Iterator[Finding]:
+    finding, steps = partial(told, plan), plan.number("steps")
     # of a share of the run, one run is planned
     for unit, planned in {"steps": steps, "epochs": plan.number("epochs"), "ratio": 1}.items():
         warmup, units = plan.number(f"warmup_{unit}") or 0, "runs" if unit == "ratio" else unit
         if planned and warmup >= planned:
-            told = f"the warm-up of {warmup:g} {units} is not over within the {planned:g} planned: the peak LR is never reached"
-            yield finding("warning", f"warmup_{unit}", told, f"shorten it, or {ONE_UNIT}", warmup, planned)
+            words = f"the warm-up of {warmup:g} {units} is not over within the {planned:g} planned: the peak LR is never reached"
+            yield finding("warning", f"warmup_{unit}", words, f"shorten it, or {ONE_UNIT}", warmup, planned)
     # whether it counts epochs or updates, which are more
     cosine, epochs = plan.number("T_max") or math.inf, plan.number("epochs") or 0
     if cosine * OFF_BUDGET < epochs:
-        told = f"the cosine is at its end by epoch {cosine:g} of {epochs:g} at the latest, and rises again"
-        yield finding("warning", "T_max", told, "give it the whole run's length", cosine, epochs)
+        words = f"the cosine is at its end by epoch {cosine:g} of {epochs:g} at the latest, and rises again"
+        yield finding("warning", "T_max", words, "give it the whole run's length", cosine, epochs)
+    falls = min(plan.numbers("milestones"), default=0)
+    planned, units = (epochs, "epochs") if epochs else (steps or 0, "steps")
+    if 0 < planned <= falls < (MANY * epochs or math.inf):
+        words = f"the LR falls at {falls:g} at the earliest, and {planned:g} {units} are planned: it never does"
+        yield finding("warning", "milestones", words, "scale them with the length of the run", falls, planned)
     peak = max((lr for _, lr, _ in plan.peak_rates()), default=math.inf)
     for key, most in {"min_lr": peak, "min_lr_ratio": 1}.items():
         if (least := plan.number(key) or 0) > most:
-            told = f"the LR ends at {least:g}, above the {most:g} that it comes from: the decay is a rise"
-            yield finding("warning", key, told, "give the end, or its share of the peak, below it", least, most)
-    if not steps:
-        return
+            words = f"the LR ends at {least:g}, above the {most:g} that it comes from: the decay is a rise"
+            yield finding("warning", key, words, "give the end, or its share of the peak, below it", least, most)
+
+
+def counted_steps(plan: Plan) -> Iterator[Finding]:
+    finding, steps = partial(told, plan), plan.number("steps")
+    n_accum, decay = plan.number("gradient_accumulation_steps") or 1, plan.number("decay_steps")
     if decay and not 1 / OFF_BUDGET <= decay / steps <= OFF_BUDGET:
         share = min(decay / steps, steps / decay)
         part = f"{share:.2g} of the way down" if decay > steps else f"at its end after {share:.2g} of the run"
@@ -59,8 +74,8 @@ def schedule(plan: Plan) -> Iterator[Finding]:
     for key in INTERVALS:
         if (every := plan.number(key) or 0) > steps:
             severity = "warning" if key == INTERVALS[0] else "info"
-            told = f"{every:g} is beyond the {steps:g} steps planned: {NEVER}"
-            yield finding(severity, key, told, "lower it", every, steps)
+            words = f"{every:g} is beyond the {steps:g} steps planned: {NEVER}"
+            yield finding(severity, key, words, "lower it", every, steps)
 
 
 def first_update(plan: Plan, optimizers: Iterable[Optimizer]) -> Iterator[Finding]:

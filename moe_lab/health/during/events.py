@@ -15,7 +15,7 @@ from ..sampling import WHOLE, Waiting, plain
 from ..torch_private import is_step_under_way
 from .heard import tensors_of
 from .listener import Listener
-from .tracking import Tracked
+from .tracking import Tracked, held_by
 
 KEPT, LOOKS = 20, 8  # updates of an optimizer that are looked back at, at most and at least
 N_HEARD = 8  # optimizers that are listened to
@@ -92,6 +92,7 @@ class Events(Listener):
     def hooks(self, hook: Callable) -> Iterator[Any]:
         self.hook = hook
         mine = list(grouped(filter(is_heard, self.tensors), lambda t: id(t.optimizer)).values())[:N_HEARD]
+        mine += [[t] for t in map(self.smallest_outside, [ts[0] for ts in mine]) if t]
         halves = [half for ts in mine for half in (ts[: len(ts) // 2], ts[len(ts) // 2 :]) if half]
         self.ears = [Ear(min(half, key=lambda t: t.param.numel())) for half in halves]
         yield from self.hung(self.ears)
@@ -100,6 +101,12 @@ class Events(Listener):
         LISTENING.add(self)
         attend()
         yield self.model.register_forward_pre_hook(hook(self.enters), with_kwargs=True)
+
+    def smallest_outside(self, t: Tracked) -> Tracked | None:
+        """Of its optimizer, what is none of the model's, such as a loss's own weights."""
+        known = {id(of.param) for of in self.tensors}
+        others = [Tracked("outside", p, t.owner) for p in held_by([t.optimizer]) if id(p) not in known and p.numel()]
+        return min(filter(is_heard, others), key=lambda other: other.param.numel(), default=None)
 
     def hung(self, ears: Sequence[Ear]) -> Iterator[Any]:
         for ear in ears:
@@ -193,10 +200,10 @@ class Events(Listener):
         for ear in (*mine, *missed):
             ear.begin()
 
-    def share(self, kind: str, last: int = KEPT) -> list[float]:
-        """Of each optimizer's last updates, the share that were of this kind; none before there are a few."""
+    def share(self, kind: str, last: int = KEPT, at: Callable = all) -> list[float]:
+        """Of each optimizer's last updates, the share that were of this kind, at all or any of its tensors; none before there are a few."""
         recent = [list(looks)[-last:] for looks in self.looks.values()]
-        shares = [[bool(told := look.get(kind)) and all(told) for look in looks] for looks in recent]
+        shares = [[bool(told := look.get(kind)) and at(told) for look in looks] for looks in recent]
         return [sum(share) / len(share) for share in shares if len(share) >= LOOKS]
 
     def forget(self) -> None:

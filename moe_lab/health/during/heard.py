@@ -211,6 +211,12 @@ def named_tensors(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     elif hasattr(output, "__iter__") and not isinstance(output, str):
         for n, part in enumerate(output):
             yield from named_tensors(part, f"{name}[{n}]")
+    else:  # a distribution, or another object that has some, or is made of another one
+        parts = getattr(output, "__dict__", {})
+        yield from ((f"{name}.{key}", part) for key, part in parts.items() if isinstance(part, Tensor))
+        for key, part in parts.items():
+            if isinstance(part, torch.distributions.Distribution):
+                yield from named_tensors(part, f"{name}.{key}")
 
 
 def tensors_of(output: Any) -> list[Tensor]:

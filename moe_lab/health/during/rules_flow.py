@@ -11,6 +11,7 @@ from ..findings import RULES as SAID
 from ..findings import grouped
 from ..tokens import REPEATED
 from .causal import future_leak
+from .outside import FIRST
 from .rule import Ill, Rule, by_kind, found_in, rule
 from .state import MODES, State
 from .tracking import Tracked
@@ -86,6 +87,16 @@ def differs_by_mode(module: nn.Module) -> bool:
 def repeated_data(state: State) -> Ill:
     share = state.outside.repeats.share
     return {"batches": {"value": share, "limit": REPEATED, "where": "data"}} if share > REPEATED else {}
+
+
+def one_batch(state: State) -> Ill:
+    """An info: a full batch is meant so, and a model that overfits one on trial."""
+    repeats = state.outside.repeats
+    return (
+        {"batch": {"value": repeats.n, "limit": 1, "where": "data"}}
+        if len(repeats.last) == 1 and repeats.n > FIRST
+        else {}
+    )
 
 
 @rule(
@@ -209,6 +220,8 @@ def rounded(state: State) -> Ill:
     return {name: {"value": 16, "limit": 32} for name in state.outside.rounded if name not in state.outside.positions}
 
 
+SAME_BATCH = "each of {value} updates had the same batch"
+ANEW = "no fault where it is all that there is, or a trial; else look for a loader made anew, or a buffer that gives its first rows"
 GRAPHS = "shared_target", "squashed_twice", "out_of_range", "no_effect"
 TEXTS = "constant_tokens", "random_tokens", "repeated_data", "one_text"
 LABELS = "label_shift", "never_a_target", "padding_in_loss", "prompt_in_loss"
@@ -230,6 +243,7 @@ RULES = (
     Rule("future_leak", "error", leaks),
     evaluation_mode,
     repeated_data,
+    Rule("repeated_data", "info", one_batch, SAME_BATCH, ANEW),
     mode_mismatch,
     *(Rule(name, SAID[name][0], partial(found_in, name=name)) for name in GRAPHS + TEXTS + LABELS),
     *SIGNALS,

@@ -8,6 +8,7 @@ from .bank import DARK_IN
 from .reached import LATEST
 from .rule import Ill, by_kind, rule
 from .state import State
+from .steps import divides_decay
 from .tracking import Tracked
 
 MOST_DARK, FEWEST = 0.75, 16  # share of a layer's units, and how many it has
@@ -37,12 +38,17 @@ def dead_units(state: State) -> Ill:
 
 
 def decayed_away(t: Tracked) -> bool:
-    """Whether a matrix has lost half of its size, and its decay alone would have taken as much, or outweighs the largest gradient."""
+    """Whether a matrix has lost half of its size, and its decay alone would have taken as much, or is divided and outweighs the largest
+    gradient."""
     left = t.touched_square + 2 * t.along + t.moved_square
     decay, momentum = t.group.get("weight_decay") or 0.0, t.group.get("momentum") or 0.0
-    taken = t.owner.total * decay / (1 - momentum)  # as a logarithm
-    size = math.sqrt(t.weight_square / t.n_elements * t.param.numel())
-    return left < HALF**2 * t.touched_square and (taken > -math.log(HALF) / 2 or decay * size > t.grad_norm)
+    if not decay or left > HALF**2 * t.touched_square:
+        return False
+    if t.owner.total * decay / (1 - momentum) > -math.log(HALF) / 2:  # as a logarithm
+        return True
+    if t.owner.divides == "untried":
+        t.owner.divides = divides_decay(t.optimizer, t.group)
+    return t.owner.divides and decay * math.sqrt(t.weight_square / t.n_elements * t.param.numel()) > t.grad_norm
 
 
 @rule(

@@ -107,8 +107,11 @@ def no_gradient(state: State, matters: bool) -> Ill:
 
 
 def went_silent(state: State, frozen: bool) -> Ill:
-    """Kinds of tensor that were trained and no longer are, while others go on: an expert or a layer that is left out is no kind."""
+    """Kinds of tensor that were trained and no longer are, while others go on: an expert or a layer that is left out is no kind, and
+    experts that no token chooses are another rule's."""
     mine = [t for t in state.tracked if t.owner and t.name not in state.frozen_on_purpose and not t.is_master]
+    routed = tuple(f"{experts.name}." for experts in state.outside.routing.experts)
+    mine = [t for t in mine if not t.name.startswith(routed)]
     since = {t: state.counts[id(t.optimizer)] - t.last_gradient for t in mine if t.last_gradient}
     gone = {kind: ts for kind, ts in by_kind(mine).items() if all(since.get(t, 0) >= SILENT for t in ts)}
     gone = {kind: ts for kind, ts in gone.items() if any(t.param.requires_grad for t in ts) != frozen}
@@ -221,7 +224,8 @@ def no_updates(state: State) -> Ill:
 def stale_gradients(state: State) -> Ill:
     """Left over from earlier updates, in all or in every other one, or from other weights within one, or used for one and then
     for another. Where no pass is heard any more, as under a captured graph, nothing is known of the last."""
-    left, mixed = (max(state.events.share(kind, LOOKS), default=0.0) for kind in ("stale", "mixed"))
+    left = max(state.events.share("stale", LOOKS, at=any), default=0.0)
+    mixed = max(state.events.share("mixed", LOOKS), default=0.0)
     twice = max((share for share in state.events.share("twice") if share <= MOST), default=0.0)
     if left > OFTEN:
         return {"order": {"value": left, "limit": OFTEN, "told": LEFT, "cure": CLEAR_ONCE}}
@@ -244,12 +248,12 @@ def cleared_gradients(state: State) -> Ill:
     return {}
 
 
-LEFT = "the gradients of earlier ones were still there when the backward pass began"
+LEFT = "gradients of earlier ones, of some tensors at least, were still there when the backward pass began"
 MIXED = "a backward pass added to the gradients of one at other weights"
 CLEAR_WITHIN = (
     "clear them in the closure, which is called again after each move (LBFGS), or before the second pass (SAM)"
 )
-CLEAR_ONCE = "call zero_grad() once an update, before its first backward pass, on the optimizer that steps"
+CLEAR_ONCE = "call zero_grad() once an update, before its first backward pass, on the optimizer that steps: a model's own leaves others out"
 TWICE = "the optimizer steps on gradients that it has used already, with no backward pass in between"
 STEP_ONCE = "something else calls step(), too: a trainer, a wrapper or a callback; let one of them do it"
 GONE = "a gradient arrives and is gone when the optimizer steps"

@@ -33,6 +33,9 @@ FEWEST, FLATTEST = 8, 4  # R, and N over R, up to which orthogonal lines can be 
 # Muon's Newton–Schulz leaves a spread up to 0.4, independent elements have 1. Adam's RMS is 0.2 to 1 times its LR, a little
 # more or less under Nesterov's rule.
 ORTHOGONAL, SIGN, ADAM = 0.6, 1.002, (0.1, 2.0)
+DIVIDED = (
+    5  # times that a step by decay alone is longer than it is asked to be, with which momentum has nothing to do yet
+)
 FLAT = 0.5  # smallest over largest singular value of an orthogonal step: Newton–Schulz leaves 0.6
 
 
@@ -206,6 +209,16 @@ def decay_arrives(optimizer: Optimizer, group: dict, dtype: torch.dtype, lr: flo
             arrived.append(bool(moved) or any(bool(v.any()) for v in kept))
         return arrived[0] if arrived[1] else None
     return None
+
+
+def divides_decay(optimizer: Optimizer, group: dict) -> bool:
+    """Whether a step without a gradient is far longer than LR × decay × weight, as where the decay is added to a gradient that is then
+    divided by its own size."""
+    with tried(group) as device:
+        start = torch.linspace(1e-3, 2e-3, 16, device=device)
+        moved = advance(fresh_shadow(optimizer, group, start.clone(), 1e-3), torch.zeros_like(start))
+        return bool((moved.abs() > DIVIDED * 1e-3 * group["weight_decay"] * start).all())
+    return False
 
 
 def is_linear(optimizer: Optimizer, group: dict) -> bool:

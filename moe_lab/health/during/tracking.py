@@ -44,7 +44,9 @@ class GroupState:
         self.name = self.group.get("name") or f"{type(optimizer).__name__.lower()}[{number}]"
         self.asked = asked(optimizer, self.group)  # the LR that it was made with
         self.loaded = bool(optimizer.state)  # a state was loaded before the first update, or the training goes on
-        self.law = self.decays = self.is_linear = "untried"  # what steps on made-up gradients show, see steps.py
+        self.law = self.decays = self.divides = self.is_linear = (
+            "untried"  # what steps on made-up gradients show, see steps.py
+        )
         self.lrs: list[float] = []  # of the first HISTORY updates
         self.recent: deque[float] = deque(maxlen=LR_STEADY)  # of the last ones
         self.n, self.total, self.last, self.peak = 0, 0.0, 0.0, 0.0  # of all of them
