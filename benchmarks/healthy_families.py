@@ -65,7 +65,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "minicpm3": {"scale_emb": 1, "dim_model_base": 64},
 }  # fmt: skip
 OTHER_LRS: dict[str, float] = {}
-# decoders of translators, whose loss is not shifted: the labels they are given must be the next tokens
+# whose loss is not shifted, as of translators' decoders: the labels they are given must be the next tokens
 UNSHIFTED = [
     "bart",
     "bigbird_pegasus",
@@ -78,6 +78,7 @@ UNSHIFTED = [
     "plbart",
     "trocr",
     "whisper",
+    "xlm",
 ]
 
 

@@ -194,6 +194,15 @@ def test_prompts_that_are_learned_in_place_of_answers() -> None:
     assert said([tuple(packed)]) == []
 
 
+def test_windows_of_which_each_batch_asks_for_as_many_tokens_are_no_prompts() -> None:
+    """They are cut anywhere, and their targets at one place of each batch."""
+    cut = [
+        (ids, torch.where(torch.arange(64) < length, ids, -100))
+        for ids, length in zip(batches(), range(10, 50, 5), strict=True)
+    ]
+    assert set(said(cut)) <= {"uneven_targets"}
+
+
 def test_a_beginning_that_all_rows_share() -> None:
     assert said(answered(asked="all")) == said(answered(template=10, asked="all")) == []
     (finding,) = check_data(answered(template=20, asked="all"))

@@ -221,6 +221,29 @@ def test_numbers_that_the_model_or_the_data_scale_are_well() -> None:
         assert "input_scale" not in looked_at(model, x_of)
 
 
+class Graph(nn.Module):
+    """Takes a sparse matrix, and gives one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(12, 16)
+
+    def forward(self, neighbours: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return neighbours, (neighbours @ self.up(x)).relu()
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_sparse_inputs_and_answers_disturb_nothing() -> None:
+    model = Graph()
+    optimizer = AdamW(model.parameters(), lr=1e-3)
+    with Watch(model, optimizer, quiet=True) as watch:
+        for step in range(11):
+            optimizer.zero_grad()
+            model(torch.eye(64).to_sparse(), 100 * numbers(step))[1].square().mean().backward()
+            optimizer.step()
+    assert said(watch) == ["input_scale"]
+
+
 # ---- who stops mid-run ------------------------------------------------------------------------------------------------
 
 

@@ -180,7 +180,8 @@ def prompt_is_target(labelled: Sequence[Tokens]) -> Finding | None:
     for ids, labels in labelled:
         is_target, at_end = labels != IGNORED, runs_of(ids)[1]
         after = (is_target.flip(1).cummax(1).values.flip(1) | at_end).logical_not().sum(1)  # a last run may be padding
-        n_turned += int((is_target[:, :2].any(1) & (after >= PADDED)).sum())
+        is_cut = len(after) > 1 and (after == after[0]).all()  # all at one place, as no prompts end
+        n_turned += 0 if is_cut else int((is_target[:, :2].any(1) & (after >= PADDED)).sum())
         n_rows, n_targets = n_rows + len(ids), n_targets + int(is_target.sum())
     if n_turned >= max(2, TURNED * n_rows):
         message = f"{n_turned} of {n_rows} rows begin with targets and end in text that is none: prompts are learned, not answers"

@@ -74,7 +74,7 @@ class ForwardProbe(Listener):
         self.uncalled.pop(module).remove()
         if self.inputs is None or isinstance(module, nn.Embedding):
             return
-        given = set(map(memory, tensors_of([*self.inputs[0], *self.inputs[1].values()])))
+        given = set(map(memory, tensors_of([*self.inputs[0], *self.inputs[1].values()]))) - {0}
         for x in (x for x in tensors_of(args)[:1] if x.ndim > 1 and x.is_floating_point() and memory(x) in given):
             if any(p.ndim > 1 for p in module.parameters(recurse=False)):
                 features = x.detach().float().transpose(-1, 1 if hasattr(module, "kernel_size") else -1)
@@ -202,7 +202,9 @@ def differ(some: list[Tensor], others: list[Tensor]) -> bool:
 
 
 def memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    """Where it lies; 0 of what is sparse, spread over devices, or of another class of its own."""
+    is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    return tensor.untyped_storage().data_ptr() if is_plain else 0
 
 
 def detached(value: Any) -> Any:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from ..findings import Finding, several
 from ..sampling import WHOLE, Waiting, plain
 from ..torch_private import REARRANGED, made_shape
-from .forward import is_sharded
+from .forward import is_sharded, memory
 from .heard import tensors_of
 from .routing import LOOK_EVERY
 from .tracking import held_by
@@ -188,7 +188,7 @@ class Reached:
         for tensor in () if self.has_heard else given:
             self.look(tensor)
             self.has_heard |= tensor.requires_grad
-        wide = (t for t in given if t.is_floating_point() and t.ndim > 1 and t.shape[-1] >= FEWEST)
+        wide = (t for t in given if memory(t) and t.is_floating_point() and t.ndim > 1 and t.shape[-1] >= FEWEST)
         if module.training and self.waiting.update % LOOK_EVERY == 1:
             for rows in (t.detach().flatten(0, -2) for t in islice(wide, 1)):
                 rows = rows[:: -(-len(rows) // ROWS)].float()
