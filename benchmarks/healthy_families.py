@@ -63,6 +63,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
     "cpmant": {"dim_ff": 128, "prompt_length": 4},
     "minicpm3": {"scale_emb": 1, "dim_model_base": 64},
+    "xlm": {"causal": True},
 }  # fmt: skip
 OTHER_LRS: dict[str, float] = {}
 # whose loss is not shifted, as of translators' decoders: the labels they are given must be the next tokens
