@@ -67,6 +67,11 @@ FAULTS = {
     "sorted": (by_class, ["sorted_data"]),
     "boards that come again": (lambda: changed(lambda x, y: ((x[:1] > 0).float().expand_as(x), y)), []),
     "a second epoch": (lambda: batches(4) + batches(4), []),
+    "a mask of ones": (lambda: [{"pixel_values": x, "pixel_mask": torch.ones_like(x), "labels": y} for x, y in batches(16)], []),
+    "points that ought to give 0": (lambda: changed(lambda x, y: (x, torch.zeros(32, 1))), []),
+    "lengths in order": (lambda: changed(lambda x, y: (x, y.float(), y.sort().values)), []),
+    "nothing to see": (lambda: [(x, torch.zeros(32, 0)) for x, _ in batches()], []),
+    "groups of many": (lambda: [(x, torch.tensor([i % 2, 1 - i % 2]).repeat_interleave(16)) for i, (x, _) in enumerate(batches(9))], []),
     "a rare class": (lambda: changed(lambda x, y: (x, (y == 0).long())), []),
     "groups of a class": (in_eights, []),
     "series": (lambda: changed(lambda x, y: (x, y / 7)), []),
@@ -106,3 +111,11 @@ def test_examine_looks_at_the_batch_that_it_is_given() -> None:
         model, (x, y), lambda m, batch: cross_entropy(m(batch[0]), batch[1]), AdamW(model.parameters())
     )
     assert "nonfinite_values" in [f.rule for f in examination.findings] and "data" not in examination.not_checked
+
+
+def test_a_loader_that_shuffles_is_looked_at_and_the_run_stays_as_it_was() -> None:
+    data = torch.utils.data.TensorDataset(*pictures(rows=64))
+    loader = torch.utils.data.DataLoader(data, batch_size=16, shuffle=True)
+    before = torch.get_rng_state()
+    assert check_data(loader, validation=loader)[0].rule == "split_overlap"
+    assert torch.equal(torch.get_rng_state(), before)

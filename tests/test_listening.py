@@ -318,3 +318,20 @@ class Unrolled(nn.Module):
 @pytest.mark.parametrize("how", ["detached", "lost", "by windows", "handed on"])
 def test_a_cell_whose_state_nothing_learns_through(how: str, kind: type) -> None:
     assert said(Unrolled(how, kind)) == ([("short_memory", "cell")] if how in ("detached", "lost") else [])
+
+
+class Gate(nn.Module):
+    """A cell that mixes two streams, part by part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.cell, self.head = nn.Embedding(V, D), nn.GRUCell(D, D), nn.Linear(D, V)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        return self.head(torch.stack([self.cell(part, torch.ones_like(part)) for part in x.unbind(1)], 1))
+
+
+def test_a_cell_that_is_a_gate_remembers_nothing_and_need_not() -> None:
+    assert said(Gate()) == []

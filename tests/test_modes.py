@@ -138,12 +138,22 @@ def test_a_dropout_of_ones_own_that_divides_by_nothing(p: float, divides: bool, 
     model, x = nn.Sequential(nn.Linear(8, 64), OwnDropout(p, divides), nn.ReLU(), nn.Linear(64, 4)), torch.randn(256, 8)
     found = examine(model, x, lambda model, x: model(x).square().mean()).findings
     assert [(f.rule, f.where) for f in found if f.severity == "warning"] == [("mode_mismatch", "1")] * is_told
-    by_modes = check_train_eval(lambda x: model.train()(x), lambda x: model.eval()(x), x)
-    assert (by_modes is not None and by_modes.severity == "warning") == (is_told and p == 0.5)
 
 
 def test_batch_norms_may_make_answers_of_another_size() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 64), nn.BatchNorm1d(64), nn.Dropout(0.1), nn.Linear(64, 4))
+    model = nn.Sequential(nn.Linear(8, 64), nn.BatchNorm1d(64), nn.Linear(64, 4))
     finding = check_train_eval(lambda x: model.train()(x), lambda x: model.eval()(x), 9 * torch.randn(256, 8))
     assert finding is None  # and no evaluation is called random for statistics that moved
+
+
+class DropPath(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (torch.rand(()) > 0.2) / 0.8 if self.training else x
+
+
+def test_a_branch_that_is_dropped_for_the_whole_batch_and_divides_is_well() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), DropPath(), nn.Linear(8, 4)), torch.randn(64, 8)
+    for _ in range(20):
+        assert examine(model, x, lambda model, x: model(x).square().mean()).findings == []

@@ -61,7 +61,7 @@ def filled(value: float, *places: int) -> nn.Sequential:
 
 def test_units_that_begin_alike_stay_one() -> None:
     found = finding(trained(filled(0.1, 0, 2, 4)), "alike_units")
-    assert found.severity == "warning" and found.step == 10 and found.where.startswith("0.weight")
+    assert found.severity == "warning" and found.step == 20 and found.where.startswith("0.weight")
 
 
 @pytest.mark.parametrize(
@@ -259,16 +259,16 @@ class Towers(nn.Module):
         return (left.detach() if self.is_cut else left) + self.right(x)
 
 
-def stopped(stop: Callable[[Towers, int], None], updates: int = 60, **options: object) -> Watch:
+def stopped(stop: Callable[[Towers, int], None], updates: int = 80, **options: object) -> Watch:
     model = Towers()
     return trained(model, updates, before=lambda step: stop(model, step), **options)
 
 
 def test_a_part_that_is_frozen_after_it_was_trained_is_told() -> None:
     found = finding(stopped(lambda m, step: m.left.requires_grad_(step < 12)), "frozen_module")
-    assert found.where.startswith("left.") and found.value == 11 and found.step == 40
+    assert found.where.startswith("left.") and found.value == 11 and found.step == 70
     at_once = finding(stopped(lambda m, step: m.left.requires_grad_(step < 1)), "frozen_module")
-    assert at_once.value == 1 and at_once.step == 30
+    assert at_once.value == 1 and at_once.step == 60
 
 
 def test_a_part_that_is_cut_off_after_it_was_trained_is_told() -> None:
@@ -276,11 +276,12 @@ def test_a_part_that_is_cut_off_after_it_was_trained_is_told() -> None:
         model.is_cut = step >= 12
 
     found = finding(stopped(cut), "no_gradient")
-    assert found.severity == "warning" and found.where.startswith("left.") and found.step == 40
+    assert found.severity == "warning" and found.where.startswith("left.") and found.step == 70
 
 
 TURNS = {  # when a part trains that does not always
-    "turns of ten": lambda step: step // 10 % 2 == 0,
+    "turns of thirty": lambda step: step // 30 % 2 == 0,
+    "every sixteenth": lambda step: step % 16 == 0,
     "now and then": lambda step: step % 4 == 0,
     "thawed": lambda step: step >= 12,
 }
@@ -288,7 +289,7 @@ TURNS = {  # when a part trains that does not always
 
 @pytest.mark.parametrize("kind", TURNS)
 def test_a_part_that_trains_in_turns_is_well(kind: str) -> None:
-    assert said(stopped(lambda m, step: m.left.requires_grad_(TURNS[kind](step)), 80)) == []
+    assert said(stopped(lambda m, step: m.left.requires_grad_(TURNS[kind](step)), 120)) == []
 
 
 def test_what_is_frozen_on_purpose_mid_run_can_be_named() -> None:
@@ -313,7 +314,7 @@ def test_a_loss_that_has_nothing_more_to_teach_stops_nobody() -> None:
 # ---- dropout, and what is normalised over one number --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("p", "is_told"), [(0.9, True), (0.8, True), (0.6, False), (0.1, False)])
+@pytest.mark.parametrize(("p", "is_told"), [(0.95, True), (0.9, True), (0.8, False), (0.1, False)])
 def test_a_dropout_that_keeps_next_to_nothing_is_told(p: float, is_told: bool) -> None:
     model = net(nn.Dropout(p))
     assert ("heavy_dropout" in said(Watch(model, SGD(model.parameters(), lr=0.1), quiet=True))) == is_told
@@ -441,3 +442,99 @@ def test_what_shapes_a_distribution_shapes_the_answer(detaches: bool) -> None:
             optimizer.step()
     told = [(f.severity, f.where) for f in watch.findings if f.rule == "no_gradient"]
     assert told == ([] if detaches else [("error", "actor.weight and 1 more")])
+
+
+# ---- programs that are well, and look strange -----------------------------------------------------------------------------
+
+
+class Odd(nn.Module):
+    """`how` it answers, or is asked."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.how, self.up, self.down = how, nn.Linear(12, 32), nn.Linear(32, 12)
+        if how == "starts at zero":
+            nn.init.zeros_(self.down.weight)
+
+    def forward(self, x: Tensor) -> object:
+        y = self.down(F.relu(self.up(x / 255 if self.how == "pictures" else x)))
+        if self.how == "generator":
+            return (row for row in y)
+        if self.how == "physical units":
+            return 101325 + 50 * y
+        if self.how == "padded vocabulary":
+            return torch.cat([y, torch.full_like(y, -1e4)], -1)
+        if self.how == "first places alike":
+            return torch.cat([torch.ones_like(y)[:, None], y[:, None].expand(-1, 63, -1)], 1)  # (B, 64, 12)
+        return y
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "generator",
+        "physical units",
+        "padded vocabulary",
+        "first places alike",
+        "pictures",
+        "starts at zero",
+        "few answers",
+        "momentum",
+    ],
+)
+def test_strange_programs_that_are_well(how: str) -> None:
+    model = Odd(how)
+    untouched = [p.clone() for p in model.parameters()]
+    make = (lambda ps: SGD(ps, lr=1e-5, momentum=1.0)) if how == "momentum" else (lambda ps: AdamW(ps, lr=1e-3))
+    optimizer = make(model.parameters())
+    with Watch(model, optimizer, quiet=True) as watch:
+        for step in range(60):
+            x = numbers(step) * (255 if how == "pictures" else 1)
+            answer = model(x)
+            y = torch.stack(list(answer)) if how == "generator" else answer
+            y = y[:, :1] if how == "few answers" else y.flatten(1)[:, -12:] if how != "padded vocabulary" else y[:, :12]
+            goal = torch.tanh(x @ WAY).expand_as(y)
+            optimizer.zero_grad()
+            F.mse_loss((y - 101325) / 50 if how == "physical units" else y, goal).backward()
+            optimizer.step()
+    assert said(watch) == []
+    assert not any(torch.equal(a, b) for a, b in zip(untouched, model.parameters(), strict=True))
+
+
+def test_what_came_without_a_gradient_is_not_decayed_away() -> None:
+    model = nn.ModuleDict({"used": nn.Linear(12, 1), "unused": nn.Linear(12, 16)})
+    model.forward = lambda x: model["used"](x)
+    watch = trained(model, 40, SGD(model.parameters(), lr=0.1, weight_decay=0.01))
+    assert "heavy_decay" not in said(watch)
+
+
+class Scaled(nn.Module):
+    """A convolution on raw pictures, with what stands behind it."""
+
+    def __init__(self, *behind: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 8, 3), *behind, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def test_a_norm_right_behind_makes_large_numbers_small() -> None:
+    assert "input_scale" in looked_at(Scaled(), pictures)
+    assert "input_scale" not in looked_at(Scaled(nn.BatchNorm2d(8)), pictures)
+
+
+def test_a_transform_of_the_whole_model_ends_nothing() -> None:
+    model = net()
+    optimizer = AdamW(model.parameters(), lr=1e-3)
+    with Watch(model, optimizer, quiet=True) as watch:
+        for step in range(11):
+            optimizer.zero_grad()
+            model(numbers(step)).square().mean().backward()
+            optimizer.step()
+            torch.func.vmap(model)(numbers(step)[:4].unsqueeze(1))
+    assert "not_measured" not in said(watch)

@@ -178,6 +178,11 @@ def torchs_private_interfaces_are_there() -> None:
     ((leaf, node, place, _),) = private.uses(x @ right)
     assert leaf is right and (node.name(), place) == ("MmBackward0", 1)
     assert private.takers(x @ right)[id(right)] == {"MmBackward0"}
+    last = nn.Linear(5, 1)
+    assert private.nearest_leaves(last((x @ right).relu())[:, 0]) == {id(last.weight), id(last.bias)}
+    transformed: list[bool] = []
+    torch.func.vmap(lambda row: transformed.append(private.is_transformed()) or row)(x)
+    assert transformed == [True] and not private.is_transformed()
     assert private.made_shape((x @ right).grad_fn) == tuple((x @ right).shape)
     inside: list[bool] = []
     right.register_hook(lambda grad: inside.append(private.is_in_backward()))

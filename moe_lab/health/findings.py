@@ -112,7 +112,7 @@ RULES: dict[str, tuple[str, str]] = {
     "nonfinite_values": ("error", "a checkpoint, or a batch, holds NaN or infinite values"),
     "step_counters": ("warning", "a checkpoint's steps, tokens and optimizer updates do not fit together"),
     "constant_tokens": ("error", "one token is nearly all of the text"),
-    "constant_targets": ("error", "all targets are one number"),
+    "constant_targets": ("warning", "all targets are one number"),
     "sorted_data": ("warning", "classes come one after the other, unshuffled"),
     "random_tokens": ("warning", "the tokens look random: a text repeats itself and compresses"),
     "repeated_data": ("warning", "rows that stood in an earlier place already"),

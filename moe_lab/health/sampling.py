@@ -49,12 +49,20 @@ def fetched(tensors: Sequence[Tensor | float]) -> list:
     return numbers
 
 
+LOOK_EVERY, EARLY, SELDOM = 5, 100, 20  # updates between looks at the passes of one, the first of them, and after these
+
+
 class Waiting:
     """What is heard between two checks stays on its device, each number or vector with the function that takes it from there."""
 
     def __init__(self) -> None:
         self.pairs: list[tuple[Tensor | float, Callable[[Any], object]]] = []
         self.update = 1  # of those seen, the one that comes next
+
+    @property
+    def is_look(self) -> bool:
+        """Whether the next update's passes are looked at: the first hundred tell most, and a long training should not pay for them."""
+        return self.update % (LOOK_EVERY if self.update <= EARLY else SELDOM) == 1
 
     def add(self, numbers: Tensor | float, take: Callable[[Any], object]) -> None:
         self.pairs.append((numbers, take))

@@ -119,6 +119,25 @@ def uses(output: Tensor) -> Iterator[tuple[Tensor, Any, int, list[Any]]]:
             waiting.append((inner, (*way[:2], [node, *way[2]]) if passes_on else (node, i, [])))
 
 
+def nearest_leaves(output: Tensor) -> set[int]:
+    """Ids of those that the operations nearest to an output take, whatever the way."""
+    found, waiting, seen = set(), [output.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        inner = [n for n, _ in node.next_functions]
+        taken = []
+        for n in inner:
+            while n and REARRANGED.fullmatch(n.name()):
+                n = n.next_functions[0][0]
+            taken += [n.variable] if hasattr(n, "variable") else []
+        found |= set(map(id, taken))
+        waiting += [] if taken else inner
+    return found
+
+
 def fan_ins(output: Tensor) -> dict[int, int]:
     """Of each leaf that a product of the output's graph takes, possibly rearranged: which of its last two dimensions, -2 or -1,
     the product sums over, by the leaf's id. x @ W sums over -2 of W, a linear layer over -1."""
@@ -173,6 +192,11 @@ def is_elsewhere(module: nn.Module) -> bool:
 def is_in_backward() -> bool:
     """Whether a backward pass is running: a forward pass in there recomputes another."""
     return torch._C._current_graph_task_id() != -1
+
+
+def is_transformed() -> bool:
+    """Whether code runs inside of a transform of torch.func: its tensors may not be kept."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def meeting_store() -> "torch.distributed.Store":

@@ -2,7 +2,7 @@
 and validation."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import tokens as about
 from ..findings import Finding
+from ..random_state import RandomState
 from ..tokens import Tokens, raw
 from .examples import check_examples, examples_of
 
@@ -44,17 +45,15 @@ def check_data(
     A batch is ids (B, T), a pair (ids, labels), or a mapping with `input_ids` and `labels`; labels of -100 are no target. Or numbers
     (B, …), such as pictures, alone, with targets (B, …), or in a mapping.
     `vocab_size` defaults to the largest id seen, and one. `validation`: batches that must not stand in training too.
-    Raises ValueError, one line, for something that is neither a batch of tokens nor of numbers, or none.
+    The random state is put back. Raises ValueError, one line, for something that is neither a batch of tokens nor of numbers, or none.
     """
-    given = list(islice(batches, LOOKED_AT))
-    if not given:
+    with RandomState([]):  # a loader that shuffles draws from it: the run to come is not to change
+        kind, seen = read(batches)
+        _, others = read(validation, kind) if validation is not None else (kind, [])
+    if not seen:
         raise ValueError("batches is empty: give at least one")
-    try:
-        tokens_of(given[0])
-    except ValueError:
-        others = islice(validation if validation is not None else (), LOOKED_AT)
-        return check_examples([examples_of(batch) for batch in given], [examples_of(batch) for batch in others])
-    seen = [tokens_of(batch) for batch in given]
+    if kind is examples_of:
+        return check_examples(seen, others)
     ids = torch.cat([tokens.ids.flatten() for tokens in seen])
     vocab_size = vocab_size or int(ids.max()) + 1
     labelled = [tokens for tokens in seen if tokens.labels is not None]
@@ -62,10 +61,21 @@ def check_data(
     found += [about.rows_repeat(seen) or about.windows_slide(seen) or about.neighbours_alike(seen)]
     found += [check(labelled) for check in (*about.TARGETS, about.uneven) if labelled]
     if validation is not None:
-        others = [tokens_of(batch) for batch in islice(validation, LOOKED_AT)]
         random = about.looks_random([tokens.ids for tokens in others], vocab_size) if others else None
         found += [random and replace(random, where="validation"), stands_in_both(seen, others)]
     return [finding for finding in found if finding is not None]
+
+
+def read(batches: Iterable[Any], kind: Callable | None = None) -> tuple[Callable, list]:
+    """As they come, since they may be large. The first one's kind, where none is given, is that of all."""
+    seen = []
+    for batch in islice(batches, LOOKED_AT):
+        try:
+            kind = kind or (tokens_of(batch) and tokens_of)
+        except ValueError:
+            kind = examples_of
+        seen.append(kind(batch))
+    return kind or tokens_of, seen
 
 
 def stands_in_both(seen: list[Tokens], validation: list[Tokens]) -> Finding | None:

@@ -54,7 +54,8 @@ class Examination:
     not_checked: dict[str, str] = field(default_factory=dict)  # check → why
 
     def __str__(self) -> str:
-        lines = [str(finding) for finding in self.findings] or ["no findings"]
+        ordered = sorted(self.findings, key=lambda finding: finding.severity == "info")
+        lines = [str(finding) for finding in ordered] or ["no findings"]
         return "\n".join([*lines, *(f"not checked: {what}: {why}" for what, why in self.not_checked.items())])
 
     def ask(self, what: str, check: Callable[[], Iterable[Finding] | Finding | None]) -> None:

@@ -1,5 +1,6 @@
 """What batches of numbers with targets say before a second of training: pictures, tables, series."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,32 +11,38 @@ from torch import Tensor
 from ..findings import Finding
 from ..tokens import REPEATED, raw
 
+TARGET = re.compile(r"label|target|^y$")
 MOST = 4096  # numbers of an example that are looked at
 MANY = 256  # targets that are not all one number by chance, even where one class is rare
-ROWS = 64  # examples whose order says anything
-SORTED, MIXED = 0.9, 0.7  # share of neighbours of one class; what chance may give
+ROWS, LEAST = 64, 5  # examples whose order says anything, and the least of a class
 OVERLAP, TIMES = 0.05, 4  # share of the validation's examples in training, and over what training says itself
 APART, WIDER = 1.0, 3.0  # deviations between the means of training and validation; ratio of their deviations
 
 
 class Examples(NamedTuple):
-    x: Tensor  # (B, F) float32
+    x: Tensor  # (B, F) float32 or float64
     y: Tensor | None  # (B, …) targets
 
 
 def examples_of(batch: Any) -> Examples:
-    """Of a tensor, of several in a row, or of a mapping: the first of numbers, or of pictures in whole ones, and what may be its targets.
-    Raises ValueError."""
-    given = batch if isinstance(batch, Mapping) else {"x": batch} if isinstance(batch, Tensor) else None
-    if given is None and isinstance(batch, (tuple, list)):
-        given = dict(enumerate(batch))
-    tensors = {key: t.detach() for key, t in (given or {}).items() if isinstance(t, Tensor) and t.ndim and len(t)}
-    key, x = next(((k, t) for k, t in tensors.items() if t.ndim > 1 + (not t.is_floating_point())), (None, None))
-    if x is None or x.is_complex():
-        raise ValueError("a batch must be ids (B, T), numbers (B, …), a pair of one of them and labels, or a mapping")
-    others = [t for k, t in tensors.items() if k != key and len(t) == len(x)]
-    flat = x.flatten(1)
-    return Examples(flat[:, :: -(-flat.shape[1] // MOST)].float().cpu(), others[0].cpu() if others else None)
+    """Of a tensor, a pair (inputs, targets), more of them, or a mapping: the largest tensor of numbers, or of pictures in whole ones; and its
+    targets, by their name, or as the other of two. Raises ValueError."""
+    given = {"x": batch} if isinstance(batch, Tensor) else batch if isinstance(batch, Mapping) else {}
+    if isinstance(batch, (tuple, list)):
+        given = {("target" if len(batch) == 2 and n else n): part for n, part in enumerate(batch)}
+    tensors = {str(key): t.detach() for key, t in given.items() if isinstance(t, Tensor) and is_plain(t)}
+    inputs = [t for key, t in tensors.items() if t.ndim > 1 + (not t.is_floating_point()) and not TARGET.search(key)]
+    if not inputs:
+        raise ValueError("a batch must be ids (B, T), numbers (B, …), a pair of one of them and targets, or a mapping")
+    x = max(inputs, key=lambda t: t.numel()).flatten(1)
+    named = (t for key, t in tensors.items() if TARGET.search(key) and len(t) == len(x))
+    x = x[:, :: -(-x.shape[1] // MOST)].cpu()
+    y = next(named, None)
+    return Examples(x if x.dtype == torch.float64 else x.float(), None if y is None else y.cpu())
+
+
+def is_plain(t: Tensor) -> bool:
+    return bool(t.layout is torch.strided and not t.is_nested and t.ndim and t.numel()) and not t.is_complex()
 
 
 def rows_of(seen: Sequence[Examples]) -> list[bytes]:
@@ -47,10 +54,8 @@ def not_finite(seen: Sequence[Examples]) -> Iterator[Finding]:
         ill = sum(int((~torch.isfinite(t)).sum()) for t in tensors if t.is_floating_point())
         if ill:
             message = f"{ill} of the {what} are NaN or infinite, in {len(tensors)} batches"
-            advice = (
-                "drop or fill what is missing where the data are read; one of them makes a whole batch's gradient NaN"
-            )
-            yield Finding("nonfinite_values", "error", what, message, advice, ill, 0)
+            advice = "unless the model fills or the loss masks them, one makes a whole batch's gradient NaN: drop or fill them where the data are read"
+            yield Finding("nonfinite_values", "warning", what, message, advice, ill, 0)
 
 
 def come_again(seen: Sequence[Examples]) -> Iterator[Finding]:
@@ -67,24 +72,23 @@ def come_again(seen: Sequence[Examples]) -> Iterator[Finding]:
 
 
 def targets(seen: Sequence[Examples]) -> Iterator[Finding]:
-    """All one number; or, of classes, in the order in which a folder or a table has them."""
+    """All one number, but for a difference that is to become 0; or, of classes, each in one piece, as a folder or a table has them."""
     y = [e.y for e in seen if e.y is not None]
     if not y or len({t.shape[1:] for t in y}) > 1:
         return
     together = torch.cat(y)
-    if len(together) >= MANY and (together == together.flatten()[0]).all():
-        message = f"all {len(together)} targets are {together.flatten()[0].item():.6g}"
-        advice = (
-            "look where labels are read: a key that is not there, a default, a column or a folder taken for another"
-        )
-        yield Finding("constant_targets", "error", "targets", message, advice, 1, 1)
-    elif together.ndim == 1 and not together.is_floating_point() and len(together) >= ROWS:
-        by_chance = float((torch.unique(together, return_counts=True)[1] / len(together)).square().sum())
-        same = float((together[1:] == together[:-1]).float().mean())
-        if same > SORTED and by_chance < MIXED:
-            message = f"{same:.0%} of the examples have the class of the one before ({by_chance:.0%} by chance): they come sorted"
+    is_whole, first = not together.is_floating_point(), together.flatten()[0]
+    if len(together) >= MANY and (together == first).all() and (is_whole or first != 0):
+        message = f"all {len(together)} targets are {first.item():.6g}"
+        advice = "if a loss uses them, look where they are read: a key that is not there, a default, a column or a folder taken for another"
+        yield Finding("constant_targets", "warning", "targets", message, advice, 1, 1)
+    elif together.ndim == 1 and is_whole and len(together) >= ROWS:
+        counts = together.unique(return_counts=True)[1]
+        n_runs = 1 + int((together[1:] != together[:-1]).sum())
+        if n_runs == len(counts) > 1 and counts.min() >= LEAST:
+            message = f"the {len(together)} examples come class by class, {n_runs} of them"
             advice = "shuffle the training set: an update that sees one class alone unlearns the others"
-            yield Finding("sorted_data", "warning", "data", message, advice, round(same, 3), SORTED)
+            yield Finding("sorted_data", "warning", "data", message, advice, n_runs, len(counts))
 
 
 def beside(seen: Sequence[Examples], validation: Sequence[Examples]) -> Iterator[Finding]:
@@ -97,9 +101,9 @@ def beside(seen: Sequence[Examples], validation: Sequence[Examples]) -> Iterator
         message = f"{share:.0%} of the validation's examples also stand in the training batches"
         advice = "split before examples are doubled or augmented, by person, place or day where there are such"
         yield Finding("split_overlap", "warning", "data", message, advice, round(share, 3), round(limit, 3))
-    a, b = (torch.cat([e.x.flatten() for e in some]) for some in (seen, validation))
+    a, b = (torch.cat([e.x[torch.isfinite(e.x)] for e in some]) for some in (seen, validation))
     away, wider = float((a.mean() - b.mean()).abs() / a.std()), float(a.std() / b.std())
-    if away > APART or not 1 / WIDER < wider < WIDER:
+    if min(len(a), len(b)) > 1 and a.std() and (away > APART or not 1 / WIDER < wider < WIDER):
         message = (
             f"validation has mean {b.mean():.3g} and deviation {b.std():.3g}, training {a.mean():.3g} and {a.std():.3g}"
         )

@@ -3,12 +3,14 @@
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..choices import RankPositions
+from ..during.forward import memory
 from ..during.heard import tensors_of
 from ..during.listener import Listener
 from ..findings import Finding, grouped, several
@@ -47,18 +49,20 @@ class Listening(Listener):
         for name, module in named:
             yield module.register_forward_hook(hook(partial(self.compare, name)))
             if isinstance(module, nn.RNNCellBase):
-                yield module.register_forward_pre_hook(hook(partial(self.count_call, name)), with_kwargs=True)
+                yield module.register_forward_hook(hook(partial(self.count_call, name)), with_kwargs=True)
         for name, module in promising(named):
             yield module.register_forward_pre_hook(hook(partial(self.keep_call, name)), with_kwargs=True)
 
     def keep_call(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.calls.setdefault((tensor_kind(name), type(module)), (name, module, args, kwargs))
 
-    def count_call(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Of a cell; learning reaches back through its state alone."""
-        state = tensors_of([args[1:], kwargs.get("hx")])
-        calls, taught = self.cells.get(name, (0, 0))
-        self.cells[name] = calls + 1, taught + any(t.requires_grad for t in state)
+    def count_call(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        """Of a cell that learns: the state that it was given, and that it gave the last time."""
+        given, made = tensors_of([args[1:], kwargs.get("hx")]), tensors_of(output)
+        if any(t.requires_grad for t in made):
+            self.cells.setdefault(name, []).append(
+                (any(t.requires_grad for t in given), *map(memory, given[:1]), memory(made[0]))
+            )
 
     def compare(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
         """Of modules (B, T, D) → (B, T, D) with a matrix, per token c = ⟨in, out⟩ / ⟨in, in⟩ and the rest: kept where 2–98 % of
@@ -104,8 +108,12 @@ class Listening(Listener):
     def memories(self) -> Iterator[Finding]:
         """Outermost modules that promise memory by their name or class, called once more: does the output at one token depend on
         the first ones? By gradient, which shows what is too faint for a changed number. Cells of torch's own are counted."""
-        for name, (calls, taught) in self.cells.items():
-            if calls >= NEAR and not taught:
+        for name, states in self.cells.items():
+            calls, pairs = len(states), list(pairwise(states))
+            handed = [
+                len(now) == 2 or now[1] == before[-1] for before, now in pairs
+            ]  # none, or that of the call before
+            if calls >= NEAR and all(handed) and not any(taught for taught, *_ in states):
                 message = f"{name} is called {calls} times in a pass, and never with a state that has a graph: no step learns for the next"
                 advice = "hand each call the state of the one before; detach it between windows, not between steps"
                 yield Finding("short_memory", "warning", name, message, advice, 0, calls)

@@ -1,6 +1,7 @@
 """The schedule on paper: do warm-up, decay and intervals fit the budget, and do all count the same steps?"""
 
 import math
+import re
 from collections.abc import Iterable, Iterator
 from functools import partial
 
@@ -11,7 +12,8 @@ from .plan import Plan
 
 # decay over budget, or the reverse, up to which a rounded number or a tail at the least LR explains it
 OFF_BUDGET = 1.5
-MANY = 10  # times the epochs, from where on a milestone counts updates
+OF_RATES = re.compile(r"lr|sched|decay|optim|train|^milestones$")  # whose milestones these are
+MANY = 3  # times the epochs, from where on a milestone may count something else
 INTERVALS = ("log_interval", "eval_interval", "save_interval")
 NEVER = "it never comes, but at an end if the loop sees to it"
 ONE_UNIT = "count all of it in updates: one is accumulation × micro-batches"
@@ -44,7 +46,7 @@ def rate_over_time(plan: Plan) -> Iterator[Finding]:
     if cosine * OFF_BUDGET < epochs:
         words = f"the cosine is at its end by epoch {cosine:g} of {epochs:g} at the latest, and rises again"
         yield finding("warning", "T_max", words, "give it the whole run's length", cosine, epochs)
-    falls = min(plan.numbers("milestones"), default=0)
+    falls = min(plan.numbers("milestones") if OF_RATES.search(plan.where("milestones")) else [], default=0)
     planned, units = (epochs, "epochs") if epochs else (steps or 0, "steps")
     if 0 < planned <= falls < (MANY * epochs or math.inf):
         words = f"the LR falls at {falls:g} at the earliest, and {planned:g} {units} are planned: it never does"

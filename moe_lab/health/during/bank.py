@@ -18,7 +18,8 @@ from ..torch_private import norms
 from .tracking import Tracked
 
 KEPT = 8  # norms of all gradients
-ROWS, SAME_ROWS = 4, 1e-3  # rows of a matrix that are compared; of the largest gradient: rounding
+ROWS, SAME_ROWS = 4, 1e-3  # of a matrix at least; of the largest number: rounding
+MOST_BIASES = 64  # in which dead units are looked for
 DARK_IN = 30  # updates without a gradient that make an element dark
 WIDE = (torch.float64, torch.complex128)
 
@@ -41,7 +42,11 @@ class Bank:
         self.last = self.start.clone()
         self.read_at: int | None = None
         self.touched = torch.zeros_like(self.start, dtype=torch.bool)
-        self.lit, self.lit_from = self.touched.clone(), -1  # vectors alone: what had a gradient from that update on
+        self.lit, self.lit_from = (
+            self.touched.clone(),
+            -1,
+        )  # what had a gradient from that update on: of some biases alone
+        self.biases = set([id(t) for t in tensors if t.param.ndim == 1 and t.name.endswith("bias")][:MOST_BIASES])
         self.watches_intent = any(t.is_narrow for t in tensors)
         if self.watches_intent:
             self.origin = self.start.clone()
@@ -53,7 +58,7 @@ class Bank:
 
     def touch(self, tensors: Sequence[Tracked]) -> None:
         """Mark the sampled elements of these tensors of the bank that have a gradient now."""
-        for t in (t for t in tensors if t.n_touched < t.n_elements or t.param.ndim == 1):  # as of the last reading
+        for t in (t for t in tensors if t.n_touched < t.n_elements or id(t) in self.biases):  # as of the last reading
             has = t.sample(t.param.grad) != 0
             self.touched[self.places[id(t)]] |= has
             self.lit[self.places[id(t)]] |= has
@@ -116,7 +121,7 @@ class Bank:
         self.lit_from = step if self.lit_from < 0 else self.lit_from
         if step - self.lit_from >= DARK_IN:
             for t in self.tensors:
-                t.dark = 1 - t.n_lit / t.n_elements if t.n_lit else 0.0
+                t.dark = 1 - t.n_lit / t.n_elements if t.n_lit and id(t) in self.biases else 0.0
             self.lit.zero_()
             self.lit_from = step
 
@@ -126,13 +131,11 @@ def banks_of(tensors: Sequence[Tracked]) -> list[Bank]:
 
 
 def alike_rows(p: Tensor, grad: Tensor) -> Tensor:
-    """() bool, on their device: whether some rows of a matrix, its units, hold the same numbers and get the same gradients."""
-    each = max(1, len(plain(p)) // ROWS)
-    rows, steps = (plain(x)[::each].flatten(1) for x in (p, grad))
+    """() bool, on their device: whether all rows of a matrix, its units, hold the same numbers and get the same gradients."""
+    rows, steps = (plain(x).flatten(1) for x in (p, grad))
+    near = (rows - rows[:1]).abs().amax() <= SAME_ROWS * rows.abs().amax()
     apart = (steps - steps[:1]).abs().amax() > SAME_ROWS * steps.abs().amax()
-    return (
-        (rows == rows[:1]).all() & ~apart & steps.any() if len(rows) >= ROWS else rows.new_zeros((), dtype=torch.bool)
-    )
+    return near & ~apart & steps.any() if len(rows) >= ROWS else rows.new_zeros((), dtype=torch.bool)
 
 
 class Gradients:
@@ -151,9 +154,10 @@ class Gradients:
                 t.with_gradient, t.last_gradient = t.with_gradient + 1, n
             else:
                 dense.append(t)
-                if t.alike is None and t.param.ndim > 1:
+                if t.alike is None and t.bank().read_at is not None:  # they had some updates to differ in
                     t.alike = False
-                    self.waiting.add(alike_rows(t.param, t.param.grad), partial(setattr, t, "alike"))
+                    if t.constant and t.param.ndim > 1:
+                        self.waiting.add(alike_rows(t.param, t.param.grad), partial(setattr, t, "alike"))
         # a fused optimizer under a loss scaler is handed scaled gradients, and skips its step if one is infinite
         scale, skipped = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         alike = grouped(dense, lambda t: (t.bank, t.param.grad.dtype.itemsize < 4))

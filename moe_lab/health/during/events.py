@@ -19,6 +19,7 @@ from .tracking import Tracked, held_by
 
 KEPT, LOOKS = 20, 8  # updates of an optimizer that are looked back at, at most and at least
 N_HEARD = 8  # optimizers that are listened to
+OUTSIDE = "outside of the model"  # the name of what an optimizer holds and the model does not
 ROUGH = 0.01  # relative: 16 bits round by less
 Truth = bool | Tensor  # one bool, on its device until `fetch`
 
@@ -105,7 +106,7 @@ class Events(Listener):
     def smallest_outside(self, t: Tracked) -> Tracked | None:
         """Of its optimizer, what is none of the model's, such as a loss's own weights."""
         known = {id(of.param) for of in self.tensors}
-        others = [Tracked("outside", p, t.owner) for p in held_by([t.optimizer]) if id(p) not in known and p.numel()]
+        others = [Tracked(OUTSIDE, p, t.owner) for p in held_by([t.optimizer]) if id(p) not in known and p.numel()]
         return min(filter(is_heard, others), key=lambda other: other.param.numel(), default=None)
 
     def hung(self, ears: Sequence[Ear]) -> Iterator[Any]:
@@ -174,7 +175,8 @@ class Events(Listener):
         mine = [ear for ear in self.ears if ear.t.optimizer is optimizer]
         heard = [ear for ear in mine if ear.n]
         look: dict[str, list[Truth]] = {
-            "stale": [ear.clean ^ True for ear in heard],
+            "stale": [ear.clean ^ True for ear in heard if ear.t.name != OUTSIDE],
+            "stale outside": [ear.clean ^ True for ear in heard if ear.t.name == OUTSIDE],
             "mixed": [ear.mixed for ear in heard],
         }
         if has_gradients and heard:
@@ -200,10 +202,10 @@ class Events(Listener):
         for ear in (*mine, *missed):
             ear.begin()
 
-    def share(self, kind: str, last: int = KEPT, at: Callable = all) -> list[float]:
-        """Of each optimizer's last updates, the share that were of this kind, at all or any of its tensors; none before there are a few."""
+    def share(self, kind: str, last: int = KEPT) -> list[float]:
+        """Of each optimizer's last updates, the share that were of this kind; none before there are a few."""
         recent = [list(looks)[-last:] for looks in self.looks.values()]
-        shares = [[bool(told := look.get(kind)) and at(told) for look in looks] for looks in recent]
+        shares = [[bool(told := look.get(kind)) and all(told) for look in looks] for looks in recent]
         return [sum(share) / len(share) for share in shares if len(share) >= LOOKS]
 
     def forget(self) -> None:

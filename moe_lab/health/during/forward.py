@@ -10,10 +10,11 @@ from torch.func import functional_call
 
 from ..choices import Taken
 from ..random_state import RandomState
-from ..torch_private import fan_ins, is_elsewhere, uncompiled
+from ..torch_private import fan_ins, is_elsewhere, nearest_leaves, uncompiled
 from .heard import Heard, tensors_of
 from .listener import Hook, Listener
 
+TAKERS = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase)  # whose weights are drawn for numbers about 1
 VARIANCE_ROWS = 256  # logits of as many positions: the variance is good to 1 %
 
 
@@ -34,7 +35,10 @@ class ForwardProbe(Listener):
         self.in_training = False  # the mode in which they came
         self.precision: dict[str, Any] = {}  # the autocast under which they came
         self.logit_variance: Tensor | None = None
-        self.raw: dict[nn.Module, Tensor] = {}  # what takes a part of the batch as it came, and that part's size
+        # what takes a part of the batch as it came, and that part's size
+        self.raw: dict[nn.Module, Tensor | float] = {}
+        self.given: set[int] | None = None  # where the tensors of the present pass's input lie
+        self.last: set[int] = set()  # ids of the parameters of the last layers
         self.fan_ins: dict[int, int] = {}  # which dimension of a weight the first pass sums over, by its id
         self.answers: dict[tuple[Tensor, ...], bool | None] = {}  # of `matters`: they stand when the inputs are gone
         # of those, what the repeated pass is known to be about, and nothing that it keeps
@@ -72,16 +76,21 @@ class ForwardProbe(Listener):
     def note_call(self, module: nn.Module, args: tuple) -> None:
         """Of the first call of each; and the size of what a matrix is given as it came, in its largest feature."""
         self.uncalled.pop(module).remove()
-        if self.inputs is None or isinstance(module, nn.Embedding):
+        if self.inputs is None or not isinstance(module, TAKERS):
             return
-        given = set(map(memory, tensors_of([*self.inputs[0], *self.inputs[1].values()]))) - {0}
-        for x in (x for x in tensors_of(args)[:1] if x.ndim > 1 and x.is_floating_point() and memory(x) in given):
-            if any(p.ndim > 1 for p in module.parameters(recurse=False)):
-                features = x.detach().float().transpose(-1, 1 if hasattr(module, "kernel_size") else -1)
-                self.raw[module] = features.flatten(0, -2).square().mean(0).amax().sqrt()
+        if self.given is None:
+            self.given = set(map(memory, tensors_of([*self.inputs[0], *self.inputs[1].values()]))) - {0}
+        for x in (x for x in tensors_of(args)[:1] if x.ndim > 1 and x.is_floating_point() and memory(x) in self.given):
+            features = x.detach().float().transpose(-1, 1 if hasattr(module, "kernel_size") else -1)
+            self.raw[module] = features.flatten(0, -2).square().mean(0).amax().sqrt()
+
+    def sizes(self) -> dict[nn.Module, float]:
+        """Of `raw`, fetched once."""
+        self.raw = {module: float(size) for module, size in self.raw.items()}
+        return self.raw
 
     def keep_inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.inputs = tuple(map(detached, args)), {k: detached(v) for k, v in kwargs.items()}
+        self.inputs, self.given = (tuple(map(detached, args)), {k: detached(v) for k, v in kwargs.items()}), None
         self.in_training = module.training
         kind = next((p.device.type for p in self.model.parameters()), "cpu")
         self.precision = {"device_type": kind, "enabled": torch.is_autocast_enabled(kind)}
@@ -96,6 +105,7 @@ class ForwardProbe(Listener):
     def keep_fan_ins(self, module: nn.Module, args: tuple, output: Any) -> None:
         for tensor in () if self.fan_ins else tensors_of(output):
             self.fan_ins |= fan_ins(tensor)
+            self.last |= nearest_leaves(tensor)
 
     def keep_variance(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Of the first head's first output, once, from some of its rows: all logits in float32 may not fit."""

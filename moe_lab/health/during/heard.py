@@ -208,11 +208,11 @@ def named_tensors(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     elif isinstance(output, Mapping):
         for key, part in output.items():
             yield from named_tensors(part, f"{name}.{key}")
-    elif hasattr(output, "__iter__") and not isinstance(output, str):
+    elif isinstance(output, (list, tuple)):  # what else can be gone through may be gone afterwards
         for n, part in enumerate(output):
             yield from named_tensors(part, f"{name}[{n}]")
     else:  # a distribution, or another object that has some, or is made of another one
-        parts = getattr(output, "__dict__", {})
+        parts = vars(output) if isinstance(getattr(output, "__dict__", None), dict) else {}
         yield from ((f"{name}.{key}", part) for key, part in parts.items() if isinstance(part, Tensor))
         for key, part in parts.items():
             if isinstance(part, torch.distributions.Distribution):

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ..torch_private import is_transformed
+
 
 class Hook:
     """What the watch registers with torch. No error of the watch gets past it: the hook falls silent, and `failed` is called.
@@ -25,7 +27,8 @@ class Hook:
         if self.is_silent or Hook.is_repeating:
             return
         try:
-            self.function(*args)
+            if not is_transformed():
+                self.function(*args)
         except Exception as error:
             self.is_silent = True
             self.failed(error)

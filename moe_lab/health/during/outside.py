@@ -20,7 +20,7 @@ from ..torch_private import is_in_backward
 from .heard import tensors_of
 from .listener import Listener
 from .reached import Reached
-from .routing import LOOK_EVERY, Routing, Terms
+from .routing import Routing, Terms
 from .tracking import Tracked, storage
 
 N_COPIES = 16  # weights whose copies are followed; whoever keeps some in 16 bits keeps all
@@ -166,7 +166,7 @@ class Counts:
                 yield module.register_forward_hook(hook(partial(self.end, own)), always_call=True)
 
     def begin(self, own: Mapping[str, str], module: nn.Module, args: tuple) -> None:
-        if self.waiting.update % LOOK_EVERY == 1:
+        if self.waiting.is_look:
             self.before |= {name: getattr(module, key).clone() for name, key in own.items()}
 
     def end(self, own: Mapping[str, str], module: nn.Module, args: tuple, output: object) -> None:
@@ -195,7 +195,7 @@ class Averages:
 
     def look(self, name: str, module: nn.Module, args: tuple) -> None:
         """Standard deviations between the means, or factors of two between the variances, of the middle channel."""
-        if module.training and self.waiting.update % LOOK_EVERY == 1:
+        if module.training and self.waiting.is_look:
             variance, mean = torch.var_mean(args[0].float(), [d for d in range(args[0].ndim) if d != 1])
             away = (mean - module.running_mean).abs() / (variance + module.eps).sqrt()
             apart = ((variance + module.eps) / (module.running_var + module.eps)).log2().abs()

@@ -3,7 +3,6 @@
 import gc
 import math
 import weakref
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from types import MappingProxyType
@@ -18,11 +17,10 @@ from ..sampling import WHOLE, Waiting, plain
 from ..torch_private import REARRANGED, made_shape
 from .forward import is_sharded, memory
 from .heard import tensors_of
-from .routing import LOOK_EVERY
 from .tracking import held_by
 
 MOST = 100_000  # nodes of a graph that are walked
-LATEST, ROWS = 3, 64  # looks at answers, and how many of a batch's
+ROWS, GOLDEN = 64, 0.618  # of a batch's answers, and the share of them that lies between two that are taken
 LEAST = 5  # updates in which somebody might have moved them
 OUTSIDE = "tensors outside of the model's parameters() get gradients, and no optimizer holds them: {names}"
 ADVICE = (
@@ -181,7 +179,8 @@ class Reached:
         self.n, self.next, self.has_heard, self.has_loss = 0, 1, False, False
         self.seen: dict[int, tuple[weakref.ref, Tensor, int]] = {}  # leaf, what it was, and before which update
         self.found: list[Finding] = []
-        self.spreads: deque[float] = deque(maxlen=LATEST)  # deviation between answers, over that within one
+        self.once: list[Finding] = []  # at least
+        self.spreads: list[float] = []  # by look, the deviation between answers
 
     def answered(self, module: nn.Module, args: tuple, output: Any) -> None:
         given = tensors_of(output)
@@ -189,11 +188,13 @@ class Reached:
             self.look(tensor)
             self.has_heard |= tensor.requires_grad
         wide = (t for t in given if memory(t) and t.is_floating_point() and t.ndim > 1 and t.shape[-1] >= FEWEST)
-        if module.training and self.waiting.update % LOOK_EVERY == 1:
+        if module.training and self.waiting.is_look:
             for rows in (t.detach().flatten(0, -2) for t in islice(wide, 1)):
-                rows = rows[:: -(-len(rows) // ROWS)].float()
-                if len(rows) >= FEWEST:
-                    self.waiting.add(rows.std(0).mean() / rows.mean(0).std(), self.spreads.append)
+                if (
+                    len(rows) >= FEWEST
+                ):  # of all places, whatever the lengths: by a step that has nothing to do with them
+                    at = torch.arange(ROWS, device=rows.device) * (int(GOLDEN * len(rows)) | 1) % len(rows)
+                    self.waiting.add(rows[at].float().std(0).mean(), self.spreads.append)
 
     def observe(self, loss: Tensor | float) -> None:
         """A loss with its graph; of others nothing can be told."""
@@ -205,7 +206,12 @@ class Reached:
     def look(self, root: Tensor) -> None:
         graph = nodes(root) if root.requires_grad else []
         self.has_loss |= bool(graph) and root.numel() == 1
-        self.found += asked(graph)
+        for finding in (
+            asked(graph) if graph else ()
+        ):  # a first batch may be of one: what is so by its shape is so again
+            if finding.rule != "no_effect" or finding in self.once:
+                self.found.append(finding)
+            self.once.append(finding)
         known = {id(p) for p in self.model.parameters()} | self.seen.keys()
         for leaf in leaves(graph) if not is_sharded(self.model) else ():
             if id(leaf) not in known:

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..choices import Choices
-from ..sampling import Waiting
+from ..sampling import LOOK_EVERY, Waiting
 from ..torch_private import is_elsewhere, is_in_backward
 from .heard import named_tensors
 
-LOOK_EVERY = 5  # updates between looks
 READINGS, SEARCHES = 40, 3  # looks at the scalars at most, and those that search all modules for them
 KEPT = 400  # looks at a module, which has several of them an update where gradients are accumulated
 UNSEEN = 3  # looks without a choice after which a module is let alone
@@ -59,7 +58,7 @@ class Routing:
             yield module.register_forward_hook(hook(self.end), always_call=True)
 
     def begin(self, experts: Experts, count: Callable, module: nn.Module, args: tuple) -> None:
-        is_due = self.waiting.update % LOOK_EVERY == 1 and module.training
+        is_due = self.waiting.is_look and module.training
         is_in_vain = experts.n_looks >= UNSEEN and not experts.loads
         if is_due and not (is_in_vain or is_in_backward() or torch.compiler.is_compiling()):
             self.active.append(Choices(CHOICES, count))

@@ -25,7 +25,7 @@ FROZEN_SHARE = 0.1  # of the sum of steps that a tensor is expected to travel: s
 BIAS = 0.3  # share of moved elements that fell, above the share that was meant to
 BIAS_ELEMENTS = 30  # moved elements before the bias is judged
 WAIT = 15  # updates before a missing gradient is judged: zero-initialised and adapter matrices start with exact zeros
-SILENT = 25  # updates without a gradient, after some with one: five looks
+SILENT = 50  # updates without a gradient, after some with one
 WAIT_READINGS = 3  # readings of the gradients until then, 5 updates apart
 N_LOSSES = 50  # without an update: more than micro-batches are accumulated, if each were observed
 MOST, OFTEN = 0.8, 0.2  # share of the last updates from which on an order of events is a habit, or no accident
@@ -111,7 +111,7 @@ def went_silent(state: State, frozen: bool) -> Ill:
     experts that no token chooses are another rule's."""
     mine = [t for t in state.tracked if t.owner and t.name not in state.frozen_on_purpose and not t.is_master]
     routed = tuple(f"{experts.name}." for experts in state.outside.routing.experts)
-    mine = [t for t in mine if not t.name.startswith(routed)]
+    mine = [t for t in mine if not t.name.startswith(routed) and t.param.numel() > 1]  # a temperature may be clamped
     since = {t: state.counts[id(t.optimizer)] - t.last_gradient for t in mine if t.last_gradient}
     gone = {kind: ts for kind, ts in by_kind(mine).items() if all(since.get(t, 0) >= SILENT for t in ts)}
     gone = {kind: ts for kind, ts in gone.items() if any(t.param.requires_grad for t in ts) != frozen}
@@ -224,11 +224,12 @@ def no_updates(state: State) -> Ill:
 def stale_gradients(state: State) -> Ill:
     """Left over from earlier updates, in all or in every other one, or from other weights within one, or used for one and then
     for another. Where no pass is heard any more, as under a captured graph, nothing is known of the last."""
-    left = max(state.events.share("stale", LOOKS, at=any), default=0.0)
-    mixed = max(state.events.share("mixed", LOOKS), default=0.0)
+    left, outside, mixed = (max(state.events.share(k, LOOKS), default=0.0) for k in ("stale", "stale outside", "mixed"))
     twice = max((share for share in state.events.share("twice") if share <= MOST), default=0.0)
     if left > OFTEN:
         return {"order": {"value": left, "limit": OFTEN, "told": LEFT, "cure": CLEAR_ONCE}}
+    if outside > OFTEN:
+        return {"outside": {"value": outside, "limit": OFTEN, "told": LEFT_OUTSIDE, "cure": CLEAR_ALL}}
     if mixed > OFTEN:
         return {"weights": {"value": mixed, "limit": OFTEN, "told": MIXED, "cure": CLEAR_WITHIN}}
     return {"twice": {"value": twice, "limit": OFTEN, "told": TWICE, "cure": STEP_ONCE}} if twice > OFTEN else {}
@@ -248,12 +249,16 @@ def cleared_gradients(state: State) -> Ill:
     return {}
 
 
-LEFT = "gradients of earlier ones, of some tensors at least, were still there when the backward pass began"
+LEFT = "the gradients of earlier ones were still there when the backward pass began"
+LEFT_OUTSIDE = "those of what the optimizer holds and the model does not were still there when the backward pass began"
+CLEAR_ALL = (
+    "call zero_grad() on the optimizer: the model's own leaves out what is not the model's, such as a loss's weights"
+)
 MIXED = "a backward pass added to the gradients of one at other weights"
 CLEAR_WITHIN = (
     "clear them in the closure, which is called again after each move (LBFGS), or before the second pass (SAM)"
 )
-CLEAR_ONCE = "call zero_grad() once an update, before its first backward pass, on the optimizer that steps: a model's own leaves others out"
+CLEAR_ONCE = "call zero_grad() once an update, before its first backward pass, on the optimizer that steps"
 TWICE = "the optimizer steps on gradients that it has used already, with no backward pass in between"
 STEP_ONCE = "something else calls step(), too: a trainer, a wrapper or a callback; let one of them do it"
 GONE = "a gradient arrives and is gone when the optimizer steps"

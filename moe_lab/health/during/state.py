@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..before.structure import copied
-from ..findings import Finding
+from ..findings import Finding, grouped
 from ..measures import expected_start
 from ..sampling import Waiting, number_of
 from .bank import Bank, Gradients, banks_of
@@ -51,6 +51,9 @@ class State:
         self.replays = Replays(n_matrices, self.waiting)
         self.modes: list[bool] = []  # the last few times: whether any module was in training mode
         self.has_trained = False  # … it ever was
+        self.quiet: list[
+            Tracked
+        ] = []  # one of each kind that had gradients, and none at the last look: now each update is looked at
         self.banks: list[Bank] = []
         self.groups: list[GroupState] = []
         self.signature: tuple = ()  # of what is trained: as long as it stays, so do the next four
@@ -81,6 +84,8 @@ class State:
         for group in self.groups:
             if group.optimizer is optimizer:
                 self.waiting.add(number_of(lr_of(group.group)), group.note_lr)
+        for t in (t for t in self.quiet if t.optimizer is optimizer and t.param.grad is not None):
+            t.note_gradient(self.waiting, self.counts[id(optimizer)])
         if self.counts[id(optimizer)] % READ_EVERY == 1:
             self.modes = [*self.modes[-MODES + 1 :], any(module.training for module in self.model.modules())]
             self.has_trained |= self.modes[-1]
@@ -124,6 +129,10 @@ class State:
         if self.n_seen:
             self.outside.look(self.tracked, self.step, self.n_seen, self.forward.longest)
         self.last_read = self.step
+        lately = {key: n - READ_EVERY for key, n in self.counts.items()}
+        mine = [t for t in self.tracked if t.owner and t.param.numel() > 1]
+        silent = [t for t in mine if 0 < t.last_gradient <= lately[id(t.optimizer)]]
+        self.quiet = [min(ts, key=lambda t: t.param.numel()) for ts in grouped(silent, lambda t: t.kind).values()]
         if len(self.losses) > 3 * HISTORY:
             del self.losses[HISTORY:-HISTORY]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..findings import grouped
-from ..sampling import elements, plain, sample_positions, tensor_kind
+from ..sampling import Waiting, elements, plain, sample_positions, tensor_kind
 from ..torch_private import has_step_hooks
 
 HISTORY = 1000  # learning rates and losses kept one by one: a long training costs no more than a short one
@@ -128,6 +128,12 @@ class Tracked:
         """Number formats of what the optimizer keeps for each element: moments, masters, compensation."""
         kept = [v for v in self.state.values() if isinstance(v, Tensor) and v.ndim and v.shape == self.param.shape]
         return tuple(dict.fromkeys(v.dtype for v in kept))
+
+    def note_gradient(self, waiting: Waiting, n: int) -> None:
+        """Whether it has one at update n."""
+        grad = self.param.grad
+        some = True if grad.is_sparse else plain(grad).any()
+        waiting.add(some, lambda has: setattr(self, "last_gradient", n if has else self.last_gradient))
 
     def sample(self, tensor: Tensor) -> Tensor:
         """The sampled elements of the parameter, its gradient, or a state of its shape."""
