@@ -189,7 +189,9 @@ def test_a_solved_notebook_runs_and_is_right(work: Path, tmp_path: Path) -> None
         work / "solutions" / "00_start_here.ipynb", output, {}, MOE_LAB_PROFILE="smoke", PYTHONPATH=str(ROOT)
     )
     exercises = [cell for cell in nbformat.read(output, as_version=4).cells if ".check_" in cell.source]
-    assert exercises and all(cell.outputs[-1].text == "right\n" for cell in exercises)
+    # on a busy machine a kernel hands over a line in two parts
+    said = ["".join(output.text for output in cell.outputs if output.get("name") == "stdout") for cell in exercises]
+    assert exercises and all(text.endswith("right\n") for text in said)
 
 
 # ---- nothing is spoiled ----------------------------------------------------------------------------------------------
