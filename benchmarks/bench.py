@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import growth, peers, shares
 from benchmarks.docs_table import bench_cells, write_pages
-from benchmarks.measure import computes, paired, peak_bytes
+from benchmarks.measure import computes, paired, peak_bytes, products_share
 from moe_lab.config import ROOT
 from moe_lab.failures.results import provenance, write_json
 from moe_lab.train.device import keep_freed_memory
@@ -35,6 +35,7 @@ class Work(NamedTuple):
     dtypes: Sequence[str] = ("float32", "bfloat16")
     sizes: Sequence[int | None] = (None,)
     memory: bool = True
+    bound: bool = True  # whether matrix products hold it
 
 
 MODEL = "tests/peers/test_peer_model.py::test_the_whole_model_agrees"
@@ -47,7 +48,7 @@ WORKS = [
     ),
     Work(
         "Mamba block over 4096 tokens", "transformers, slow path", "4 ×", peers.mamba,
-        "tests/peers/test_peer_mamba.py::test_mamba_mixer_agrees", 3, ("float32",), (64, 256, 1024, 4096),
+        "tests/peers/test_peer_mamba.py::test_mamba_mixer_agrees", 3, ("float32",), (64, 256, 1024, 4096), bound=False,
     ),
     Work(
         "loss over 4 heads, vocabulary 50257", "logits, cross_entropy", "1 ×, memory ÷ 4", peers.heads,
@@ -60,7 +61,7 @@ WORKS = [
     Work("evaluation of the validation split", peers.FIRST, "2 ×", peers.evaluation, MODEL, 3, memory=False),
     Work(
         "`from moe_lab import health`, its Watch and preflight", "`import torch`", "+ 0.1 s", peers.imports,
-        "tests/test_health_wheel.py", dtypes=("float32",), memory=False,
+        "tests/test_health_wheel.py", dtypes=("float32",), memory=False, bound=False,
     ),
 ]  # fmt: skip
 
@@ -76,6 +77,8 @@ def measured(work: Work, dtype: str, size: int | None) -> dict:
         torch.set_num_threads(threads)
         row["threads"][threads] = paired(pair.ours, pair.peer, work.pairs)
     torch.set_num_threads(1)
+    if work.bound:
+        row["products"] = round(products_share(pair.ours), 3)
     if work.memory:
         row["bytes"] = {"ours": peak_bytes(pair.ours)}
         if size in work.sizes[:1]:  # the peer's loop over tokens takes minutes to follow at the larger ones

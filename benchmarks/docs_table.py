@@ -91,7 +91,9 @@ def bench_cells(rows: list[dict]) -> list[str]:
             several.append((f"T {row['size']}: " if row["size"] else "") + " / ".join(map(number, found)))
         cells.append("; ".join(several))
     sizes = [[f"{n_bytes / 2**20:.0f}" for n_bytes in row["bytes"].values()] for row in rows if "bytes" in row]
-    return [*cells, "; ".join(" : ".join(pair) for pair in sizes)]
+    with_share = [(next(iter(row["threads"].values())), row["products"]) for row in rows if "products" in row]
+    bounds = [f"{times['times_faster']['median'] / share:.2f}" for times, share in with_share]
+    return [*cells, " / ".join(bounds), "; ".join(" : ".join(pair) for pair in sizes)]
 
 
 def bench() -> list[str]:
@@ -103,18 +105,18 @@ def bench() -> list[str]:
         f"commit {found['commit']}, torch {found['torch']}, {found['machine']}, {found['cores']} cores. One thread (CPU time) / two "
         "(wall), the peer's time over ours, median and 95 % interval; MiB at the peak, ours : the peer's.",
         "",
-        "| work | against | at least | float32 | bfloat16 | MiB |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| work | against | at least | float32 | bfloat16 | bound | MiB |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for work in dict.fromkeys(row["work"] for row in found["rows"]):
         lines.append("| " + " | ".join(bench_cells([row for row in found["rows"] if row["work"] == work])) + " |")
     shares = {part["dtype"]: number({key: 100 * part["share"][key] for key in part["share"]}, 0) + " %"
               for part in found["matrix_rate"]}  # fmt: skip
     cells = [shares.get(dtype, "") for dtype in ("float32", "bfloat16")]
-    lines.append("| the same training step | the matrix rate | 75 %, bf16 50 % | " + " | ".join(cells) + " | |")
+    lines.append("| the same training step | the matrix rate | 75 %, bf16 50 % | " + " | ".join(cells) + " | | |")
     cost = number({key: 100 * watch["cost"][key] for key in watch["cost"]})
     cells = [f"{cost} %" if dtype == watch["compute"] else "" for dtype in ("float32", "bfloat16")]
-    return [*lines, "| a Watch on the default run | no Watch | 1 % | " + " | ".join(cells) + " | |"]
+    return [*lines, "| a Watch on the default run | no Watch | 1 % | " + " | ".join(cells) + " | | |"]
 
 
 def parts() -> list[str]:

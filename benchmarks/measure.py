@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_lab.optim.products import has_fast_bfloat16
 from moe_lab.plan import Live
+
+PRODUCT = re.compile(r"(mm|bmm|addmm|baddbmm|mv|addmv|_grouped_mm|_scaled_dot_product\w*)$")
 
 
 def interval(values: Sequence[float]) -> dict[str, float]:
@@ -57,6 +62,32 @@ def peak_bytes(call: Callable[[], object]) -> int:
     with Live() as live:
         call()
     return live.most
+
+
+class Products(TorchDispatchMode):
+    """Adds up the CPU time of matrix products, attention among them, forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds = 0.0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        start = time.process_time()
+        result = function(*args, **kwargs or {})
+        if PRODUCT.match(function.overloadpacket.__name__):
+            self.seconds += time.process_time() - start
+        return result
+
+
+def products_share(call: Callable[[], object]) -> float:
+    """Of a call's CPU time that of its matrix products: what is left if all else takes none."""
+    call()
+    start = time.process_time()
+    call()
+    whole = time.process_time() - start
+    with Products() as products:
+        call()
+    return min(1.0, products.seconds / whole)
 
 
 def computes() -> list[str]:

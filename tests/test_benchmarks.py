@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import docs_table, record
 from benchmarks.bench import WORKS
 from benchmarks.growth import SIZES, lab, varied
-from benchmarks.measure import interval, paired, peak_bytes
+from benchmarks.measure import Products, interval, paired, peak_bytes, products_share
 from benchmarks.peers import Tree
 from benchmarks.shares import captured, flops
 from moe_lab import build_model
@@ -178,3 +179,21 @@ def test_a_first_run_installs_no_test_package(target: str, extras: str) -> None:
     installed = [line.split('".[')[1].split("]")[0] for line in planned.splitlines() if "pip install" in line]
     assert installed[-1] == extras
     assert installed[0] == "lab"
+
+
+def test_matrix_products_are_told_from_all_else() -> None:
+    """Forward and backward, attention too; a share of nothing is 0."""
+    a = torch.randn(64, 64, requires_grad=True)
+    q = torch.randn(1, 2, 16, 8, requires_grad=True)
+    calls = {
+        "product": lambda: (a @ a).sum().backward(),
+        "attention": lambda: F.scaled_dot_product_attention(q, q, q).sum().backward(),
+        "else": lambda: (a * a).relu().sum().backward(),
+    }
+    seconds = {}
+    for name, call in calls.items():
+        with Products() as products:
+            call()
+        seconds[name] = products.seconds
+    assert seconds["product"] > 0 and seconds["attention"] > 0 and seconds["else"] == 0
+    assert products_share(calls["else"]) == 0
