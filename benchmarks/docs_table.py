@@ -92,7 +92,8 @@ def bench_cells(rows: list[dict]) -> list[str]:
         cells.append("; ".join(several))
     sizes = [[f"{n_bytes / 2**20:.0f}" for n_bytes in row["bytes"].values()] for row in rows if "bytes" in row]
     with_share = [(next(iter(row["threads"].values())), row["products"]) for row in rows if "products" in row]
-    bounds = [f"{times['times_faster']['median'] / share:.2f}" for times, share in with_share]
+    free = [times["times_faster"]["median"] / share for times, share in with_share]
+    bounds = ["> 10" if bound > 10 else f"{bound:.2f}" for bound in free]  # then products hold nothing
     return [*cells, " / ".join(bounds), "; ".join(" : ".join(pair) for pair in sizes)]
 
 
