@@ -24,13 +24,20 @@ LEAST, RARER = 0.01, 4
 WINDOW = 32  # tokens of such a window
 
 
+def ids_and_labels(batch: Any) -> tuple[Any, Any]:
+    if isinstance(batch, Mapping):
+        return batch.get("input_ids"), batch.get("labels")
+    return (*batch, None, None)[:2] if isinstance(batch, (tuple, list)) else (batch, None)
+
+
+def are_ids(ids: Any) -> bool:
+    return isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point()
+
+
 def tokens_of(batch: Any) -> Tokens:
     """Of ids (B, T), of a pair (ids, labels), or of a mapping with `input_ids` and perhaps `labels`. Raises ValueError."""
-    if isinstance(batch, Mapping):
-        ids, labels = batch.get("input_ids"), batch.get("labels")
-    else:
-        ids, labels = (*batch, None)[:2] if isinstance(batch, (tuple, list)) else (batch, None)
-    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
+    ids, labels = ids_and_labels(batch)
+    if not are_ids(ids):
         raise ValueError("batches must all be ids (B, T), pairs (ids, labels), or mappings with input_ids")
     if not isinstance(labels, Tensor) or labels.shape != ids.shape:
         labels = None
@@ -70,10 +77,7 @@ def read(batches: Iterable[Any], kind: Callable | None = None) -> tuple[Callable
     """As they come, since they may be large. The first one's kind, where none is given, is that of all."""
     seen = []
     for batch in islice(batches, LOOKED_AT):
-        try:
-            kind = kind or (tokens_of(batch) and tokens_of)
-        except ValueError:
-            kind = examples_of
+        kind = kind or (tokens_of if are_ids(ids_and_labels(batch)[0]) else examples_of)
         seen.append(kind(batch))
     return kind or tokens_of, seen
 

@@ -60,11 +60,10 @@ def not_finite(seen: Sequence[Examples]) -> Iterator[Finding]:
 
 def come_again(seen: Sequence[Examples]) -> Iterator[Finding]:
     """Within a batch, or in the next one. What whole numbers alone describe, such as a board, may come twice."""
-    again = n = 0
-    for before, now in zip([None, *seen], seen, strict=False):
-        rows = [raw(row) for row in now.x if (row != row.round()).any()]
-        last = set(rows_of([before])) if before else set()
-        again, n = again + len(rows) - len(set(rows) - last), n + len(rows)
+    again, n, last = 0, 0, set()
+    for examples in seen:
+        rows = [raw(row) for row in examples.x if (row != row.round()).any()]
+        again, n, last = again + len(rows) - len(set(rows) - last), n + len(rows), set(rows)
     if n >= 8 and again > REPEATED * n:
         message = f"{again / n:.0%} of {n} examples stood in the same batch, or in the one before, already"
         advice = "workers that share one random generator, a loader made anew each step, or a few samples alone do this"

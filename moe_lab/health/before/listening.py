@@ -39,9 +39,8 @@ class Listening(Listener):
         # module of several matrices → how often its output holds its input, over all tokens
         self.shares: dict[str, float] = {}
         self.doubled: list[str] = []  # those that return nothing but their input, twice
-        self.cells: dict[
-            str, tuple[int, int]
-        ] = {}  # calls of a recurrent cell, and those with a state that has a graph
+        # of each call of a recurrent cell: whether its state has a graph, where that lies if there is one, and where the new one
+        self.cells: dict[str, list[tuple]] = {}
         self.calls: dict[tuple, tuple] = {}  # kind of module that promises memory → its name, itself, its first call
 
     def hooks(self, hook: Callable) -> Iterator[Any]:
@@ -110,9 +109,8 @@ class Listening(Listener):
         the first ones? By gradient, which shows what is too faint for a changed number. Cells of torch's own are counted."""
         for name, states in self.cells.items():
             calls, pairs = len(states), list(pairwise(states))
-            handed = [
-                len(now) == 2 or now[1] == before[-1] for before, now in pairs
-            ]  # none, or that of the call before
+            # no state, or that of the call before
+            handed = [len(now) == 2 or now[1] == before[-1] for before, now in pairs]
             if calls >= NEAR and all(handed) and not any(taught for taught, *_ in states):
                 message = f"{name} is called {calls} times in a pass, and never with a state that has a graph: no step learns for the next"
                 advice = "hand each call the state of the one before; detach it between windows, not between steps"

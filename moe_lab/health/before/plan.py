@@ -101,11 +101,6 @@ class Plan:
         number = as_number(entry.value) if entry else math.nan
         return number if number >= 0 else None
 
-    def where(self, key: str) -> str:
-        """Its whole name, or nothing."""
-        entry = self.find(key)
-        return entry.name.lower() if entry else ""
-
     def numbers(self, key: str) -> list[float]:
         """Those of a list; none where it is no list of numbers."""
         entry = self.find(key)

@@ -46,7 +46,8 @@ def rate_over_time(plan: Plan) -> Iterator[Finding]:
     if cosine * OFF_BUDGET < epochs:
         words = f"the cosine is at its end by epoch {cosine:g} of {epochs:g} at the latest, and rises again"
         yield finding("warning", "T_max", words, "give it the whole run's length", cosine, epochs)
-    falls = min(plan.numbers("milestones") if OF_RATES.search(plan.where("milestones")) else [], default=0)
+    entry = plan.find("milestones")
+    falls = min(plan.numbers("milestones"), default=0) if entry and OF_RATES.search(entry.name.lower()) else 0
     planned, units = (epochs, "epochs") if epochs else (steps or 0, "steps")
     if 0 < planned <= falls < (MANY * epochs or math.inf):
         words = f"the LR falls at {falls:g} at the earliest, and {planned:g} {units} are planned: it never does"

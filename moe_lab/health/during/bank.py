@@ -42,10 +42,8 @@ class Bank:
         self.last = self.start.clone()
         self.read_at: int | None = None
         self.touched = torch.zeros_like(self.start, dtype=torch.bool)
-        self.lit, self.lit_from = (
-            self.touched.clone(),
-            -1,
-        )  # what had a gradient from that update on: of some biases alone
+        # what had a gradient from that update on: of some biases alone
+        self.lit, self.lit_from = self.touched.clone(), -1
         self.biases = set([id(t) for t in tensors if t.param.ndim == 1 and t.name.endswith("bias")][:MOST_BIASES])
         self.watches_intent = any(t.is_narrow for t in tensors)
         if self.watches_intent:

@@ -106,8 +106,8 @@ class Events(Listener):
     def smallest_outside(self, t: Tracked) -> Tracked | None:
         """Of its optimizer, what is none of the model's, such as a loss's own weights."""
         known = {id(of.param) for of in self.tensors}
-        others = [Tracked(OUTSIDE, p, t.owner) for p in held_by([t.optimizer]) if id(p) not in known and p.numel()]
-        return min(filter(is_heard, others), key=lambda other: other.param.numel(), default=None)
+        others = sorted((p for p in held_by([t.optimizer]) if id(p) not in known and p.numel()), key=Tensor.numel)
+        return next(filter(is_heard, (Tracked(OUTSIDE, p, t.owner) for p in others)), None)
 
     def hung(self, ears: Sequence[Ear]) -> Iterator[Any]:
         for ear in ears:

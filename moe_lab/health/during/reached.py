@@ -183,12 +183,13 @@ class Reached:
         self.spreads: list[float] = []  # by look, the deviation between answers
 
     def answered(self, module: nn.Module, args: tuple, output: Any) -> None:
-        given = tensors_of(output)
+        is_look = module.training and self.waiting.is_look
+        given = [] if self.has_heard and not is_look else tensors_of(output)
         for tensor in () if self.has_heard else given:
             self.look(tensor)
             self.has_heard |= tensor.requires_grad
         wide = (t for t in given if memory(t) and t.is_floating_point() and t.ndim > 1 and t.shape[-1] >= FEWEST)
-        if module.training and self.waiting.is_look:
+        if is_look:
             for rows in (t.detach().flatten(0, -2) for t in islice(wide, 1)):
                 if (
                     len(rows) >= FEWEST

@@ -51,9 +51,8 @@ class State:
         self.replays = Replays(n_matrices, self.waiting)
         self.modes: list[bool] = []  # the last few times: whether any module was in training mode
         self.has_trained = False  # … it ever was
-        self.quiet: list[
-            Tracked
-        ] = []  # one of each kind that had gradients, and none at the last look: now each update is looked at
+        # one of each kind that had gradients, and none at the last look: now each update is looked at
+        self.quiet: list[Tracked] = []
         self.banks: list[Bank] = []
         self.groups: list[GroupState] = []
         self.signature: tuple = ()  # of what is trained: as long as it stays, so do the next four
@@ -129,9 +128,8 @@ class State:
         if self.n_seen:
             self.outside.look(self.tracked, self.step, self.n_seen, self.forward.longest)
         self.last_read = self.step
-        lately = {key: n - READ_EVERY for key, n in self.counts.items()}
         mine = [t for t in self.tracked if t.owner and t.param.numel() > 1]
-        silent = [t for t in mine if 0 < t.last_gradient <= lately[id(t.optimizer)]]
+        silent = [t for t in mine if 0 < t.last_gradient <= self.counts[id(t.optimizer)] - READ_EVERY]
         self.quiet = [min(ts, key=lambda t: t.param.numel()) for ts in grouped(silent, lambda t: t.kind).values()]
         if len(self.losses) > 3 * HISTORY:
             del self.losses[HISTORY:-HISTORY]

@@ -33,9 +33,7 @@ FEWEST, FLATTEST = 8, 4  # R, and N over R, up to which orthogonal lines can be 
 # Muon's Newton–Schulz leaves a spread up to 0.4, independent elements have 1. Adam's RMS is 0.2 to 1 times its LR, a little
 # more or less under Nesterov's rule.
 ORTHOGONAL, SIGN, ADAM = 0.6, 1.002, (0.1, 2.0)
-DIVIDED = (
-    5  # times that a step by decay alone is longer than it is asked to be, with which momentum has nothing to do yet
-)
+DIVIDED = 5  # times that a first step by decay alone is longer than it is asked to be
 FLAT = 0.5  # smallest over largest singular value of an orthogonal step: Newton–Schulz leaves 0.6
 
 

@@ -44,9 +44,8 @@ class GroupState:
         self.name = self.group.get("name") or f"{type(optimizer).__name__.lower()}[{number}]"
         self.asked = asked(optimizer, self.group)  # the LR that it was made with
         self.loaded = bool(optimizer.state)  # a state was loaded before the first update, or the training goes on
-        self.law = self.decays = self.divides = self.is_linear = (
-            "untried"  # what steps on made-up gradients show, see steps.py
-        )
+        # what steps on made-up gradients show, see steps.py
+        self.law = self.decays = self.divides = self.is_linear = "untried"
         self.lrs: list[float] = []  # of the first HISTORY updates
         self.recent: deque[float] = deque(maxlen=LR_STEADY)  # of the last ones
         self.n, self.total, self.last, self.peak = 0, 0.0, 0.0, 0.0  # of all of them
@@ -105,7 +104,7 @@ class Tracked:
         self.with_gradient = self.zero_gradient = self.no_gradient = 0
         self.finite = True
         self.last_gradient = 0  # the update, of those looked at, that had one last
-        self.alike: bool | None = None  # its units were one when it got its first gradient
+        self.alike: bool | None = None  # whether its units are one after some updates
         self.dark = 0.0  # share of a vector's elements without a gradient for a while
         self.intended_known = False
         self.steps: list = []  # what its measured steps were like: `Step`s
