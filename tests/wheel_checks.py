@@ -180,6 +180,7 @@ def torchs_private_interfaces_are_there() -> None:
     assert private.takers(x @ right)[id(right)] == {"MmBackward0"}
     last = nn.Linear(5, 1)
     assert private.nearest_leaves(last((x @ right).relu())[:, 0]) == {id(last.weight), id(last.bias)}
+    assert private.behind((x @ right).mT[:, 0].grad_fn).name() == "MmBackward0" and private.behind(None) is None
     transformed: list[bool] = []
     torch.func.vmap(lambda row: transformed.append(private.is_transformed()) or row)(x)
     assert transformed == [True] and not private.is_transformed()

@@ -33,6 +33,7 @@ ALIKE = 6.0, 1.2  # standard deviations and times that neighbours are more alike
 SLID, HEAD, PAIRS = 0.5, 8, 16
 SELDOM = 8  # times that a token must follow targets before its absence says anything
 END = "padding with the end token's id masks the end as well: give it its own, or keep each row's first end token"
+COME_AGAIN = "workers that share one random generator, a loader made anew each step, or a few samples alone do this"
 SHUFFLE = "shuffle the windows, or begin each where the last one ends: an update sees one text as often as it has rows"
 ONE_END = 0.9  # share of one token right before it, from which on another one is the end, and this its padding
 
@@ -77,8 +78,7 @@ def rows_repeat(seen: Sequence[Tokens]) -> Finding | None:
         return None
     most = Counter(rows).most_common(1)[0][1]
     message = f"{again:.0%} of {len(rows)} rows stood in an earlier place already; one came {most} times"
-    advice = "workers that share one random generator, a loader made anew each step, or a few samples alone do this"
-    return Finding("repeated_data", "warning", "data", message, advice, round(again, 3), REPEATED)
+    return Finding("repeated_data", "warning", "data", message, COME_AGAIN, round(again, 3), REPEATED)
 
 
 def labels_elsewhere(labelled: Sequence[Tokens]) -> Finding | None:

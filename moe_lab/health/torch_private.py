@@ -97,6 +97,13 @@ REARRANGED = re.compile(
 )
 
 
+def behind(node: Any) -> Any:
+    """The operation itself, or the one whose result it does nothing but rearrange or cast; None behind the last."""
+    while node and REARRANGED.fullmatch(node.name()):
+        node = node.next_functions[0][0]
+    return node
+
+
 def made_shape(node: Any, place: int = 0) -> tuple[int, ...]:
     """The shape of what an operation made."""
     return tuple(node._input_metadata[place].shape)
@@ -127,13 +134,9 @@ def nearest_leaves(output: Tensor) -> set[int]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        inner = [n for n, _ in node.next_functions]
-        taken = []
-        for n in inner:
-            while n and REARRANGED.fullmatch(n.name()):
-                n = n.next_functions[0][0]
-            taken += [n.variable] if hasattr(n, "variable") else []
-        found |= set(map(id, taken))
+        inner = [behind(n) for n, _ in node.next_functions]
+        taken = [id(n.variable) for n in inner if hasattr(n, "variable")]
+        found |= set(taken)
         waiting += [] if taken else inner
     return found
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..findings import Finding
-from ..tokens import REPEATED, raw
+from ..tokens import COME_AGAIN, REPEATED, raw
 
 TARGET = re.compile(r"label|target|^y$")
 MOST = 4096  # numbers of an example that are looked at
@@ -66,8 +66,7 @@ def come_again(seen: Sequence[Examples]) -> Iterator[Finding]:
         again, n, last = again + len(rows) - len(set(rows) - last), n + len(rows), set(rows)
     if n >= 8 and again > REPEATED * n:
         message = f"{again / n:.0%} of {n} examples stood in the same batch, or in the one before, already"
-        advice = "workers that share one random generator, a loader made anew each step, or a few samples alone do this"
-        yield Finding("repeated_data", "warning", "data", message, advice, round(again / n, 3), REPEATED)
+        yield Finding("repeated_data", "warning", "data", message, COME_AGAIN, round(again / n, 3), REPEATED)
 
 
 def targets(seen: Sequence[Examples]) -> Iterator[Finding]:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from ..findings import Finding, several
 from ..sampling import WHOLE, Waiting, plain
-from ..torch_private import REARRANGED, made_shape
+from ..torch_private import behind, made_shape
 from .forward import is_sharded, memory
 from .heard import tensors_of
 from .tracking import held_by
@@ -91,9 +91,7 @@ def squashed(node: Any) -> str:
 
 def source(node: Any) -> str:
     """The name of what made its first input, but for rearrangements and casts; empty of none."""
-    inner = node.next_functions[0][0]
-    while inner and REARRANGED.fullmatch(inner.name()):
-        inner = inner.next_functions[0][0]
+    inner = behind(node.next_functions[0][0])
     return inner.name() if inner else ""
 
 

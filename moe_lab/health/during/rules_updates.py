@@ -113,10 +113,11 @@ def went_silent(state: State, frozen: bool) -> Ill:
     routed = tuple(f"{experts.name}." for experts in state.outside.routing.experts)
     mine = [t for t in mine if not t.name.startswith(routed) and t.param.numel() > 1]  # a temperature may be clamped
     since = {t: state.counts[id(t.optimizer)] - t.last_gradient for t in mine if t.last_gradient}
-    gone = {kind: ts for kind, ts in by_kind(mine).items() if all(since.get(t, 0) >= SILENT for t in ts)}
+    kinds = by_kind(mine)
+    gone = {kind: ts for kind, ts in kinds.items() if all(since.get(t, 0) >= SILENT for t in ts)}
     gone = {kind: ts for kind, ts in gone.items() if any(t.param.requires_grad for t in ts) != frozen}
     found = {kind: {"value": max(t.last_gradient for t in ts), "limit": SILENT} for kind, ts in gone.items()}
-    return found if len(found) < len(by_kind(mine)) else {}
+    return found if len(found) < len(kinds) else {}
 
 
 def nothing_learns(state: State) -> Ill:
