@@ -20,7 +20,7 @@ from moe_lab.config import ROOT
 from moe_lab.failures.results import provenance, write_json
 from moe_lab.health import Watch
 
-STRETCH, PAIRS = 10, 16  # updates of a stretch, pairs of stretches
+STRETCH, PAIRS = 10, 40  # updates of a stretch, pairs of stretches
 
 
 def n_sampled(watch: Watch) -> int:
@@ -48,7 +48,7 @@ def n_bytes(trainer: Trainer) -> int:
 def measure(folder: str) -> dict:
     config = load_config(ROOT / "configs" / "lab.yaml")
     # each stretch ends with one write of its ten rows, with the watch and without
-    trainer = Trainer(config.with_(training={"log_interval": STRETCH}), folder)
+    trainer = Trainer(config.with_(training={"log_interval": STRETCH, "steps": STRETCH * (2 * PAIRS + 1)}), folder)
     watch = Watch(trainer.model, trainer.optimizers, quiet=True)
     stretch(trainer, watch)  # warm: caches, the optimizers' state
     pairs = []

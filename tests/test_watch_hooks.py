@@ -24,6 +24,22 @@ def update(model, optimizer) -> None:
     optimizer.step()
 
 
+def test_attached_again_it_hears_whole_passes_only_if_it_is_early() -> None:
+    model = toy()
+    optimizer = AdamW(model.parameters())
+    watch = Watch(model, optimizer)
+
+    def heard_again() -> set[str]:
+        watch.close()
+        watch.attach()
+        return {name for name in ("forward", "events", "outside") if getattr(watch.state, name).handles}
+
+    train(watch, model, [optimizer], 10)
+    assert heard_again() == {"forward", "events", "outside"}
+    train(watch, model, [optimizer], 10)
+    assert heard_again() == {"events", "outside"}
+
+
 def test_no_hook_is_copied_or_saved(tmp_path) -> None:
     model = toy()
     optimizer = AdamW(model.parameters())

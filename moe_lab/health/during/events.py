@@ -25,7 +25,8 @@ Truth = bool | Tensor  # one bool, on its device until `fetch`
 
 
 def part(tensor: Tensor) -> Tensor:
-    return plain(tensor.detach()).flatten()[:WHOLE]
+    values = plain(tensor)
+    return values if values.numel() <= WHOLE else values.flatten()[:WHOLE]
 
 
 def is_heard(t: Tracked) -> bool:

@@ -126,7 +126,8 @@ class Watch:
         self.handles += [o.register_step_post_hook(after) for o in self.state.optimizers]
         loaded = Hook(self.state.note_loaded, self.stop)
         self.handles += [o.register_load_state_dict_post_hook(loaded) for o in self.state.optimizers]
-        for part in (self.state.outside, self.state.events, self.state.forward):
+        is_early = self.state.n_seen < LISTENED
+        for part in (self.state.outside, self.state.events, *([self.state.forward] if is_early else [])):
             part.listen(self.fail)
 
     def close(self) -> None:
