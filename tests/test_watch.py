@@ -232,6 +232,18 @@ def test_a_long_training_is_watched_in_bounded_memory(monkeypatch) -> None:
     assert found[20] == found[10**6] and [f["rule"] for f in found[20]].count("reach") == 1
 
 
+@pytest.mark.parametrize("start_step", [0, 130])
+def test_rules_are_asked_often_at_first_and_a_resumed_run_keeps_step(start_step: int) -> None:
+    model = toy()
+    optimizer = AdamW(model.parameters())
+    watch = Watch(model, optimizer, start_step=start_step)
+    read = set()
+    for step in range(start_step, 190):
+        train(watch, model, [optimizer], 1, start=step)
+        read |= {watch.state.last_read} - {start_step}
+    assert sorted(read) == [n for n in (*range(10, 101, 10), *range(120, 181, 20)) if n > start_step]
+
+
 def test_a_layer_that_is_unfrozen_is_read_at_the_next_check_even_between_two_readings() -> None:
     """Gradual unfreezing: the check takes the layer in, under its group, and every rule sees a reading of it."""
     model = toy()

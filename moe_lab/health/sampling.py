@@ -49,7 +49,9 @@ def fetched(tensors: Sequence[Tensor | float]) -> list:
     return numbers
 
 
-LOOK_EVERY, EARLY, SELDOM = 5, 100, 20  # updates between looks at the passes of one, the first of them, and after these
+EARLY = 100  # updates that tell most, and are looked at most
+LOOK_EVERY, SELDOM = 5, 20  # updates between looks at the passes of one, early and later
+HEARD, OF = 20, 60  # later updates in a row of whose gradients the order is heard, and from one such row to the next
 
 
 class Waiting:
@@ -61,8 +63,13 @@ class Waiting:
 
     @property
     def is_look(self) -> bool:
-        """Whether the next update's passes are looked at: the first hundred tell most, and a long training should not pay for them."""
+        """Whether the next update's passes are looked at: a long training should not pay for its beginning."""
         return self.update % (LOOK_EVERY if self.update <= EARLY else SELDOM) == 1
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether what happens to gradients is heard, in rows of updates: one by itself does not tell what is usual."""
+        return self.update <= EARLY or self.update % OF < HEARD
 
     def add(self, numbers: Tensor | float, take: Callable[[Any], object]) -> None:
         self.pairs.append((numbers, take))

@@ -78,30 +78,29 @@ class Bank:
         # fourth powers of small steps leave float32's range
         wide = torch.float32 if self.device.type == "mps" else torch.float64
         start, moved = self.start.to(wide), now.to(wide) - self.start
-        if self.watches_intent:
-            r, u = (now.to(wide) - self.origin) * on, self.intended.to(wide) * on
-            ulps = u / self.ulp
-        else:
-            r = u = ulps = torch.zeros_like(moved)
         columns = {
             "n_touched": on,
             "unchanged": on & (now == self.start),  # since the watch began
             "unchanged_lately": on & (now == self.last),  # … the last reading
             "down": on & (moved < 0),
-            "meant_down": (u < 0) & on & (moved != 0),
             "moved_square": on * moved**2,
             "weight_square": start**2,  # of all
             "touched_square": on * start**2,
             "along": on * start * moved,
             "n_lit": self.lit,
-            "realised_intended": r * u,  # of the window; None where the intended update is not known, as the next
-            "intended_square": u**2,
-            "moments_rruu": r**2 * u**2,  # with the next two for the standard error of ρ
-            "moments_ruuu": r * u**3,
-            "moments_uuuu": u**4,
-            "ulps_square": ulps**2,
             "n_varied": self.start != self.start[self.firsts][self.owner],  # of all: that differ from the first
         }
+        if self.watches_intent:
+            r, u = (now.to(wide) - self.origin) * on, self.intended.to(wide) * on
+            columns |= {
+                "meant_down": (u < 0) & on & (moved != 0),
+                "realised_intended": r * u,  # of the window; None where the intended update is not known, as the next
+                "intended_square": u**2,
+                "moments_rruu": r**2 * u**2,  # with the next two for the standard error of ρ
+                "moments_ruuu": r * u**3,
+                "moments_uuuu": u**4,
+                "ulps_square": (u / self.ulp) ** 2,
+            }
         self.last = now
         table = torch.stack([column.to(wide) for column in columns.values()], 1)
         return list(columns), table.new_zeros(len(self.tensors), table.shape[1]).index_add_(0, self.owner, table)

@@ -47,9 +47,10 @@ class Ear:
 
     def __init__(self, t: Tracked):
         self.t, self.last, self.n = t, None, 2  # last: the gradient that the last pass left
-        self.begin()
+        self.begin(is_heard=True)
 
-    def begin(self) -> None:
+    def begin(self, is_heard: bool) -> None:
+        self.is_heard = is_heard  # up to the next update of its optimizer; else passes are counted alone
         self.several = self.n > 1  # in the last update: weights are kept only then
         self.n = self.n_others = 0  # backward passes, and updates of other optimizers
         self.clean: Truth = False  # whether a pass found nothing before it
@@ -143,7 +144,7 @@ class Events(Listener):
     def arrives(self, ear: Ear, gradient: Tensor | None) -> None:
         """None comes of an autograd.Function that returns it; of sparse gradients nothing is told."""
         ear.is_told = gradient is not None and not gradient.is_sparse
-        if not ear.is_told:
+        if not (ear.is_told and ear.is_heard):
             return
         nothing = ear.nothing
         ear.clean = ear.clean | nothing
@@ -159,6 +160,7 @@ class Events(Listener):
     def accumulated(self, ear: Ear, p: Tensor) -> None:
         if ear.is_told:
             ear.n, ear.at, ear.last = ear.n + 1, self.n_steps, p.grad
+        if ear.is_told and ear.is_heard:
             ear.some = p.grad is not None and part(p.grad).any()
             ear.kept = (part(p).clone(), part(p.grad).clone()) if ear.several and p.grad is not None else None
 
@@ -173,7 +175,20 @@ class Events(Listener):
     def before_update(self, optimizer: Optimizer, has_gradients: bool) -> None:
         """`has_gradients`: now, and not made in the step."""
         self.n_losses = 0
-        mine = [ear for ear in self.ears if ear.t.optimizer is optimizer]
+        mine, missed = ([e for e in ears if e.t.optimizer is optimizer] for ears in (self.ears, self.missed))
+        if any(ear.is_heard for ear in mine):
+            look = self.look(mine, missed, has_gradients)
+            told: dict[str, list[bool]] = {kind: [] for kind in look}
+            self.looks.setdefault(id(optimizer), deque(maxlen=KEPT)).append(told)
+            for kind, truth in ((kind, truth) for kind, many in look.items() for truth in many):
+                self.waiting.add(truth, told[kind].append)
+        for ear in self.ears:
+            ear.n_others += 1
+        for ear in (*mine, *missed):
+            ear.begin(self.waiting.is_heard)
+
+    def look(self, mine: Sequence[Ear], missed: Sequence[Ear], has_gradients: bool) -> dict[str, list[Truth]]:
+        """What an update is like, by kind, at each ear that can tell."""
         heard = [ear for ear in mine if ear.n]
         look: dict[str, list[Truth]] = {
             "stale": [ear.clean ^ True for ear in heard if ear.t.name != OUTSIDE],
@@ -188,20 +203,12 @@ class Events(Listener):
         elif has_gradients:
             left = [ear for ear in mine if ear.t.param.grad is not None]
             look["twice"] = [ear.t.param.grad is ear.last and ear.nothing ^ True for ear in left]
-        if missed := [ear for ear in self.missed if ear.t.optimizer is optimizer]:
+        if missed:
             some: Truth = False
             for ear in (ear for ear in missed if ear.n):
                 some = some | (ear.some & ear.nothing)
             look["some gone"] = [some]
-        if mine:
-            told: dict[str, list[bool]] = {kind: [] for kind in look}
-            self.looks.setdefault(id(optimizer), deque(maxlen=KEPT)).append(told)
-            for kind, truth in ((kind, truth) for kind, many in look.items() for truth in many):
-                self.waiting.add(truth, told[kind].append)
-        for ear in self.ears:
-            ear.n_others += 1
-        for ear in (*mine, *missed):
-            ear.begin()
+        return look
 
     def share(self, kind: str, last: int = KEPT) -> list[float]:
         """Of each optimizer's last updates, the share that were of this kind; none before there are a few."""

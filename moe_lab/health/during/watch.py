@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..findings import Finding
+from ..sampling import EARLY
 from ..torch_private import is_nested_step
 from .events import ignore
 from .intended import N_MATRICES
@@ -26,7 +27,7 @@ from .rules_updates import N_LOSSES
 from .state import WINDOW, State
 from .tracking import Tracked, all_innermost, module_of, refuse_bad_input
 
-CHECK_EVERY = 10  # updates between checks of the rules: the only transfers from the device
+CHECK_EVERY, LATER = 10, 20  # updates between checks of the rules, the only transfers from the device: early, and later
 LISTENED = 20  # updates during which all of a forward pass is listened to
 
 
@@ -72,7 +73,7 @@ class Watch:
         frozen = {name for name, _ in model.named_parameters() if name.startswith(tuple(expect_frozen))}
         self.state = State(model, optimizers, budget, frozen, start_step, n_matrices, self.findings)
         self.rules: Sequence[Rule] = ALL
-        self.next_check = (start_step // CHECK_EVERY + 1) * CHECK_EVERY
+        self.next_check = check_after(start_step)
         self.attach()
         self.hear_ranks()
         for kind in {type(wrapper).__name__: None for wrapper in wrappers}:
@@ -177,7 +178,7 @@ class Watch:
         self.state.after_update(optimizer, has_closure(args, kwargs))
         # once all that step together have done so; one that has stopped stepping is not waited for
         if self.step > self.next_check or self.state.slowest >= self.next_check:
-            self.next_check = (self.step // CHECK_EVERY + 1) * CHECK_EVERY
+            self.next_check = check_after(self.step)
             self.check()
             if self.state.n_seen >= LISTENED:
                 self.state.forward.close()
@@ -206,6 +207,11 @@ class Watch:
 
     def stop(self, error: Exception) -> None:
         self.fail(error, "the watch", "the watch stopped", stop=self.close)
+
+
+def check_after(step: int) -> int:
+    every = CHECK_EVERY if step < EARLY else LATER
+    return (step // every + 1) * every
 
 
 def has_closure(args: tuple, kwargs: dict) -> bool:
