@@ -38,6 +38,9 @@ def test_attached_again_it_hears_whole_passes_only_if_it_is_early() -> None:
     assert heard_again() == {"forward", "events", "outside"}
     train(watch, model, [optimizer], 10)
     assert heard_again() == {"events", "outside"}
+    watch.attach()
+    train(watch, model, [optimizer], 10)
+    assert watch.step == 30
 
 
 def test_no_hook_is_copied_or_saved(tmp_path) -> None:

@@ -122,6 +122,9 @@ class Watch:
         print(*(f"not checked: {what}: {why}" for what, why in unchecked(self.state).items()), sep="\n")
 
     def attach(self) -> None:
+        """Hang all hooks up, again after `close`; on a watch that is attached nothing."""
+        if self.handles:
+            return
         before, after = Hook(self.before_step, self.stop), Hook(self.after_step, self.stop)
         self.handles = [o.register_step_pre_hook(before) for o in self.state.optimizers]
         self.handles += [o.register_step_post_hook(after) for o in self.state.optimizers]
