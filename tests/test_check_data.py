@@ -109,6 +109,16 @@ def test_padding_that_is_a_target() -> None:
     assert said(padded(mask_end=False, mask_padding=False)) == ["padding_in_loss"]
 
 
+def test_a_mask_beside_the_tokens_is_no_label() -> None:
+    """Of a classifier's three tensors; of a language model's the third are the labels."""
+    whole = padded(mask_end=False, mask_padding=False)
+    classes = torch.arange(len(whole[0]["input_ids"])) % 3
+    for mask in (lambda ids: ids != PAD, lambda ids: (ids != PAD).long(), lambda ids: (ids != PAD).float()):
+        assert said([(b["input_ids"], mask(b["input_ids"]), classes) for b in whole]) == []
+        given = [(b["input_ids"], mask(b["input_ids"]), b["labels"]) for b in whole]
+        assert said(given) == ["padding_in_loss"]
+
+
 def test_batches_with_very_different_numbers_of_targets() -> None:
     one, other = text(seed=0), text(seed=1)
     few = torch.where(torch.arange(64) < 54, -100, other)

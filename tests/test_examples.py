@@ -32,7 +32,7 @@ def test_examples_are_fine_in_every_form() -> None:
     whole = [(255 * torch.rand(8, 8, 8, 3)).to(torch.uint8) for _ in range(4)]
     assert said(batches()) == said([x for x, _ in batches()]) == said(whole) == []
     assert said([{"pixel_values": x, "labels": y} for x, y in batches()]) == []
-    assert said([(x.flatten(1), x.flatten(1)[:, :2]) for x, _ in batches()]) == []
+    assert said([(x.flatten(1), 2 * x.flatten(1)[:, :2]) for x, _ in batches()]) == []
     assert said(batches(), batches(first=100)) == []
 
 
@@ -75,6 +75,13 @@ FAULTS = {
     "a rare class": (lambda: changed(lambda x, y: (x, (y == 0).long())), []),
     "groups of a class": (in_eights, []),
     "series": (lambda: changed(lambda x, y: (x, y / 7)), []),
+    "a target before the window's end": (lambda: changed(lambda x, y: (x.flatten(1), x.flatten(1)[:, 77])), ["label_shift"]),
+    "two of them": (lambda: changed(lambda x, y: (x.flatten(1), x.flatten(1)[:, 7:9])), ["label_shift"]),
+    "one of two": (lambda: changed(lambda x, y: (x.flatten(1), x.flatten(1)[:, 7:9] * torch.tensor([1, 2]))), []),
+    "a column that is the class": (lambda: changed(lambda x, y: (torch.cat([x.flatten(1), y[:, None] / 1], 1), y)), ["label_shift"]),
+    "few classes, few examples": (lambda: changed(lambda x, y: ((x > 9).float(), (y > 10).long()))[:1], []),
+    "what is to be made again": (lambda: changed(lambda x, y: (x[:, 0, 0, :4], x[:, 0, 0, :4])), []),
+    "the value after the window": (lambda: changed(lambda x, y: (x.flatten(1)[:, :100], x.flatten(1)[:, 100])), []),
 }  # fmt: skip
 
 

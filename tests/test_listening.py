@@ -335,3 +335,34 @@ class Gate(nn.Module):
 
 def test_a_cell_that_is_a_gate_remembers_nothing_and_need_not() -> None:
     assert said(Gate()) == []
+
+
+class Reader(nn.Module):
+    """A sentence's class, read out at its first token; torch's mask is True where nothing is to be read."""
+
+    def __init__(self, first: bool = True) -> None:
+        super().__init__()
+        self.first, self.tokens = first, nn.Embedding(V, D)
+        self.layer = nn.TransformerEncoderLayer(D, 2, 2 * D, dropout=0.0, batch_first=True, norm_first=True)
+        self.head = nn.Linear(D, 4)
+
+    def forward(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        y = self.layer(self.tokens(ids), src_key_padding_mask=mask)
+        return self.head(y[:, 0] if self.first else y.mean(1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"), [("reversed", True), ("right", False), ("none", False), ("no padding", False), ("mean", False)]
+)
+def test_a_mask_that_is_the_wrong_way_round(kind: str, told: bool) -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(1, V, (16, 20))
+    is_padding = (torch.arange(20) >= torch.randint(8, 16, (16, 1))) & (kind != "no padding")
+    ids[is_padding] = 0
+    masks = {"reversed": ~is_padding, "right": is_padding, "no padding": torch.arange(20).expand(16, -1) > 0}
+
+    def loss(model: nn.Module, batch: tuple) -> Tensor:
+        return F.cross_entropy(model(batch[0], masks.get(kind)), batch[1])
+
+    found = said(Reader(first=kind != "mean"), loss, (ids, torch.arange(16) % 4))
+    assert found == ([("no_effect", "mask")] if told else [])

@@ -227,6 +227,27 @@ def test_rates_that_are_spent_too_early(n_steps, budget, told) -> None:
     assert ("lr_spent" in said(with_lrs(linear(n_steps), n=60, budget=budget))) == told
 
 
+@pytest.mark.parametrize(
+    ("rates", "told"),
+    [
+        ({0: 1.0, 10: 1e-3}, True),  # factors of a warm-up that were multiplied, and stay
+        ({0: 1.0, 10: 0.02}, False),
+        ({0: 1.0, 40: 1e-3}, False),  # a run that is nearly over
+        ({0: 1.0, 10: 1e-3, 30: 1.0}, False),  # a phase
+        ({0: 1.0, 5: 1e-3, 28: 1.1e-3, 38: 1.2e-3, 48: 1.3e-3, 58: 1.4e-3}, False),  # it does not rest
+    ],
+)
+def test_a_rate_that_is_spent_early_and_rests_there_whatever_the_budget(rates: dict[int, float], told: bool) -> None:
+    def of(step: int) -> tuple[float, float]:
+        factor = rates[max(n for n in rates if n <= step)]
+        return 0.02 * factor, 0.004 * factor
+
+    watch = with_lrs(of, n=60)
+    assert ("lr_spent" in said(watch)) == told
+    if told:
+        assert finding(watch, "lr_spent").step == 40 and "by update 11 of 40" in finding(watch, "lr_spent").message
+
+
 def test_a_rate_that_never_rises_and_one_that_rests() -> None:
     model = toy()
     assert (

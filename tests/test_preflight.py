@@ -276,6 +276,16 @@ TOKENS = {
         ({"epochs": 12, "milestones": [60000, 80000]}, None),  # updates
         ({"max_steps": 50000, "milestones": [60000, 80000]}, "and 50000 steps are planned: it never does"),
         ({"max_steps": 50000, "milestones": ["half", "end"]}, None),
+        ({"epochs": 100, "swa": {"swa_start": 161}}, "swa.swa_start: 161 is beyond the 100 epochs planned"),
+        ({"epochs": 100, "swa": {"swa_start": 75}}, None),
+        ({"epochs": 100, "ema_start": 5000}, None),  # updates
+        ({"epochs": 10, "max_steps": 5000, "ema_start": 4000}, None),
+        ({"epochs": 30, "decay_start_epoch": 80}, "80 is beyond the 30 epochs planned: what begins there never does"),
+        ({"max_steps": 5000, "decay_start_step": 8000}, "8000 is beyond the 5000 steps planned"),
+        ({"epochs": 10, "max_steps": 5000, "unfreeze_epoch": 12}, "12 is beyond the 10 epochs planned"),
+        ({"epochs": 30, "start_epoch": 40}, None),  # what comes after it may be counted
+        ({"epochs": 30, "unfreeze_at": 10**6}, None),  # meant
+        ({"max_steps": 5000, "start_date": 20240101, "window_start": 6000, "restart": 6000}, None),
     ],
 )
 def test_schedules_on_paper(config: dict, words: str | None) -> None:

@@ -247,3 +247,30 @@ def test_a_factor_that_starts_at_zero_is_waited_for(on_a_frozen_base: bool) -> N
     assert said(watch) == [] and "frozen_module" not in said(watch, "info")
     first = {r.name: r for r in watch.readings}["first.weight"]
     assert (first.zero_gradient, first.gradient) == (1, "yes")
+
+
+@pytest.mark.parametrize("when", ["before", "loaded", "healthy", "later"])
+def test_what_an_optimizer_keeps_and_cannot_use(when: str) -> None:
+    """After a batch of old with a fill value in it, the second moments are infinite and the gradients are not. Of moments that
+    become so in this run, the gradients speak."""
+    model = toy()
+    (optimizer,) = adamw(model)
+    train(None, model, [optimizer], 3)
+    state = copy.deepcopy(optimizer.state_dict())
+    if when == "before":
+        optimizer.state[model.up.weight]["exp_avg_sq"][3] = torch.inf
+    with Watch(model, optimizer) as watch:
+        at_start = said(watch)
+        train(watch, model, [optimizer], 12, start=3)
+        if when == "loaded":
+            state["state"][3]["exp_avg_sq"].fill_(torch.inf)
+            optimizer.load_state_dict(state)
+        if when == "later":
+            model.up.weight.grad[0] = torch.inf
+            optimizer.step()
+        train(watch, model, [optimizer], 30, start=15)
+    assert (at_start == ["nonfinite_values"]) == (when == "before")
+    assert ("nonfinite_values" in said(watch)) == (when in ("before", "loaded"))
+    if when == "before":
+        found = finding(watch, "nonfinite_values")
+        assert "exp_avg_sq of up.weight" in found.message and found.value == 16 and found.severity == "error"

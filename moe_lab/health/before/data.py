@@ -25,9 +25,15 @@ WINDOW = 32  # tokens of such a window
 
 
 def ids_and_labels(batch: Any) -> tuple[Any, Any]:
+    """Of a tuple the first, and the next that is no mask of zeros and ones."""
     if isinstance(batch, Mapping):
         return batch.get("input_ids"), batch.get("labels")
-    return (*batch, None, None)[:2] if isinstance(batch, (tuple, list)) else (batch, None)
+    ids, *rest = batch if isinstance(batch, (tuple, list)) and batch else (batch,)
+    return ids, next((t for t in rest if not (isinstance(t, Tensor) and is_mask(t))), None)
+
+
+def is_mask(t: Tensor) -> bool:
+    return bool(((t == 0) | (t == 1)).all())
 
 
 def are_ids(ids: Any) -> bool:

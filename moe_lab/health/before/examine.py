@@ -299,6 +299,7 @@ CHECKS: dict[str, Callable[[Trial], Iterable[Finding] | Finding | None]] = {
     "gradients": silent_parts,
     "the loss's graph": structure.asked_by_loss,
     "size of the inputs": sizes,
+    "padding": lambda trial: trial.listening.padding_alone(),
     "orthogonal steps": structure.not_linear,
     "residual stream": lambda trial: trial.listening.scaled_copies(),
     "positions": lambda trial: trial.listening.positions(),

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..findings import Finding
+from ..findings import Finding, several
 from ..tokens import COME_AGAIN, REPEATED, raw
 
 TARGET = re.compile(r"label|target|^y$")
 MOST = 4096  # numbers of an example that are looked at
 MANY = 256  # targets that are not all one number by chance, even where one class is rare
 ROWS, LEAST = 64, 5  # examples whose order says anything, and the least of a class
+FEW = 8  # numbers of a target that may all stand in the input
 OVERLAP, TIMES = 0.05, 4  # share of the validation's examples in training, and over what training says itself
 APART, WIDER = 1.0, 3.0  # deviations between the means of training and validation; ratio of their deviations
 
@@ -89,6 +90,27 @@ def targets(seen: Sequence[Examples]) -> Iterator[Finding]:
             yield Finding("sorted_data", "warning", "data", message, advice, n_runs, len(counts))
 
 
+def stands_in_input(seen: Sequence[Examples]) -> Iterator[Finding]:
+    """Each number of the targets, which are few beside the inputs, is the one at some fixed place of its example."""
+    y = [e.y.reshape(len(e.y), -1) for e in seen if e.y is not None and len(e.y) == len(e.x)]
+    if len(y) < len(seen) or {t.shape[1] for t in y} - set(range(1, FEW + 1)) or len({e.x.shape[1] for e in seen}) > 1:
+        return
+    x, wanted = torch.cat([e.x for e in seen])[:MANY], torch.cat(y)[:MANY]
+    places = [(x == column.to(x.dtype).unsqueeze(1)).all(0).nonzero().flatten().tolist() for column in wanted.T]
+    is_known = all(len(column.unique()) > 1 for column in wanted.T) and len(x) >= (
+        ROWS if len(wanted.unique()) < LEAST else LEAST
+    )
+    if is_known and all(places) and 2 * wanted.shape[1] <= x.shape[1] < MOST:
+        at = several([f"{found[0] + 1} of {x.shape[1]}" for found in places])
+        message = (
+            f"the targets of all {len(x)} examples stand in their inputs, as number {at}: the model learns to copy"
+        )
+        advice = (
+            "take the target out of the inputs; of a series the target comes after the window: shift it the other way"
+        )
+        yield Finding("label_shift", "warning", "targets", message, advice, len(x), 0)
+
+
 def beside(seen: Sequence[Examples], validation: Sequence[Examples]) -> Iterator[Finding]:
     """Examples that stand in both, and numbers of another size."""
     mine, others = rows_of(seen), rows_of(validation)
@@ -110,5 +132,5 @@ def beside(seen: Sequence[Examples], validation: Sequence[Examples]) -> Iterator
 
 
 def check_examples(seen: Sequence[Examples], validation: Sequence[Examples]) -> list[Finding]:
-    found = [finding for check in (not_finite, come_again, targets) for finding in check(seen)]
+    found = [finding for check in (not_finite, come_again, targets, stands_in_input) for finding in check(seen)]
     return [*found, *(beside(seen, validation) if validation else ())]

@@ -15,6 +15,7 @@ from ..during.heard import tensors_of
 from ..during.listener import Listener
 from ..findings import Finding, grouped, several
 from ..sampling import tensor_kind
+from ..tokens import runs_of
 
 WORDS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")  # MambaMixer, GRUBlock
 PROMISES = re.compile(
@@ -24,6 +25,8 @@ PROMISES = re.compile(
 FAR, NEAR = 32, 8
 # how near to 2 the share of the input in the output must be, for each block of a kind; of 20 families' fresh blocks it is 0.78 to 1.13
 NEAR_TWO = 0.4
+UNHEARD = 0.2  # share of tokens that nothing depends on although they are there: one that is read out may be all
+TURNED_ROUND = "a mask is the wrong way round: torch's key_padding_mask is True where a token is padding, transformers' attention_mask is 1 where it is none"
 FEWEST = 3  # different tokens of which one factor is told
 
 
@@ -41,6 +44,8 @@ class Listening(Listener):
         self.doubled: list[str] = []  # those that return nothing but their input, twice
         # of each call of a recurrent cell: whether its state has a graph, where that lies if there is one, and where the new one
         self.cells: dict[str, list[tuple]] = {}
+        # ids (B, T) that tables were given, and of which of them the loss depends
+        self.looked_up: list[tuple[Tensor, list[Tensor]]] = []
         self.calls: dict[tuple, tuple] = {}  # kind of module that promises memory → its name, itself, its first call
 
     def hooks(self, hook: Callable) -> Iterator[Any]:
@@ -49,11 +54,31 @@ class Listening(Listener):
             yield module.register_forward_hook(hook(partial(self.compare, name)))
             if isinstance(module, nn.RNNCellBase):
                 yield module.register_forward_hook(hook(partial(self.count_call, name)), with_kwargs=True)
+            if isinstance(module, nn.Embedding):
+                yield module.register_forward_hook(hook(self.keep_ids))
         for name, module in promising(named):
             yield module.register_forward_pre_hook(hook(partial(self.keep_call, name)), with_kwargs=True)
 
     def keep_call(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.calls.setdefault((tensor_kind(name), type(module)), (name, module, args, kwargs))
+
+    def keep_ids(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if args and args[0].ndim == 2 and output.requires_grad:
+            taught: list[Tensor] = []
+            output.register_hook(lambda gradient: taught.append((gradient != 0).any(-1)))
+            self.looked_up.append((args[0].detach(), taught))
+
+    def padding_alone(self) -> Iterator[Finding]:
+        """Tokens before the padding at their rows' ends that no gradient reaches, where it reaches the padding."""
+        for ids, taught in ((ids.cpu(), taught) for ids, taught in self.looked_up):
+            last = ids[:, -1].mode().values
+            is_padding = runs_of(ids)[1] & (ids == last)
+            is_told = sum((t.cpu() for t in taught), torch.zeros_like(is_padding)) > 0
+            if is_padding[:, -2:-1].any() and (~is_padding).any():
+                text, pad = (float(is_told[which].float().mean()) for which in (~is_padding, is_padding))
+                if text < UNHEARD < 1 - UNHEARD < pad:
+                    message = f"the loss depends on {pad:.0%} of the padding (token {int(last)}) and on {text:.0%} of the tokens before it"
+                    yield Finding("no_effect", "warning", "mask", message, TURNED_ROUND, round(text, 3), UNHEARD)
 
     def count_call(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """Of a cell that learns: the state that it was given, and that it gave the last time."""

@@ -2,18 +2,23 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 
 from torch.optim import Optimizer
 
 from ..findings import Finding
-from .plan import Plan
+from .plan import Plan, as_number
 
 # decay over budget, or the reverse, up to which a rounded number or a tail at the least LR explains it
 OFF_BUDGET = 1.5
 OF_RATES = re.compile(r"lr|sched|decay|optim|train|^milestones$")  # whose milestones these are
 MANY = 3  # times the epochs, from where on a milestone may count something else
+# what begins within a run, such as averaging or a decay; a run itself may begin where another one ended
+BEGINS = re.compile(
+    r"(?:\w*[a-z]_)?(?:starts?|begins?|unfreeze)(?:_at|_after|_from)?(?:_(?P<unit>epoch|step|iter|update)s?)?"
+)
+OF_THE_RUN = re.compile(r"(?:init_|initial_)?(?:start|begin)s?(?:_\w+)?|\w*(?:warm|window|date|time|index|idx)\w*")
 INTERVALS = ("log_interval", "eval_interval", "save_interval")
 NEVER = "it never comes, but at an end if the loop sees to it"
 ONE_UNIT = "count all of it in updates: one is accumulation × micro-batches"
@@ -52,11 +57,26 @@ def rate_over_time(plan: Plan) -> Iterator[Finding]:
     if 0 < planned <= falls < (MANY * epochs or math.inf):
         words = f"the LR falls at {falls:g} at the earliest, and {planned:g} {units} are planned: it never does"
         yield finding("warning", "milestones", words, "scale them with the length of the run", falls, planned)
+    yield from never_begins(plan, {"epochs": epochs, "steps": steps or 0})
     peak = max((lr for _, lr, _ in plan.peak_rates()), default=math.inf)
     for key, most in {"min_lr": peak, "min_lr_ratio": 1}.items():
         if (least := plan.number(key) or 0) > most:
             words = f"the LR ends at {least:g}, above the {most:g} that it comes from: the decay is a rise"
             yield finding("warning", key, words, "give the end, or its share of the peak, below it", least, most)
+
+
+def never_begins(plan: Plan, planned: Mapping[str, float]) -> Iterator[Finding]:
+    """Of a number that is many times the run's length it is meant, and one without a unit may count what is more."""
+    for entry in plan.entries:
+        key, value = entry.path[-1].lower(), as_number(entry.value)
+        named = None if OF_THE_RUN.fullmatch(key) else BEGINS.fullmatch(key)
+        unit = named and named["unit"]
+        of = {"epochs"} if unit == "epoch" else {"steps"} if unit else {"epochs", "steps"}
+        length, units = max((n, units) for units, n in planned.items() if units in of)
+        if named and 0 < length < value < MANY * length:
+            words = f"{value:g} is beyond the {length:g} {units} planned: what begins there never does"
+            advice = "scale it with the length of the run"
+            yield Finding("schedule", "warning", entry.where, f"{entry.name}: {words}", advice, value, length)
 
 
 def counted_steps(plan: Plan) -> Iterator[Finding]:

@@ -13,7 +13,7 @@ from ..during.reached import leaves, untaught
 from ..during.steps import law_of, unmovable
 from ..during.tracking import held_by, is_master, storage
 from ..findings import Finding, several
-from ..sampling import elements, plain, sample_positions
+from ..sampling import elements, fetched, plain, sample_positions
 from ..tokens import raw
 from ..torch_private import takers
 from .plan import OFF, Plan
@@ -58,6 +58,25 @@ def stale(model: nn.Module, optimizers: Sequence[Optimizer]) -> Finding | None:
     message = f"{len(foreign)} tensors of the optimizer are not the model's, and {len(lost)} of the model's, of their shapes, are in none"
     advice = "make the optimizer after the model is moved, wrapped, converted, resized or given adapters, from its own parameters"
     return Finding("not_in_optimizer", "error", several(lost), message, advice, len(foreign), 0)
+
+
+def unusable_state(optimizers: Sequence[Optimizer], names: Mapping[int, str]) -> Finding | None:
+    """What an optimizer keeps of a tensor and is NaN or infinite: an infinite second moment makes each of its steps 0, for good."""
+    held = [
+        (p, key, v)
+        for o in optimizers
+        for p, kept in o.state.items()
+        for key, v in kept.items()
+        if isinstance(v, Tensor)
+    ]
+    held = [(p, key, v) for p, key, v in held if v.is_floating_point() and v.layout is torch.strided]
+    ill = fetched([(~plain(v).isfinite()).sum() for _, _, v in held])
+    if not any(ill):
+        return None
+    where = several([f"{key} of {names.get(id(p), 'a tensor')}" for (p, key, _), n in zip(held, ill, strict=True) if n])
+    message = f"{sum(ill)} numbers that the optimizers keep are NaN or infinite: {where}"
+    advice = "begin with a fresh optimizer, or an older checkpoint: such elements never move again, or become NaN"
+    return Finding("nonfinite_values", "error", "optimizers", message, advice, sum(ill), 0)
 
 
 def asked_by_loss(trial: Any) -> list[Finding]:

@@ -65,7 +65,8 @@ def brought_back(state: State) -> Ill:
     "is the scheduler stepped once an update, and not once a micro-batch or process? Was its length given in updates?",
 )
 def lr_spent(state: State) -> Ill:
-    """All LRs near zero before half of the budget, or for LR_STEADY updates at zero, beside the peak."""
+    """All LRs near zero before half of the budget, or for LR_STEADY updates at zero, beside the peak. Where the budget is not known: at
+    rest there, for twice as many updates as it took to get there."""
     groups = [g for g in state.groups if len(g.recent) == LR_STEADY]
     if not groups or len(groups) < len(state.groups):
         return {}
@@ -73,11 +74,14 @@ def lr_spent(state: State) -> Ill:
     if all(lr <= NOTHING * g.peak for g in groups for lr in g.recent):
         what = f"was {max(g.last for g in groups):.0g} in the last {LR_STEADY} updates"
         return {"zero": {"where": where, "what": what, "value": 0.0, "limit": max(g.peak for g in groups)}}
-    first = max(g.spent_at for g in groups) + state.start_step
-    if state.budget is None or not all(g.spent_at for g in groups) or first >= state.budget / 2:
+    first, now = max(g.spent_at for g in groups) + state.start_step, max(g.n for g in groups) + state.start_step
+    is_at_rest = [len({*g.recent}) == 1 and g.last < SPENT * g.peak for g in groups]
+    for_long = [g.n > max(LR_ACTED, 3 * g.spent_at) for g in groups]
+    total = state.budget or (now if all(is_at_rest) and all(for_long) else 0)
+    if not all(g.spent_at for g in groups) or first >= total / 2:
         return {}
-    what = f"was below {SPENT:.0%} of its peak by update {first} of {state.budget}"
-    return {"early": {"where": where, "what": what, "value": first, "limit": state.budget / 2}}
+    what = f"was below {SPENT:.0%} of its peak by update {first} of {total}"
+    return {"early": {"where": where, "what": what, "value": first, "limit": total / 2}}
 
 
 def rising_for_good(state: State) -> Ill:

@@ -14,6 +14,7 @@ from .rule import Ill, Rule, by_kind, found_in, rule
 from .state import State
 from .tracking import storage
 
+JUST_LOADED = 10  # updates after which, at the latest, a loaded state is looked at
 THAWED = 2  # looks at gradients, five updates apart: a loop may add the group a little later
 ON_PURPOSE = 0.5  # share of the parameters from which on frozen ones look like an adapter's base
 
@@ -118,6 +119,14 @@ def is_decay_rates(p: Tensor) -> bool:
     return bool((values.float() - wanted).abs().max() < 0.02)
 
 
+def unusable_state(state: State) -> Ill:
+    """At the start, and right after a state was loaded: later on it would only say again what gradients and the loss say."""
+    since = state.n_seen - max((g.loaded_at for g in state.groups), default=0)
+    is_due = not state.n_seen or (since <= JUST_LOADED and all(t.finite for t in state.tracked))
+    finding = structure.unusable_state(state.optimizers, {id(p): n for n, p in state.named.items()}) if is_due else None
+    return {finding.message: finding.to_dict()} if finding else {}
+
+
 RULES = (
     not_in_optimizer,
     Rule("not_in_optimizer", "error", partial(found_in, name="not_in_optimizer")),
@@ -126,5 +135,6 @@ RULES = (
     Rule("broken_tie", "warning", broken_tie),
     delta_start,
     heavy_dropout,
+    Rule("nonfinite_values", "error", unusable_state),
     weight_decay_on_norms,
 )
