@@ -249,6 +249,31 @@ def test_holes_in_a_decoders_answers_are_filled_and_no_end() -> None:
     assert watch.state.forward.heard.is_next_token and said(watch) == []
 
 
+AVERAGES = {
+    "as it comes": (F.kl_div, torch.optim.SGD, True),
+    "by hand": (lambda logp, told: (told * (told.log() - logp)).mean(), torch.optim.SGD, True),
+    "cross-entropy by hand": (lambda logp, told: -(logp * told).mean(), torch.optim.SGD, True),
+    "under Adam": (F.kl_div, AdamW, False),
+    "of a batch": (lambda logp, told: F.kl_div(logp, told, reduction="batchmean"), torch.optim.SGD, False),
+    "summed first": (lambda logp, told: -(logp * told).sum(-1).mean(), torch.optim.SGD, False),
+    "smoothed": (lambda logp, told: F.nll_loss(logp, told.argmax(-1)) - logp.mean(), torch.optim.SGD, False),
+    "chosen": (lambda logp, told: -(logp.gather(1, told.argmax(-1)[:, None]) * 2).mean(), torch.optim.SGD, False),
+    "of few": (lambda logp, told: -(logp[:, :4].log_softmax(-1) * told[:, :4]).mean(), torch.optim.SGD, False),
+}
+
+
+@pytest.mark.parametrize("kind", AVERAGES)
+def test_a_mean_over_the_classes_too(kind: str) -> None:
+    """Adam's steps know no scale of the loss, and SGD's do."""
+    (loss, kind_of_optimizer, is_told), model = AVERAGES[kind], net(outputs=16)
+    x = inputs(0)
+    given = (x, (x @ torch.randn(10, 16)).softmax(-1))
+    optimizer = kind_of_optimizer(model.parameters(), lr=0.1)
+    seen = examine(model, given, lambda model, batch: loss(model(batch[0]).log_softmax(-1), batch[1]), optimizer)
+    told = [f for f in seen.findings if f.rule == "starved_steps"]
+    assert [f.value for f in told] == ([16] if is_told else [])
+
+
 TEXT = batch(3, 1, 5000)[0]
 WINDOWS = {
     "one place on, in a batch": (lambda step: 8 * step + torch.arange(8), True),

@@ -75,7 +75,10 @@ RULES: dict[str, tuple[str, str]] = {
     "starved_experts": ("info", "experts that get less than a tenth of their share of the tokens"),
     "constant_term": ("warning", "a scalar with a gradient that never varies: as a loss term it teaches nothing"),
     "alike_units": ("warning", "units of a layer that hold the same numbers, get the same gradient and stay one"),
-    "dead_units": ("warning", "most units of a layer had no gradient for 30 updates: they are off for every example"),
+    "dead_units": (
+        "warning",
+        "most units of a layer had no gradient for 30 updates: they are off whenever they were looked at",
+    ),
     "constant_output": ("warning", "a model gives the same answer whatever it is given"),
     "heavy_decay": ("warning", "weight decay, and not the loss, decides where the weights go: they shrink to zero"),
     "heavy_dropout": ("warning", "a dropout that leaves next to nothing"),

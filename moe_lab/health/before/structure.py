@@ -9,17 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..during.reached import leaves, untaught
+from ..during.reached import leaves, n_averaged, untaught
 from ..during.steps import law_of, unmovable
 from ..during.tracking import held_by, is_master, storage
 from ..findings import Finding, several
 from ..sampling import elements, fetched, plain, sample_positions
 from ..tokens import raw
 from ..torch_private import takers
-from .plan import OFF, Plan
+from .plan import OFF, Plan, family
 
 # who takes no matrix
 ALONE = {"grouped", *(f"{name}Backward0" for name in ("Exp", "Softplus", "Sigmoid", "Embedding"))}
+MANY_CLASSES = 8  # a smaller factor is one that rates are tuned over anyway
 COPIED = 0.8  # share of what trains that a copy of the model must hold; the rest may be a head
 TIE = re.compile(r"(?:^|_)(?:tie|tied|tying)(?:_|$)")
 
@@ -79,11 +80,22 @@ def unusable_state(optimizers: Sequence[Optimizer], names: Mapping[int, str]) ->
     return Finding("nonfinite_values", "error", "optimizers", message, advice, sum(ill), 0)
 
 
+def averaged(graph: Sequence[Any]) -> Iterator[Finding]:
+    """What an optimizer that knows no scale of its own takes for a smaller gradient."""
+    if (n := next(filter(None, map(n_averaged, graph)), 0)) >= MANY_CLASSES:
+        message = f"the loss is a mean over its {n} classes, too: each gradient, and each step of SGD, is {n} times as small as that of the sum"
+        advice = (
+            "sum over the classes first, as reduction='batchmean' of KLDivLoss does, or tune the learning rate for it"
+        )
+        yield Finding("starved_steps", "warning", "loss", message, advice, n, MANY_CLASSES)
+
+
 def asked_by_loss(trial: Any) -> list[Finding]:
     """By its graph; what lies outside of the model's parameters, where an optimizer is given."""
+    has_scale = any(family(type(o).__name__) == "sgd" for o in trial.optimizers)
     graph, known = trial.graph, {id(p) for model in (trial.given, trial.model) for p in model.parameters()}
     outside = [leaf for leaf in leaves(graph) if id(leaf) not in known] if trial.optimizers else []
-    return [*untaught(outside, trial.copies), *trial.asked]
+    return [*untaught(outside, trial.copies), *trial.asked, *(averaged(graph) if has_scale else ())]
 
 
 def copied(model: nn.Module, optimizers: Sequence[Optimizer]) -> set[str]:

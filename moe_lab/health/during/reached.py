@@ -38,6 +38,7 @@ LIKELIHOODS = {f"NllLoss{kind}Backward0" for kind in ("", "2D", "Nd")}
 GIVES = dict.fromkeys(("Sigmoid", "Softmax"), (0.0, 1.0)) | {"Tanh": (-1.0, 1.0)}
 GIVES |= dict.fromkeys(("Relu", "Softplus", "Exp"), (0.0, math.inf))
 APART, SHARE = 0.1, 0.05  # |log| of a sum that ought to be 1; of the targets, that no output can meet
+ELEMENTWISE = {f"{name}Backward0" for name in ("Add", "Sub", "Mul", "Neg")}
 SLACK = 1e-3  # by which a target may lie outside
 NORMALISED = "give nll_loss the output of log_softmax, or the logits to cross_entropy"
 IN_RANGE = (
@@ -89,6 +90,23 @@ def squashed(node: Any) -> str:
     return SQUASHES.get(source(node), "")
 
 
+def n_averaged(node: Any) -> int:
+    """Classes over which a mean of targets times log-probabilities runs, too; 0 where they are summed first."""
+    inner, is_weighed = (node.next_functions[0][0] if node.name() == "MeanBackward0" else None), False
+    while inner is not None and inner.name() in ELEMENTWISE:
+        is_weighed |= inner.name() == "MulBackward0"
+        inner = next(filter(None, (made for made, _ in inner.next_functions)), None)
+    if inner is None or inner.name() != "LogSoftmaxBackward0" or not is_weighed:
+        return 0
+    shape = made_shape(inner)
+    return size_along(inner, shape) if node._saved_self_sym_numel == math.prod(shape) else 0
+
+
+def size_along(node: Any, shape: Sequence[int]) -> int:
+    dim = node._saved_dim  # kept without a sign
+    return shape[dim - 2**64 if dim >= 2**63 else dim]
+
+
 def source(node: Any) -> str:
     """The name of what made its first input, but for rearrangements and casts; empty of none."""
     inner = behind(node.next_functions[0][0])
@@ -102,8 +120,8 @@ def over_one(node: Any) -> str:
         return ""
     if kind == "NativeLayerNorm":
         return "a layer norm" if math.prod(node._saved_normalized_shape) == 1 else ""
-    shape, dim = made_shape(node), node._saved_dim
-    is_one = shape and shape[dim - 2**64 if dim >= 2**63 else dim] == 1
+    shape = made_shape(node)
+    is_one = shape and size_along(node, shape) == 1
     return "a softmax" if is_one and math.prod(shape) > 1 and source(node) in LINEAR else ""
 
 
