@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moe_lab.optim.products import has_fast_bfloat16
 from moe_lab.plan import Live
 
-PRODUCT = re.compile(r"(mm|bmm|addmm|baddbmm|mv|addmv|_grouped_mm|_scaled_dot_product\w*)$")
+# in inference mode torch shows linear and matmul whole, and else what they are made of
+PRODUCT = re.compile(r"(mm|bmm|addmm|baddbmm|mv|addmv|linear|matmul|_grouped_mm|_?scaled_dot_product\w*)$")
 
 
 def interval(values: Sequence[float]) -> dict[str, float]:
