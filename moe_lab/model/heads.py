@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
@@ -44,12 +45,15 @@ def learn(head: nn.Module, weights: Sequence[Tensor], learns: bool, total: Tenso
         x = hidden.detach() * counts  # what does not count teaches nothing
         x = x.to(autocast_dtype(x)).requires_grad_()  # of a leaf that it casts autocast would keep both
         logits = head(x)
-    slope = torch.empty_like(logits, requires_grad=False)
     n_cached = max(1, CACHED // head.out_features) if logits.is_cpu else len(logits)
+    if not logits.requires_grad:
+        targets = index.masked_fill(~counts, -100).squeeze(1)
+        for some, of in zip(logits.split(n_cached), targets.split(n_cached), strict=True):
+            total += F.cross_entropy(some.float(), of, reduction="sum")
+        return []
+    slope = torch.empty_like(logits, requires_grad=False)
     for part in zip(*(t.split(n_cached) for t in (logits.detach(), index, counts, slope)), strict=True):
         total += loss_and_slope(*part)
-    if not logits.requires_grad:
-        return []
     by_rows, *by_weights = torch.autograd.grad(logits, (x, *weights), slope)
     return [(by_rows * counts).type_as(hidden), *by_weights]
 
