@@ -61,14 +61,15 @@ class BlockAttention(Function):
     def forward(ctx, q, k, v):
         n_queries = q.shape[1] // k.shape[1]
         queries, keys = q.float() * q.shape[-1] ** -0.5, k.float().transpose(1, 2)
-        later = torch.ones(BLOCK, BLOCK, dtype=torch.bool).triu(1).unsqueeze(1)
+        # added, which is several times as fast as filled in
+        later = torch.full((BLOCK, BLOCK), -math.inf).triu(1).repeat_interleave(n_queries, 0)  # (BLOCK·R, BLOCK)
         y, probs = torch.empty_like(q), []
         for start in range(0, k.shape[1], BLOCK):
             rows = slice(start * n_queries, (start + BLOCK) * n_queries)
             seen = slice(start + BLOCK)
             scores = queries[:, rows] @ keys[:, :, seen]
-            own = scores.unflatten(1, (-1, n_queries))[..., start:]  # (N, BLOCK, R, BLOCK): the block's own keys
-            own.masked_fill_(later[: own.shape[1], :, : own.shape[-1]], -math.inf)
+            own = scores[..., start:]  # (N, BLOCK·R, BLOCK): the block's own keys
+            own += later[: own.shape[1], : own.shape[2]]
             probs.append(scores.softmax(dim=-1).type_as(v))
             y[:, rows] = probs[-1] @ v[:, seen]
         ctx.save_for_backward(q, k, v, *probs)
