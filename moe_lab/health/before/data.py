@@ -14,7 +14,7 @@ from .. import tokens as about
 from ..findings import Finding
 from ..random_state import RandomState
 from ..tokens import Tokens, raw
-from .examples import check_examples, examples_of
+from .examples import check_examples, examples_of, is_plain
 
 LOOKED_AT = 64  # batches at most
 OVERLAP = 0.05  # share of the validation windows that also stand in training
@@ -29,11 +29,11 @@ def ids_and_labels(batch: Any) -> tuple[Any, Any]:
     if isinstance(batch, Mapping):
         return batch.get("input_ids"), batch.get("labels")
     ids, *rest = batch if isinstance(batch, (tuple, list)) and batch else (batch,)
-    return ids, next((t for t in rest if not (isinstance(t, Tensor) and is_mask(t))), None)
+    return ids, next((t for t in rest if not is_mask(t)), None)
 
 
-def is_mask(t: Tensor) -> bool:
-    return bool(((t == 0) | (t == 1)).all())
+def is_mask(t: Any) -> bool:
+    return isinstance(t, Tensor) and is_plain(t) and bool(((t == 0) | (t == 1)).all())
 
 
 def are_ids(ids: Any) -> bool:

@@ -61,16 +61,21 @@ def stale(model: nn.Module, optimizers: Sequence[Optimizer]) -> Finding | None:
     return Finding("not_in_optimizer", "error", several(lost), message, advice, len(foreign), 0)
 
 
+def is_numbers(t: Tensor) -> bool:
+    """Floats that lie there as they are, on one device or several: not those that a class of its own packs."""
+    return t.is_floating_point() and t.layout is torch.strided and (type(t) is Tensor or hasattr(t, "to_local"))
+
+
 def unusable_state(optimizers: Sequence[Optimizer], names: Mapping[int, str]) -> Finding | None:
     """What an optimizer keeps of a tensor and is NaN or infinite: an infinite second moment makes each of its steps 0, for good."""
-    held = [
-        (p, key, v)
+    kept = [
+        (p, *item)
         for o in optimizers
-        for p, kept in o.state.items()
-        for key, v in kept.items()
-        if isinstance(v, Tensor)
+        for p, mine in o.state.items()
+        if isinstance(mine, Mapping)
+        for item in mine.items()
     ]
-    held = [(p, key, v) for p, key, v in held if v.is_floating_point() and v.layout is torch.strided]
+    held = [(p, key, v) for p, key, v in kept if isinstance(v, Tensor) and is_numbers(v)]
     ill = fetched([(~plain(v).isfinite()).sum() for _, _, v in held])
     if not any(ill):
         return None

@@ -14,7 +14,7 @@ from .rule import Ill, Rule, by_kind, found_in, rule
 from .state import State
 from .tracking import storage
 
-JUST_LOADED = 10  # updates after which, at the latest, a loaded state is looked at
+JUST_LOADED = 20  # updates after which, at the latest, a loaded state is looked at
 THAWED = 2  # looks at gradients, five updates apart: a loop may add the group a little later
 ON_PURPOSE = 0.5  # share of the parameters from which on frozen ones look like an adapter's base
 
