@@ -232,7 +232,8 @@ def test_rates_that_are_spent_too_early(n_steps, budget, told) -> None:
     [
         ({0: 1.0, 10: 1e-3}, True),  # factors of a warm-up that were multiplied, and stay
         ({0: 1.0, 10: 0.02}, False),
-        ({0: 1.0, 40: 1e-3}, False),  # a run that is nearly over
+        ({0: 1.0, 24: 1e-3}, False),  # the last third of a run, or nearly
+        ({0: 1.0, 40: 1e-3}, False),
         ({0: 1.0, 10: 1e-3, 30: 1.0}, False),  # a phase
         ({0: 1.0, 5: 1e-3, 28: 1.1e-3, 38: 1.2e-3, 48: 1.3e-3, 58: 1.4e-3}, False),  # it does not rest
     ],
