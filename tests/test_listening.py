@@ -352,17 +352,25 @@ class Reader(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("kind", "told"), [("reversed", True), ("right", False), ("none", False), ("no padding", False), ("mean", False)]
+    ("kind", "told"),
+    [("reversed", True), ("right", False), ("none", False), ("no padding", False), ("mean", False), ("last", False)],
 )
 def test_a_mask_that_is_the_wrong_way_round(kind: str, told: bool) -> None:
     torch.manual_seed(0)
     ids = torch.randint(1, V, (16, 20))
-    is_padding = (torch.arange(20) >= torch.randint(8, 16, (16, 1))) & (kind != "no padding")
+    is_padding = (torch.arange(20) >= torch.randint(8, 16, (16, 1))) & (kind not in ("no padding", "last"))
     ids[is_padding] = 0
     masks = {"reversed": ~is_padding, "right": is_padding, "no padding": torch.arange(20).expand(16, -1) > 0}
 
     def loss(model: nn.Module, batch: tuple) -> Tensor:
         return F.cross_entropy(model(batch[0], masks.get(kind)), batch[1])
+
+    if kind == "last":  # that alone is read, and in a row or two it is the one before it, too
+        ids[:, -1] = 1 + torch.arange(16) % 2
+        ids[0, -2:] = 1
+
+        def loss(model: nn.Module, batch: tuple) -> Tensor:
+            return F.cross_entropy(model.head(model.tokens(batch[0])[:, -1]), batch[1])
 
     found = said(Reader(first=kind != "mean"), loss, (ids, torch.arange(16) % 4))
     assert found == ([("no_effect", "mask")] if told else [])

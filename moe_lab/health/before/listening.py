@@ -15,7 +15,7 @@ from ..during.heard import tensors_of
 from ..during.listener import Listener
 from ..findings import Finding, grouped, several
 from ..sampling import tensor_kind
-from ..tokens import runs_of
+from ..tokens import ROWS_PADDED, runs_of
 
 WORDS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")  # MambaMixer, GRUBlock
 PROMISES = re.compile(
@@ -74,7 +74,7 @@ class Listening(Listener):
             last = ids[:, -1].mode().values
             is_padding = runs_of(ids)[1] & (ids == last)
             is_told = sum((t.cpu() for t in taught), torch.zeros_like(is_padding)) > 0
-            if is_padding[:, -2:-1].any() and (~is_padding).any():
+            if is_padding[:, -2:-1].float().mean() > ROWS_PADDED and (~is_padding).any():
                 text, pad = (float(is_told[which].float().mean()) for which in (~is_padding, is_padding))
                 if text < UNHEARD < 1 - UNHEARD < pad:
                     message = f"the loss depends on {pad:.0%} of the padding (token {int(last)}) and on {text:.0%} of the tokens before it"

@@ -96,10 +96,8 @@ def n_averaged(node: Any) -> int:
     while inner is not None and inner.name() in ELEMENTWISE:
         is_weighed |= inner.name() == "MulBackward0"
         inner = next(filter(None, (made for made, _ in inner.next_functions)), None)
-    if inner is None or inner.name() != "LogSoftmaxBackward0" or not is_weighed:
-        return 0
-    shape = made_shape(inner)
-    return size_along(inner, shape) if node._saved_self_sym_numel == math.prod(shape) else 0
+    is_of_classes = is_weighed and inner is not None and inner.name() == "LogSoftmaxBackward0"
+    return size_along(inner, made_shape(inner)) if is_of_classes else 0
 
 
 def size_along(node: Any, shape: Sequence[int]) -> int:
