@@ -2,7 +2,7 @@
 and validation."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -24,12 +24,11 @@ LEAST, RARER = 0.01, 4
 WINDOW = 32  # tokens of such a window
 
 
-def ids_and_labels(batch: Any) -> tuple[Any, Any]:
-    """Of a tuple the first, and the next that is no mask of zeros and ones."""
+def parts_of(batch: Any) -> Sequence[Any]:
+    """What may be ids, and what follows them."""
     if isinstance(batch, Mapping):
         return batch.get("input_ids"), batch.get("labels")
-    ids, *rest = batch if isinstance(batch, (tuple, list)) and batch else (batch,)
-    return ids, next((t for t in rest if not is_mask(t)), None)
+    return batch if isinstance(batch, (tuple, list)) and batch else (batch,)
 
 
 def is_mask(t: Any) -> bool:
@@ -41,10 +40,12 @@ def are_ids(ids: Any) -> bool:
 
 
 def tokens_of(batch: Any) -> Tokens:
-    """Of ids (B, T), of a pair (ids, labels), or of a mapping with `input_ids` and perhaps `labels`. Raises ValueError."""
-    ids, labels = ids_and_labels(batch)
+    """Of ids (B, T), of a tuple of ids and, perhaps behind a mask, labels, or of a mapping with `input_ids` and perhaps `labels`.
+    Raises ValueError."""
+    ids, *rest = parts_of(batch)
     if not are_ids(ids):
         raise ValueError("batches must all be ids (B, T), pairs (ids, labels), or mappings with input_ids")
+    labels = next((t for t in rest if isinstance(batch, Mapping) or not is_mask(t)), None)
     if not isinstance(labels, Tensor) or labels.shape != ids.shape:
         labels = None
     return Tokens(ids.detach().cpu().long(), None if labels is None else labels.detach().cpu().long())
@@ -83,7 +84,7 @@ def read(batches: Iterable[Any], kind: Callable | None = None) -> tuple[Callable
     """As they come, since they may be large. The first one's kind, where none is given, is that of all."""
     seen = []
     for batch in islice(batches, LOOKED_AT):
-        kind = kind or (tokens_of if are_ids(ids_and_labels(batch)[0]) else examples_of)
+        kind = kind or (tokens_of if are_ids(parts_of(batch)[0]) else examples_of)
         seen.append(kind(batch))
     return kind or tokens_of, seen
 

@@ -93,21 +93,20 @@ def targets(seen: Sequence[Examples]) -> Iterator[Finding]:
 def stands_in_input(seen: Sequence[Examples]) -> Iterator[Finding]:
     """Each number of the targets, which are few beside the inputs, is the one at some fixed place of its example."""
     y = [e.y.reshape(len(e.y), -1) for e in seen if e.y is not None and len(e.y) == len(e.x)]
-    if len(y) < len(seen) or {t.shape[1] for t in y} - set(range(1, FEW + 1)) or len({e.x.shape[1] for e in seen}) > 1:
+    if len(y) < len(seen) or len({(e.x.shape[1], t.shape[1]) for e, t in zip(seen, y, strict=True)}) > 1:
         return
-    x, wanted = torch.cat([e.x for e in seen])[:MANY], torch.cat(y)[:MANY]
+    n_asked, n_given, n_batches = y[0].shape[1], seen[0].x.shape[1], -(-MANY // len(y[0]))
+    if not 0 < n_asked <= FEW or not 2 * n_asked <= n_given < MOST:
+        return
+    x, wanted = (torch.cat(list(some))[:MANY] for some in ((e.x for e in seen[:n_batches]), y[:n_batches]))
+    enough = ROWS if len(wanted.unique()) < LEAST else LEAST
+    if len(x) < enough or (wanted == wanted[0]).all(0).any():
+        return
     places = [(x == column.to(x.dtype).unsqueeze(1)).all(0).nonzero().flatten().tolist() for column in wanted.T]
-    is_known = all(len(column.unique()) > 1 for column in wanted.T) and len(x) >= (
-        ROWS if len(wanted.unique()) < LEAST else LEAST
-    )
-    if is_known and all(places) and 2 * wanted.shape[1] <= x.shape[1] < MOST:
-        at = several([f"{found[0] + 1} of {x.shape[1]}" for found in places])
-        message = (
-            f"the targets of all {len(x)} examples stand in their inputs, as number {at}: the model learns to copy"
-        )
-        advice = (
-            "take the target out of the inputs; of a series the target comes after the window: shift it the other way"
-        )
+    if all(places):
+        at = several([f"{found[0] + 1} of {n_given}" for found in places])
+        message = f"all targets of {len(x)} examples stand in their inputs, as number {at}: the model learns to copy"
+        advice = "take targets out of the inputs; of a series the target comes after the window: shift it the other way"
         yield Finding("label_shift", "warning", "targets", message, advice, len(x), 0)
 
 

@@ -121,8 +121,9 @@ def is_decay_rates(p: Tensor) -> bool:
 
 def unusable_state(state: State) -> Ill:
     """At the start, and right after a state was loaded: later on it would only say again what gradients and the loss say."""
-    since = state.n_seen - max((g.loaded_at for g in state.groups), default=0)
-    is_due = not state.n_seen or (since <= JUST_LOADED and all(t.finite for t in state.tracked))
+    loaded_at = [g.loaded_at for g in state.groups if g.loaded_at >= 0]
+    is_new = bool(loaded_at) and state.n_seen - max(loaded_at) <= JUST_LOADED
+    is_due = not state.n_seen or (is_new and all(t.finite for t in state.tracked))
     finding = structure.unusable_state(state.optimizers, {id(p): n for n, p in state.named.items()}) if is_due else None
     return {finding.message: finding.to_dict()} if finding else {}
 
