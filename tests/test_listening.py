@@ -278,6 +278,48 @@ class CutOff(Around):
         return super().forward(ids) * (1 + sum(p.square().mean() for p in self.parts.parameters()).detach())
 
 
+class ModesApart(Around):
+    """`how` training differs from evaluation."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__("mixer", GatedConvolution(D))
+        self.how, self.generator = how, torch.Generator()
+        self.part = (
+            nn.Linear(D, V) if how in ("left out", "noise") else None
+        )  # in no loss: asking about it takes passes
+
+    def forward(self, ids: Tensor) -> Tensor:
+        scores = super().forward(ids)
+        if not self.training:
+            return scores + (self.part(self.embedding.weight[ids]) if self.how == "left out" else 0)
+        if self.how == "noise":
+            return scores + torch.rand_like(scores)
+        if self.how == "own generator":  # it draws less than the modes are apart, and more than a leak may be
+            return scores + 1 + 3e-4 * torch.randn(scores.shape, generator=self.generator)
+        return scores + (scores.mean(1, keepdim=True) if self.how == "leak" else 0)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (4, 64)])
+@pytest.mark.parametrize("how", ["leak", "left out", "noise", "own generator"])
+def test_it_costs_no_more_where_the_modes_are_apart(how: str, size: tuple) -> None:
+    model, seen = ModesApart(how), []
+    table = next(m for m in model.modules() if isinstance(m, nn.Embedding))
+    table.register_forward_hook(lambda module, args, output: seen.append(args[0].numel()))
+    ids = torch.arange(size[0] * (size[1] + 1)).view(size[0], -1) ** 2 % 31
+    examination = examine(model, (ids[:, :-1], ids[:, 1:]), loss_of)
+    assert sum(seen) <= 10 * size[0] * size[1]
+    found = {f.rule: f.severity for f in examination.findings if f.rule in ("future_leak", "mode_mismatch")}
+    assert (
+        found
+        == {
+            "leak": {"future_leak": "error", "mode_mismatch": "info"},
+            "left out": {"mode_mismatch": "warning"},
+            "noise": {},
+            "own generator": {"mode_mismatch": "info"},
+        }[how]
+    )
+
+
 @pytest.mark.parametrize("size", [(32, 32), (4, 64)])
 @pytest.mark.parametrize("kind", ["own", "cut off", "llama"])
 def test_it_costs_no_more_than_ten_forward_passes_and_one_backward_pass(kind: str, size: tuple) -> None:

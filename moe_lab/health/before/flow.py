@@ -26,7 +26,6 @@ SAME = 1e-3  # of the outputs' deviation: below it two modes are one
 RETRIES = 8
 
 
-@torch.no_grad()
 def check_train_eval(fn_train: Callable[[Any], Any], fn_eval: Callable[[Any], Any], batch: Any) -> Finding | None:
     """Is a mechanism missing in one mode? Both functions map a batch to the same kind of output, say logits.
 
@@ -34,14 +33,24 @@ def check_train_eval(fn_train: Callable[[Any], Any], fn_eval: Callable[[Any], An
     `fn_train` differ by (dropout) are an `info`; and where these differ, or evaluation is heard to drop something, two of `fn_eval` are
     compared: a dropout that still drops is a warning, other noise an `info`. Random state is put back.
     """
+    return train_eval(fn_train, fn_eval, batch)
+
+
+@torch.no_grad()
+def train_eval(
+    fn_train: Callable, fn_eval: Callable, batch: Any, more: Callable[[], bool] = lambda: True
+) -> Finding | None:
+    """`more()`: whether layers that training left out may be waited for in another pass."""
     with RandomState([]):
         trained, in_training = heard(fn_train, batch)
         # under a mode torch's own transformer layers do not compute all of theirs in one kernel, as they would in evaluation alone
         with Dropping() as dropping:
             evaluated, in_evaluation = heard(fn_eval, batch)
-        for _ in range(RETRIES if in_evaluation.keys() - in_training.keys() else 0):  # layers may be left out at random
-            _, more = heard(fn_train, batch)
-            in_training |= {key: more[key] for key in more.keys() & in_evaluation.keys()}
+        for _ in range(RETRIES):  # layers may be left out at random
+            if in_evaluation.keys() <= in_training.keys() or not more():
+                break
+            _, ran = heard(fn_train, batch)
+            in_training |= {key: ran[key] for key in ran.keys() & in_evaluation.keys()}
         both = {"training": (in_training, in_evaluation), "evaluation": (in_evaluation, in_training)}
         for word, (ran, missing) in both.items():
             if only := [name for key, name in ran.items() if key not in missing]:

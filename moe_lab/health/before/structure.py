@@ -159,7 +159,6 @@ def without_effect(trial: Any) -> Iterator[Finding]:
     masks = {name for name, value in tensors.items() if ((value == 0) | (value == 1)).all()}
     ordered = sorted(tensors, key=lambda name: name not in masks)
     tried = ordered[: trial.spare]
-    trial.spare -= len(tried)
     for name in tried:
         value, is_mask = tensors[name], name in masks
         other = 1 - value.int() if is_mask else value.flip(0).roll(1, -1) if value.ndim > 1 else value.roll(1)

@@ -17,6 +17,8 @@ from .heard import tensors_of
 LEAK = 1e-4  # of the logits' deviation: grouped kernels are not bit-stable when counts change
 LEAK_NARROW = 0.05  # the same in 16 bits, where other counts in a grouped kernel round otherwise
 ROWS = 32  # sequences of a pass
+BESIDE = 7  # sequences that check_causality reads beside its own, shorter ones put together
+ROWS_MIX, FUTURE_LEAK = 3, 4  # passes of the batch that these take at most
 OVER_TIME = "look for a missing mask, a convolution padded on both sides, a top-k or a statistic over the sequence"
 OVER_BATCH = "look for a layer that takes (T, B, …) unless batch_first=True, a statistic over the batch, or a reshape that mixes rows"
 LENGTH = (
@@ -72,10 +74,10 @@ def check_causality(
 
 
 @torch.no_grad()
-def rows_mix(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Finding | None:
+def rows_mix(model: nn.Module, args: tuple, kwargs: dict[str, Any], repeats: bool = False) -> Finding | None:
     """Does one example of a batch change the answers to others, (B,) or (B, C)? In evaluation mode. Not told of numbers with two
-    dimensions, which may be a graph's nodes, nor where another dimension is as long: time may come first. Raises ValueError where two
-    calls differ."""
+    dimensions, which may be a graph's nodes, nor where another dimension is as long: time may come first. `repeats`: two calls are
+    known to be the same. Raises ValueError where they differ."""
     given = [t for t in tensors_of([args, kwargs]) if t.ndim]
     n = len(given[0]) if any(t.ndim > 1 for t in given) else 0
     if n < 3 or any(len(t) != n or n in t.shape[1:] or (t.ndim == 2 and t.is_floating_point()) for t in given):
@@ -87,7 +89,7 @@ def rows_mix(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Finding |
         return mine[0].float() if mine else torch.zeros(n)
 
     before = answer(lambda v: v)
-    if not torch.equal(before, answer(lambda v: v)):
+    if not repeats and not torch.equal(before, answer(lambda v: v)):
         raise ValueError("two evaluations of one batch differ by themselves")
     after = answer(lambda v: torch.cat([v[1:2], v[1:]]) if isinstance(v, Tensor) and v.ndim else v)
     moved, limit = float((after - before)[1:].abs().max()), LEAK * float(before.std())
@@ -110,8 +112,9 @@ def logits_of(fn: Callable[[Tensor], Any], device: torch.device | str, *rows: Te
     return scores.detach().float().cpu()
 
 
-def future_leak(forward: ForwardProbe) -> Finding | None:
-    """Of the pass that was heard last, repeated with later tokens changed. Raises `Unrepeatable` where it cannot be told."""
+def future_leak(forward: ForwardProbe, repeats: bool = False) -> Finding | None:
+    """Of the pass that was heard last, repeated with later tokens changed. `repeats`: two passes of one input are known to be the
+    same. Raises `Unrepeatable` where it cannot be told."""
     heard = forward.heard
     if forward.inputs is None or is_sharded(forward.model):
         raise Unrepeatable("no input was kept" if forward.inputs is None else "the weights are spread over processes")
@@ -126,13 +129,13 @@ def future_leak(forward: ForwardProbe) -> Finding | None:
     others = ids.flatten()[places]
     changed[row, cut:] = torch.where(others == ids[row, cut:], ids[row, cut:].roll(1), others)
     read = partial(logits, forward, row=row, asked=asked)
-    before, after = read(ids), read(changed)
+    made: list[Tensor] = []
+    before, after = read(ids, recorded(made)), read(changed)
     limit = (LEAK if before.dtype.itemsize >= 4 else LEAK_NARROW) * float(before.float().std())
     moved = float((after - before).abs().max())
     if not moved > limit:
         return None
-    made: list[Tensor] = []
-    if float((read(ids, recorded(made)) - before).abs().max()) > limit:
+    if not repeats and float((read(ids) - before).abs().max()) > limit:
         raise Unrepeatable("two passes of one input differ by themselves")
     by = f"{moved:.2g} (limit {limit:.1g})"
     message = f"tokens changed from position {cut} on move the logits of targets before it by {by}"

@@ -1,0 +1,138 @@
+"""The copy of a model that is examined, and the forward passes that may be spent on it."""
+
+import copy
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from functools import partial
+from types import CellType, FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..during.forward import ForwardProbe, unwrapped
+from ..during.reached import asked, nodes
+from ..findings import Finding
+from ..random_state import RandomState
+from .listening import Listening
+
+PASSES = 10  # forward passes of the batch
+KEPT = 5  # of them, for modes and causality: the others are for tensors without a gradient, then for arguments
+TO_SAVE = "not tried, to save forward passes"
+CUT_OFF = (
+    "learning is cut off: look for detach, no_grad, an integer index, or a backward or checkpointing that returns None"
+)
+NO_GRAPH = "the loss has no graph: backward() fails, or reaches none of the model's parameters"
+HOLDERS = (nn.Module, Tensor, MethodType, partial, list, tuple, dict)  # of modules or tensors
+
+
+class Trial:
+    """The copy that is examined, what was heard of its one pass forward and backward, and the passes that follow."""
+
+    def __init__(self, model: nn.Module, batch: Any, loss_fn: Callable, optimizers: list[Optimizer]):
+        self.given, self.copies = unwrapped(model), {}
+        self.model = twin_of(self.given, self.copies)
+        self.model.zero_grad(set_to_none=True)
+        self.batch, self.loss_fn, self.optimizers, self.left = batch, loss_fn, optimizers, PASSES
+        self.state = RandomState([*model.parameters(), *model.buffers()])
+        self.probe, self.listening = ForwardProbe(self.model, True), Listening(self.model)
+        self.heard = self.probe.heard
+        self.heard.elements = sys.maxsize  # all logits: the loss is compared
+        self.apart: Finding | None = None  # how training and evaluation differ
+        # is it in training → logits, with other random numbers each time
+        self.answers: dict[bool, list[Tensor]] = {True: [], False: []}
+
+    def hear(self, fail: Callable) -> Iterator[Finding]:
+        """Of a model that could be trained: a loss that cannot train it. Raises ValueError after it."""
+        with ExitStack() as stack:
+            for ear in (self.probe, self.listening):
+                stack.callback(ear.detach)
+                ear.listen(fail)
+            with self.listening.ranks:
+                self.loss = self.loss_of(self.batch)  # of which there is a graph
+            if getattr(self.loss, "grad_fn", None) is None and any(p.requires_grad for p in self.model.parameters()):
+                yield Finding("no_gradient", "error", "loss", NO_GRAPH, CUT_OFF, 0, 1)
+                raise ValueError("the loss has no graph")
+            self.graph = nodes(self.loss)
+            self.asked = list(asked(self.graph))  # while it holds its numbers
+            self.loss.backward()
+            self.heard.fetch()
+
+    def spend(self, passes: float = 1) -> None:
+        """Raises ValueError where fewer are left."""
+        if passes > self.left:
+            raise ValueError(TO_SAVE)
+        self.left -= passes
+
+    @property
+    def spare(self) -> int:
+        """Passes that modes and causality do not need."""
+        return max(0, int(self.left) - KEPT)
+
+    def answer(self, in_training: bool, batch: Any) -> Tensor:
+        self.spend()
+        answers = self.answers[in_training]
+        answers.append(logits(self.training() if in_training else self.model.eval(), batch))
+        return answers[-1]
+
+    def repeats(self, in_training: bool) -> bool:
+        """Whether the last two answers are known to be the same."""
+        *_, before, last = [None, None, *self.answers[in_training]]
+        return before is not None and torch.equal(before, last)
+
+    def training(self) -> nn.Module:
+        """In training mode, without dropout."""
+        for module in self.model.train().modules():
+            module.train("drop" not in type(module).__name__.lower())
+        return self.model
+
+    @torch.enable_grad()  # kernels may differ without, in their last bits
+    def loss_of(self, batch: Any) -> Tensor:
+        """In training, with the same random numbers each time."""
+        self.spend()
+        self.state.put_back()
+        return self.loss_fn(self.training(), batch)
+
+
+def twin_of(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy, in which functions that were set on a module, such as the `forward` of a wrapper, hold the copy's modules:
+    `copy.deepcopy` leaves functions as they are, and these would compute with the model itself. `memo`, empty, becomes id → copy."""
+    twin = copy.deepcopy(model, memo)
+    for module in twin.modules():
+        own = {name: value for name, value in vars(module).items() if isinstance(value, FunctionType)}
+        vars(module).update({name: rebound(function, memo) for name, function in own.items()})
+    return twin
+
+
+def rebound(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
+    """The function with copies in its closure, and in those of the functions that it holds."""
+    if not function.__closure__ or id(function) in memo:
+        return memo.get(id(function), function)
+    cells = tuple(CellType() for _ in function.__closure__)
+    twin = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
+    twin.__kwdefaults__, memo[id(function)] = function.__kwdefaults__, twin
+    for cell, old in zip(cells, function.__closure__, strict=True):
+        value = old.cell_contents
+        if isinstance(value, FunctionType):
+            cell.cell_contents = rebound(value, memo)
+        else:  # what is no holder of modules or tensors may be anything, a lock or a file too
+            cell.cell_contents = copy.deepcopy(value, memo) if isinstance(value, HOLDERS) else value
+    return twin
+
+
+def forward(model: nn.Module, batch: Any) -> Any:
+    """The forward pass on what of the batch is its input."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+
+@torch.no_grad()
+def logits(module: nn.Module, batch: Any) -> Tensor:
+    output = forward(module, batch)
+    output = getattr(output, "logits", output)
+    if isinstance(output, Tensor):
+        return output
+    raise ValueError(f"the forward pass gives {type(output).__name__}, neither logits nor something that has them")
