@@ -168,3 +168,48 @@ def test_a_loss_that_rises_as_its_opponent_learns(is_game: bool) -> None:
         return loss.detach() + 0.2 * i
 
     assert ("lr_too_high" in watched(model, [optimizer], step, 60)) != is_game
+
+
+ACTS = {"agent": True, "by its parts": True, "evaluated": False, "seldom": False, "on a copy": False}
+
+
+@pytest.mark.parametrize("kind", ACTS)
+def test_a_loss_whose_targets_the_model_makes_itself(kind: str) -> None:
+    model, ids = toy(), torch.arange(8).view(2, 4)
+    parts, other = nn.ModuleDict({"actor": model}), toy(seed=1)
+    (optimizer,) = adamw(model)
+
+    @torch.no_grad()
+    def act(i: int) -> None:
+        if kind != "seldom" or i % 3 == 0:
+            model.train(kind != "evaluated")
+            (other if kind == "on a copy" else model)(ids)
+            model.train()
+
+    def step(i: int) -> torch.Tensor:
+        act(i)
+        loss = loss_of(model)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach() + 0.2 * i
+
+    watched_one = parts if kind == "by its parts" else model
+    assert ("lr_too_high" in watched(watched_one, [optimizer], step, 60)) != ACTS[kind]
+
+
+@pytest.mark.parametrize("last, told", [(19.8, None), (22.0, "warning"), (40.0, "error")])
+def test_a_loss_of_another_unit_rises_by_shares(last: float, told: str | None) -> None:
+    model = nn.Linear(4, 1)
+    (optimizer,) = adamw(model)
+
+    def step(i: int) -> torch.Tensor:
+        model.zero_grad()
+        model(torch.ones(3, 4)).square().mean().backward()
+        optimizer.step()
+        return torch.tensor(18.3 if i < 10 else last)
+
+    with Watch(model, optimizer) as watch:
+        for i in range(60):
+            watch.observe(loss=step(i))
+    assert [f.severity for f in watch.findings if f.rule == "lr_too_high" and f.where == "loss"] == [told] * bool(told)

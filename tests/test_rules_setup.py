@@ -86,6 +86,28 @@ def test_a_layer_that_began_as_a_copy_of_another_is_forgotten_all_the_same() -> 
     assert "frozen_module" in said(Watch(model, AdamW([p for p in model.parameters() if p.requires_grad])))
 
 
+@pytest.mark.parametrize("kind", ["frozen", "by hand", "meant"])
+def test_frozen_parts_that_an_optimizer_holds(kind: str) -> None:
+    """As `AdamW(model.parameters())` does; or which are given gradients that no backward pass makes."""
+    model = toy()
+    optimizer = AdamW(model.parameters(), lr=0.01)
+    watch = Watch(model, optimizer, expect_frozen=["up."] if kind == "meant" else [])
+    model.up.requires_grad_(False)
+
+    def give(step: int) -> None:
+        if kind == "by hand":
+            model.up.weight.grad = torch.randn_like(model.up.weight)
+            model.up.bias.grad = torch.randn_like(model.up.bias)
+
+    with watch:
+        for step in range(20):
+            optimizer.zero_grad()
+            loss_of(model, step).backward()
+            give(step)
+            optimizer.step()
+    assert ("frozen_module" in said(watch)) == (kind == "frozen")
+
+
 def test_frozen_parts() -> None:
     def frozen(names, **options):
         model = toy()

@@ -90,6 +90,8 @@ class Events(Listener):
         # cleared gradients had a use: an optimizer that is not watched steps, or inputs get some, to be attacked by
         self.had_use = False
         self.by_turns = False  # a watched one stepped between another's passes, as a generator's
+        # is it the model's own pass, or a child's → passes in training mode without and with gradients
+        self.passes = {True: [0, 0], False: [0, 0]}
         self.looks: dict[int, deque[dict[str, list[bool]]]] = {}  # by optimizer, what its last updates were like
 
     def hooks(self, hook: Callable) -> Iterator[Any]:
@@ -104,6 +106,9 @@ class Events(Listener):
         LISTENING.add(self)
         attend()
         yield self.model.register_forward_pre_hook(hook(self.enters), with_kwargs=True)
+        for module in (self.model, *self.model.children()):
+            if any(p.requires_grad for p in module.parameters()):
+                yield module.register_forward_hook(hook(partial(self.answers, module is self.model)))
 
     def smallest_outside(self, t: Tracked) -> Tracked | None:
         """Of its optimizer, what is none of the model's, such as a loss's own weights."""
@@ -141,6 +146,10 @@ class Events(Listener):
     def enters(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.had_use |= any(t.requires_grad for t in tensors_of([args, kwargs]))
 
+    def answers(self, is_whole: bool, module: nn.Module, args: tuple, output: Any) -> None:
+        learns = any(t.requires_grad for t in tensors_of([output]))
+        self.passes[is_whole][learns] += module.training
+
     def arrives(self, ear: Ear, gradient: Tensor | None) -> None:
         """None comes of an autograd.Function that returns it; of sparse gradients nothing is told."""
         ear.is_told = gradient is not None and not gradient.is_sparse
@@ -168,6 +177,13 @@ class Events(Listener):
     def is_game(self) -> bool:
         """Whether something else may be trained against, or by, what is watched."""
         return self.had_use or self.by_turns
+
+    @property
+    def targets_move(self) -> bool:
+        """Whether the loss need not fall: in a game, and where the model's answers, made without gradients in training mode for half
+        of its passes or more, may be its next data or targets, as an agent's."""
+        without, learning = self.passes[any(self.passes[True])]
+        return self.is_game or (without > 0 and without >= learning / 2)
 
     def observe(self) -> None:
         self.n_losses, self.n_observed = self.n_losses + 1, self.n_observed + 1

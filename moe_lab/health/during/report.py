@@ -157,6 +157,10 @@ def unchecked(state: State) -> dict[str, str]:
         told["learning rates that are too low"] = "the model was trained before"
     if state.events.n_observed and state.expected_start is None:
         told["the first loss"] = "no head over the vocabulary was heard in an untrained model"
+    if state.events.n_observed and state.events.targets_move:
+        told["whether the loss falls"] = (
+            "its targets may move: opponents are trained, or the model's own answers make its data"
+        )
     if not state.outside.reached.has_loss:
         told["how outputs are held against targets"] = (
             "no loss was observed that still has its graph: observe(loss=loss)"

@@ -226,11 +226,15 @@ def spread(losses: Sequence[float]) -> float:
 
 
 def loss_rose(state: State) -> Ill:
-    """Where nothing is trained against it: a generator's loss rises as its judge learns."""
+    """Where nothing is trained against it: a generator's loss rises as its judge learns. Of a loss that may have any unit, by a
+    tenth of it at least, and an error from twice of it on."""
     first, last, noise = change(state)
-    if last - first <= SIGMAS * noise + START_OFF or state.losses[0] <= 0 or state.events.is_game:
+    is_nats = state.forward.is_language_model
+    limit = START_OFF if is_nats else max(START_OFF, SEEN_FALL * first)
+    if last - first <= SIGMAS * noise + limit or state.losses[0] <= 0 or state.events.targets_move:
         return {}
-    return {"loss": {"value": last - first, "limit": START_OFF, "first": first, "last": last}}
+    severity = "error" if is_nats or last > 2 * first else "warning"
+    return {"loss": {"value": last - first, "limit": limit, "first": first, "last": last, "severity": severity}}
 
 
 @rule(
@@ -239,7 +243,7 @@ def loss_rose(state: State) -> Ill:
 )
 def loss_not_falling(state: State) -> Ill:
     """A loss that falls to ln V and stays there has learned to say nothing: wide logits start above it, whatever the data. Nobody
-    needs to wait where a language model says nothing; else a plateau at the start is left time. Opponents' losses need not fall."""
+    needs to wait where a language model says nothing; else a plateau at the start is left time. Losses need not fall where targets move."""
     first, last, noise = change(state)
     groups = [group for group in state.groups if group.peak]
     acted = max((group.total / group.peak for group in groups), default=0.0)
@@ -247,7 +251,7 @@ def loss_not_falling(state: State) -> Ill:
     know_nothing = math.log(state.forward.vocab_size) if state.forward.is_language_model else math.inf
     too_early = acted < LR_ACTED or (state.n_seen < PLATEAU and last < know_nothing - AT_LN_V)
     too_noisy = 2 * noise > SEEN_FALL * abs(first)  # rewards, or squares with heavy tails
-    if too_early or too_noisy or late or loss_rose(state) or state.events.is_game:
+    if too_early or too_noisy or late or loss_rose(state) or state.events.targets_move:
         return {}
     slope, error = trend(state.losses[-HISTORY:])
     facts = {"value": slope, "limit": 0.0, "error": error, "acted": acted, "what": "has not fallen"}
@@ -294,11 +298,12 @@ def initial_loss(state: State) -> Ill:
 
 BY_TABLE = "muon_convention", "lr_too_low", "lr_too_high"
 ROSE = "the loss rose from {first:.2f} to {last:.2f}"
+LOWER = "lower the learning rate, or lengthen the warm-up; targets that grow by design, as a curriculum's, look alike"
 
 RULES = (
     *(Rule(name, "warning", partial(learning_rates, name=name)) for name in BY_TABLE),
     nonfinite_loss,
-    Rule("lr_too_high", "error", loss_rose, ROSE, "lower the learning rate, or lengthen the warm-up"),
+    Rule("lr_too_high", "error", loss_rose, ROSE, LOWER),
     loss_not_falling,
     initial_loss,
 )

@@ -58,7 +58,7 @@ def frozen_module(state: State) -> Ill:
     tables |= {id(p) for p in (state.forward.heard.head or nn.Identity()).parameters()}
     is_meant = share > ON_PURPOSE or all(id(p) in tables for p in found.values())
     told = {"severity": "info", "meant": ", as under adapters or of fixed tables"} if is_meant else {"meant": ""}
-    known = state.frozen_on_purpose | {t.name for t in state.tracked}  # an optimizer may train copies
+    known = state.frozen_on_purpose | {t.name for t in state.tracked if t.with_gradient}  # made by hand
     return {name: {"value": share, "limit": ON_PURPOSE, **told} for name in found if name not in known}
 
 
