@@ -116,6 +116,34 @@ def test_a_warm_up_beyond_the_budget(n_warm: int, n: int, budget: int | None, to
     assert ("lr_spent" in said(one_group(partial(warm, n=n_warm), n, budget=budget))) == told
 
 
+BY_EPOCHS = {
+    "built for updates": (lambda o: LambdaLR(o, lambda i: min(1.0, (i + 1) / 10)), 40, True),
+    "its first epoch is most of the run": (lambda o: LambdaLR(o, lambda i: min(1.0, (i + 1) / 10)), 100, True),
+    "of one cycle": (lambda o: OneCycleLR(o, 0.004, 100), 40, True),
+    "of some epochs": (lambda o: LambdaLR(o, lambda i: min(1.0, (i + 1) / 4)), 10, False),
+    "that begins very low": (lambda o: LambdaLR(o, lambda i: min(1.0, i / 4 + 1e-3)), 24, False),
+    "one that never rises": (lambda o: LambdaLR(o, lambda i: 1.0), 100, False),
+}
+
+
+@pytest.mark.parametrize("kind", BY_EPOCHS)
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_warm_up_that_is_stepped_by_epochs(kind: str, resumed: bool) -> None:
+    """After a resume the LR may be low since its decay is at its end."""
+    make, length, told = BY_EPOCHS[kind]
+    optimizer = AdamW((model := toy()).parameters(), lr=0.004)
+    scheduler = make(optimizer)
+    train(None, model, [optimizer], 2 if resumed else 0)
+
+    def each(step: int) -> None:
+        if step and step % length == 0:
+            scheduler.step()
+
+    watch = watched(model, [optimizer], 60, before_step=each, budget=100)
+    found = [f.message for f in watch.findings if f.rule == "lr_spent"]
+    assert len(found) == (told and not resumed) and all("at this pace" in message for message in found)
+
+
 def scheduled(make: Callable, lr: float = 0.004, n: int = 60, **options) -> Watch:
     """Under a scheduler that `make` builds, stepped after each update."""
     model = toy()

@@ -62,7 +62,7 @@ def brought_back(state: State) -> Ill:
 
 @rule(
     "the learning rate of {where} {what}",
-    "is the scheduler stepped once an update, and not once a micro-batch or process? Was its length given in updates?",
+    "is the scheduler stepped once an update, and not once a micro-batch, process or epoch? Was its length given in updates?",
 )
 def lr_spent(state: State) -> Ill:
     """All LRs near zero before half of the budget, or for LR_STEADY updates at zero, beside the peak. Where the budget is not known: at
@@ -85,19 +85,27 @@ def lr_spent(state: State) -> Ill:
 
 
 def rising_for_good(state: State) -> Ill:
-    """A straight warm-up that ends beyond the budget; without one, beyond what any published one takes."""
+    """A warm-up that ends beyond the budget: a straight one, or one in stairs, as by epochs, of which a quarter of the budget has
+    shown no more. Without a budget, a straight one that is longer than any published one."""
     ends, far = [], state.budget or LONG
     for g in state.groups:
-        planned = max(g.asked or 0.0, float(g.group.get("initial_lr") or 0.0))
+        planned = max(g.asked or 0.0, *(float(g.group.get(key) or 0.0) for key in ("initial_lr", "max_lr")))
         slope = (g.last - g.recent[0]) / (LR_STEADY - 1) if len(g.recent) == LR_STEADY else 0.0
         is_straight = slope > 0 and math.isclose(g.last - g.lrs[0], slope * (len(g.lrs) - 1), rel_tol=0.1)
-        if not is_straight or g.risen_at < g.n or g.last > LR_LATE * planned or g.n < (20 if state.budget else CLEAR):
+        enough = (20 if state.budget else CLEAR) if is_straight and g.risen_at == g.n else far / 4
+        in_stairs = bool(state.budget) and not state.start_step and not g.loaded
+        if g.last < g.peak or g.last > LR_LATE * planned or g.n < enough or not (is_straight or in_stairs):
             return {}
-        ends.append(round(g.n + (planned - g.last) / slope) + state.start_step)
+        pace = (g.last - g.lrs[0]) / max(1, g.risen_at - 1)
+        ends.append(g.risen_at + (planned - g.last) / pace + state.start_step if pace else math.inf)
     if not ends or min(ends) <= far:
         return {}
-    where = ", ".join(g.name for g in state.groups)
-    return {"late": {"where": where, "value": min(ends), "limit": far, "now": state.groups[0].last}}
+    first = state.groups[0]
+    facts = {"where": ", ".join(g.name for g in state.groups), "value": first.last, "limit": planned, "n": first.n}
+    facts["when"] = "never" if min(ends) == math.inf else f"by update {min(ends):.0f}"
+    facts["far"] = f"{far} are planned" if state.budget else "no published warm-up is as long"
+    facts["more"] = "" if state.budget else " A Watch that is told its budget knows more"
+    return {"late": facts}
 
 
 def begun_anew(state: State) -> Ill:
@@ -131,10 +139,13 @@ BROUGHT = "{where} was made with a learning rate of {limit:.3g}; since its state
 SET_AGAIN = "load_state_dict brings the checkpoint's LR back: set lr, initial_lr and the scheduler's base after it"
 JUMPED = "the learning rate of {where} was {limit:.3g} and is {value:.3g} from update {at} on: no schedule goes there at once"
 OTHER_RUN = "look for a state or a scheduler of another run, or of this one's start, that was loaded then, or a second scheduler"
-LATE = "the learning rate of {where} is {now:.2g} and rises so slowly that it arrives at update {value}, beyond {limit}"
+LATE = "the learning rate of {where} is {value:.2g} at update {n}: at this pace it gets to {limit:.2g} {when}; {far}"
 ANEW = "the warm-up of {where} began anew {n} times: its learning rate rises to {value:.2g} at most, and {limit:.2g} was asked for"
 COUNTER = "let the schedule count the updates of the whole run: neither those of an epoch, nor of a scheduler made in the loop"
-UNITS = "is the warm-up's length given in updates, and not in samples or micro-batches? A Watch that is told its budget knows more"
+UNITS = (
+    "is the scheduler stepped once an update, and not once an epoch? Is the warm-up's length given in updates, and not in "
+    "samples or micro-batches?{more}"
+)
 
 OVER_TIME = (
     Rule("lr_overwritten", "warning", jumped, JUMPED, OTHER_RUN),
