@@ -257,3 +257,38 @@ def test_looking_at_choices_changes_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
     watch.close()
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+class Reads(nn.Module):
+    """Puts a place of its own before what it is given, and reads one place out; `beside`: what else takes the batch."""
+
+    def __init__(self, place: int, beside: str = "") -> None:
+        super().__init__()
+        self.patches, self.own, self.place = nn.Linear(6, 8), nn.Parameter(torch.randn(1, 1, 8)), place
+        self.beside = {"": None, "numbers": nn.Linear(6, 8), "tokens": nn.Embedding(5, 8)}[beside]
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        whole = torch.cat([self.own.expand(len(x), -1, -1), self.patches(x)], 1)[:, self.place]
+        if self.beside is not None:
+            whole = whole + (self.beside(ids) if isinstance(self.beside, nn.Embedding) else self.beside(x).mean(1))
+        return self.head(whole)
+
+
+@pytest.mark.parametrize(
+    ("place", "beside", "severity"),
+    [(0, "", "warning"), (1, "", "info"), (0, "numbers", "info"), (0, "tokens", "info")],
+)
+def test_a_model_that_says_the_same_whatever_it_is_given(place: int, beside: str, severity: str) -> None:
+    torch.manual_seed(0)
+    model = Reads(place, beside)
+    (optimizer,) = adamw(model, lr=1e-3)
+    with Watch(model, optimizer) as watch:
+        for _ in range(30):
+            x, ids = torch.randn(16, 4, 6), torch.randint(5, (16,))
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x, ids), (x[:, 0, 0] > 0).long())
+            loss.backward()
+            watch.observe(loss=loss)
+            optimizer.step()
+    assert [f.severity for f in watch.findings if f.rule == "no_gradient"] == [severity]

@@ -36,7 +36,7 @@ ERRORS += [torch.AcceleratorError("CUDA error: an illegal memory access")] if ha
 
 # six updates reach what hundreds would
 HURRY = {"state.READ_EVERY": 2, "state.WINDOW": 4, "watch.WINDOW": 4, "watch.CHECK_EVERY": 2, "watch.LISTENED": 6}
-HURRY |= {"rules_updates.WAIT": 2, "rules_updates.WAIT_READINGS": 1, "rules_updates.LOST_UPDATES": 2}
+HURRY |= {"rules_signal.WAIT": 2, "rules_signal.WAIT_READINGS": 1, "rules_updates.LOST_UPDATES": 2}
 HURRY |= {"rules_updates.UNREPLAYED": 3, "rules_updates.FROZEN_READINGS": 1, "rules_updates.BIAS_ELEMENTS": 1}
 HURRY |= {"events.LOOKS": 2, "rules_loss.LR_STEADY": 2, "rules_loss.LR_ACTED": 2.0}
 

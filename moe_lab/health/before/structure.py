@@ -150,6 +150,11 @@ def not_linear(trial: Any) -> Iterator[Finding]:
         yield Finding("not_linear", "warning", wrong[0], message, advice, len(wrong), 0)
 
 
+def called(part: Any) -> str:
+    """A part of a batch, by its key or its place."""
+    return f"the batch's part {part}" if isinstance(part, int) else repr(part)
+
+
 def without_effect(trial: Any) -> Iterator[Finding]:
     """Change a third of each tensor of the batch: a loss that stays the same to the bit does not know of it. A warning for what looks
     like a mask. Raises ValueError after the findings where there are more tensors than spare forward passes: masks come first."""
@@ -167,8 +172,8 @@ def without_effect(trial: Any) -> Iterator[Finding]:
         whole = parts | {name: changed}
         given = whole if isinstance(batch, Mapping) else type(batch)(whole.values())
         if not torch.equal(changed, value) and torch.equal(trial.loss_of(given), trial.loss):
-            message = f"a third of {name!r} was changed and the loss is the same to the bit: nothing uses it, or a factor of 0"
+            message = f"a third of {called(name)} was changed and the loss is the same to the bit: nothing uses it, or a factor of 0"
             advice = "follow it from the batch to the loss: it may be dropped on the way, or overwritten"
             yield Finding("no_effect", "warning" if is_mask else "info", str(name), message, advice, 0, 0)
     if rest := ordered[len(tried) :]:
-        raise ValueError(f"not tried, to save forward passes: {', '.join(map(str, rest))}")
+        raise ValueError(f"not tried, to save forward passes: {', '.join(map(called, rest))}")

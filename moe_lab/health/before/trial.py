@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..during.forward import ForwardProbe, unwrapped
+from ..during.heard import tensors_of
 from ..during.reached import asked, nodes
 from ..findings import Finding
 from ..random_state import RandomState
@@ -71,11 +72,18 @@ class Trial:
         """Passes that modes and causality do not need."""
         return max(0, int(self.left) - KEPT)
 
+    @torch.no_grad()
     def answer(self, in_training: bool, batch: Any) -> Tensor:
+        """To what the loss gave the model; of several tensors the logits, or the first. Raises ValueError where there is none."""
         self.spend()
-        answers = self.answers[in_training]
-        answers.append(logits(self.training() if in_training else self.model.eval(), batch))
-        return answers[-1]
+        model = self.training() if in_training else self.model.eval()
+        args, kwargs = self.probe.inputs or (None, {})
+        output = forward(model, batch) if args is None else model(*args, **kwargs)
+        found = [t for t in tensors_of(getattr(output, "logits", output)) if t.is_floating_point()]
+        if not found:
+            raise ValueError(f"the forward pass gives {type(output).__name__}, which holds no numbers")
+        self.answers[in_training].append(found[0])
+        return found[0]
 
     def repeats(self, in_training: bool) -> bool:
         """Whether the last two answers are known to be the same."""
@@ -127,12 +135,3 @@ def forward(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
-
-
-@torch.no_grad()
-def logits(module: nn.Module, batch: Any) -> Tensor:
-    output = forward(module, batch)
-    output = getattr(output, "logits", output)
-    if isinstance(output, Tensor):
-        return output
-    raise ValueError(f"the forward pass gives {type(output).__name__}, neither logits nor something that has them")

@@ -3,7 +3,8 @@
 watch.py         the Watch: hooks, checks, report
 rules.py         the rules in the order in which they are asked
 rules_setup.py   who is updated at all: optimizers, frozen parts, decay of norms
-rules_updates.py what becomes of updates: order of events, broken gradients, lost to rounding, without gradient, one direction only
+rules_updates.py what becomes of updates: order of events, broken gradients, lost to rounding, one direction only
+rules_signal.py  gradients that do not arrive: cut off, gone silent, of no effect
 rules_flow.py    targets and data, looks into the future, modes; experts, faint signals; copies, counts and positions beside them
 rules_units.py   units and weights: alike, dead, shrunk; what a first layer is given, and answers that depend on nothing
 rules_ranks.py   ranks that train together and do not agree

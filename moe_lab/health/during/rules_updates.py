@@ -24,9 +24,6 @@ FROZEN_ULPS = 4.0  # expected travel of a tensor that is called frozen
 FROZEN_SHARE = 0.1  # of the sum of steps that a tensor is expected to travel: signs that alternate undo most of it
 BIAS = 0.3  # share of moved elements that fell, above the share that was meant to
 BIAS_ELEMENTS = 30  # moved elements before the bias is judged
-WAIT = 15  # updates before a missing gradient is judged: zero-initialised and adapter matrices start with exact zeros
-SILENT = 50  # updates without a gradient, after some with one
-WAIT_READINGS = 3  # readings of the gradients until then, 5 updates apart
 N_LOSSES = 50  # without an update: more than micro-batches are accumulated, if each were observed
 MOST, OFTEN = 0.8, 0.2  # share of the last updates from which on an order of events is a habit, or no accident
 UNREPLAYED = 50  # updates before 16-bit weights under an unknown optimizer are judged
@@ -90,58 +87,6 @@ def partly_lost(state: State) -> Ill:
     carrying = [o for o in state.optimizers if intended.keeps_lost_bits(o)]
     carried = {t.kind for t in state.tracked if t.optimizer in carrying}
     return {kind: facts for kind, facts in lost.items() if kind not in carried}
-
-
-def no_gradient(state: State, matters: bool) -> Ill:
-    """Trainable tensors without any gradient, of which a change is seen in the output (`forward.matters`), or is not.
-
-    That repeats a forward pass, once a kind for the whole training: no other rule computes anything.
-    """
-    if state.n_seen <= WAIT or cleared_gradients.when(state):
-        return {}
-    never = [t for t in state.tracked if t.owner and t.param.requires_grad and not t.with_gradient]
-    never = [t for t in never if t.no_gradient + t.zero_gradient >= WAIT_READINGS]
-    never = [t for t in never if t.name not in state.frozen_on_purpose and not t.is_master and not cancels(state, t)]
-    never = [t for t in never if not state.is_passed_by(t)]
-    return {kind: ts for kind, ts in by_kind(never).items() if bool(state.forward.matters(ts[0].param)) == matters}
-
-
-def went_silent(state: State, frozen: bool) -> Ill:
-    """Kinds of tensor that were trained and no longer are, while others go on: an expert or a layer that is left out is no kind, and
-    experts that no token chooses are another rule's."""
-    mine = [t for t in state.tracked if t.owner and t.name not in state.frozen_on_purpose and not t.is_master]
-    routed = tuple(f"{experts.name}." for experts in state.outside.routing.experts)
-    mine = [t for t in mine if not t.name.startswith(routed) and t.param.numel() > 1]  # a temperature may be clamped
-    since = {t: state.counts[id(t.optimizer)] - t.last_gradient for t in mine if t.last_gradient}
-    kinds = by_kind(mine)
-    gone = {kind: ts for kind, ts in kinds.items() if all(since.get(t, 0) >= SILENT for t in ts)}
-    gone = {kind: ts for kind, ts in gone.items() if any(t.param.requires_grad for t in ts) != frozen}
-    found = {kind: {"value": max(t.last_gradient for t in ts), "limit": SILENT} for kind, ts in gone.items()}
-    return found if len(found) < len(kinds) else {}
-
-
-def nothing_learns(state: State) -> Ill:
-    """All trainable tensors, where none of them has a say in the output either, as behind a clamp."""
-    silent, trained = no_gradient(state, matters=False), [t for t in state.tracked if t.owner and t.param.requires_grad]
-    return silent if sum(map(len, silent.values())) == len(trained) else {}
-
-
-def cancels(state: State, t: Tracked) -> bool:
-    """Whether a bias has a gradient of exactly 0 where its module's other tensors get another: nothing is cut off there, and what
-    it adds cancels in the loss, as in a difference of two scores."""
-    beside = [o for o in state.tracked if o.name.rpartition(".")[0] == t.name.rpartition(".")[0]]
-    return t.name.endswith("bias") and t.zero_gradient > 0 and any(o.with_gradient for o in beside)
-
-
-def idle(state: State, used: bool) -> Ill:
-    """Without a gradient where nothing is cut off: what is behind a cut has none either. What no pass takes, or takes in vain, is a
-    part of the class that this use of it has no need of; two factors that are both zero have a say together."""
-    is_told = no_gradient(state, matters=True) or nothing_learns(state)
-    idle = {} if is_told else no_gradient(state, matters=False)
-    together, forward = [t.param for ts in idle.values() for t in ts], state.forward
-    if together and forward.matters(*together) is False:
-        forward.unused |= forward.told & set(together)
-    return {kind: ts for kind, ts in idle.items() if (ts[0].param not in forward.unused) == used}
 
 
 @rule(
@@ -278,28 +223,6 @@ KEEP_BITS = (
 )
 NEVER = "{n} tensors of 16 bits stand still, and no step that Adam can make at its peak learning rate moves them: all is rounded away: {names}"
 ASK_FOR_FLOAT32 = f"a checkpoint is loaded in its own format unless one asks for float32; {KEEP_BITS}"
-CUT_OFF = "{n} tensors shape the output but got no gradient in {updates} updates: {names}"
-FIND_CUT = (
-    "learning is cut off there: an autograd.Function whose backward returns None for them, reentrant checkpointing under frozen "
-    "inputs (use_reentrant=False, or enable_input_require_grads), a choice (argmax, top-k) whose score never multiplies the "
-    "output, detach(), no_grad or item() between them and the loss"
-)
-STOPPED = "{n} kinds of tensor were trained, and got no gradient after update {value}: {names}"
-FIND_STOPPED = (
-    "something cuts them off mid-run: units that died (a rate too high), a branch or a phase that no longer takes them, a graph that a "
-    "change of the model left behind"
-)
-FROZEN_SINCE = "{n} kinds of tensor were trained, and have requires_grad=False after update {value}: {names}"
-THAW = "set it back after the step of the other network, or after loading; name in expect_frozen what is frozen mid-run on purpose"
-NOTHING = "none of the {n} trainable tensors got a gradient other than 0 in {updates} updates: {names}"
-FIND_STOP = (
-    "nothing learns: between all of them and the loss stands a clamp, a saturated or rounding function, a mask over everything, "
-    "or factors that are both zero; or all targets, rewards or weights of the loss are the same"
-)
-IDLE = "{n} trainable tensors got no gradient in {updates} updates, and no effect of theirs on the output was seen: {names}"
-UNUSED = "{n} trainable tensors got no gradient in {updates} updates, and whatever they hold, the output is the same: {names}"
-USE = "find out whether the loss should use them (a head, a term, a branch that is never taken), else leave them out"
-
 RULES = (
     no_updates,
     stale_gradients,
@@ -308,12 +231,5 @@ RULES = (
     Rule("lost_updates", "error", never_moves, NEVER, ASK_FOR_FLOAT32),
     Rule("lost_updates", "error", badly_lost, LOST, KEEP_BITS),
     Rule("lost_updates", "warning", partly_lost, LOST, KEEP_BITS),
-    Rule("no_gradient", "error", partial(no_gradient, matters=True), CUT_OFF, FIND_CUT),
-    Rule("no_gradient", "error", nothing_learns, NOTHING, FIND_STOP),
-    Rule("no_gradient", "warning", partial(went_silent, frozen=False), STOPPED, FIND_STOPPED),
-    Rule("frozen_module", "warning", partial(went_silent, frozen=True), FROZEN_SINCE, THAW),
-    Rule("no_gradient", "warning", partial(idle, used=True), IDLE, USE),
-    Rule("no_gradient", "info", partial(idle, used=False), UNUSED, USE),
-    frozen_tensor,
-    bf16_parameters,
 )
+STILL = (frozen_tensor, bf16_parameters)
