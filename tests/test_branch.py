@@ -1,6 +1,7 @@
 """The branch probe: it finds a starved group on a problem with a known answer, and leaves everything as it was."""
 
 import copy
+import itertools
 import math
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -51,6 +52,14 @@ def test_it_names_the_starved_group_by_what_training_so_would_do() -> None:
     with torch.no_grad():
         loss = torch.stack([loss_fn(model, batch) for batch in batches[30:]]).mean().item()
     assert probed["b × 3"].loss == pytest.approx(loss, rel=1e-6)
+
+
+def test_a_loader_is_read_once_and_no_further_than_it_must() -> None:
+    model, optimizer, loss_fn, batches = problem()
+    endless = itertools.cycle(batches)
+    probed = branch_probe(model, optimizer, loss_fn, endless, n_updates=20)
+    assert probed == branch_probe(model, optimizer, loss_fn, batches[:40], n_updates=20)
+    assert next(endless) is batches[40]
 
 
 def test_a_good_rate_is_not_blamed() -> None:

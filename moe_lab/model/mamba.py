@@ -79,7 +79,7 @@ class Mamba(nn.Module):
         return -self.A_log.float().exp().t()
 
     def finish(self, y: Tensor, u: Tensor, gate: Tensor) -> Tensor:
-        y = y.addcmul(self.D.float(), u.float()).type_as(u)
+        y = (y + self.D.float() * u.float()).type_as(u)
         return self.out_proj(y * F.silu(gate))
 
     def new_cache(self, batch: int, max_len: int, device: torch.device, dtype: torch.dtype) -> MambaState:

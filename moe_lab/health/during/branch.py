@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from ..torch_private import without_step_hooks
 from .tracking import all_innermost, held_by
 
 N_UPDATES = 30
+N_EVALUATED = 20  # batches at most, of a loader, which may have no end
 FACTOR = 3.0
 GAIN = 0.05  # nats that a branch must gain over the settings as they are
 SIGMAS = 3.0  # standard errors of the paired differences that the gain must exceed
@@ -45,21 +47,22 @@ def branch_probe(
     model: nn.Module,
     optimizer: Optimizer | Iterable[Optimizer],
     loss_fn: Callable[[nn.Module, Any], Tensor],
-    batches: Sequence[Any],
+    batches: Iterable[Any],
     branches: Mapping[str, Change] | None = None,
     n_updates: int = N_UPDATES,
     max_grad_norm: float | None = 1.0,
 ) -> list[Branch]:
     """Train `n_updates` from here under each setting, then evaluate each on the batches that are left over.
 
-    `loss_fn(model, batch)` gives a scalar in nats. The first `n_updates` of `batches` train, the rest (at least 5)
-    evaluate, in the model's current mode. `branches` maps a name to a change of the optimizers' options; by default each
+    `loss_fn(model, batch)` gives a scalar in nats. The first `n_updates` of `batches` train, the rest (at least 5; 20 of what is
+    no sequence, such as a DataLoader) evaluate, in the model's current mode. `branches` maps a name to a change of the optimizers' options; by default each
     parameter group's LR times 3, and all of them together. Ask it after warm-up: it holds LRs constant. Every branch draws
     the same random numbers from torch's generators (dropout). Model, gradients, optimizers and random state are put back,
     also after an error; it takes a copy of them. Step hooks, a watch's and others', are not called.
     Raises ValueError for too few batches.
     """
     optimizers = all_innermost(optimizer)
+    batches = batches if isinstance(batches, Sequence) else list(islice(batches, n_updates + N_EVALUATED))
     if len(batches) < n_updates + 5:
         raise ValueError(f"batches has {len(batches)}; {n_updates} updates and at least 5 to evaluate on are needed")
     changes = lr_branches(optimizers) if branches is None else branches

@@ -24,8 +24,8 @@ FAILED_TWICE = "the watch failed, and failed again while it said so"
 LAST_WORDS = Finding("not_measured", "warning", "the watch", FAILED_TWICE, STANDS)  # made before anything can go wrong
 WIDTHS = {"n": 3, "format": 9, "grad": 4, "norm": 7, "moved": 7, "still": 5, "lately": 6, "arrived": 7}
 LEGEND = (
-    "format: of parameters/optimizer state. grad: zero, none, or lost: it arrives and nothing moves. norm: the largest seen, "
-    "of a tensor. moved: displacement over weight, RMS. still, lately: share of elements with a gradient that are as they "
+    "format: of parameters/optimizer state. grad: zero, none, some (of these tensors), or lost: it arrives and nothing moves. "
+    "norm: the largest gradient's, of a tensor. moved: displacement over weight, RMS. still, lately: share of elements with a gradient that are as they "
     "were at the start, at the last reading. arrived: realised over intended displacement, where weights have 16 bits."
 )
 

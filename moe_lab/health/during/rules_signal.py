@@ -73,10 +73,6 @@ def deaf(state: State) -> Ill:
     return found if takers and takers <= state.forward.unused and not has_table else {}
 
 
-def unused(state: State) -> Ill:
-    return {} if deaf(state) else idle(state, used=False)
-
-
 CUT_OFF = "{n} tensors shape the output but got no gradient in {updates} updates: {names}"
 FIND_CUT = (
     "learning is cut off there: an autograd.Function whose backward returns None for them, reentrant checkpointing under frozen "
@@ -108,5 +104,5 @@ RULES = (
     Rule("frozen_module", "warning", partial(went_silent, frozen=True), FROZEN_SINCE, THAW),
     Rule("no_gradient", "warning", partial(idle, used=True), IDLE, USE),
     Rule("no_gradient", "warning", deaf, DEAF, HEAR),
-    Rule("no_gradient", "info", unused, UNUSED, USE),
+    Rule("no_gradient", "info", partial(idle, used=False), UNUSED, USE),
 )
