@@ -16,6 +16,7 @@ from .tracking import storage
 
 JUST_LOADED = 20  # updates after which, at the latest, a loaded state is looked at
 THAWED = 2  # looks at gradients, five updates apart: a loop may add the group a little later
+THAWED_BY = 50  # updates: a part that an optimizer holds, and that is to be thawed, usually is by then
 ON_PURPOSE = 0.5  # share of the parameters from which on frozen ones look like an adapter's base
 
 
@@ -48,8 +49,10 @@ def updated_twice(state: State) -> Ill:
     "name them in expect_frozen if that is meant; else set requires_grad=True before the optimizer is built",
 )
 def frozen_module(state: State) -> Ill:
-    """Frozen tensors by name: an info where their share of the parameters, or what they are, looks meant."""
-    if not state.is_changed:
+    """Frozen tensors by name: an info where their share of the parameters, or what they are, looks meant; and while what an optimizer
+    holds may yet be thawed. Gradients may be made by hand."""
+    held = {t.name for t in state.tracked if t.owner and not t.param.requires_grad and not t.with_gradient}
+    if not state.is_changed and not held:
         return {}
     found = {name: p for name, p in state.named.items() if not p.requires_grad and name not in state.copied}
     share = sum(p.numel() for p in found.values()) / state.n_parameters
@@ -57,9 +60,11 @@ def frozen_module(state: State) -> Ill:
     tables |= {id(p) for p in found.values() if p.ndim > 2 and len(p) == 1}  # added to every row of a batch
     tables |= {id(p) for p in (state.forward.heard.head or nn.Identity()).parameters()}
     is_meant = share > ON_PURPOSE or all(id(p) in tables for p in found.values())
-    told = {"severity": "info", "meant": ", as under adapters or of fixed tables"} if is_meant else {"meant": ""}
-    known = state.frozen_on_purpose | {t.name for t in state.tracked if t.with_gradient}  # made by hand
-    return {name: {"value": share, "limit": ON_PURPOSE, **told} for name in found if name not in known}
+    may_thaw = held if state.n_seen < THAWED_BY else set()
+    told = {"value": share, "limit": ON_PURPOSE, "meant": ", as under adapters or of fixed tables" if is_meant else ""}
+    known = state.frozen_on_purpose | ({t.name for t in state.tracked} - held)  # an optimizer may train copies
+    unknown = [name for name in found if name not in known]
+    return {name: told | ({"severity": "info"} if is_meant or name in may_thaw else {}) for name in unknown}
 
 
 @rule(
