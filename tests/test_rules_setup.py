@@ -86,13 +86,16 @@ def test_a_layer_that_began_as_a_copy_of_another_is_forgotten_all_the_same() -> 
     assert "frozen_module" in said(Watch(model, AdamW([p for p in model.parameters() if p.requires_grad])))
 
 
-@pytest.mark.parametrize("kind", ["frozen", "by hand", "meant"])
+@pytest.mark.parametrize("kind", ["frozen", "by hand", "meant", "a module's own"])
 def test_frozen_parts_that_an_optimizer_holds(kind: str) -> None:
     """As `AdamW(model.parameters())` does; or which are given gradients that no backward pass makes."""
     model = toy()
+    if kind == "a module's own":
+        model.up.correction = nn.Parameter(torch.zeros(1, 32), requires_grad=False)
     optimizer = AdamW(model.parameters(), lr=0.01)
     watch = Watch(model, optimizer, expect_frozen=["up."] if kind == "meant" else [])
-    model.up.requires_grad_(False)
+    model.up.weight.requires_grad_(kind == "a module's own")
+    model.up.bias.requires_grad_(kind == "a module's own")
 
     def give(step: int) -> None:
         if kind == "by hand":
@@ -106,7 +109,12 @@ def test_frozen_parts_that_an_optimizer_holds(kind: str) -> None:
             give(step)
             optimizer.step()
     told = [(f.severity, f.step) for f in watch.findings if f.rule == "frozen_module"]
-    assert told == {"frozen": [("info", 10), ("warning", 50)], "by hand": [], "meant": []}[kind]
+    assert (
+        told
+        == {"frozen": [("info", 10), ("warning", 50)], "by hand": [], "meant": [], "a module's own": [("info", 0)]}[
+            kind
+        ]
+    )
 
 
 def test_frozen_parts() -> None:

@@ -60,7 +60,9 @@ def frozen_module(state: State) -> Ill:
     tables |= {id(p) for p in found.values() if p.ndim > 2 and len(p) == 1}  # added to every row of a batch
     tables |= {id(p) for p in (state.forward.heard.head or nn.Identity()).parameters()}
     is_meant = share > ON_PURPOSE or all(id(p) in tables for p in found.values())
-    may_thaw = held if state.n_seen < THAWED_BY else set()
+    # a vector by itself is what a module keeps for itself, as experts' biases; whoever freezes by accident freezes matrices, too
+    is_module = any(p.numel() > max(p.shape, default=1) for name, p in found.items() if name in held)
+    may_thaw = set() if is_module and state.n_seen >= THAWED_BY else held
     told = {"value": share, "limit": ON_PURPOSE, "meant": ", as under adapters or of fixed tables" if is_meant else ""}
     known = state.frozen_on_purpose | ({t.name for t in state.tracked} - held)  # an optimizer may train copies
     unknown = [name for name in found if name not in known]
