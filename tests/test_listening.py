@@ -284,9 +284,8 @@ class ModesApart(Around):
     def __init__(self, how: str) -> None:
         super().__init__("mixer", GatedConvolution(D))
         self.how, self.generator = how, torch.Generator()
-        self.part = (
-            nn.Linear(D, V) if how in ("left out", "noise") else None
-        )  # in no loss: asking about it takes passes
+        # in no loss: asking about it takes passes
+        self.part = nn.Linear(D, V) if how in ("left out", "noise") else None
 
     def forward(self, ids: Tensor) -> Tensor:
         scores = super().forward(ids)
@@ -299,25 +298,31 @@ class ModesApart(Around):
         return scores + (scores.mean(1, keepdim=True) if self.how == "leak" else 0)
 
 
-@pytest.mark.parametrize("size", [(32, 32), (4, 64)])
-@pytest.mark.parametrize("how", ["leak", "left out", "noise", "own generator"])
-def test_it_costs_no_more_where_the_modes_are_apart(how: str, size: tuple) -> None:
-    model, seen = ModesApart(how), []
+APART = {
+    "leak": {"future_leak": "error", "mode_mismatch": "info"},
+    "left out": {"mode_mismatch": "warning"},
+    "noise": {},
+    "own generator": {"mode_mismatch": "info"},
+}
+
+
+def counted(model: nn.Module, size: tuple) -> tuple[Tensor, list[int]]:
+    """Ids of that size and one more a row, and a list that grows by the tokens of each pass."""
+    seen: list[int] = []
     table = next(m for m in model.modules() if isinstance(m, nn.Embedding))
     table.register_forward_hook(lambda module, args, output: seen.append(args[0].numel()))
-    ids = torch.arange(size[0] * (size[1] + 1)).view(size[0], -1) ** 2 % 31
+    return torch.arange(size[0] * (size[1] + 1)).view(size[0], -1) ** 2 % 31, seen
+
+
+@pytest.mark.parametrize("size", [(32, 32), (4, 64)])
+@pytest.mark.parametrize("how", APART)
+def test_it_costs_no_more_where_the_modes_are_apart(how: str, size: tuple) -> None:
+    model = ModesApart(how)
+    ids, seen = counted(model, size)
     examination = examine(model, (ids[:, :-1], ids[:, 1:]), loss_of)
     assert sum(seen) <= 10 * size[0] * size[1]
     found = {f.rule: f.severity for f in examination.findings if f.rule in ("future_leak", "mode_mismatch")}
-    assert (
-        found
-        == {
-            "leak": {"future_leak": "error", "mode_mismatch": "info"},
-            "left out": {"mode_mismatch": "warning"},
-            "noise": {},
-            "own generator": {"mode_mismatch": "info"},
-        }[how]
-    )
+    assert found == APART[how]
 
 
 @pytest.mark.parametrize("size", [(32, 32), (4, 64)])
@@ -325,10 +330,7 @@ def test_it_costs_no_more_where_the_modes_are_apart(how: str, size: tuple) -> No
 def test_it_costs_no_more_than_ten_forward_passes_and_one_backward_pass(kind: str, size: tuple) -> None:
     """In tokens."""
     model = {"own": lambda: Around("mamba", GatedConvolution(D)), "cut off": CutOff, "llama": llama}[kind]()
-    seen = []
-    table = next(m for m in model.modules() if isinstance(m, nn.Embedding))
-    table.register_forward_hook(lambda module, args, output: seen.append(args[0].numel()))
-    ids = torch.arange(size[0] * (size[1] + 1)).view(size[0], -1) ** 2 % 31
+    ids, seen = counted(model, size)
     given = {"input_ids": ids, "labels": ids} if kind == "llama" else (ids[:, :-1], ids[:, 1:])
     not_checked = examine(model, given, None if kind == "llama" else loss_of).not_checked
     assert 4 * size[0] * size[1] < sum(seen) <= 10 * size[0] * size[1]

@@ -86,7 +86,10 @@ def test_a_layer_that_began_as_a_copy_of_another_is_forgotten_all_the_same() -> 
     assert "frozen_module" in said(Watch(model, AdamW([p for p in model.parameters() if p.requires_grad])))
 
 
-@pytest.mark.parametrize("kind", ["frozen", "by hand", "meant", "a module's own"])
+HELD = {"frozen": [("info", 10), ("warning", 50)], "by hand": [], "meant": [], "a module's own": [("info", 0)]}
+
+
+@pytest.mark.parametrize("kind", HELD)
 def test_frozen_parts_that_an_optimizer_holds(kind: str) -> None:
     """As `AdamW(model.parameters())` does; or which are given gradients that no backward pass makes."""
     model = toy()
@@ -109,12 +112,7 @@ def test_frozen_parts_that_an_optimizer_holds(kind: str) -> None:
             give(step)
             optimizer.step()
     told = [(f.severity, f.step) for f in watch.findings if f.rule == "frozen_module"]
-    assert (
-        told
-        == {"frozen": [("info", 10), ("warning", 50)], "by hand": [], "meant": [], "a module's own": [("info", 0)]}[
-            kind
-        ]
-    )
+    assert told == HELD[kind]
 
 
 def test_frozen_parts() -> None:

@@ -39,6 +39,7 @@ HURRY = {"state.READ_EVERY": 2, "state.WINDOW": 4, "watch.WINDOW": 4, "watch.CHE
 HURRY |= {"rules_signal.WAIT": 2, "rules_signal.WAIT_READINGS": 1, "rules_updates.LOST_UPDATES": 2}
 HURRY |= {"rules_updates.UNREPLAYED": 3, "rules_updates.FROZEN_READINGS": 1, "rules_updates.BIAS_ELEMENTS": 1}
 HURRY |= {"events.LOOKS": 2, "rules_loss.LR_STEADY": 2, "rules_loss.LR_ACTED": 2.0}
+HURRY |= {"rules_schedule.LR_STEADY": 2, "rules_schedule.LR_ACTED": 2.0}
 
 
 class Spare(Toy):

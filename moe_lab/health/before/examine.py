@@ -25,7 +25,8 @@ from .data import check_data
 from .flow import train_eval, unscaled_dropout
 from .preflight import plan_of, preflight
 from .schedule import first_update
-from .trial import CUT_OFF, TO_SAVE, Trial, forward
+from .structure import TO_SAVE
+from .trial import CUT_OFF, Trial, forward
 
 SCALED = "warning", "it may be summed, or divided by the accumulation"
 NEXT_TOKEN = 0.05  # share by which auxiliary terms may move a loss

@@ -21,6 +21,7 @@ from .plan import OFF, Plan, family
 # who takes no matrix
 ALONE = {"grouped", *(f"{name}Backward0" for name in ("Exp", "Softplus", "Sigmoid", "Embedding"))}
 MANY_CLASSES = 8  # a smaller factor is one that rates are tuned over anyway
+TO_SAVE = "not tried, to save forward passes"
 COPIED = 0.8  # share of what trains that a copy of the model must hold; the rest may be a head
 TIE = re.compile(r"(?:^|_)(?:tie|tied|tying)(?:_|$)")
 
@@ -176,4 +177,4 @@ def without_effect(trial: Any) -> Iterator[Finding]:
             advice = "follow it from the batch to the loss: it may be dropped on the way, or overwritten"
             yield Finding("no_effect", "warning" if is_mask else "info", str(name), message, advice, 0, 0)
     if rest := ordered[len(tried) :]:
-        raise ValueError(f"not tried, to save forward passes: {', '.join(map(called, rest))}")
+        raise ValueError(f"{TO_SAVE}: {', '.join(map(called, rest))}")

@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -18,10 +19,10 @@ from ..during.reached import asked, nodes
 from ..findings import Finding
 from ..random_state import RandomState
 from .listening import Listening
+from .structure import TO_SAVE
 
 PASSES = 10  # forward passes of the batch
 KEPT = 5  # of them, for modes and causality: the others are for tensors without a gradient, then for arguments
-TO_SAVE = "not tried, to save forward passes"
 CUT_OFF = (
     "learning is cut off: look for detach, no_grad, an integer index, or a backward or checkpointing that returns None"
 )
@@ -42,8 +43,8 @@ class Trial:
         self.heard = self.probe.heard
         self.heard.elements = sys.maxsize  # all logits: the loss is compared
         self.apart: Finding | None = None  # how training and evaluation differ
-        # is it in training → logits, with other random numbers each time
-        self.answers: dict[bool, list[Tensor]] = {True: [], False: []}
+        # is it in training → the last two logits, with other random numbers each time
+        self.answers: dict[bool, deque[Tensor]] = {mode: deque(maxlen=2) for mode in (True, False)}
 
     def hear(self, fail: Callable) -> Iterator[Finding]:
         """Of a model that could be trained: a loss that cannot train it. Raises ValueError after it."""
@@ -87,8 +88,8 @@ class Trial:
 
     def repeats(self, in_training: bool) -> bool:
         """Whether the last two answers are known to be the same."""
-        *_, before, last = [None, None, *self.answers[in_training]]
-        return before is not None and torch.equal(before, last)
+        answers = self.answers[in_training]
+        return len(answers) == 2 and torch.equal(*answers)
 
     def training(self) -> nn.Module:
         """In training mode, without dropout."""

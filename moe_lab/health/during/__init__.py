@@ -9,7 +9,8 @@ rules_flow.py    targets and data, looks into the future, modes; experts, faint 
 rules_units.py   units and weights: alike, dead, shrunk; what a first layer is given, and answers that depend on nothing
 rules_ranks.py   ranks that train together and do not agree
 rules_steps.py   the step that arrives: matrix by matrix, its factor and its size; decay that is rounded away
-rules_loss.py    learning rates: over time, beside the usual ones, and how far they reach; the loss that comes of them
+rules_schedule.py learning rates over time: asked for, at first and now; within the budget
+rules_loss.py    learning rates beside the usual ones, and how far they reach; the loss that comes of them
 rule.py          what a rule is: something to look for, and the words for it
 state.py         what is known of a training, which the rules see
 tracking.py      which tensors are followed, under which names and in which groups

@@ -174,16 +174,11 @@ class Events(Listener):
             ear.kept = (part(p).clone(), part(p.grad).clone()) if ear.several and p.grad is not None else None
 
     @property
-    def is_game(self) -> bool:
-        """Whether something else may be trained against, or by, what is watched."""
-        return self.had_use or self.by_turns
-
-    @property
     def targets_move(self) -> bool:
-        """Whether the loss need not fall: in a game, and where the model's answers, made without gradients in training mode for half
+        """Whether the loss need not fall: where something else may be trained against, or by, what is watched; and where the model's answers, made without gradients in training mode for half
         of its passes or more, may be its next data or targets, as an agent's."""
         without, learning = self.passes[any(self.passes[True])]
-        return self.is_game or (without > 0 and without >= learning / 2)
+        return self.had_use or self.by_turns or (without > 0 and without >= learning / 2)
 
     def observe(self) -> None:
         self.n_losses, self.n_observed = self.n_losses + 1, self.n_observed + 1

@@ -68,9 +68,10 @@ def deaf(state: State) -> Ill:
     """Where all that takes a part of the batch as it came has no effect, and no table stands for tokens beside it: whatever the
     model is given, it says the same."""
     takers = {p for module in state.forward.raw for p in module.parameters(recurse=False)}
+    if not takers or state.forward.table is not None:
+        return {}
     found = idle(state, used=False)
-    has_table = state.forward.table is not None
-    return found if takers and takers <= state.forward.unused and not has_table else {}
+    return found if takers <= state.forward.unused else {}
 
 
 CUT_OFF = "{n} tensors shape the output but got no gradient in {updates} updates: {names}"

@@ -7,10 +7,10 @@ from torch import nn
 
 from .intended import keeps_lost_bits
 from .rule import Ill, by_kind, rule
-from .rules_loss import BY_TABLE, LR_ACTED, SEEN_FALL, change, learning_rates
+from .rules_loss import BY_TABLE, SEEN_FALL, change, learning_rates
 from .state import State
 from .steps import decay_arrives, is_adam, kind_of, law_of, matrix_shape
-from .tracking import LR_STEADY, GroupState, Tracked
+from .tracking import LR_ACTED, LR_STEADY, GroupState, Tracked
 
 TALLER = 1.2  # size of a tall matrix's step over a wide one's, or the reverse, from which on an orientation is meant
 SAME_NORM = 1e-3  # relative spread of a clipped norm

@@ -16,6 +16,8 @@ from ..torch_private import has_step_hooks
 HISTORY = 1000  # learning rates and losses kept one by one: a long training costs no more than a short one
 SPENT = 0.01  # share of the peak LR from which on it is near zero
 LR_STEADY = 10  # updates without a rise before an LR is called the peak
+LR_LATE = 0.2  # share of the peak LR below which it is late in a decay, or early in a warm-up
+LR_ACTED = 30.0  # updates' worth of peak LR before the loss must have fallen
 SAME_LR = 1e-3  # relative distance up to which two learning rates are one
 FAR = 0.01  # share of an LR; a warm-up by epochs, of which usual ones take 5 to 20, is above it after its first rise
 JUMP = 3.0  # factor between the LRs of two updates beyond which no schedule's slope makes it
