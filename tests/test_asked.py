@@ -164,10 +164,20 @@ OUT_OF_RANGE = {
     "a ReLU and targets below 0": (nn.ReLU(), F.mse_loss, "0 to inf, which is all that relu can give"),
     "a sigmoid and targets of any size": (nn.Sigmoid(), F.smooth_l1_loss, "0 to 1, which is all that sigmoid"),
     "a tanh and targets of any size": (nn.Tanh(), F.huber_loss, "-1 to 1, which is all that tanh"),
+    "a ReLU, squared by hand": (nn.ReLU(), by_hand, "0 to inf, which is all that relu can give"),
+    "a sigmoid, the other way round": (
+        nn.Sigmoid(),
+        lambda out, told: by_hand(told, out),
+        "0 to 1, which is all that sigmoid",
+    ),
+    "a tanh, without the sign": (nn.Tanh(), F.l1_loss, "-1 to 1, which is all that tanh"),
     "labels of -1 and 1": (None, lambda out, told: BCE(out, told.sign()), "0 to 1, which is all that binary"),
 }
 IN_RANGE = PLAIN | {
     "a ReLU and targets above 0": (nn.ReLU(), lambda out, told: F.mse_loss(out, told.abs())),
+    "a ReLU, squared by hand": (nn.ReLU(), lambda out, told: by_hand(out, told.abs())),
+    "a sigmoid, the other way round": (nn.Sigmoid(), lambda out, told: by_hand(hot(told), out)),
+    "a softplus, by hand": (nn.Softplus(), by_hand),
     "a tanh and pictures": (nn.Tanh(), lambda out, told: F.mse_loss(out, told.sin())),
     "a target in fifty": (nn.Sigmoid(), lambda out, told: F.mse_loss(out, hot(told) + (told > 7))),
     "targets of any size": (None, F.mse_loss),

@@ -58,6 +58,13 @@ def test_rows_that_come_again() -> None:
     assert said([*batches(8), text(seed=0)]) == []  # an epoch that begins again
 
 
+def test_short_texts_may_come_again_beside_other_pictures() -> None:
+    ids = torch.randint(9, (32, 1)).expand(32, 4)
+    batches = [{"input_ids": ids, "pixel_values": torch.randn(32, 1, 6, 6)} for _ in range(2)]
+    assert said(batches) == []
+    assert said(batches[:1] * 2) == ["repeated_data"]
+
+
 def test_labels_shifted_twice_or_backwards() -> None:
     for shift, pairs in {2: (slice(0, -2), slice(2, None)), -1: (slice(1, None), slice(0, -1))}.items():
         (finding,) = check_data([(x[:, pairs[0]], x[:, pairs[1]]) for x in batches()])

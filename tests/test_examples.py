@@ -64,6 +64,8 @@ FAULTS = {
     "each batch twice": (lambda: [batch for batch in batches() for _ in range(2)], ["repeated_data"]),
     "one label": (lambda: changed(lambda x, y: (x, torch.zeros_like(y))), ["constant_targets"]),
     "one number": (lambda: changed(lambda x, y: (x, torch.full((32, 2), 1.5))), ["constant_targets"]),
+    "empty masks": (lambda: [(x, torch.zeros(32, 8, 8).long()) for x, _ in batches(3)], ["constant_targets"]),
+    "a batch of empty masks": (lambda: [(x, torch.zeros(32, 8, 8).long()) for x, _ in batches(1)], []),
     "sorted": (by_class, ["sorted_data"]),
     "boards that come again": (lambda: changed(lambda x, y: ((x[:1] > 0).float().expand_as(x), y)), []),
     "a second epoch": (lambda: batches(4) + batches(4), []),

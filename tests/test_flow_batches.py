@@ -1,5 +1,6 @@
 """Batches that come again, data that are noise, means that count alike: each heard beside what only looks like it."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -129,3 +130,41 @@ def test_one_batch_over_and_over_is_good_to_know(n_batches: int) -> None:
     watch = watched(Mixer(), lambda model, step: next_token(model, step % n_batches), n=30)
     told = [f.value for f in watch.findings if f.rule == "repeated_data" and f.severity == "info"]
     assert told == ([] if n_batches > 1 else [30])
+
+
+class Translating(nn.Module):
+    """Tokens that an encoder's tell, one by one, or nothing does."""
+
+    def __init__(self, is_told: bool) -> None:
+        super().__init__()
+        self.is_told, self.source, self.target = is_told, nn.Embedding(V, 16), nn.Embedding(V, 16)
+        self.head = nn.Linear(16, V)
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        told = self.source(source) if self.is_told else 0.0
+        return self.head(self.target(target) + told)
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_a_decoder_may_be_told_what_looks_random(is_told: bool) -> None:
+    def loss_of(model: Callable, step: int) -> Tensor:
+        ids = torch.randint(V, (B, T + 1), generator=torch.Generator().manual_seed(step))
+        return cross_entropy(model(ids[:, 1:] * 3 % V, ids[:, :-1]), ids[:, 1:])
+
+    assert ("random_tokens" in said(watched(Translating(is_told), loss_of))) == (not is_told)
+
+
+class Replaced(Mixer):
+    """A copy of the table takes its place, as that of an adapter does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.original = self._modules.pop("embedding").requires_grad_(False)
+        self.embedding = copy.deepcopy(self.original).requires_grad_(True)
+
+
+def test_tokens_are_heard_at_a_table_that_took_another_s_place() -> None:
+    def twice(step: int) -> tuple[Tensor, Tensor]:
+        return batch(step)[:, :-2], batch(step)[:, 2:]
+
+    assert "label_shift" in said(watched(Replaced(), of_pairs(twice)))

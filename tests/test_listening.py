@@ -418,3 +418,105 @@ def test_a_mask_that_is_the_wrong_way_round(kind: str, told: bool) -> None:
 
     found = said(Reader(first=kind != "mean"), loss, (ids, torch.arange(16) % 4))
     assert found == ([("no_effect", "mask")] if told else [])
+
+
+# ---- rows that get no gradient, and classes that are left out --------------------------------------------------------
+
+
+class Related(nn.Module):
+    """Numbers (B, 8) and one id, (B,), or several, (B, T), whose vectors are added up."""
+
+    def __init__(self, padding_idx: int | None, zeros: bool) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(4, 8, padding_idx=padding_idx), nn.Linear(8, 3)
+        if not zeros:
+            nn.init.normal_(self.table.weight)
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        vectors = self.table(ids)
+        return self.head(x + (vectors.sum(1) if vectors.ndim == 3 else vectors))
+
+
+def ending(n_rows: int, length: int, at_start: bool = False) -> Tensor:
+    """Ids from 1 on, with zeros at the end of rows, or at their start."""
+    ids, n = torch.randint(1, 4, (n_rows, length)), torch.randint(1, length, (n_rows, 1))
+    padded = ids.masked_fill(torch.arange(length) >= n, 0)
+    return padded.flip(1) if at_start else padded
+
+
+ROWS = {  # padding_idx, whether its row is zeros, the ids, and what is said
+    "one of four": (0, False, lambda: torch.randint(4, (64,)), ["warning"]),
+    "within rows": (0, False, lambda: torch.randint(4, (64, 6)), ["warning"]),
+    "nothing known": (0, True, lambda: torch.randint(4, (64,)), ["info"]),
+    "no row of padding": (None, False, lambda: torch.randint(4, (64,)), []),
+    "padding": (0, False, lambda: ending(64, 6), []),
+    "padding before": (0, False, lambda: ending(64, 6, at_start=True), []),
+    "from one on": (0, False, lambda: torch.randint(1, 4, (64,)), []),
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_a_row_without_a_gradient_that_stands_for_something(kind: str) -> None:
+    torch.manual_seed(0)
+    padding_idx, zeros, ids, wanted = ROWS[kind]
+    batch = torch.randn(64, 8), ids(), torch.randint(3, (64,))
+    loss_fn = lambda model, batch: F.cross_entropy(model(batch[0], batch[1]), batch[2])  # noqa: E731
+    found = examine(Related(padding_idx, zeros), batch, loss_fn).findings
+    assert [f.severity for f in found if f.where == "table"] == wanted
+
+
+class Tagger(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.cell, self.head = nn.Embedding(30, 16), nn.GRU(16, 16, batch_first=True), nn.Linear(16, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.cell(self.table(ids))[0])
+
+
+def tags(ids: Tensor) -> Tensor:
+    return (ids - 15).clamp(min=0) % 5
+
+
+LEFT_OUT = {  # the targets of ids, ignore_index, and whether it is told
+    "the commonest tag": (tags, 0, True),
+    "padding": (lambda ids: torch.where(ids == 0, 0, 1 + tags(ids) % 4), 0, False),
+    "nothing": (tags, -100, False),
+    "a class that does not come": (lambda ids: tags(ids).clamp(max=3), 4, False),
+}
+
+
+@pytest.mark.parametrize("kind", LEFT_OUT)
+@pytest.mark.parametrize("time_first", [False, True])
+def test_a_class_that_the_loss_leaves_out(kind: str, time_first: bool) -> None:
+    torch.manual_seed(0)
+    target, left_out, told = LEFT_OUT[kind]
+    ids = torch.randint(1, 30, (32, 12)).masked_fill(torch.arange(12) >= torch.randint(4, 13, (32, 1)), 0)
+
+    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        given = batch[0].T if time_first else batch[0]
+        logits = model(given).transpose(0, 1) if time_first else model(given)
+        return F.cross_entropy(logits.flatten(0, 1), batch[1].flatten(), ignore_index=left_out)
+
+    batch = tuple(t.T.contiguous() if time_first else t for t in (ids, target(ids)))
+    found = examine(Tagger(), batch, loss_fn).findings
+    assert [f.where for f in found if f.rule == "never_a_target"] == ["loss"] * told
+
+
+class Moved(nn.Module):
+    """Factors that were a parameter, until they were moved to another format."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.factors = nn.Linear(8, 3), nn.Parameter(torch.randn(8).double()).float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x * self.factors)
+
+
+def test_a_parameter_that_was_moved_is_told_and_stops_nothing() -> None:
+    model = Moved()
+    batch, loss_fn = (torch.randn(64, 8), torch.randint(3, (64,))), lambda m, b: F.cross_entropy(m(b[0]), b[1])
+    told = examine(model, batch, loss_fn, torch.optim.Adam(model.parameters()))
+    (found,) = [f for f in told.findings if f.rule == "not_in_optimizer"]
+    assert "Moved.factors (8,)" in found.message and model.factors.grad_fn is not None

@@ -94,6 +94,23 @@ def test_rates_that_jump(lrs, told) -> None:
     assert found == ([] if told is None else [told])
 
 
+@pytest.mark.parametrize(
+    ("asked", "lrs", "told"),
+    [
+        (0.004, lambda step: warm(step, 10) / 100, True),  # a scheduler's own peak
+        (0.004, lambda step: warm(step, 10), False),
+        (0.004, lambda step: warm(step, 10) / 4, False),  # of another size, and not of another world
+        (0.004, lambda step: warm(step, 100), False),  # it still rises
+        (0.004, lambda step: 4e-5, False),  # no warm-up: somebody set it
+        (1.0, lambda step: warm(step, 10), False),  # a base, and factors
+    ],
+)
+def test_a_warm_up_that_ends_far_below_the_rate_that_was_asked_for(asked: float, lrs: Callable, told: bool) -> None:
+    watch = with_lrs(lambda step: (lrs(step),) * 2, asked, asked, 39, budget=100)
+    assert ("lr_overwritten" in said(watch)) == told and not (told and "lr_spent" in said(watch))
+    assert not told or "ended at update 10" in finding(watch, "lr_overwritten").message
+
+
 @pytest.mark.parametrize(("factor", "is_told"), [(5.0, True), (0.1, False)])
 def test_a_state_that_is_loaded_mid_run_and_raises_the_rate(factor: float, is_told: bool) -> None:
     """Lowering it is what one does after a loss has spiked."""

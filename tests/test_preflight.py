@@ -265,6 +265,8 @@ TOKENS = {
         ({"steps": 1000, "decay_steps": None, "warmup_steps": 0.1}, None),
         ({"max_steps": 5000, "warmup_ratio": 100}, "the warm-up of 100 runs is not over within the 1 planned"),
         ({"max_steps": 5000, "warmup_ratio": 0.1}, None),
+        ({"max_steps": 2000, "scheduler": {"params": {"warmup_num_steps": 20, "total_num_steps": 250}}}, "250"),
+        ({"max_steps": 2000, "scheduler": {"params": {"warmup_num_steps": 20, "total_num_steps": 2000}}}, None),
         ({"epochs": 100, "scheduler": {"T_max": 50}}, "by epoch 50 of 100 at the latest, and rises again"),
         ({"epochs": 100, "warmup_epochs": 10, "T_max": 90}, None),
         ({"epochs": 10, "T_max": 3000}, None),  # updates

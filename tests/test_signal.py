@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from toy import VOCAB, Sparse, Toy, adamw, finding, said, toy, train, watched
 
 from moe_lab.health import Watch
@@ -64,6 +65,64 @@ def test_an_average_that_is_part_of_the_model_is_seen_too() -> None:
 
     watch = watched(model, [optimizer], 40, before_step=follow, expect_frozen=["average."])
     assert said(watch) == ["stuck_copy"]
+
+
+STATISTICS = {  # what is done with an average's buffers, or the average, after an update, and what should be said
+    "left": (lambda ema, model: None, ["stuck_copy"]),
+    "copied": (lambda ema, model: [b.copy_(c) for b, c in zip(ema.buffers(), model.buffers(), strict=True)], []),
+    "its own": (lambda ema, model: ema.train()(torch.randn(8, 4)), []),
+    "copied once in a while": (lambda ema, model: torch.rand(()) < 0.2 and ema.load_state_dict(model.state_dict()), []),
+    "another network": (lambda ema, model: [p.add_(0.01 * torch.randn_like(p)) for p in ema.parameters()], []),
+}
+
+
+@pytest.mark.parametrize("kind", STATISTICS)
+def test_an_average_whose_batch_norms_keep_old_statistics_is_told(kind: str) -> None:
+    torch.manual_seed(0)
+    buffers, wanted = STATISTICS[kind]
+    model = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 1))
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    with Watch(model, optimizer, quiet=True) as watch:
+        for _ in range(60):
+            x = torch.randn(32, 4)
+            loss = (model(x) - x[:, :1] * x[:, 1:2]).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            with torch.no_grad():
+                for p, q in zip(ema.parameters(), model.parameters(), strict=True):
+                    p.lerp_(q, 0.0 if kind in ("copied once in a while", "another network") else 0.05)
+                buffers(ema, model)
+    assert [f.rule for f in watch.findings if f.severity != "info"] == wanted
+
+
+def test_torchs_own_average_brings_its_statistics_along() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 1))
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.95))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    with Watch(model, optimizer, quiet=True) as watch:
+        for _ in range(60):
+            x = torch.randn(32, 4)
+            optimizer.zero_grad()
+            (model(x) - x[:, :1]).square().mean().backward()
+            optimizer.step()
+            ema.update_parameters(model)
+    assert said(watch) == []
+
+
+@pytest.mark.parametrize(("momentum", "told"), [(0.99, True), (0.1, False), (1.0, False), (None, False)])
+def test_statistics_that_know_the_last_batch_alone(momentum: float | None, told: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16, momentum=momentum), nn.ReLU(), nn.Linear(16, 1))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    with Watch(model, optimizer, quiet=True) as watch:
+        for _ in range(11):
+            x = torch.randn(32, 4)
+            optimizer.zero_grad()
+            (model(x) - x[:, :1]).square().mean().backward()
+            optimizer.step()
+    assert said(watch) == ["mode_mismatch"] * told
 
 
 # ---- positions -------------------------------------------------------------------------------------------------------

@@ -67,8 +67,12 @@ RULES: dict[str, tuple[str, str]] = {
     "not_in_optimizer": ("error", "a trainable tensor is in no optimizer"),
     "updated_twice": ("error", "a tensor is in two optimizers, or twice in one"),
     "frozen_module": ("warning", "part of the model has requires_grad=False and was not declared frozen"),
+    "norm_start": ("warning", "a fresh norm's gains are drawn around 0, as if they were a matrix"),
     "delta_start": ("warning", "a state space model's fresh time steps are far from 0.001 to 0.1"),
-    "stuck_copy": ("warning", "a 16-bit copy that follows the weights, such as an average, cannot come nearer"),
+    "stuck_copy": (
+        "warning",
+        "a copy that follows the weights, such as an average: 16 bits stop it, or its statistics stay behind",
+    ),
     "rough_positions": ("warning", "a table of positions or frequencies in 16 bits: late positions run together"),
     "counted_twice": ("warning", "a buffer that a forward pass adds to is added to again when the pass is recomputed"),
     "collapsed_experts": ("warning", "as few experts as a token chooses take nearly all tokens"),

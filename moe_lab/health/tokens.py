@@ -4,7 +4,7 @@ before a run and for those that a watch hears in one."""
 import math
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from ctypes import string_at
 from typing import NamedTuple
 
@@ -41,12 +41,35 @@ ONE_END = 0.9  # share of one token right before it, from which on another one i
 class Tokens(NamedTuple):
     ids: Tensor  # (B, T) int64
     labels: Tensor | None  # (B, T) int64, IGNORED where there is no target; None: not given
+    beside: Tensor | None = None  # (B,) float32, a number for each row of all else that the model was given
+
+    @property
+    def rows(self) -> Tensor:
+        """(B, T + 1): the few tokens may be the same for sounds, pictures or texts that differ."""
+        if self.beside is None or len(self.beside) != len(self.ids):
+            return self.ids
+        return torch.cat([self.ids, self.beside.view(torch.int32).long().unsqueeze(1)], 1)
+
+
+def beside(ids: Tensor, given: Iterable[Tensor]) -> Tensor | None:
+    """`Tokens`' third of a batch: (B,) float32, or None."""
+    numbers = [t.flatten(1).float().sum(1).to(ids.device) for t in given if t.ndim > 1 and len(t) == len(ids)]
+    return sum(numbers) if numbers else None
 
 
 def raw(x: Tensor) -> bytes:
     """The numbers of a tensor on the CPU as they stand in memory; torch alone may be installed, without NumPy."""
     x = x.contiguous()
     return string_at(x.data_ptr(), x.numel() * x.element_size())
+
+
+def within(places: Tensor) -> Tensor:
+    """Of places (B, T), or (T, B), those that others stand around, either way round: padding lies at an end of one of the two."""
+    inside, others = places.cpu(), (~places).cpu().int()
+    for dim in (0, 1):
+        before, after = others.cumsum(dim), others.flip(dim).cumsum(dim).flip(dim)
+        inside = inside & (before > 0) & (after > 0)
+    return inside
 
 
 def looks_random(rows: Sequence[Tensor], vocab_size: int) -> Finding | None:
@@ -72,7 +95,7 @@ def looks_random(rows: Sequence[Tensor], vocab_size: int) -> Finding | None:
 
 
 def rows_repeat(seen: Sequence[Tokens]) -> Finding | None:
-    rows = [raw(row) for tokens in seen for row in tokens.ids]
+    rows = [raw(row) for tokens in seen for row in tokens.rows]
     again = 1 - len(set(rows)) / len(rows)
     if len(rows) < 8 or again <= REPEATED:
         return None
@@ -105,7 +128,7 @@ def copies_inputs(labelled: Sequence[Tokens]) -> Finding | None:
 def agreement(labelled: Sequence[Tokens], shift: int) -> float:
     """Share of the targets that are the token `shift` places on."""
     equal = targets = 0
-    for ids, labels in labelled:
+    for ids, labels, _ in labelled:
         length = ids.shape[1] - abs(shift)
         there, here = ids[:, max(shift, 0) :][:, :length], labels[:, max(-shift, 0) :][:, :length]
         equal += int(((here != IGNORED) & (here == there)).sum())
@@ -124,7 +147,7 @@ def never_a_target(labelled: Sequence[Tokens]) -> Finding | None:
     before: dict[int, Counter] = {}  # token → those right before it that are asked for
     inner: Counter = Counter()  # … → how often it stands before a row's last run
     asked, n_asked, n_places = set(), 0, 0
-    for ids, labels in labelled:
+    for ids, labels, _ in labelled:
         is_asked = torch.zeros_like(ids, dtype=torch.bool)
         is_asked[:, shift:] = (labels != IGNORED)[:, : ids.shape[1] - shift]
         asked.update(ids[is_asked].tolist())
@@ -152,19 +175,19 @@ def never_a_target(labelled: Sequence[Tokens]) -> Finding | None:
 
 def padding_is_target(labelled: Sequence[Tokens]) -> Finding | None:
     """Rows that end in a run of one token, far longer than its runs elsewhere, and ask for it."""
-    runs, longest = [runs_of(ids) for ids, _ in labelled], Counter()  # of each token but at the ends
-    for (ids, _), (length, at_end) in zip(labelled, runs, strict=True):
+    runs, longest = [runs_of(ids) for ids, *_ in labelled], Counter()  # of each token but at the ends
+    for (ids, *_), (length, at_end) in zip(labelled, runs, strict=True):
         for token in ids[:, -1].unique().tolist():
             inner = length[(ids == token) & ~at_end]
             longest[token] = max(longest[token], int(inner.max()) if len(inner) else 0)
     padded = asked = rows = 0
-    for (ids, labels), (length, at_end) in zip(labelled, runs, strict=True):
+    for (ids, labels, _), (length, at_end) in zip(labelled, runs, strict=True):
         least = torch.tensor([max(PADDED, 2 * longest[token] + 1) for token in ids[:, -1].tolist()])
         at_end = at_end & ((length[:, -1] >= least) & ~at_end.all(1)).unsqueeze(1)
         rows += len(ids)
         padded += int(at_end.any(1).sum())
         asked += int((at_end[:, :-1] & (labels == ids)[:, 1:]).sum())  # but for the first, which may be the text's end
-    targets = sum(int((labels != IGNORED).sum()) for _, labels in labelled)
+    targets = sum(int((labels != IGNORED).sum()) for _, labels, _ in labelled)
     if padded < max(2, ROWS_PADDED * rows) or asked <= 0.02 * targets:
         return None
     message = f"{padded} of {rows} rows end in a run of one token, which is {asked / targets:.0%} of all targets"
@@ -177,7 +200,7 @@ def prompt_is_target(labelled: Sequence[Tokens]) -> Finding | None:
     if max(agreement(labelled, shift) for shift in (0, 1)) < SHIFTED:
         return None
     n_turned = n_rows = n_targets = 0
-    for ids, labels in labelled:
+    for ids, labels, _ in labelled:
         is_target, at_end = labels != IGNORED, runs_of(ids)[1]
         after = (is_target.flip(1).cummax(1).values.flip(1) | at_end).logical_not().sum(1)  # a last run may be padding
         is_cut = len(after) > 1 and (after == after[0]).all()  # all at one place, as no prompts end
@@ -188,10 +211,10 @@ def prompt_is_target(labelled: Sequence[Tokens]) -> Finding | None:
         advice = "the mask is the wrong way round: labels of -100 belong to the prompts"
         return Finding("prompt_in_loss", "warning", "labels", message, advice, n_turned, round(TURNED * n_rows))
     # what nine in ten have in common is the median, too
-    begins = torch.cat([ids[:, : min(ids.shape[1] for ids, _ in labelled)] for ids, _ in labelled])
+    begins = torch.cat([ids[:, : min(ids.shape[1] for ids, *_ in labelled)] for ids, *_ in labelled])
     differ = (begins != begins.median(0).values).float().mean(0) > 1 - SHIFTED
     n_shared = int(differ.int().argmax())  # 0 where all differ at once, or none ever does
-    share = sum(int((labels[:, :n_shared] != IGNORED).sum()) for _, labels in labelled) / max(n_targets, 1)
+    share = sum(int((labels[:, :n_shared] != IGNORED).sum()) for _, labels, _ in labelled) / max(n_targets, 1)
     if n_shared < PADDED or len(begins.unique(dim=0)) < FEWEST_ROWS or share <= ROWS_PADDED:
         return None
     message = f"rows share their first {n_shared} tokens, which are {share:.0%} of all targets and soon known"
@@ -258,7 +281,7 @@ def neighbours_alike(seen: Sequence[Tokens]) -> Finding | None:
 
 
 def uneven(labelled: Sequence[Tokens]) -> Finding | None:
-    counts = [int((labels != IGNORED).sum()) for _, labels in labelled]
+    counts = [int((labels != IGNORED).sum()) for _, labels, _ in labelled]
     low, high = min(counts), max(counts)
     if len(counts) < 2 or high <= 2 * max(low, 1):
         return None

@@ -48,7 +48,10 @@ def tokens_of(batch: Any) -> Tokens:
     labels = next((t for t in rest if isinstance(batch, Mapping) or not is_mask(t)), None)
     if not isinstance(labels, Tensor) or labels.shape != ids.shape:
         labels = None
-    return Tokens(ids.detach().cpu().long(), None if labels is None else labels.detach().cpu().long())
+    others = [t.detach() for t in (batch.values() if isinstance(batch, Mapping) else ()) if isinstance(t, Tensor)]
+    others = [t for t in others if is_plain(t) and t is not ids and t is not labels]
+    labels = None if labels is None else labels.detach().cpu().long()
+    return Tokens(ids.detach().cpu().long(), labels, about.beside(ids, others))
 
 
 def check_data(

@@ -23,6 +23,7 @@ from ..sampling import tensor_kind
 from . import structure
 from .data import check_data
 from .flow import train_eval, unscaled_dropout
+from .operations import overwritten, untaught_terms
 from .preflight import plan_of, preflight
 from .schedule import first_update
 from .structure import TO_SAVE
@@ -207,11 +208,17 @@ CHECKS: dict[str, Callable[[Trial], Iterable[Finding] | Finding | None]] = {
     "gradients": silent_parts,
     "the loss's graph": structure.asked_by_loss,
     "size of the inputs": sizes,
-    "padding": lambda trial: trial.listening.padding_alone(),
+    "padding": lambda trial: [
+        *trial.listening.padding_alone(),
+        *trial.listening.rows_stay(),
+        *structure.ignored(trial),
+    ],
     "orthogonal steps": structure.not_linear,
     "residual stream": lambda trial: trial.listening.scaled_copies(),
     "positions": lambda trial: trial.listening.positions(),
     "memory": lambda trial: trial.listening.memories(),
+    "rows that are overwritten": overwritten,
+    "terms without a gradient": untaught_terms,
     "arguments without effect": structure.without_effect,
     "training against evaluation": modes,
     "first loss": first_loss,

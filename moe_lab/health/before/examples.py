@@ -77,7 +77,8 @@ def targets(seen: Sequence[Examples]) -> Iterator[Finding]:
         return
     together = torch.cat(y)
     is_whole, first = not together.is_floating_point(), together.flatten()[0]
-    if len(together) >= MANY and (together == first).all() and (is_whole or first != 0):
+    n_alike = ROWS if together[0].numel() > 1 else MANY
+    if len(together) >= n_alike and (together == first).all() and (is_whole or first != 0):
         message = f"all {len(together)} targets are {first.item():.6g}"
         advice = "if a loss uses them, look where they are read: a key that is not there, a default, a column or a folder taken for another"
         yield Finding("constant_targets", "warning", "targets", message, advice, 1, 1)

@@ -15,7 +15,7 @@ from ..during.heard import tensors_of
 from ..during.listener import Listener
 from ..findings import Finding, grouped, several
 from ..sampling import tensor_kind
-from ..tokens import ROWS_PADDED, runs_of
+from ..tokens import ROWS_PADDED, runs_of, within
 
 WORDS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")  # MambaMixer, GRUBlock
 PROMISES = re.compile(
@@ -27,6 +27,8 @@ FAR, NEAR = 32, 8
 NEAR_TWO = 0.4
 UNHEARD = 0.2  # share of tokens that nothing depends on although they are there: one that is read out may be all
 TURNED_ROUND = "a mask is the wrong way round: torch's key_padding_mask is True where a token is padding, transformers' attention_mask is 1 where it is none"
+ASKED_FOR = 0.01  # share of the ids that are a row without a gradient
+NO_PADDING = "leave padding_idx out, or number what is real from 1 on"
 FEWEST = 3  # different tokens of which one factor is told
 
 
@@ -46,6 +48,8 @@ class Listening(Listener):
         self.cells: dict[str, list[tuple]] = {}
         # ids (B, T) that tables were given, and of which of them the loss depends
         self.looked_up: list[tuple[Tensor, list[Tensor]]] = []
+        # table → its row without a gradient, the share of the ids that ask for it, padding not counted, and is it no zeros
+        self.stuck_rows: dict[str, tuple[int, float, bool]] = {}
         self.calls: dict[tuple, tuple] = {}  # kind of module that promises memory → its name, itself, its first call
 
     def hooks(self, hook: Callable) -> Iterator[Any]:
@@ -56,6 +60,7 @@ class Listening(Listener):
                 yield module.register_forward_hook(hook(partial(self.count_call, name)), with_kwargs=True)
             if isinstance(module, nn.Embedding):
                 yield module.register_forward_hook(hook(self.keep_ids))
+                yield module.register_forward_hook(hook(partial(self.count_padding, name)))
         for name, module in promising(named):
             yield module.register_forward_pre_hook(hook(partial(self.keep_call, name)), with_kwargs=True)
 
@@ -67,6 +72,28 @@ class Listening(Listener):
             taught: list[Tensor] = []
             output.register_hook(lambda gradient: taught.append((gradient != 0).any(-1)))
             self.looked_up.append((args[0].detach(), taught))
+
+    def count_padding(self, name: str, module: nn.Embedding, args: tuple, output: Any) -> None:
+        """A row that never learns and stands where padding does not: within rows, or for the one id of an example."""
+        row, ids = module.padding_idx, args[0].detach()
+        if row is not None and ids.ndim < 3 and module.weight.requires_grad:
+            is_row = (ids == row).view(len(ids), -1) if ids.ndim else (ids == row).view(1, 1)
+            share = float((within(is_row) if is_row.shape[1] > 1 else is_row).float().mean())
+            self.stuck_rows[name] = row, share, bool(module.weight[row].any())
+
+    def rows_stay(self) -> Iterator[Finding]:
+        for name, (row, share, has_values) in self.stuck_rows.items():
+            if share > ASKED_FOR:  # zeros may stand for what is not known
+                message = f"row {row} of {name} is its padding_idx and gets no gradient, and is {share:.0%} of what it is asked for, where no padding stands"
+                yield Finding(
+                    "no_gradient",
+                    "warning" if has_values else "info",
+                    name,
+                    message,
+                    NO_PADDING,
+                    round(share, 3),
+                    ASKED_FOR,
+                )
 
     def padding_alone(self) -> Iterator[Finding]:
         """Tokens before the padding at their rows' ends that no gradient reaches, where it reaches the padding."""

@@ -14,13 +14,15 @@ from ..during.steps import law_of, unmovable
 from ..during.tracking import held_by, is_master, storage
 from ..findings import Finding, several
 from ..sampling import elements, fetched, plain, sample_positions
-from ..tokens import raw
+from ..tokens import raw, within
 from ..torch_private import takers
 from .plan import OFF, Plan, family
 
 # who takes no matrix
 ALONE = {"grouped", *(f"{name}Backward0" for name in ("Exp", "Softplus", "Sigmoid", "Embedding"))}
 MANY_CLASSES = 8  # a smaller factor is one that rates are tuned over anyway
+LEFT_OUT = 0.05  # share of the targets, which a class of its own may have
+OWN_NUMBER = "leave ignore_index at -100, and give padding that label, or a class of its own"
 TO_SAVE = "not tried, to save forward passes"
 COPIED = 0.8  # share of what trains that a copy of the model must hold; the rest may be a head
 TIE = re.compile(r"(?:^|_)(?:tie|tied|tying)(?:_|$)")
@@ -102,6 +104,19 @@ def asked_by_loss(trial: Any) -> list[Finding]:
     graph, known = trial.graph, {id(p) for model in (trial.given, trial.model) for p in model.parameters()}
     outside = [leaf for leaf in leaves(graph) if id(leaf) not in known] if trial.optimizers else []
     return [*untaught(outside, trial.copies), *trial.asked, *(averaged(graph) if has_scale else ())]
+
+
+def ignored(trial: Any) -> Iterator[Finding]:
+    """A class that the loss leaves out by its `ignore_index`, in the midst of rows, where no padding stands."""
+    batch = trial.batch
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
+    shapes = {t.numel(): t.shape for t in parts if isinstance(t, Tensor) and t.ndim == 2}
+    for target, left_out in trial.left_out:
+        if (shape := shapes.get(target.numel())) is not None:
+            share = float(within(target.view(shape) == left_out).float().mean())
+            if share > LEFT_OUT:
+                message = f"the loss leaves class {left_out} out (ignore_index), which is {share:.0%} of the targets within rows: it is never learned"
+                yield Finding("never_a_target", "warning", "loss", message, OWN_NUMBER, round(share, 3), LEFT_OUT)
 
 
 def copied(model: nn.Module, optimizers: Sequence[Optimizer]) -> set[str]:

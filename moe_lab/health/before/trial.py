@@ -15,10 +15,11 @@ from torch.optim import Optimizer
 
 from ..during.forward import ForwardProbe, unwrapped
 from ..during.heard import tensors_of
-from ..during.reached import asked, nodes
+from ..during.reached import asked, left_out, nodes
 from ..findings import Finding
 from ..random_state import RandomState
 from .listening import Listening
+from .operations import Operations
 from .structure import TO_SAVE
 
 PASSES = 10  # forward passes of the batch
@@ -40,7 +41,7 @@ class Trial:
         self.batch, self.loss_fn, self.optimizers, self.left = batch, loss_fn, optimizers, PASSES
         self.state = RandomState([*model.parameters(), *model.buffers()])
         self.probe, self.listening = ForwardProbe(self.model, True), Listening(self.model)
-        self.heard = self.probe.heard
+        self.heard, self.operations = self.probe.heard, Operations()
         self.heard.elements = sys.maxsize  # all logits: the loss is compared
         self.apart: Finding | None = None  # how training and evaluation differ
         # is it in training → the last two logits, with other random numbers each time
@@ -52,13 +53,14 @@ class Trial:
             for ear in (self.probe, self.listening):
                 stack.callback(ear.detach)
                 ear.listen(fail)
-            with self.listening.ranks:
+            with self.listening.ranks, self.operations:
                 self.loss = self.loss_of(self.batch)  # of which there is a graph
             if getattr(self.loss, "grad_fn", None) is None and any(p.requires_grad for p in self.model.parameters()):
                 yield Finding("no_gradient", "error", "loss", NO_GRAPH, CUT_OFF, 0, 1)
                 raise ValueError("the loss has no graph")
             self.graph = nodes(self.loss)
-            self.asked = list(asked(self.graph))  # while it holds its numbers
+            # while it holds its numbers
+            self.asked, self.left_out = list(asked(self.graph)), list(left_out(self.graph))
             self.loss.backward()
             self.heard.fetch()
 
@@ -108,6 +110,10 @@ class Trial:
 def twin_of(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A deep copy, in which functions that were set on a module, such as the `forward` of a wrapper, hold the copy's modules:
     `copy.deepcopy` leaves functions as they are, and these would compute with the model itself. `memo`, empty, becomes id → copy."""
+    held = [value for module in model.modules() for value in vars(module).values()]
+    held = [t for value in held for t in (value if isinstance(value, (list, tuple)) else [value])]
+    # torch copies no tensor that was computed; of a parameter that was moved, and so is none, the loss hears even so
+    memo |= {id(t): nn.Parameter(t.detach().clone()) for t in held if isinstance(t, Tensor) and t.grad_fn is not None}
     twin = copy.deepcopy(model, memo)
     for module in twin.modules():
         own = {name: value for name, value in vars(module).items() if isinstance(value, FunctionType)}

@@ -32,19 +32,10 @@ class Pass(NamedTuple):
     weight: float  # the one w that fits best
     rest: float  # share of the gradient, squared, that is no cross-entropy, whatever the weights
     least: float  # the smallest w's sign: below 0 in preferences and rewards
-    beside: Tensor | None = None  # (B,) float32, a number for each row of all that the model was given
 
     @property
     def n_targets(self) -> int:
         return int((self.tokens.labels != IGNORED).sum())
-
-    @property
-    def rows(self) -> Tensor:
-        """(B, T + 1): a decoder's few tokens may be the same for sounds or texts that differ."""
-        ids = self.tokens.ids
-        if self.beside is None or len(self.beside) != len(ids):
-            return ids
-        return torch.cat([ids, self.beside.view(torch.int32).long().unsqueeze(1)], 1)
 
     @property
     def is_likelihood(self) -> bool:
@@ -57,8 +48,8 @@ class Heard:
     def __init__(self, model: nn.Module, table: nn.Module | None, head: nn.Module | None):
         self.model, self.head = model, head
         embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-        # an encoder and a decoder may each have a module of their own around the same weights
-        self.tables = [m for m in embeddings if table is not None and m.weight is table.weight]
+        # an encoder and a decoder may each have one, of the same weights or not, and an adapter a copy that takes its place
+        self.tables = [m for m in embeddings if table is not None and m.weight.shape == table.weight.shape]
         self.update, self.n_heard, self.vocab_size, self.elements = 1, 0, 0, ELEMENTS
         self.is_inside = False  # of the model's own forward pass, which may do more than its head
         self.ids: list[Tensor] = []  # what the table was asked for in this pass: the last is a decoder's
@@ -71,6 +62,7 @@ class Heard:
         self.n_first = 0  # passes
         self.call = 0  # of the table, in the last pass that was heard: which one holds the ids
         self.is_time_first = False
+        self.is_told_more = False  # than a decoder's tokens, as by an encoder: these alone need not be a text
         self.was_tried, self.leak = False, None  # whether the model sees the future
 
     def hooks(self, hook: Callable) -> Iterator[Any]:
@@ -121,10 +113,10 @@ class Heard:
         if call is None or self.n_heard >= MOST:
             return
         self.n_heard, self.call, self.vocab_size = self.n_heard + 1, call, scores.shape[-1]
+        self.is_told_more |= len(ids) > 1
         rows = scores.detach().reshape(-1, self.vocab_size)
         stride = -(-rows.numel() // self.elements)
-        numbers = [t.flatten(1).float().sum(1).to(scores.device) for t in given if len(t) == len(ids[call])]
-        kept = ids[call].to(torch.int32), rows[::stride].clone(), stride, sum(numbers) if numbers else None
+        kept = ids[call].to(torch.int32), rows[::stride].clone(), stride, about.beside(ids[call], given)
         scores.register_hook(hook(partial(self.answer, *kept)))
 
     def answer(self, ids: Tensor, scores: Tensor, stride: int, beside: Tensor | None, gradient: Tensor) -> None:
@@ -140,11 +132,11 @@ class Heard:
         if not self.waiting:
             return
         for update, ids, labels, numbers, beside in self.waiting:
-            tokens = Tokens(ids.cpu().long(), labels.cpu().long())
-            self.passes.append(Pass(update, tokens, *numbers.tolist(), None if beside is None else beside.cpu()))
+            tokens = Tokens(ids.cpu().long(), labels.cpu().long(), None if beside is None else beside.cpu())
+            self.passes.append(Pass(update, tokens, *numbers.tolist()))
         self.waiting = []
         labelled = [p.tokens for p in self.passes]
-        turned = [Tokens(ids.T, labels.T) for ids, labels in labelled]
+        turned = [Tokens(ids.T, labels.T, beside) for ids, labels, beside in labelled]
         if agreement(labelled, 1) < SHIFTED < agreement(turned, 1):  # (T, B), as in torch's own recurrent layers
             self.is_time_first = True
             self.passes = [p._replace(tokens=tokens) for p, tokens in zip(self.passes, turned, strict=True)]
@@ -160,7 +152,7 @@ class Heard:
     @property
     def once(self) -> list[Pass]:
         """The first of each batch: it may be used several times for one update, by LBFGS, SAM, or for two draws of dropout."""
-        return [*{(p.update, about.raw(p.rows)): p for p in reversed(self.likelihoods)}.values()][::-1]
+        return [*{(p.update, about.raw(p.tokens.rows)): p for p in reversed(self.likelihoods)}.values()][::-1]
 
     @property
     def is_next_token(self) -> bool:
@@ -172,12 +164,13 @@ class Heard:
         labelled = [p.tokens for p in self.likelihoods]
         if labelled:
             asked = sum(int((t.labels != IGNORED).sum()) for t in labelled)
-            if self.is_next_token and 2 * asked > sum(t.ids.numel() for t in labelled):  # else there are holes
+            is_whole = 2 * asked > sum(t.ids.numel() for t in labelled)  # else there are holes
+            if self.is_next_token and is_whole and not self.is_told_more:
                 yield about.looks_random([t.ids for t in labelled], self.vocab_size)
             for check in (about.copies_inputs, *about.TARGETS):
                 yield check(labelled)
-            rows = [Tokens(p.rows, None) for p in self.once]
-            yield about.rows_repeat(rows) or about.windows_slide([p.tokens for p in self.once])
+            once = [p.tokens for p in self.once]
+            yield about.rows_repeat(once) or about.windows_slide(once)
 
 
 def compared(scores: Tensor, gradient: Tensor, target: Tensor) -> Tensor:

@@ -1,10 +1,5 @@
-"""What lies outside of the optimizer: copies that follow the weights, tables of positions, buffers that a forward pass adds to,
-batches that come back."""
+"""What lies outside of the optimizer: tables of positions, buffers that a forward pass adds to, batches that come back."""
 
-# Shapes: S sampled elements of a tensor, M tensors of one shape, T positions.
-
-import gc
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -13,30 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..findings import grouped
-from ..measures import ulp
 from ..sampling import Waiting, elements, plain, sample_positions
 from ..torch_private import is_in_backward
+from .copies import Copies, Statistics, is_16_bit
 from .heard import tensors_of
 from .listener import Listener
 from .reached import Reached
 from .routing import Routing, Terms
-from .tracking import Tracked, storage
+from .tracking import Tracked
 
-N_COPIES = 16  # weights whose copies are followed; whoever keeps some in 16 bits keeps all
-BESIDE = 4  # copies followed of each: what an earlier run left behind looks like one
-ALIKE = 0.3  # distance of a copy from the way that its weight has gone, over its size: any other tensor has about 1
-AWAY = 8  # ULPs that an element of a copy lies from its weight before it is asked whether it comes nearer
-ENOUGH = 500  # elements that far away, over all looks, before they are judged
-LOOKS = 10  # looks at copies before one that never moves is judged
 SLOW = 2e-3  # momentum of a batch norm below which a tenth of what there was first is left after 1000 updates
+HASTY = 0.5  # … above which the last few batches are all that evaluation knows; 1 is taken on purpose, to measure anew
 COUNTED = 1 << 16  # elements of the largest buffer that is called a count
 FIRST, RECENT = 20, 20  # updates that must be without a repetition, and batches that are judged
 MOST = 10_000  # fingerprints that are kept
-
-
-def is_16_bit(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.dtype.itemsize == 2
 
 
 class Outside(Listener):
@@ -46,7 +31,7 @@ class Outside(Listener):
 
     def __init__(self, model: nn.Module, waiting: Waiting):
         super().__init__()
-        self.model, self.copies = model, Copies()
+        self.model, self.copies, self.statistics = model, Copies(), Statistics(model)
         self.counts, self.averages, self.repeats = (part(model, waiting) for part in (Counts, Averages, Repeats))
         self.routing, self.terms, self.reached = (part(model, waiting) for part in (Routing, Terms, Reached))
         self.positions: dict[str, float] | None = None  # by table, how far the last ones are off
@@ -66,85 +51,9 @@ class Outside(Listener):
         """At what no pass shows."""
         self.reached.judge()
         self.copies.look(tracked, step, n_seen)
+        self.statistics.look(tracked, n_seen)
         if self.positions is None:
             self.positions, self.rounded = rough_positions(self.model, longest), rounded_buffers(self.model)
-
-
-class Copies:
-    """16-bit tensors beside trained ones, among all of the process: do they come nearer where they are written to?
-
-    An average of decay d moves an element only where it lies more than ULP / 2(1 - d) away. So the elements that lie farthest
-    are compared with those that lie less far: in exact numbers, or rounded stochastically, both come nearer by the same share.
-    """
-
-    def __init__(self) -> None:
-        self.followed: list[tuple[weakref.ref, Tracked]] = []
-        # by the weight, of each copy: itself, its sample and version, and the update of the last look
-        self.before: dict[int, list[tuple]] = {}
-        self.search_at = 1  # updates seen
-        self.pairs: list[Tensor] = []  # (n, 2): ULPs away, and the share of the way made until the next look
-        self.n_still = 0  # looks at copies that stood still altogether, though they were written to in each update
-
-    def look(self, tracked: Sequence[Tracked], step: int, n_seen: int) -> None:
-        # or others are put in their place
-        if n_seen >= self.search_at or any(copy() is None for copy, _ in self.followed):
-            self.search_at = max(self.search_at, 10 * n_seen)
-            # of subclasses nothing is known: they may have no memory
-            near = [t for t in gc.get_objects() if type(t) in (Tensor, nn.Parameter) and is_16_bit(t)]
-            self.followed = [(weakref.ref(copy), t) for copy, t in copies_of(tracked, near)]
-        before, self.before = self.before, {}
-        for reference, t in self.followed:
-            copy = reference()
-            here = plain(copy).flatten()[t.index.to(copy.device)].float().cpu()
-            self.before.setdefault(id(t), []).append((reference, here, copy._version, step))
-            earlier = before.get(id(t), [])
-            # its own look, or that of one that is no more: it was put in its place
-            last = [one for one in earlier if one[0] is reference] or [one for one in earlier if one[0]() is None]
-            if last:
-                was_in, was, version, then = last[0]
-                gap = t.sample(t.param).float().cpu() - was
-                away = gap.abs() / ulp(was, copy.dtype)
-                far = away >= AWAY
-                if (here != was).any():
-                    self.pairs.append(torch.stack([away, (here - was) / gap], 1)[far])
-                elif far.any():
-                    self.n_still += was_in is not reference or copy._version - version >= step - then > 0
-
-    def slowed(self) -> float | None:
-        """By which factor what lies less far comes nearer than what lies farthest; None where too little is known."""
-        if not self.pairs:
-            return 0.0 if self.n_still >= LOOKS else None
-        away, came = torch.cat(self.pairs).unbind(1)
-        if len(away) < ENOUGH:
-            return None
-        order = came[away.argsort(descending=True)]
-        fast, slow = order[: len(order) // 4].mean(), order[len(order) // 2 :].mean()
-        return float(slow / fast) if fast > 0 else None
-
-
-def copies_of(tracked: Sequence[Tracked], tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tracked]]:
-    """Those that lie on the way from where a trained matrix was to where it is, and are not its own memory: the nearest."""
-    matrices = [t for t in tracked if t.owner and t.bank and t.param.ndim > 1 and not t.constant]
-    by_shape = grouped(matrices, lambda t: tuple(t.param.shape))
-    own, found = {storage(t.param) for t in tracked if t.owner}, []
-    for tensor in (t for t in tensors if tuple(t.shape) in by_shape and t.layout is torch.strided and not t.is_meta):
-        if tensor.untyped_storage().nbytes() and storage(tensor) not in own:
-            found.append((*nearest_of(tensor, by_shape[tuple(tensor.shape)]), tensor))
-    near = sorted((one for one in found if one[0] < ALIKE), key=lambda one: one[0])
-    of_each = list(grouped(near, lambda one: id(one[1])).values())
-    return [(tensor, t) for some in of_each[:N_COPIES] for _, t, tensor in some[:BESIDE]]
-
-
-def nearest_of(copy: Tensor, candidates: Sequence[Tracked]) -> tuple[float, Tracked]:
-    """How far it is from the way that a weight has gone, over its size, and which weight."""
-    here = plain(copy).flatten()[candidates[0].index.to(copy.device)].float().cpu()  # (S,)
-    places = [(t.bank(), t.bank().places[id(t)]) for t in candidates]
-    start = torch.stack([bank.start[place] for bank, place in places]).float().cpu()  # (M, S)
-    way = torch.stack([bank.last[place] for bank, place in places]).float().cpu() - start
-    gone = ((here - start) * way).sum(1) / way.square().sum(1).clamp(min=1e-30)
-    rest = (here - start - gone.clamp(0, 1).unsqueeze(1) * way).norm(dim=1) / here.norm().clamp(min=1e-30)
-    least = int(rest.argmin())
-    return float(rest[least]), candidates[least]
 
 
 class Counts:
@@ -186,6 +95,7 @@ class Averages:
     def __init__(self, model: nn.Module, waiting: Waiting):
         self.waiting, kinds = waiting, nn.modules.batchnorm._BatchNorm
         norms = {n: m for n, m in model.named_modules() if isinstance(m, kinds) and m.running_mean is not None}
+        self.hasty = [n for n, m in norms.items() if m.momentum is not None and HASTY < m.momentum < 1]
         self.slow = {n: m for n, m in norms.items() if m.momentum is not None and 0 < m.momentum < SLOW}
         self.off: dict[str, list[float]] = {}  # looks
 

@@ -38,6 +38,7 @@ LIKELIHOODS = {f"NllLoss{kind}Backward0" for kind in ("", "2D", "Nd")}
 GIVES = dict.fromkeys(("Sigmoid", "Softmax"), (0.0, 1.0)) | {"Tanh": (-1.0, 1.0)}
 GIVES |= dict.fromkeys(("Relu", "Softplus", "Exp"), (0.0, math.inf))
 APART, SHARE = 0.1, 0.05  # |log| of a sum that ought to be 1; of the targets, that no output can meet
+OF_DIFFERENCES, KEEPS_NO_RESULT = {f"{name}Backward0" for name in ("Pow", "Abs", "Mul")}, {"Softplus"}
 ELEMENTWISE = {f"{name}Backward0" for name in ("Add", "Sub", "Mul", "Neg")}
 SLACK = 1e-3  # by which a target may lie outside
 NORMALISED = "give nll_loss the output of log_softmax, or the logits to cross_entropy"
@@ -83,6 +84,13 @@ def asked(graph: Sequence[Any]) -> Iterator[Finding]:
     yield from islice(filter(None, map(out_of_range, graph)), 1)
 
 
+def left_out(graph: Sequence[Any]) -> Iterator[tuple[Tensor, int]]:
+    """Targets of a likelihood that ignores one of its classes, and that class."""
+    for node in graph:
+        if node.name() in LIKELIHOODS and 0 <= node._saved_ignore_index < 2**63:  # kept without a sign
+            yield node._saved_target.detach(), node._saved_ignore_index
+
+
 def squashed(node: Any) -> str:
     """What squashes the input of a loss that does so itself, but for rearrangements and casts."""
     if node.name() not in SQUASHING:
@@ -126,27 +134,39 @@ def over_one(node: Any) -> str:
 def out_of_range(node: Any) -> Finding | None:
     """Of a loss that keeps its inputs until the backward pass, which are read from the device: does it take them for what they are?"""
     name = node.name()
-    by_difference, by_logits = name in DIFFERENCES, name == "BinaryCrossEntropyWithLogitsBackward0"
-    if not (by_difference or by_logits or name in LIKELIHOODS):
-        return None
-    made_by = source(node).removesuffix("Backward0")
+    by_logits = name == "BinaryCrossEntropyWithLogitsBackward0"
     try:
-        if name in LIKELIHOODS and made_by != "LogSoftmax":
+        if name in LIKELIHOODS and source(node) != "LogSoftmaxBackward0":
             apart = float(node._saved_self.detach().float().logsumexp(1).abs().median())
             message = f"nll_loss is given scores whose exponentials sum to {math.exp(min(apart, 99)):.3g} (or 1 over it): no log-probabilities"
             told = ("scores", message, NORMALISED, apart, APART)
-        elif by_logits or (by_difference and made_by in GIVES):
-            low, high = GIVES[made_by] if by_difference else (0.0, 1.0)
-            target = node._saved_target.detach()
+        elif by_logits or (known := subtracted(node)):
+            made_by, target = ("", node._saved_target) if by_logits else known
+            low, high = GIVES[made_by] if made_by else (0.0, 1.0)
             share = float(((target < low - SLACK) | (target > high + SLACK)).float().mean())
-            what = f"{made_by.lower()} can give" if by_difference else "binary cross-entropy is made for"
+            what = f"{made_by.lower()} can give" if made_by else "binary cross-entropy is made for"
             message = f"{share:.0%} of the targets lie outside of {low:g} to {high:g}, which is all that {what}"
             told = ("targets", message, IN_RANGE, share, SHARE)
         else:
             return None
-    except (AttributeError, RuntimeError):  # a subtraction keeps none, and after the backward pass nobody does
+    except (AttributeError, RuntimeError):  # after the backward pass nobody keeps any
         return None
     return Finding("out_of_range", "warning", *told) if told[3] > told[4] else None
+
+
+def subtracted(node: Any) -> tuple[str, Tensor] | None:
+    """What made the outputs that a loss takes the differences of, if it is known what that gives, and their targets: a subtraction
+    keeps neither, but what squares it or takes it without its sign does, and what made the outputs."""
+    name, inner = node.name(), node.next_functions[0][0] if node.next_functions else None
+    if name in DIFFERENCES and (made_by := source(node).removesuffix("Backward0")) in GIVES:
+        return made_by, node._saved_target.detach()
+    if name not in OF_DIFFERENCES or inner is None or inner.name() != "SubBackward0":
+        return None
+    outputs = [(sign, behind(side)) for sign, (side, _) in zip((-1, 1), inner.next_functions, strict=True) if side]
+    made = outputs[0][1] if len(outputs) == 1 else None
+    if made is None or (made_by := made.name().removesuffix("Backward0")) not in GIVES or made_by in KEEPS_NO_RESULT:
+        return None
+    return made_by, made._saved_result.reshape(node._saved_self.shape) + outputs[0][0] * node._saved_self
 
 
 def n_crossed(node: Any) -> int:

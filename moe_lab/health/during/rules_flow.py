@@ -30,6 +30,7 @@ LEAST = 100  # choices that an even load has in them, so that 10 % is no acciden
 CONSTANT, N_VALUES = 1e-5, 10  # spread over mean up to which float32's rounding explains it; values
 SLOWED = 0.5  # as of lost updates
 BALANCE = "is a balancing term in the loss with its gradient and weight, does the router learn, is a bias that balances updated?"
+FOLLOWED = 2  # looks between which a norm's weights went after the trained ones'
 TWICE = 3  # updates in which a count was doubled
 
 
@@ -112,6 +113,11 @@ def mode_mismatch(state: State) -> Ill:
         if off > OFF and (state.budget is None or (1 - momentum) ** state.budget > START_LEFT):
             found[name] = {"value": off, "limit": OFF, "momentum": momentum}
     return found
+
+
+def hasty(state: State) -> Ill:
+    norms = {name: state.modules[name].momentum for name in state.outside.averages.hasty}
+    return {name: {"value": m, "limit": 0.5, "kept": 1 - m} for name, m in norms.items()}
 
 
 @rule(
@@ -208,6 +214,11 @@ def stuck_copy(state: State) -> Ill:
     return {"copies": {"value": slowed, "limit": SLOWED, "where": f"{len(names)} 16-bit copies that follow {names[0]}"}}
 
 
+def left_behind(state: State) -> Ill:
+    left = sum(n >= FOLLOWED for n in state.outside.statistics.left.values())
+    return {"statistics": {"value": left, "limit": 0}} if left else {}
+
+
 @rule(
     "{names}: positions in 16 bits run together (late ones are {value:.2g} rad off, or as many are the same as the one before)",
     "keep such buffers in float32 when the model is cast, and compute angles there; cast the cosines and sines",
@@ -220,6 +231,14 @@ def rounded(state: State) -> Ill:
     return {name: {"value": 16, "limit": 32} for name in state.outside.rounded if name not in state.outside.positions}
 
 
+HASTY = (
+    "{names}: a momentum of {value:g} keeps {kept:.0%} of what was known: evaluation uses the last batch's statistics"
+)
+OTHER_WAY = "torch's momentum is the share of the new batch: 0.01 where TensorFlow says 0.99"
+LEFT = "{value} batch norms beside the model follow its weights, and their running statistics stay what they were"
+BUFFERS = (
+    "copy the buffers along with the weights, as torch's AveragedModel does, or run update_bn() before the copy is used"
+)
 SAME_BATCH = "each of {value} updates had the same batch"
 ANEW = "no fault where it is all that there is, or a trial; else look for a loader made anew, or a buffer that gives its first rows"
 GRAPHS = "shared_target", "squashed_twice", "out_of_range", "no_effect"
@@ -229,6 +248,7 @@ SIGNALS = faint_gradient, collapsed_experts, starved_experts, constant_term
 BESIDE = (
     counted_twice,
     stuck_copy,
+    Rule("stuck_copy", "warning", left_behind, LEFT, BUFFERS),
     rough_positions,
     Rule(
         "rough_positions",
@@ -245,6 +265,7 @@ RULES = (
     repeated_data,
     Rule("repeated_data", "info", one_batch, SAME_BATCH, ANEW),
     mode_mismatch,
+    Rule("mode_mismatch", "warning", hasty, HASTY, OTHER_WAY),
     *(Rule(name, SAID[name][0], partial(found_in, name=name)) for name in GRAPHS + TEXTS + LABELS),
     *SIGNALS,
     *BESIDE,

@@ -2,14 +2,15 @@
 
 import math
 from functools import partial
-from itertools import combinations
+from itertools import combinations, pairwise
 
 from .rule import Ill, Rule, rule
 from .state import State
-from .tracking import LR_ACTED, LR_LATE, LR_STEADY, SAME_LR, SPENT
+from .tracking import LR_ACTED, LR_LATE, LR_STEADY, SAME_LR, SPENT, GroupState
 
 UP, UP_LOADED = 20.0, 3.0  # over all there was, at once, and where a state was loaded (a first phase may have a tenth)
 TEETH, REACHED = 3, 0.5  # restarts that make a habit; share of the LR asked for that no warm-up among them gets to
+FAR_BELOW = 0.1  # of the LR asked for: a scheduler's own peak, and no factor that somebody meant
 NOTHING = 2**-24  # of the peak: float32 does not see it beside 1
 CLEAR, LONG = 50, 10_000  # updates after which, without a budget, a warm-up is called too long, and from where on
 
@@ -74,7 +75,9 @@ def rising_for_good(state: State) -> Ill:
         slope = (g.last - g.recent[0]) / (LR_STEADY - 1) if len(g.recent) == LR_STEADY else 0.0
         is_straight = slope > 0 and math.isclose(g.last - g.lrs[0], slope * (len(g.lrs) - 1), rel_tol=0.1)
         enough = (20 if state.budget else CLEAR) if is_straight and g.risen_at == g.n else far / 4
-        in_stairs = bool(state.budget) and not state.start_step and not g.loaded
+        in_stairs = (
+            bool(state.budget) and not state.start_step and not g.loaded and g.n - g.risen_at <= 2 * longest_rest(g)
+        )
         if g.last < g.peak or g.last > LR_LATE * planned or g.n < enough or not (is_straight or in_stairs):
             return {}
         pace = (g.last - g.lrs[0]) / max(1, g.risen_at - 1)
@@ -88,6 +91,22 @@ def rising_for_good(state: State) -> Ill:
     facts["far"] = f"{far} are planned" if state.budget else "no published warm-up is as long"
     facts["more"] = "" if state.budget else " A Watch that is told its budget knows more"
     return {"late": facts}
+
+
+def longest_rest(group: GroupState) -> int:
+    """Updates between two rises: those of an epoch, where a warm-up is stepped with each."""
+    rises = [i for i, (a, b) in enumerate(pairwise(group.lrs), 1) if b > a]
+    return max((b - a for a, b in pairwise([0, *rises])), default=group.n)
+
+
+def never_reached(state: State) -> Ill:
+    """Groups whose LR rose, and has come to rest far below the one that they were made with; a factor's base is 1."""
+    found = {}
+    for g in (g for g in state.groups if g.asked and g.asked != 1 and not g.loaded and len(g.recent) == LR_STEADY):
+        rests = g.risen_at > 1 and g.n - g.risen_at > max(LR_STEADY, 2 * longest_rest(g))
+        if rests and g.last == g.peak == min(g.recent) and g.last < FAR_BELOW * g.asked:
+            found[g.name] = {"where": g.name, "value": g.last, "limit": g.asked, "at": g.risen_at + state.start_step}
+    return found
 
 
 def begun_anew(state: State) -> Ill:
@@ -119,6 +138,8 @@ MERGED = "{where} were made with learning rates of {a:.3g} and {b:.3g}, and both
 SCALE = "a scheduler writes one number over all groups: let it scale each group's own, or give it a list"
 BROUGHT = "{where} was made with a learning rate of {limit:.3g}; since its state was loaded it steps at {value:.3g}"
 SET_AGAIN = "load_state_dict brings the checkpoint's LR back: set lr, initial_lr and the scheduler's base after it"
+SHORT = "{where} was made with a learning rate of {limit:.3g}; the warm-up ended at update {at}, and it steps at {value:.3g}"
+ITS_OWN = "the scheduler has a peak of its own, perhaps a default: give it the optimizer's learning rate"
 JUMPED = "the learning rate of {where} was {limit:.3g} and is {value:.3g} from update {at} on: no schedule goes there at once"
 OTHER_RUN = "look for a state or a scheduler of another run, or of this one's start, that was loaded then, or a second scheduler"
 LATE = "the learning rate of {where} is {value:.2g} at update {n}: at this pace it gets to {limit:.2g} {when}; {far}"
@@ -133,6 +154,7 @@ RULES = (
     Rule("lr_overwritten", "warning", jumped, JUMPED, OTHER_RUN),
     Rule("lr_overwritten", "warning", merged, MERGED, SCALE),
     Rule("lr_overwritten", "warning", brought_back, BROUGHT, SET_AGAIN),
+    Rule("lr_overwritten", "warning", never_reached, SHORT, ITS_OWN),
     lr_spent,
     Rule("lr_spent", "warning", rising_for_good, LATE, UNITS),
     Rule("lr_spent", "warning", begun_anew, ANEW, COUNTER),

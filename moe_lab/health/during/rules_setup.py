@@ -91,6 +91,7 @@ def heavy_dropout(state: State) -> Ill:
     return {name: {"value": p, "limit": KEPT_SHARE} for name, p in drops.items() if p >= KEPT_SHARE}
 
 
+GAINS, GAINS_OFF = 16, 4.0  # of a norm, at least; standard errors of their mean that are chance
 DELTAS = 1e-4, 0.2  # a fresh median; Mamba draws 0.001 to 0.1 (Gu & Dao 2023, sec. 3.6)
 
 
@@ -118,6 +119,27 @@ def delta_start(state: State) -> Ill:
     return found
 
 
+@rule(
+    "{names}: gains of {n} fresh norms are drawn around 0, with a deviation of {value:.2g}: they turn round half of what passes",
+    "an init over all tensors overwrote their ones: fill the weights of norms with 1 after it",
+)
+def norm_start(state: State) -> Ill:
+    """Gains whose mean is nothing but their spread's chance: exact zeros or ones are chosen, and trained ones lie elsewhere."""
+    named = [
+        (name, m.weight)
+        for name, m in state.modules.items()
+        if "norm" in type(m).__name__.lower() and hasattr(m, "weight")
+    ]
+    vectors = {name: plain(w).float() for name, w in named if isinstance(w, Tensor) and w.ndim == 1 and len(w) >= GAINS}
+    told = {name: (float(w.mean()), float(w.std())) for name, w in vectors.items() if not state.n_seen}
+    drawn = {
+        name: std
+        for name, (mean, std) in told.items()
+        if 0 < std < 0.5 and abs(mean) < GAINS_OFF * std / len(vectors[name]) ** 0.5
+    }
+    return {name: {"value": std, "limit": 0.0} for name, std in drawn.items()} if len(drawn) == len(told) else {}
+
+
 def is_decay_rates(p: Tensor) -> bool:
     values = plain(p)[:: max(1, len(p) - 1)]  # the first row and the last
     if not values.numel() or values.shape[-1] < 2 or not values.is_floating_point():
@@ -142,6 +164,7 @@ RULES = (
     frozen_module,
     Rule("broken_tie", "warning", broken_tie),
     delta_start,
+    norm_start,
     heavy_dropout,
     Rule("nonfinite_values", "error", unusable_state),
     weight_decay_on_norms,

@@ -1,0 +1,154 @@
+"""Copies that follow the weights, such as an average or a target network: do they come nearer, and do their statistics follow?"""
+
+# Shapes: S sampled elements of a tensor, M tensors of one shape, C channels.
+
+import gc
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from ..findings import grouped
+from ..measures import ulp
+from ..sampling import plain
+from .reached import alive
+from .tracking import Tracked, storage
+
+N_COPIES = 16  # weights whose copies are followed; whoever keeps some in 16 bits keeps all
+BESIDE = 4  # copies followed of each: what an earlier run left behind looks like one
+ALIKE = 0.3  # distance of a copy from the way that its weight has gone, over its size: any other tensor has about 1
+AWAY = 8  # ULPs that an element of a copy lies from its weight before it is asked whether it comes nearer
+ENOUGH = 500  # elements that far away, over all looks, before they are judged
+LOOKS = 10  # looks at copies before one that never moves is judged
+SEARCH = 10  # updates seen before norms beside the trained ones are looked for
+CHANNELS = 8  # of a norm, at least: two vectors of fewer may point one way by accident
+FOLLOWS = 0.7  # cosine between the way that a norm's weights go and that to the trained one's: any other's has about 0
+
+
+def is_16_bit(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype.itemsize == 2
+
+
+class Copies:
+    """16-bit tensors beside trained ones, among all of the process: do they come nearer where they are written to?
+
+    An average of decay d moves an element only where it lies more than ULP / 2(1 - d) away. So the elements that lie farthest
+    are compared with those that lie less far: in exact numbers, or rounded stochastically, both come nearer by the same share.
+    """
+
+    def __init__(self) -> None:
+        self.followed: list[tuple[weakref.ref, Tracked]] = []
+        # by the weight, of each copy: itself, its sample and version, and the update of the last look
+        self.before: dict[int, list[tuple]] = {}
+        self.search_at = 1  # updates seen
+        self.pairs: list[Tensor] = []  # (n, 2): ULPs away, and the share of the way made until the next look
+        self.n_still = 0  # looks at copies that stood still altogether, though they were written to in each update
+
+    def look(self, tracked: Sequence[Tracked], step: int, n_seen: int) -> None:
+        # or others are put in their place
+        if n_seen >= self.search_at or any(copy() is None for copy, _ in self.followed):
+            self.search_at = max(self.search_at, 10 * n_seen)
+            # of subclasses nothing is known: they may have no memory
+            near = [t for t in gc.get_objects() if type(t) in (Tensor, nn.Parameter) and is_16_bit(t)]
+            self.followed = [(weakref.ref(copy), t) for copy, t in copies_of(tracked, near)]
+        before, self.before = self.before, {}
+        for reference, t in self.followed:
+            copy = reference()
+            here = plain(copy).flatten()[t.index.to(copy.device)].float().cpu()
+            self.before.setdefault(id(t), []).append((reference, here, copy._version, step))
+            earlier = before.get(id(t), [])
+            # its own look, or that of one that is no more: it was put in its place
+            last = [one for one in earlier if one[0] is reference] or [one for one in earlier if one[0]() is None]
+            if last:
+                was_in, was, version, then = last[0]
+                gap = t.sample(t.param).float().cpu() - was
+                away = gap.abs() / ulp(was, copy.dtype)
+                far = away >= AWAY
+                if (here != was).any():
+                    self.pairs.append(torch.stack([away, (here - was) / gap], 1)[far])
+                elif far.any():
+                    self.n_still += was_in is not reference or copy._version - version >= step - then > 0
+
+    def slowed(self) -> float | None:
+        """By which factor what lies less far comes nearer than what lies farthest; None where too little is known."""
+        if not self.pairs:
+            return 0.0 if self.n_still >= LOOKS else None
+        away, came = torch.cat(self.pairs).unbind(1)
+        if len(away) < ENOUGH:
+            return None
+        order = came[away.argsort(descending=True)]
+        fast, slow = order[: len(order) // 4].mean(), order[len(order) // 2 :].mean()
+        return float(slow / fast) if fast > 0 else None
+
+
+def copies_of(tracked: Sequence[Tracked], tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tracked]]:
+    """Those that lie on the way from where a trained matrix was to where it is, and are not its own memory: the nearest."""
+    matrices = [t for t in tracked if t.owner and t.bank and t.param.ndim > 1 and not t.constant]
+    by_shape = grouped(matrices, lambda t: tuple(t.param.shape))
+    own, found = {storage(t.param) for t in tracked if t.owner}, []
+    for tensor in (t for t in tensors if tuple(t.shape) in by_shape and t.layout is torch.strided and not t.is_meta):
+        if tensor.untyped_storage().nbytes() and storage(tensor) not in own:
+            found.append((*nearest_of(tensor, by_shape[tuple(tensor.shape)]), tensor))
+    near = sorted((one for one in found if one[0] < ALIKE), key=lambda one: one[0])
+    of_each = list(grouped(near, lambda one: id(one[1])).values())
+    return [(tensor, t) for some in of_each[:N_COPIES] for _, t, tensor in some[:BESIDE]]
+
+
+def nearest_of(copy: Tensor, candidates: Sequence[Tracked]) -> tuple[float, Tracked]:
+    """How far it is from the way that a weight has gone, over its size, and which weight."""
+    here = plain(copy).flatten()[candidates[0].index.to(copy.device)].float().cpu()  # (S,)
+    places = [(t.bank(), t.bank().places[id(t)]) for t in candidates]
+    start = torch.stack([bank.start[place] for bank, place in places]).float().cpu()  # (M, S)
+    way = torch.stack([bank.last[place] for bank, place in places]).float().cpu() - start
+    gone = ((here - start) * way).sum(1) / way.square().sum(1).clamp(min=1e-30)
+    rest = (here - start - gone.clamp(0, 1).unsqueeze(1) * way).norm(dim=1) / here.norm().clamp(min=1e-30)
+    least = int(rest.argmin())
+    return float(rest[least]), candidates[least]
+
+
+class Statistics:
+    """Batch norms beside trained ones, among all of the process, whose weights follow theirs: do their means follow, too?"""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.norms = [m for m in model.modules() if is_kept(m)]
+        self.beside: list[weakref.ref] = []
+        # by a norm's id, at the last look: its weight and mean, (C,)
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}
+        self.search_at = SEARCH  # updates seen
+        self.left: dict[
+            int, int
+        ] = {}  # by a norm's id: looks before which its weights had followed, and its mean had not
+
+    def look(self, tracked: Sequence[Tracked], n_seen: int) -> None:
+        held = {id(t.param) for t in tracked if t.owner}
+        trained = [m for m in self.norms if id(m.weight) in held]
+        if trained and n_seen >= self.search_at:
+            self.search_at = 10 * n_seen
+            found = [m for m in alive(_NormBase) if is_kept(m) and id(m.weight) not in held]
+            self.beside = [weakref.ref(m) for m in found[:N_COPIES]]
+        beside = [norm for norm in (reference() for reference in self.beside) if norm is not None]
+        before = self.before
+        self.before = now = {
+            id(m): (here(m.weight), here(m.running_mean)) for m in (trained if beside else []) + beside
+        }
+        of = [id(m) for m in trained if id(m) in before and not torch.equal(before[id(m)][1], now[id(m)][1])]
+        for key in (id(m) for m in beside if id(m) in before):
+            (weight, mean), (now_at, now_mean) = before[key], now[key]
+            goals = [now[m][0] - weight for m in of if now[m][0].shape == weight.shape]
+            follows = max((float(torch.cosine_similarity(now_at - weight, goal, 0)) for goal in goals), default=0.0)
+            if not torch.equal(mean, now_mean):
+                self.left.pop(key, None)
+            elif follows > FOLLOWS:
+                self.left[key] = self.left.get(key, 0) + 1
+
+
+def is_kept(module: nn.Module) -> bool:
+    """Whether it keeps statistics, and has weights."""
+    is_norm = isinstance(module, _NormBase) and module.running_mean is not None and module.weight is not None
+    return is_norm and module.num_features >= CHANNELS and not module.weight.is_meta
+
+
+def here(tensor: Tensor) -> Tensor:
+    return plain(tensor.detach()).float().cpu().clone()
