@@ -1,7 +1,7 @@
 """Does health name each sickness by step 100? `make detection`; runs that were finished before are read from .cache.
 
 Every row of detection_rows.py is a training of 100 updates beside its healthy twin. Three seeds of both are watched at the defaults,
-with examine before where it knows the kind of model. Five seeds of both tell whether the fault does harm: on the same held-out
+with examine before. Five seeds of both tell whether the fault does harm: on the same held-out
 batches, by a one-sided permutation test (126 of 252 ways to label ten runs, and p ≤ 0.05). A row with harm is sick, one without is
 latent and counts apart. The rows are in two halves: what the rules are fixed with (`--half calibration`), and what judges them.
 A second and a third set judge too (`--half second`): their harm is measured first and with nobody watching (`--half second --harm`);

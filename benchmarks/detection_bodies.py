@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from benchmarks.healthy_families import small
 from benchmarks.healthy_language import TinyGPT
 from benchmarks.healthy_senses import STAGES, VIT, plain_cnn, sounds, tiny_clip
-from benchmarks.programs import Masked, Pictures, Rows
+from benchmarks.programs import Masked, Pictures, Rows, own_loss
 
 N_TEST = 8  # held-out batches
 Batch = Any
@@ -32,7 +32,6 @@ class Body(NamedTuple):
     loss: Callable[[nn.Module, Batch], Tensor]
     test: list[Batch]
     lr: float = 2e-3
-    is_examined: bool = True  # whether examine knows this kind of batch and loss
 
     def held_out(self) -> float:
         """The loss on the same held-out batches for every twin, in evaluation mode; modes are put back."""
@@ -44,10 +43,6 @@ class Body(NamedTuple):
         for module, mode in modes:
             module.training = mode
         return sum(told) / len(told)
-
-
-def own_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    return model(**batch).loss
 
 
 def body(
@@ -108,17 +103,17 @@ def vit(seed: int) -> Body:
     """Ten letters in patches of 8 × 8: with 36 in patches of 4 × 4 it learns nothing for the first 50 updates."""
     config = transformers.ViTConfig(**VIT | {"patch_size": 8, "num_labels": 10})
     batches = partial(Pictures, n_classes=10)
-    return body(transformers.ViTForImageClassification(config), batches, seed, picture_loss, is_examined=False)
+    return body(transformers.ViTForImageClassification(config), batches, seed, picture_loss)
 
 
 def cnn(seed: int) -> Body:
-    return body(plain_cnn(), lambda s: Pictures(s), seed, picture_loss, is_examined=False)
+    return body(plain_cnn(), lambda s: Pictures(s), seed, picture_loss)
 
 
 def resnet(seed: int) -> Body:
     config = transformers.ResNetConfig(**STAGES, embedding_size=16, layer_type="basic")
     model = transformers.ResNetForImageClassification(config)
-    return body(model, lambda s: Pictures(s), seed, picture_loss, is_examined=False)
+    return body(model, lambda s: Pictures(s), seed, picture_loss)
 
 
 def clip(seed: int) -> Body:
@@ -134,7 +129,7 @@ def clip(seed: int) -> Body:
 
         return batch
 
-    return body(model, batches, seed, lr=1e-3, is_examined=False)
+    return body(model, batches, seed, lr=1e-3)
 
 
 def whisper(seed: int) -> Body:
@@ -157,7 +152,7 @@ def whisper(seed: int) -> Body:
         return batch
 
     model = transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**sizes))
-    return body(model, batches, seed, is_examined=False)
+    return body(model, batches, seed)
 
 
 class LSTM(nn.Module):
@@ -250,7 +245,7 @@ def diffusion(seed: int, seeded: bool = False) -> Body:
         return batch
 
     loss = lambda model, batch: F.mse_loss(model(*batch[:2]), batch[2])  # noqa: E731
-    return body(Denoiser(), batches, seed, loss, is_examined=False)
+    return body(Denoiser(), batches, seed, loss)
 
 
 def bandit(seed: int) -> Body:
@@ -273,4 +268,4 @@ def bandit(seed: int) -> Body:
         return lambda: (torch.randn(64, 8, generator=noise), torch.rand(64, 1, generator=noise))
 
     model = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 4))
-    return body(model, batches, seed, loss, lr=3e-3, is_examined=False)
+    return body(model, batches, seed, loss, lr=3e-3)

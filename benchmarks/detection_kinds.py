@@ -140,7 +140,7 @@ def quantised(seed: int, **model) -> Body:
         return lambda: pictures()[0].flatten(1)
 
     loss = with_auxiliary(lambda model, x: F.mse_loss(model(x), x))
-    return body(Quantised(**model), batches, seed, loss, is_examined=False)
+    return body(Quantised(**model), batches, seed, loss)
 
 
 def triplets(seed: int, eps: float) -> Body:
@@ -165,7 +165,7 @@ def triplets(seed: int, eps: float) -> Body:
         near, far = (((anchor - x).square().sum(1) + eps).sqrt() for x in (same, other))
         return F.relu(near - far + 1).mean()
 
-    return body(mlp(144, 64, 16), batches, seed, loss, is_examined=False)
+    return body(mlp(144, 64, 16), batches, seed, loss)
 
 
 class Graph(nn.Module):
@@ -188,7 +188,7 @@ def graph(seed: int) -> Body:
         noise, sides = torch.Generator().manual_seed(seed), torch.arange(80) % 2
         return lambda: (torch.randn(80, 16, generator=noise) + 0.5 * sides[:, None], sides)
 
-    return body(Graph(), batches, seed, picture_loss, lr=1e-2, is_examined=False)
+    return body(Graph(), batches, seed, picture_loss, lr=1e-2)
 
 
 def squares(model: nn.Module, batch: Batch, column: bool = False) -> Tensor:
@@ -210,7 +210,7 @@ def factorised(seed: int) -> Body:
 
         return batch
 
-    return body(Factors(sparse=False), batches, seed, squares, lr=2e-2, is_examined=False)
+    return body(Factors(sparse=False), batches, seed, squares, lr=2e-2)
 
 
 def wav2vec(seed: int) -> Body:
@@ -220,7 +220,7 @@ def wav2vec(seed: int) -> Body:
         heard = sounds(seed)
         return lambda: dict(zip(("input_values", "labels"), next(heard), strict=True))
 
-    return body(model, batches, seed, lr=1e-3, is_examined=False)
+    return body(model, batches, seed, lr=1e-3)
 
 
 def adapted(texts: Callable[[int], Callable[[], Batch]], seed: int) -> tuple[Body, tuple[str, ...]]:

@@ -119,7 +119,7 @@ def never_divided(seed: int, sick: bool) -> Program:
 
 
 @row(
-    ROWS, SIZE, "OPT", "token_weights", "starved_steps"
+    ROWS, SIZE, "OPT", "token_weights", "starved_steps", "cleared_gradients"
 )  # huggingface/transformers#1563, simchowitzlabpublic/nano-world-model#22
 def clipped_while_adding(seed: int, sick: bool) -> Program:
     """gradients are clipped after each of 8 micro-batches: the sum so far shrinks again and again, and the last ones outweigh it"""
@@ -171,7 +171,7 @@ def segmentation(seed: int, flipped_alone: bool = False) -> Body:
     for n_in, n_out in ((1, 16), (16, 16), (16, 1)):
         layers += [nn.Conv2d(n_in, n_out, 5, padding=2), nn.ReLU()]
     loss = lambda model, batch: F.binary_cross_entropy_with_logits(model(batch[0]), batch[1])  # noqa: E731
-    return body(nn.Sequential(*layers[:-1]), batches, seed, loss, is_examined=False)
+    return body(nn.Sequential(*layers[:-1]), batches, seed, loss)
 
 
 @row(
@@ -268,7 +268,7 @@ def nothing_to_look_at(seed: int, sick: bool) -> Program:
         return batch
 
     loss = lambda model, batch: F.mse_loss(model(*batch[:2]), batch[2])  # noqa: E731
-    return Loop(body(Sets(), batches, seed, loss, is_examined=False)).program()
+    return Loop(body(Sets(), batches, seed, loss)).program()
 
 
 # ---- schedules on paper ----------------------------------------------------------------------------------------------

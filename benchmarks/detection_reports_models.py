@@ -76,7 +76,7 @@ class Rounded(nn.Module):
 def rounding_stops_it(seed: int, sick: bool) -> Program:
     """codes are rounded, and no gradient passes a rounding: the encoder stays as it was drawn"""
     loss = lambda model, x: F.mse_loss(model(x), x)  # noqa: E731
-    return Loop(body(Rounded(through=not sick), flat, seed, loss, is_examined=False)).program()
+    return Loop(body(Rounded(through=not sick), flat, seed, loss)).program()
 
 
 @row(
@@ -100,7 +100,7 @@ def alone_in_its_group(seed: int, sick: bool) -> Program:
 
 
 @row(
-    ROWS, SIGNAL, "ViT", "initial_loss", "loss_not_falling", plain=True
+    ROWS, SIGNAL, "ViT", "initial_loss", "loss_not_falling", "out_of_range", plain=True
 )  # AnubhavGupta3377/Text-Classification-Models-Pytorch#9, tkipf/pygcn#16
 def likelihood_without_log(seed: int, sick: bool) -> Program:
     """the negative log-likelihood is given probabilities in place of their logarithms: the loss is negative"""
@@ -111,13 +111,13 @@ def likelihood_without_log(seed: int, sick: bool) -> Program:
 
 
 @row(
-    ROWS, SIGNAL, "tabular", "no_gradient", "loss_not_falling"
+    ROWS, SIGNAL, "tabular", "no_gradient", "loss_not_falling", "out_of_range"
 )  # ProteomicsML/ProteomicsML#203, ithemal/Ithemal#13, jcjohnson/pytorch-examples#30
 def nothing_below_zero(seed: int, sick: bool) -> Program:
     """a ReLU follows the last layer of a regression, and half of the targets are negative"""
     layers = [*mlp(10, 64, 64, 1), *([nn.ReLU()] if sick else [])]
     target = lambda x: (x[:, 0] * x[:, 1] + x[:, 2] - x[:, 3].abs() + 0.8) / 1.5  # noqa: E731
-    return Loop(body(nn.Sequential(*layers), table(target), seed, squared, is_examined=False)).program()
+    return Loop(body(nn.Sequential(*layers), table(target), seed, squared)).program()
 
 
 class Variational(nn.Module):
@@ -147,7 +147,7 @@ def mean_against_sum(seed: int, sick: bool) -> Program:
         shown, divergence = model(x)
         return F.mse_loss(shown, x) + divergence.mean()
 
-    loop = Loop(body(Variational(), flat, seed, loss, is_examined=False))
+    loop = Loop(body(Variational(), flat, seed, loss))
     if sick:
         loop.forward = uneven
     return loop.program()
@@ -265,7 +265,7 @@ class Machine(nn.Module):
 def moved_and_lost(seed: int, sick: bool) -> Program:
     """`nn.Parameter(…).to(…)` is no parameter: the factors are in no list, and stay as they were drawn"""
     target = lambda x: x[:, 0] + 2 * x[:, 1] * x[:, 2] - 2 * x[:, 3] * x[:, 4]  # noqa: E731
-    return Loop(body(Machine(moved=sick), table(target), seed, squared, lr=2e-2, is_examined=False)).program()
+    return Loop(body(Machine(moved=sick), table(target), seed, squared, lr=2e-2)).program()
 
 
 @row(ROWS, STRUCTURE, "adapters", "frozen_module")  # huggingface/peft#282, huggingface/trl#3926, tloen/alpaca-lora#352
@@ -286,7 +286,7 @@ def margin(seed: int) -> tuple[Body, nn.Module]:
         cosines = F.normalize(model(batch[0].flatten(1)), dim=1) @ F.normalize(centres.weight, dim=1).mT
         return F.cross_entropy(16 * (cosines - 0.2 * F.one_hot(batch[1], 36)), batch[1])
 
-    return body(network, lambda s: Pictures(s), seed, loss, is_examined=False), centres
+    return body(network, lambda s: Pictures(s), seed, loss), centres
 
 
 @row(

@@ -107,7 +107,7 @@ def counted_twice(seed: int, sick: bool) -> Program:
         )
 
     model = nn.Sequential(Recomputed(norms(1), norms(32)), nn.Flatten(), nn.Linear(32 * 36, 36))
-    return Loop(body(model, lambda s: Pictures(s), seed, picture_loss, is_examined=False)).program()
+    return Loop(body(model, lambda s: Pictures(s), seed, picture_loss)).program()
 
 
 @row(ROWS, NUMBERS, "T5", "nonfinite_gradient", trigger=50, plain=True)

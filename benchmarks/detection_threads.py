@@ -117,7 +117,7 @@ def muon_on_tables(seed: int, sick: bool) -> Program:
 @row(ROWS, SIZE, "CNN", "starved_steps", "lr_too_low")  # huggingface/accelerate#3533, #1773
 def divided_twice(seed: int, sick: bool) -> Program:
     """the loop divides the loss by 16 micro-batches, and the library that it calls does so, too; SGD"""
-    loop_body = body(plain_cnn(), lambda s: Pictures(s, batch=4), seed, picture_loss, is_examined=False)
+    loop_body = body(plain_cnn(), lambda s: Pictures(s, batch=4), seed, picture_loss)
     optimizer = SGD(loop_body.model.parameters(), lr=0.05, momentum=0.9)
     loop = Loop(loop_body, [optimizer], n_accum=16, clip=None)
     if sick:

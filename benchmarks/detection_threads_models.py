@@ -12,7 +12,6 @@ from benchmarks.detection_bodies import (
     gpt,
     language_model,
     of_pairs,
-    own_loss,
     pair_loss,
     picture_loss,
     rnn,
@@ -39,7 +38,7 @@ from benchmarks.detection_structure import NUMBERS, STRUCTURE
 from benchmarks.detection_twins import Loop, Row, adamw, row
 from benchmarks.healthy_families import small
 from benchmarks.healthy_senses import plain_cnn
-from benchmarks.programs import Pictures, Program
+from benchmarks.programs import Pictures, Program, own_loss
 
 ROWS: list[Row] = []
 
@@ -151,7 +150,7 @@ def always_dropped(seed: int, sick: bool) -> Program:
     """`F.dropout(x, 0.5)` without `training=`: it drops in evaluation, too"""
     *layers, head = plain_cnn()
     model = nn.Sequential(*layers, Dropped() if sick else nn.Dropout(0.5), head)
-    return Loop(body(model, lambda s: Pictures(s), seed, picture_loss, is_examined=False)).program()
+    return Loop(body(model, lambda s: Pictures(s), seed, picture_loss)).program()
 
 
 # ---- numbers outside the optimizer -----------------------------------------------------------------------------------

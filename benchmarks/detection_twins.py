@@ -70,8 +70,7 @@ class Loop:
         return loss
 
     def program(self, held_out: Callable[[], float] | None = None, examined: Any = None, **options: Any) -> Program:
-        if examined is None and self.body.is_examined:
-            examined = (self.batch(), self.forward)
+        examined = examined or (self.batch(), self.forward)
         return Program(self.body.model, self.optimizers, self.update, examined, options, held_out or self.body.held_out)
 
 

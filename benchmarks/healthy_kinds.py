@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from benchmarks.healthy_language import next_token
-from benchmarks.programs import Make, Pictures, Program, Rows, update
+from benchmarks.programs import Make, Pictures, Program, Rows, plain, update
 
 
 class Recurrent(nn.Module):
@@ -27,27 +27,29 @@ class Recurrent(nn.Module):
 
 def recurrent(cell: type[nn.Module], seed: int) -> Program:
     model, rows = Recurrent(cell), Rows(seed, length=65)
-    optimizer = Adam(model.parameters(), lr=4e-3)
-    return Program(model, [optimizer], lambda i: update(optimizer, next_token(model, rows())), (rows(), next_token))
+    return plain(model, Adam(model.parameters(), lr=4e-3), rows, next_token)
 
 
 def mlp(*widths: int, act: type[nn.Module] = nn.SiLU) -> nn.Sequential:
     return nn.Sequential(*[m for a, b in zip(widths, widths[1:], strict=False) for m in (nn.Linear(a, b), act())][:-1])
 
 
+def squares(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.mse_loss(model(batch[0]), batch[1])
+
+
 def diffusion(seed: int) -> Program:
     """Noise prediction on glyphs (Ho et al. 2020), with an average of the weights."""
     pictures, noise = Pictures(seed, size=12), torch.Generator().manual_seed(seed)
     model = mlp(145, 256, 256, 144)
-    optimizer = Adam(model.parameters(), lr=1e-3)
 
-    def step(i: int) -> Tensor:
+    def batches() -> tuple[Tensor, Tensor]:
         x = pictures()[0].flatten(1)
         t, e = torch.rand(len(x), 1, generator=noise), torch.randn(x.shape, generator=noise)
         noisy = (t * math.pi / 2).cos() * x + (t * math.pi / 2).sin() * e
-        return update(optimizer, F.mse_loss(model(torch.cat([noisy, t], 1)), e))
+        return torch.cat([noisy, t], 1), e
 
-    return Program(model, [optimizer], step)
+    return plain(model, Adam(model.parameters(), lr=1e-3), batches, squares)
 
 
 def adversarial(seed: int, wasserstein: bool = False) -> Program:
@@ -75,32 +77,29 @@ def adversarial(seed: int, wasserstein: bool = False) -> Program:
 def variational(seed: int) -> Program:
     pictures, noise = Pictures(seed, size=12), torch.Generator().manual_seed(seed)
     model = nn.ModuleDict({"encode": mlp(144, 128, 16), "decode": mlp(8, 128, 144)})
-    optimizer = Adam(model.parameters(), lr=1e-3)
 
-    def step(i: int) -> Tensor:
-        x = pictures()[0].flatten(1)
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
         mean, log_var = model["encode"](x).chunk(2, 1)
         z = mean + (log_var / 2).exp() * torch.randn(mean.shape, generator=noise)
         prior = 0.5 * (mean**2 + log_var.exp() - 1 - log_var).sum(1).mean()
-        return update(optimizer, F.mse_loss(model["decode"](z), x, reduction="sum") / len(x) + prior)
+        return F.mse_loss(model["decode"](z), x, reduction="sum") / len(x) + prior
 
-    return Program(model, [optimizer], step)
+    return plain(model, Adam(model.parameters(), lr=1e-3), lambda: pictures()[0].flatten(1), loss)
 
 
 def policy_gradient(seed: int) -> Program:
     """REINFORCE with a baseline; the loss is no likelihood."""
     noise, model = torch.Generator().manual_seed(seed), mlp(8, 64, 4, act=nn.Tanh)
-    optimizer, rewards = Adam(model.parameters(), lr=3e-3), torch.randn(8, 4, generator=noise)
+    rewards = torch.randn(8, 4, generator=noise)
 
-    def step(i: int) -> Tensor:
-        x = torch.randn(64, 8, generator=noise)
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
         chosen = torch.distributions.Categorical(logits=model(x))
         action = chosen.sample()
         gained = (x @ rewards).gather(1, action[:, None]).squeeze(1)
         advantage = (gained - gained.mean()) / gained.std()
-        return update(optimizer, -(chosen.log_prob(action) * advantage).mean() - 0.01 * chosen.entropy().mean(), 0.5)
+        return -(chosen.log_prob(action) * advantage).mean() - 0.01 * chosen.entropy().mean()
 
-    return Program(model, [optimizer], step)
+    return plain(model, Adam(model.parameters(), lr=3e-3), lambda: torch.randn(64, 8, generator=noise), loss, 0.5)
 
 
 def q_learning(seed: int) -> Program:
@@ -108,17 +107,22 @@ def q_learning(seed: int) -> Program:
     noise, model = torch.Generator().manual_seed(seed), mlp(16, 64, 2, act=nn.ReLU)
     target, optimizer = copy.deepcopy(model), Adam(model.parameters(), lr=1e-3)
 
-    def step(i: int) -> Tensor:
-        if i % 20 == 0:
-            target.load_state_dict(model.state_dict())
-        state, action = torch.randint(16, (64,), generator=noise), torch.randint(2, (64,), generator=noise)
+    batches = lambda: (torch.randint(16, (64,), generator=noise), torch.randint(2, (64,), generator=noise))  # noqa: E731
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        state, action = batch
         after = (state + 2 * action - 1) % 16
         with torch.no_grad():
             worth = (after == 0).float() + 0.9 * target(F.one_hot(after, 16).float()).max(1).values
         told = model(F.one_hot(state, 16).float()).gather(1, action[:, None]).squeeze(1)
-        return update(optimizer, F.smooth_l1_loss(told, worth), 10.0)
+        return F.smooth_l1_loss(told, worth)
 
-    return Program(model, [optimizer], step)
+    def step(i: int) -> Tensor:
+        if i % 20 == 0:
+            target.load_state_dict(model.state_dict())
+        return update(optimizer, loss(model, batches()), 10.0)
+
+    return Program(model, [optimizer], step, (batches(), loss))
 
 
 def self_supervised(seed: int) -> Program:
@@ -127,32 +131,35 @@ def self_supervised(seed: int) -> Program:
     model = nn.ModuleDict({"online": mlp(144, 128, 32), "predict": mlp(32, 64, 32)})
     slow, optimizer = copy.deepcopy(model["online"]).requires_grad_(False), Adam(model.parameters(), lr=1e-3)
 
-    def step(i: int) -> Tensor:
-        x = pictures()[0].flatten(1)
+    batches = lambda: pictures()[0].flatten(1)  # noqa: E731
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
         one, two = (x + 0.3 * torch.randn(x.shape, generator=noise) for _ in range(2))
         told = F.normalize(model["predict"](model["online"](one)), dim=1)
-        loss = update(optimizer, 2 - 2 * (told * F.normalize(slow(two), dim=1)).sum(1).mean())
+        return 2 - 2 * (told * F.normalize(slow(two), dim=1)).sum(1).mean()
+
+    def step(i: int) -> Tensor:
+        value = update(optimizer, loss(model, batches()))
         for p, q in zip(slow.parameters(), model["online"].parameters(), strict=True):
             p.data.lerp_(q.data, 0.01)
-        return loss
+        return value
 
-    return Program(model, [optimizer], step)
+    return Program(model, [optimizer], step, (batches(), loss))
 
 
 def physics(seed: int) -> Program:
     """A network whose second derivative obeys u'' = -u (Raissi et al. 2019)."""
     noise, model = torch.Generator().manual_seed(seed), mlp(1, 64, 64, 1, act=nn.Tanh)
-    optimizer = Adam(model.parameters(), lr=2e-3)
 
-    def step(i: int) -> Tensor:
-        x = (3 * torch.rand(64, 1, generator=noise)).requires_grad_()
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        x = x.requires_grad_()
         u = model(x)
         first = torch.autograd.grad(u.sum(), x, create_graph=True)[0]
         second = torch.autograd.grad(first.sum(), x, create_graph=True)[0]
         start = model(torch.zeros(1, 1)) ** 2 + (model(torch.ones(1, 1)) - math.sin(1.0)) ** 2
-        return update(optimizer, ((second + u) ** 2).mean() + start.sum())
+        return ((second + u) ** 2).mean() + start.sum()
 
-    return Program(model, [optimizer], step)
+    return plain(model, Adam(model.parameters(), lr=2e-3), lambda: 3 * torch.rand(64, 1, generator=noise), loss)
 
 
 def by_lbfgs(seed: int) -> Program:
@@ -166,7 +173,7 @@ def by_lbfgs(seed: int) -> Program:
         loss.backward()
         return loss
 
-    return Program(model, [optimizer], lambda i: optimizer.step(closure).detach())
+    return Program(model, [optimizer], lambda i: optimizer.step(closure).detach(), ((x, x[:, :1] * x[:, 1:2]), squares))
 
 
 class Factors(nn.Module):
@@ -182,14 +189,15 @@ def factorised(seed: int, sparse: bool = True) -> Program:
     """Recommendations: two tables, of which a batch touches a few rows."""
     noise, model = torch.Generator().manual_seed(seed), Factors(sparse)
     kind = torch.optim.SparseAdam if sparse else Adam
-    optimizer = kind(list(model.parameters()), lr=1e-2)
     true = [torch.randn(n, 4, generator=noise) for n in (500, 300)]
 
-    def step(i: int) -> Tensor:
-        u, v = torch.randint(500, (256,), generator=noise), torch.randint(300, (256,), generator=noise)
-        return update(optimizer, F.mse_loss(model(u, v), (true[0][u] * true[1][v]).sum(1)), None)
+    batches = lambda: (torch.randint(500, (256,), generator=noise), torch.randint(300, (256,), generator=noise))  # noqa: E731
 
-    return Program(model, [optimizer], step)
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        u, v = batch
+        return F.mse_loss(model(u, v), (true[0][u] * true[1][v]).sum(1))
+
+    return plain(model, kind(list(model.parameters()), lr=1e-2), batches, loss, None)
 
 
 def graph(seed: int) -> Program:
@@ -203,13 +211,12 @@ def graph(seed: int) -> Program:
         torch.randn(80, 16, generator=noise) + sides[:, None],
         nn.ModuleList([nn.Linear(16, 32), nn.Linear(32, 2)]),
     )
-    optimizer = Adam(model.parameters(), lr=1e-2, weight_decay=5e-4)
 
-    def step(i: int) -> Tensor:
-        hidden = F.dropout(model[0](near @ given).relu(), 0.5)
-        return update(optimizer, F.cross_entropy(model[1](near @ hidden), sides))
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        hidden = F.dropout(model[0](near @ batch[0]).relu(), 0.5)
+        return F.cross_entropy(model[1](near @ hidden), batch[1])
 
-    return Program(model, [optimizer], step)
+    return plain(model, Adam(model.parameters(), lr=1e-2, weight_decay=5e-4), lambda: (given, sides), loss)
 
 
 OTHERS: dict[str, Make] = {

@@ -165,7 +165,7 @@ def sharpness_aware(seed: int) -> Program:
         optimizer.second_step(zero_grad=True)
         return loss.detach()
 
-    return Program(model, [optimizer], step)
+    return Program(model, [optimizer], step, (rows(), next_token))
 
 
 SCHEDULES: dict[str, Callable[[Optimizer], Any]] = {

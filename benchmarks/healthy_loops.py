@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.healthy_families import trained_on
 from benchmarks.healthy_language import TinyGPT, language, next_token, schedule_free, sharpness_aware
-from benchmarks.programs import Make, Program, Rows, update
+from benchmarks.programs import Make, Program, Rows, own_loss, plain
 
 
 def autocast(model: nn.Module, ids: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def scaler(seed: int) -> Program:
         scaling.update()
         return loss.detach()
 
-    return Program(model, [optimizer], step)
+    return Program(model, [optimizer], step, (rows(), autocast))
 
 
 def accumulation(seed: int, clear: str = "first") -> Program:
@@ -62,7 +62,7 @@ def accumulation(seed: int, clear: str = "first") -> Program:
                 p.grad = None
         return sum(losses).detach()
 
-    return Program(model, [optimizer], step)
+    return Program(model, [optimizer], step, (rows(), next_token))
 
 
 def averaged(seed: int) -> Program:
@@ -77,7 +77,8 @@ def averaged(seed: int) -> Program:
         return loss
 
     frozen = tuple(name for name, p in both.named_parameters() if not p.requires_grad)
-    return Program(both, program.optimizers, step, options={"expect_frozen": frozen})
+    examined = program.examined[0], lambda both, ids: next_token(both["model"], ids)
+    return Program(both, program.optimizers, step, examined, {"expect_frozen": frozen})
 
 
 def evaluated(seed: int) -> Program:
@@ -98,23 +99,23 @@ def evaluated(seed: int) -> Program:
 def padded(seed: int) -> Program:
     """Texts of different lengths: the padding is masked, and the loss is a sum over the batch by the number of targets."""
     model, rows, lengths = TinyGPT(), Rows(seed, length=65), torch.Generator().manual_seed(seed)
-    optimizer = AdamW(model.parameters(), lr=2e-3)
 
-    def step(i: int) -> Tensor:
+    def batches() -> tuple[Tensor, Tensor]:
         ids = rows()
         outside = torch.arange(64) >= torch.randint(20, 65, (8, 1), generator=lengths)
-        labels = ids[:, 1:].masked_fill(outside, -100)
-        logits = model(ids[:, :-1].masked_fill(outside, 0)).flatten(0, 1)
-        return update(optimizer, F.cross_entropy(logits, labels.flatten()))
+        return ids[:, :-1].masked_fill(outside, 0), ids[:, 1:].masked_fill(outside, -100)
 
-    return Program(model, [optimizer], step)
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
+
+    return plain(model, AdamW(model.parameters(), lr=2e-3), batches, loss)
 
 
 def compiled(seed: int) -> Program:
     program = language(seed)
     model = torch.compile(program.model, backend="aot_eager")
     rows = Rows(seed, length=65)
-    return Program(model, program.optimizers, lambda i: update(program.optimizers, next_token(model, rows())))
+    return plain(model, program.optimizers[0], rows, next_token)
 
 
 def accelerated(seed: int) -> Program:
@@ -131,7 +132,7 @@ def accelerated(seed: int) -> Program:
         optimizer.step()
         return loss.detach()
 
-    return Program(model, [optimizer], step)
+    return Program(model, [optimizer], step, (rows(), next_token))
 
 
 def gradual(seed: int) -> Program:
@@ -152,7 +153,7 @@ def double(seed: int) -> Program:
     program = language(seed)
     program.model.double()
     rows, optimizer = Rows(seed, length=65), AdamW(program.model.parameters(), lr=2e-3)
-    return Program(program.model, [optimizer], lambda i: update(optimizer, next_token(program.model, rows())))
+    return plain(program.model, optimizer, rows, next_token)
 
 
 LOOPS: dict[str, Make] = {
@@ -200,12 +201,8 @@ def adapted(config: Callable[[], peft.PeftConfig], lr: float, seed: int) -> Prog
     model = peft.get_peft_model(start, config()).train()
     optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     frozen = tuple(name for name, p in model.named_parameters() if not p.requires_grad)
-
-    def step(i: int) -> Tensor:
-        ids = capitals(rows())
-        return update(optimizer, model(input_ids=ids, labels=ids).loss)
-
-    return Program(model, [optimizer], step, options={"expect_frozen": frozen})
+    batches = lambda: dict.fromkeys(("input_ids", "labels"), capitals(rows()))  # noqa: E731
+    return plain(model, optimizer, batches, own_loss, expect_frozen=frozen)
 
 
 LINEARS = ["q_proj", "v_proj"]
@@ -244,16 +241,12 @@ def distilled(seed: int) -> Program:
         nn.ModuleDict({"teacher": teacher.model.requires_grad_(False), "student": TinyGPT(32)}),
         Rows(seed, length=64),
     )
-    optimizer = AdamW(both["student"].parameters(), lr=2e-3)
 
-    def step(i: int) -> Tensor:
-        ids = rows()
-        wanted, shown = both["teacher"](ids).log_softmax(-1), both["student"](ids).log_softmax(-1)
-        return update(
-            optimizer, F.kl_div(shown.flatten(0, 1), wanted.flatten(0, 1), log_target=True, reduction="batchmean")
-        )
+    def loss(both: nn.Module, ids: Tensor) -> Tensor:
+        wanted, shown = (both[name](ids).log_softmax(-1).flatten(0, 1) for name in ("teacher", "student"))
+        return F.kl_div(shown, wanted, log_target=True, reduction="batchmean")
 
-    return Program(both, [optimizer], step, options={"expect_frozen": ("teacher.",)})
+    return plain(both, AdamW(both["student"].parameters(), lr=2e-3), rows, loss, expect_frozen=("teacher.",))
 
 
 def programs() -> Iterator[tuple[str, Make]]:

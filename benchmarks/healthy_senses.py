@@ -13,20 +13,19 @@ import transformers
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from benchmarks.programs import Make, Pictures, Program, update
+from benchmarks.programs import Make, Pictures, Program, own_loss, plain
 
 
 def classified(
     seed: int, model: Callable[[], nn.Module], optimizer: Callable[[Any], Optimizer], **shape: int
 ) -> Program:
     net, pictures = model().train(), Pictures(seed, **shape)
-    made = optimizer(net.parameters())
 
     def loss(net: nn.Module, batch: tuple) -> Tensor:
         shown = net(batch[0])
         return F.cross_entropy(getattr(shown, "logits", shown), batch[1])
 
-    return Program(net, [made], lambda i: update(made, loss(net, pictures())))
+    return plain(net, optimizer(net.parameters()), pictures, loss)
 
 
 def plain_cnn() -> nn.Module:
@@ -94,13 +93,12 @@ def hearing(name: str, seed: int) -> Program:
     """Wav2Vec2 and its kind: sequences to classes."""
     config, kind = getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}ForSequenceClassification")
     model, heard = kind(config(**HEARING)).train(), sounds(seed)
-    optimizer = AdamW(model.parameters(), lr=1e-3)
 
-    def step(i: int) -> Tensor:
+    def batches() -> dict[str, Tensor]:
         waves, classes = next(heard)
-        return update(optimizer, model(input_values=waves, labels=classes).loss)
+        return {"input_values": waves, "labels": classes}
 
-    return Program(model, [optimizer], step)
+    return plain(model, AdamW(model.parameters(), lr=1e-3), batches, own_loss)
 
 
 def whisper(seed: int) -> Program:
@@ -110,15 +108,15 @@ def whisper(seed: int) -> Program:
              "max_target_positions": 16, "vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
              "decoder_start_token_id": 3}  # fmt: skip
     model = transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**sizes)).train()
-    heard, optimizer = sounds(seed, length=50 * 40), AdamW(model.parameters(), lr=2e-3)
+    heard = sounds(seed, length=50 * 40)
 
-    def step(i: int) -> Tensor:
+    def batches() -> dict[str, Tensor]:
         waves, classes = next(heard)
         spectra = torch.fft.rfft(waves.view(-1, 50, 40), n=80).abs()[..., :40].transpose(1, 2).log1p()
         labels = torch.stack([classes + 10, classes // 2 + 30, torch.full_like(classes, 2)], 1)
-        return update(optimizer, model(input_features=spectra, labels=labels).loss)
+        return {"input_features": spectra, "labels": labels}
 
-    return Program(model, [optimizer], step)
+    return plain(model, AdamW(model.parameters(), lr=2e-3), batches, own_loss)
 
 
 def tiny_clip() -> transformers.CLIPModel:
@@ -137,14 +135,13 @@ def tiny_clip() -> transformers.CLIPModel:
 def clip(seed: int) -> Program:
     """Glyphs and the letters that they show."""
     model, pictures = tiny_clip().train(), Pictures(seed, batch=36)
-    optimizer = AdamW(model.parameters(), lr=1e-3)
 
-    def step(i: int) -> Tensor:
+    def batches() -> dict[str, Any]:
         shown, classes = pictures()
         ids = torch.stack([torch.ones_like(classes), classes + 10, torch.full_like(classes, 2)], 1)
-        return update(optimizer, model(input_ids=ids, pixel_values=shown, return_loss=True).loss)
+        return {"input_ids": ids, "pixel_values": shown, "return_loss": True}
 
-    return Program(model, [optimizer], step)
+    return plain(model, AdamW(model.parameters(), lr=1e-3), batches, own_loss)
 
 
 OTHERS: dict[str, Make] = {

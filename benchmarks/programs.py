@@ -40,7 +40,7 @@ class Program(NamedTuple):
     model: nn.Module
     optimizers: Sequence[Optimizer]
     step: Callable[[int], Tensor | float]  # makes update i (from 0) and returns its loss
-    examined: tuple[Any, Callable | None] | None = None  # a batch and a loss, where examine knows the kind of model
+    examined: tuple[Any, Callable | None] | None = None  # a batch and a loss, where there is one
     options: Mapping[str, Any] = {}  # of Watch
     held_out: Callable[[], float] | None = None  # what the run achieved, where a training loss would not tell
     config: Mapping[str, Any] | None = None  # for examine
@@ -60,6 +60,24 @@ def update(optimizers: Optimizer | Sequence[Optimizer], loss: Tensor, clip: floa
     for o in optimizers:
         o.step()
     return loss
+
+
+def own_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    return model(**batch).loss
+
+
+def plain(
+    model: nn.Module,
+    optimizer: Optimizer,
+    batches: Callable[[], Any],
+    loss: Callable,
+    clip: float | None = 1.0,
+    **options: Any,
+) -> Program:
+    """Batches, a loss of (model, batch), and nothing else; examined first."""
+    return Program(
+        model, [optimizer], lambda i: update(optimizer, loss(model, batches()), clip), (batches(), loss), options
+    )
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
