@@ -1,6 +1,7 @@
 """Terms of a loss that nothing learns by, and rows that others overwrite: each beside what looks like it."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_lab.health import examine
+from moe_lab.health.before.operations import untaught_terms
 
 
 def given() -> tuple[Tensor, Tensor]:
@@ -107,3 +109,11 @@ def test_rows_that_are_put_where_others_are_put(how: str) -> None:
     loss_fn = lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])  # noqa: E731
     told = [f for f in examine(Scattered(how), given(), loss_fn).findings if f.where == "places"]
     assert [(f.rule, f.severity, f.value) for f in told] == [("no_effect", "warning", 64)] * (how == "assigned")
+
+
+def test_where_no_pass_is_left_it_says_so() -> None:
+    trial = SimpleNamespace(operations=SimpleNamespace(terms=[0.5]), spare=0)
+    with pytest.raises(ValueError, match="to save forward passes"):
+        list(untaught_terms(trial))
+    trial.operations.terms = []
+    assert list(untaught_terms(trial)) == []

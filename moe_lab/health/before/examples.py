@@ -12,6 +12,9 @@ from ..findings import Finding, several
 from ..tokens import COME_AGAIN, REPEATED, raw
 
 TARGET = re.compile(r"label|target|^y$")
+OF_ONE = (
+    0.5  # share of a batch's examples that are doubles: draws from a small set give a third of a single batch by chance
+)
 MOST = 4096  # numbers of an example that are looked at
 MANY = 256  # targets that are not all one number by chance, even where one class is rare
 ROWS, LEAST = 64, 5  # examples whose order says anything, and the least of a class
@@ -65,9 +68,10 @@ def come_again(seen: Sequence[Examples]) -> Iterator[Finding]:
     for examples in seen:
         rows = [raw(row) for row in examples.x if (row != row.round()).any()]
         again, n, last = again + len(rows) - len(set(rows) - last), n + len(rows), set(rows)
-    if n >= 8 and again > REPEATED * n:
+    limit = REPEATED if len(seen) > 1 else OF_ONE
+    if n >= 8 and again > limit * n:
         message = f"{again / n:.0%} of {n} examples stood in the same batch, or in the one before, already"
-        yield Finding("repeated_data", "warning", "data", message, COME_AGAIN, round(again / n, 3), REPEATED)
+        yield Finding("repeated_data", "warning", "data", message, COME_AGAIN, round(again / n, 3), limit)
 
 
 def targets(seen: Sequence[Examples]) -> Iterator[Finding]:
