@@ -1,7 +1,7 @@
 """Does health keep quiet about trainings that are well? `make healthy`, a quarter of an hour of one core.
 
-Programs that were not written for it, each trained for 60 updates under examine (where it knows the kind of model) and a Watch at
-its defaults. An alarm is a finding of at least `warning`. Writes benchmarks/healthy.json; with a part of some names, as in
+Programs that were not written for it, each trained for 60 updates under examine and a Watch at its
+defaults. An alarm is a finding of at least `warning`. Writes benchmarks/healthy.json; with a part of some names, as in
 `python -m benchmarks.healthy "causal llama"`, it runs those alone, prints all that was said, and writes nothing; `--finished` computes nothing and tells of runs that are finished.
 """
 
