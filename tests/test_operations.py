@@ -1,7 +1,6 @@
 """Terms of a loss that nothing learns by, and rows that others overwrite: each beside what looks like it."""
 
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from moe_lab.health import examine
 from moe_lab.health.before.operations import untaught_terms
+from moe_lab.health.before.trial import Trial
 
 
 def given() -> tuple[Tensor, Tensor]:
@@ -112,8 +112,10 @@ def test_rows_that_are_put_where_others_are_put(how: str) -> None:
 
 
 def test_where_no_pass_is_left_it_says_so() -> None:
-    trial = SimpleNamespace(operations=SimpleNamespace(terms=[0.5]), spare=0)
+    model, loss_fn = net(), lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]) + 0.1
+    trial, before = Trial(model, given(), loss_fn, []), [p.clone() for p in model.parameters()]
+    list(trial.hear(lambda *args: None))
+    trial.spend(trial.left)
     with pytest.raises(ValueError, match="to save forward passes"):
         list(untaught_terms(trial))
-    trial.operations.terms = []
-    assert list(untaught_terms(trial)) == []
+    assert all(map(torch.equal, trial.model.parameters(), before))

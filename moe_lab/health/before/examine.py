@@ -218,9 +218,9 @@ CHECKS: dict[str, Callable[[Trial], Iterable[Finding] | Finding | None]] = {
     "positions": lambda trial: trial.listening.positions(),
     "memory": lambda trial: trial.listening.memories(),
     "rows that are overwritten": overwritten,
-    "terms without a gradient": untaught_terms,
     "arguments without effect": structure.without_effect,
     "training against evaluation": modes,
     "first loss": first_loss,
     "causality": causality,
+    "terms without a gradient": untaught_terms,
 }
