@@ -132,6 +132,16 @@ def test_one_batch_over_and_over_is_good_to_know(n_batches: int) -> None:
     assert told == ([] if n_batches > 1 else [30])
 
 
+@pytest.mark.parametrize("share", [0.9, 0.4])
+def test_where_less_than_half_is_asked_for_no_order_is_looked_for(share: float) -> None:
+    def noise(step: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(step)
+        ids = torch.randint(V, (B, T + 1), generator=generator)
+        return ids[:, :-1], ids[:, 1:].masked_fill(torch.rand(B, T, generator=generator) > share, -100)
+
+    assert ("random_tokens" in said(watched(Mixer(), of_pairs(noise)))) == (share > 0.5)
+
+
 class Translating(nn.Module):
     """Tokens that an encoder's tell, one by one, or nothing does."""
 

@@ -135,7 +135,7 @@ def norm_start(state: State) -> Ill:
     drawn = {
         name: std
         for name, (mean, std) in told.items()
-        if 0 < std < 0.5 and abs(mean) < GAINS_OFF * std / len(vectors[name]) ** 0.5
+        if std < 0.5 and abs(mean) < GAINS_OFF * std / len(vectors[name]) ** 0.5
     }
     return {name: {"value": std, "limit": 0.0} for name, std in drawn.items()} if len(drawn) == len(told) else {}
 
