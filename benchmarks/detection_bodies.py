@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from benchmarks.healthy_families import small
 from benchmarks.healthy_language import TinyGPT
 from benchmarks.healthy_senses import STAGES, VIT, plain_cnn, sounds, tiny_clip
-from benchmarks.programs import Masked, Pictures, Rows, own_loss
+from benchmarks.programs import Masked, Pictures, Rows, own_loss, picture_loss
 
 N_TEST = 8  # held-out batches
 Batch = Any
@@ -92,11 +92,6 @@ def t5(seed: int) -> Body:
         return batch
 
     return body(transformers.T5ForConditionalGeneration(config), batches, seed)
-
-
-def picture_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    shown = model(batch[0])
-    return F.cross_entropy(getattr(shown, "logits", shown), batch[1])
 
 
 def vit(seed: int) -> Body:

@@ -8,24 +8,18 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from benchmarks.programs import Make, Pictures, Program, own_loss, plain
+from benchmarks.programs import Make, Pictures, Program, own_loss, picture_loss, plain
 
 
 def classified(
     seed: int, model: Callable[[], nn.Module], optimizer: Callable[[Any], Optimizer], **shape: int
 ) -> Program:
     net, pictures = model().train(), Pictures(seed, **shape)
-
-    def loss(net: nn.Module, batch: tuple) -> Tensor:
-        shown = net(batch[0])
-        return F.cross_entropy(getattr(shown, "logits", shown), batch[1])
-
-    return plain(net, optimizer(net.parameters()), pictures, loss)
+    return plain(net, optimizer(net.parameters()), pictures, picture_loss)
 
 
 def plain_cnn() -> nn.Module:

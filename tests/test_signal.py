@@ -1,6 +1,7 @@
 """Signals that are dead or faint, experts, ties, and what lies outside of the optimizer: each sickness with what looks like it."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -76,53 +77,48 @@ STATISTICS = {  # what is done with an average's buffers, or the average, after 
 }
 
 
-@pytest.mark.parametrize("kind", STATISTICS)
-def test_an_average_whose_batch_norms_keep_old_statistics_is_told(kind: str) -> None:
+def normed(momentum: float | None = 0.1) -> nn.Module:
     torch.manual_seed(0)
-    buffers, wanted = STATISTICS[kind]
-    model = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 1))
-    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    return nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16, momentum=momentum), nn.ReLU(), nn.Linear(16, 1))
+
+
+def said_of(model: nn.Module, n: int, after: Callable[[], object] = lambda: None) -> list[str]:
+    """What is said of so many updates on a product of two inputs; `after` each of them."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     with Watch(model, optimizer, quiet=True) as watch:
-        for _ in range(60):
+        for _ in range(n):
             x = torch.randn(32, 4)
-            loss = (model(x) - x[:, :1] * x[:, 1:2]).square().mean()
             optimizer.zero_grad()
-            loss.backward()
+            (model(x) - x[:, :1] * x[:, 1:2]).square().mean().backward()
             optimizer.step()
             with torch.no_grad():
-                for p, q in zip(ema.parameters(), model.parameters(), strict=True):
-                    p.lerp_(q, 0.0 if kind in ("copied once in a while", "another network") else 0.05)
-                buffers(ema, model)
-    assert [f.rule for f in watch.findings if f.severity != "info"] == wanted
+                after()
+    return said(watch)
+
+
+@pytest.mark.parametrize("kind", STATISTICS)
+def test_an_average_whose_batch_norms_keep_old_statistics_is_told(kind: str) -> None:
+    buffers, wanted = STATISTICS[kind]
+    model = normed()
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
+
+    def follow() -> None:
+        for p, q in zip(ema.parameters(), model.parameters(), strict=True):
+            p.lerp_(q, 0.0 if kind in ("copied once in a while", "another network") else 0.05)
+        buffers(ema, model)
+
+    assert said_of(model, 60, follow) == wanted
 
 
 def test_torchs_own_average_brings_its_statistics_along() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 1))
+    model = normed()
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.95))
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    with Watch(model, optimizer, quiet=True) as watch:
-        for _ in range(60):
-            x = torch.randn(32, 4)
-            optimizer.zero_grad()
-            (model(x) - x[:, :1]).square().mean().backward()
-            optimizer.step()
-            ema.update_parameters(model)
-    assert said(watch) == []
+    assert said_of(model, 60, lambda: ema.update_parameters(model)) == []
 
 
 @pytest.mark.parametrize(("momentum", "told"), [(0.99, True), (0.1, False), (1.0, False), (None, False)])
 def test_statistics_that_know_the_last_batch_alone(momentum: float | None, told: bool) -> None:
-    model = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16, momentum=momentum), nn.ReLU(), nn.Linear(16, 1))
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    with Watch(model, optimizer, quiet=True) as watch:
-        for _ in range(11):
-            x = torch.randn(32, 4)
-            optimizer.zero_grad()
-            (model(x) - x[:, :1]).square().mean().backward()
-            optimizer.step()
-    assert said(watch) == ["mode_mismatch"] * told
+    assert said_of(normed(momentum), 11) == ["mode_mismatch"] * told
 
 
 # ---- positions -------------------------------------------------------------------------------------------------------

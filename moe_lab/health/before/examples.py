@@ -12,9 +12,8 @@ from ..findings import Finding, several
 from ..tokens import COME_AGAIN, REPEATED, raw
 
 TARGET = re.compile(r"label|target|^y$")
-OF_ONE = (
-    0.5  # share of a batch's examples that are doubles: draws from a small set give a third of a single batch by chance
-)
+# share of a batch's examples that are doubles: draws from a small set give a third of a single batch by chance
+OF_ONE = 0.5
 MOST = 4096  # numbers of an example that are looked at
 MANY = 256  # targets that are not all one number by chance, even where one class is rare
 ROWS, LEAST = 64, 5  # examples whose order says anything, and the least of a class

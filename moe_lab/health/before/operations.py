@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..findings import Finding
@@ -49,6 +49,12 @@ def is_number(x: Any) -> bool:
     return not x.requires_grad and x.numel() == 1 if isinstance(x, Tensor) else isinstance(x, float)
 
 
+@torch.no_grad()
+def negate(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.neg_()
+
+
 def overwritten(trial: Any) -> Iterator[Finding]:
     if trial.operations.overwritten:
         lost, n = trial.operations.overwritten
@@ -63,22 +69,14 @@ def untaught_terms(trial: Any) -> Iterator[Finding]:
     pass, which can be undone to the bit. Raises ValueError where there are some and no pass is left."""
     if not (before := trial.operations.terms):
         return
-    parameters = list(trial.model.parameters())
-    with torch.no_grad():
-        for p in parameters:
-            p.neg_()
+    negate(trial.model)
     try:
         with Operations() as again:
             trial.loss_of(trial.batch)
     finally:
-        with torch.no_grad():
-            for p in parameters:
-                p.neg_()
-    pairs = (
-        [(float(a), float(b)) for a, b in zip(before, again.terms, strict=False)]
-        if len(before) == len(again.terms)
-        else []
-    )
+        negate(trial.model)
+    is_alike = len(before) == len(again.terms)  # else other ways were taken
+    pairs = [(float(a), float(b)) for a, b in zip(before, again.terms, strict=True)] if is_alike else []
     if told := [a for a, b in pairs if math.isfinite(b) and not math.isclose(a, b, rel_tol=SAME, abs_tol=1e-12)]:
         message = (
             f"{told[0]:.3g} is added to the loss, follows the model's weights and has no gradient: nothing learns by it"

@@ -117,9 +117,8 @@ class Statistics:
         # by a norm's id, at the last look: its weight and mean, (C,)
         self.before: dict[int, tuple[Tensor, Tensor]] = {}
         self.search_at = SEARCH  # updates seen
-        self.left: dict[
-            int, int
-        ] = {}  # by a norm's id: looks before which its weights had followed, and its mean had not
+        # by a norm's id: looks before which its weights had followed, and its mean had not
+        self.left: dict[int, int] = {}
 
     def look(self, tracked: Sequence[Tracked], n_seen: int) -> None:
         held = {id(t.param) for t in tracked if t.owner}

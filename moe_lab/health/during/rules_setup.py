@@ -125,19 +125,16 @@ def delta_start(state: State) -> Ill:
 )
 def norm_start(state: State) -> Ill:
     """Gains whose mean is nothing but their spread's chance: exact zeros or ones are chosen, and trained ones lie elsewhere."""
-    named = [
-        (name, m.weight)
-        for name, m in state.modules.items()
-        if "norm" in type(m).__name__.lower() and hasattr(m, "weight")
-    ]
-    vectors = {name: plain(w).float() for name, w in named if isinstance(w, Tensor) and w.ndim == 1 and len(w) >= GAINS}
-    told = {name: (float(w.mean()), float(w.std())) for name, w in vectors.items() if not state.n_seen}
-    drawn = {
-        name: std
-        for name, (mean, std) in told.items()
-        if std < 0.5 and abs(mean) < GAINS_OFF * std / len(vectors[name]) ** 0.5
-    }
-    return {name: {"value": std, "limit": 0.0} for name, std in drawn.items()} if len(drawn) == len(told) else {}
+    norms = {} if state.n_seen else {n: m for n, m in state.modules.items() if "norm" in type(m).__name__.lower()}
+    drawn = {}
+    for name, gains in ((name, getattr(m, "weight", None)) for name, m in norms.items()):
+        if isinstance(gains, Tensor) and gains.ndim == 1 and len(gains) >= GAINS:
+            values = plain(gains).float()
+            mean, std = float(values.mean()), float(values.std())
+            if not (std < 0.5 and abs(mean) < GAINS_OFF * std / len(gains) ** 0.5):
+                return {}
+            drawn[name] = {"value": std, "limit": 0.0}
+    return drawn
 
 
 def is_decay_rates(p: Tensor) -> bool:
