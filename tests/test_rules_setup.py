@@ -303,32 +303,3 @@ def test_what_an_optimizer_keeps_and_cannot_use(when: str) -> None:
     if when == "before":
         found = finding(watch, "nonfinite_values")
         assert "exp_avg_sq of up.weight" in found.message and found.value == 16 and found.severity == "error"
-
-
-def drawn(w: torch.Tensor) -> torch.Tensor:
-    return w.normal_(0.0, 0.02)
-
-
-GAINS = {  # how the norms' weights begin
-    "drawn": (drawn, True),
-    "ones": (lambda w: w.fill_(1.0), False),
-    "zeros": (lambda w: w.zero_(), False),  # on purpose, at a branch's end
-    "around one": (lambda w: w.normal_(1.0, 0.02), False),
-    "trained": (lambda w: w.uniform_(-0.1, 0.4), False),
-}
-
-
-@pytest.mark.parametrize("kind", GAINS)
-def test_gains_that_an_init_of_matrices_overwrote(kind: str) -> None:
-    torch.manual_seed(0)
-    begin, told = GAINS[kind]
-    model = nn.Sequential(nn.Linear(4, 32), nn.LayerNorm(32), nn.Linear(32, 32), nn.LayerNorm(32), nn.Linear(32, 1))
-    with torch.no_grad():
-        for module in model:
-            if isinstance(module, nn.LayerNorm):
-                begin(module.weight)
-    watch = Watch(model, AdamW(model.parameters(), weight_decay=0.0), quiet=True)
-    assert ("norm_start" in said(watch)) == told
-    with torch.no_grad():
-        model[1].weight.fill_(1.0)  # one is as it should be: no init went over all
-    assert "norm_start" not in said(Watch(model, AdamW(model.parameters(), weight_decay=0.0), quiet=True))

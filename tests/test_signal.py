@@ -275,32 +275,6 @@ def test_ties(case: str) -> None:
     assert ("broken_tie" in said(watch)) == (case not in ("tied", "untied by config"))
 
 
-@pytest.mark.parametrize(("bias", "wanted"), [(None, []), (0.0, ["delta_start"]), (-12.0, ["delta_start"])])
-def test_time_steps_of_a_fresh_state_space(bias: float | None, wanted: list[str]) -> None:
-    torch.manual_seed(0)
-    config = {"vocab_size": 64, "hidden_size": 32, "state_size": 8, "num_hidden_layers": 1}
-    model = transformers.MambaForCausalLM(transformers.MambaConfig(**config))
-    if bias is not None:
-        nn.init.constant_(model.backbone.layers[0].mixer.dt_proj.bias, bias)
-    watch = Watch(model, torch.optim.AdamW(model.parameters()))
-    assert said(watch) == wanted
-    (rule,) = [rule for rule in watch.rules if rule.id == "weight_decay_on_norms"]
-    assert {"backbone.layers.*.mixer.A_log", "backbone.layers.*.mixer.D"} <= rule.when(watch.state).keys()
-    assert "backbone.layers.*.mixer.in_proj.weight" not in rule.when(watch.state)
-    model.backbone.layers[0].mixer.A_log.data += 0.1 * torch.randn(64, 8)  # has been trained
-    assert said(Watch(model, torch.optim.AdamW(model.parameters()))) == []
-
-
-@pytest.mark.parametrize("is_drawn", [True, False])
-def test_the_bias_of_an_output_is_no_time_step(is_drawn: bool) -> None:
-    mixer = nn.Module()
-    mixer.A_log = nn.Parameter(torch.arange(1.0, 9.0).log().repeat(32, 1))
-    mixer.steps, mixer.out = nn.Linear(32, 32), nn.Linear(32, 32)
-    nn.init.constant_(mixer.steps.bias, -4.6 if is_drawn else 0.0)  # a time step of 0.01 or 0.7
-    watch = Watch(nn.Sequential(mixer), torch.optim.AdamW(mixer.parameters(), weight_decay=0.0))
-    assert said(watch) == ["delta_start"] * (not is_drawn)
-
-
 def test_looking_at_choices_changes_nothing() -> None:
     ends = []
     for watching in (False, True):

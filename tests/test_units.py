@@ -314,12 +314,6 @@ def test_a_loss_that_has_nothing_more_to_teach_stops_nobody() -> None:
 # ---- dropout, and what is normalised over one number --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("p", "is_told"), [(0.95, True), (0.9, True), (0.8, False), (0.1, False)])
-def test_a_dropout_that_keeps_next_to_nothing_is_told(p: float, is_told: bool) -> None:
-    model = net(nn.Dropout(p))
-    assert ("heavy_dropout" in said(Watch(model, SGD(model.parameters(), lr=0.1), quiet=True))) == is_told
-
-
 class Pooled(nn.Module):
     """Scores over time, as weights of a mean."""
 

@@ -67,7 +67,8 @@ RULES: dict[str, tuple[str, str]] = {
     "not_in_optimizer": ("error", "a trainable tensor is in no optimizer"),
     "updated_twice": ("error", "a tensor is in two optimizers, or twice in one"),
     "frozen_module": ("warning", "part of the model has requires_grad=False and was not declared frozen"),
-    "norm_start": ("warning", "a fresh norm's gains are drawn around 0, as if they were a matrix"),
+    "norm_start": ("warning", "fresh norms begin with other gains, biases or epsilons than norms do"),
+    "equal_units": ("warning", "units of a fresh matrix begin as copies of each other, or as zeros beside others"),
     "delta_start": ("warning", "a state space model's fresh time steps are far from 0.001 to 0.1"),
     "stuck_copy": (
         "warning",

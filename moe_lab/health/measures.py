@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .sampling import plain
+
 
 def ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Distance from |x| to the next larger number of `dtype`, same shape, float32 (float64 for float64); x in any float dtype.
@@ -120,3 +122,12 @@ def share_of(readings: Sequence[Any]) -> Share | None:
     rest = rruu - 2 * rho * ruuu + rho**2 * uuuu
     ulps = math.sqrt(sum(r.ulps_square for r in known) / max(sum(r.n_touched for r in known), 1))
     return Share(rho, math.sqrt(max(0.0, rest)) / square, ulps)
+
+
+def is_decay_rates(p: Tensor) -> bool:
+    """Whether a matrix holds ln 1, ln 2, …, ln N in its rows, as a state space model's fresh A_log does."""
+    values = plain(p)[:: max(1, len(p) - 1)]  # the first row and the last
+    if not values.numel() or values.shape[-1] < 2 or not values.is_floating_point():
+        return False
+    wanted = torch.arange(1, values.shape[-1] + 1, device=values.device).float().log()
+    return bool((values.float() - wanted).abs().max() < 0.02)

@@ -23,8 +23,9 @@ PROMISES = re.compile(
 )
 # distances of tokens: farthest asked for, since a real memory may fade to nothing, and least worth asking
 FAR, NEAR = 32, 8
-# how near to 2 the share of the input in the output must be, for each block of a kind; of 20 families' fresh blocks it is 0.78 to 1.13
-NEAR_TWO = 0.4
+# share of the input in the output, in each block of a kind, from which on it is there twice or larger; of 20 families' fresh blocks
+# it is 0.78 to 1.13
+GROWN = 1.6
 UNHEARD = 0.2  # share of tokens that nothing depends on although they are there: one that is read out may be all
 TURNED_ROUND = "a mask is the wrong way round: torch's key_padding_mask is True where a token is padding, transformers' attention_mask is 1 where it is none"
 ASKED_FOR = 0.01  # share of the ids that are a row without a gradient
@@ -144,11 +145,14 @@ class Listening(Listener):
             advice = "add the residual once: where a token is skipped, put its input back, not the input and its copy"
             yield Finding("scaled_copies", "error", name, message, advice, round(factor, 4), 1)
         siblings = [names for names in grouped(self.shares, tensor_kind).values() if len(names) > 1]
-        twice = [names for names in siblings if all(abs(self.shares[name] - 2) < NEAR_TWO for name in names)]
-        if ill := self.doubled or next(iter(twice), []):
-            message = f"{several(ill)} returns its input twice, beside what it adds: the stream doubles with each"
-            advice = "add the residual once, in the block or in the layer that is left out, not in both"
-            yield Finding("scaled_copies", "warning", ill[0], message, advice, 2, 1)
+        grown = [names for names in siblings if all(self.shares[name] > GROWN for name in names)]
+        if ill := self.doubled or next(iter(grown), []):
+            factor = 2 if self.doubled else round(min(self.shares[name] for name in ill), 2)
+            message = (
+                f"{several(ill)} returns its input {factor:.2g} times, beside what it adds: the stream grows with each"
+            )
+            advice = "add the residual once and as it is, in the block or in the layer that is left out, not in both"
+            yield Finding("scaled_copies", "warning", ill[0], message, advice, factor, 1)
 
     def positions(self) -> Iterator[Finding]:
         for chosen, of in [self.ranks.found] if self.ranks.found else []:

@@ -3,6 +3,7 @@
 watch.py         the Watch: hooks, checks, report
 rules.py         the rules in the order in which they are asked
 rules_setup.py   who is updated at all: optimizers, frozen parts, decay of norms
+rules_start.py   what a fresh model begins with: gains, time steps, units that are alike; dropout
 rules_updates.py what becomes of updates: order of events, broken gradients, lost to rounding, one direction only
 rules_signal.py  gradients that do not arrive: cut off, gone silent, of no effect
 rules_flow.py    targets and data, looks into the future, modes; experts, faint signals; copies, counts and positions beside them

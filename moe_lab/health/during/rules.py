@@ -11,13 +11,14 @@ from . import (
     rules_schedule,
     rules_setup,
     rules_signal,
+    rules_start,
     rules_steps,
     rules_units,
     rules_updates,
 )
 
 # In order of certainty: a broken set-up explains what comes after it.
-AT_START = rules_setup.RULES
+AT_START = (*rules_setup.RULES, *rules_start.RULES)
 ALL = (*AT_START, *rules_ranks.RULES, *rules_schedule.RULES, rules_steps.lost_decay, *rules_updates.RULES)
 ALL += (*rules_signal.RULES, *rules_updates.STILL)
 ALL += (*rules_steps.RULES, *rules_units.RULES, *rules_flow.RULES, *rules_steps.SIZES, *rules_loss.RULES)

@@ -3,12 +3,11 @@
 from collections import Counter
 from functools import partial
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..before import structure
 from ..before.preflight import plan_of
-from ..sampling import plain
+from ..measures import is_decay_rates
 from .forward import unwrapped
 from .rule import Ill, Rule, by_kind, found_in, rule
 from .state import State
@@ -79,70 +78,10 @@ def weight_decay_on_norms(state: State) -> Ill:
     return by_kind([*(t for t in decayed if t.param.ndim <= 1), *rates])
 
 
-KEPT_SHARE = 0.85  # a dropout from it on: wide nets drop up to 0.8; shares to keep are 0.9 and 0.95
-
-
-@rule(
-    "{names} drops {value:.0%} of what it is given",
-    "torch's dropout takes the share to drop, others the share to keep: 0.1 keeps nine of ten",
-)
-def heavy_dropout(state: State) -> Ill:
-    drops = {name: m.p for name, m in state.modules.items() if isinstance(m, nn.modules.dropout._DropoutNd)}
-    return {name: {"value": p, "limit": KEPT_SHARE} for name, p in drops.items() if p >= KEPT_SHARE}
-
-
-GAINS, GAINS_OFF = 16, 4.0  # of a norm, at least; standard errors of their mean that are chance
-DELTAS = 1e-4, 0.2  # a fresh median; Mamba draws 0.001 to 0.1 (Gu & Dao 2023, sec. 3.6)
-
-
 def broken_tie(state: State) -> Ill:
     model = unwrapped(state.model)
     found = structure.broken_tie(model, plan_of(model)) if state.is_changed else None
     return {found.where: found.to_dict()} if found else {}
-
-
-@rule(
-    "{names}: the time step of a fresh state space is {value:.2g} in the median, where 0.001 to 0.1 is meant",
-    "an init over all linear layers overwrote its bias: set that last, to the inverse softplus of steps drawn from there",
-)
-def delta_start(state: State) -> Ill:
-    """Of modules whose own matrix is log 1, log 2, …, log N in each row: decay rates that no update has touched. Of several biases
-    of their length one may be the output's: then any that is as it should be is enough."""
-    found = {}
-    for name, module in state.modules.items() if not state.n_seen else ():
-        rates = [p for p in module.parameters(recurse=False) if p.ndim == 2 and is_decay_rates(p)]
-        layers = {key: m for key, m in module.named_children() if rates and isinstance(m, nn.Linear)}
-        biases = {key: m.bias for key, m in layers.items() if m.bias is not None and len(m.bias) == len(rates[0])}
-        steps = {key: float(nn.functional.softplus(plain(b).float()).median()) for key, b in biases.items()}
-        if not any(DELTAS[0] <= step <= DELTAS[1] for step in steps.values()):
-            found |= {f"{name}.{key}": {"value": s, "limit": DELTAS[s > DELTAS[1]]} for key, s in steps.items()}
-    return found
-
-
-@rule(
-    "{names}: gains of {n} fresh norms are drawn around 0, with a deviation of {value:.2g}: they turn round half of what passes",
-    "an init over all tensors overwrote their ones: fill the weights of norms with 1 after it",
-)
-def norm_start(state: State) -> Ill:
-    """Gains whose mean is nothing but their spread's chance: exact zeros or ones are chosen, and trained ones lie elsewhere."""
-    norms = {} if state.n_seen else {n: m for n, m in state.modules.items() if "norm" in type(m).__name__.lower()}
-    drawn = {}
-    for name, gains in ((name, getattr(m, "weight", None)) for name, m in norms.items()):
-        if isinstance(gains, Tensor) and gains.ndim == 1 and len(gains) >= GAINS:
-            values = plain(gains).float()
-            mean, std = float(values.mean()), float(values.std())
-            if not (std < 0.5 and abs(mean) < GAINS_OFF * std / len(gains) ** 0.5):
-                return {}
-            drawn[name] = {"value": std, "limit": 0.0}
-    return drawn
-
-
-def is_decay_rates(p: Tensor) -> bool:
-    values = plain(p)[:: max(1, len(p) - 1)]  # the first row and the last
-    if not values.numel() or values.shape[-1] < 2 or not values.is_floating_point():
-        return False
-    wanted = torch.arange(1, values.shape[-1] + 1, device=values.device).float().log()
-    return bool((values.float() - wanted).abs().max() < 0.02)
 
 
 def unusable_state(state: State) -> Ill:
@@ -160,9 +99,6 @@ RULES = (
     updated_twice,
     frozen_module,
     Rule("broken_tie", "warning", broken_tie),
-    delta_start,
-    norm_start,
-    heavy_dropout,
     Rule("nonfinite_values", "error", unusable_state),
     weight_decay_on_norms,
 )
