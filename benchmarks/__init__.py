@@ -24,6 +24,7 @@ operators.py       mutation operators that we did not write: `make operators`
 tools.py           other tools on the judged rows: `make tools`
 programs.py        what a training is to those who watch it; data; tables of runs that are kept by content
 healthy.py         does health keep quiet about trainings that are well: `make healthy`
+healthy_rates.py   which learning rates those get, chosen by their losses alone
 healthy_families.py  every family of transformers that runs here in tiny form
 healthy_language.py  one language model under every optimizer and schedule
 healthy_loops.py   precision, accumulation, averages, freezing, adapters

@@ -15,11 +15,11 @@ from typing import Any
 
 from benchmarks import healthy_families, healthy_kinds, healthy_language, healthy_loops, healthy_senses
 from benchmarks.detection import finished
+from benchmarks.healthy_rates import BEST, STEPS, at_rate
 from benchmarks.programs import HEALTH, Job, Make, alarms, kept, sources_of, watched
 from moe_lab.config import ROOT
 from moe_lab.failures.results import provenance, write_json
 
-STEPS = 60
 TABLES = (healthy_families, healthy_language, healthy_loops, healthy_senses, healthy_kinds)
 
 
@@ -30,9 +30,10 @@ def seed_of(name: str) -> int:
 
 def jobs(part: str) -> Iterable[Job]:
     for table in TABLES:
-        sources = sources_of(table.__name__.rsplit(".", 1)[-1]) + HEALTH
+        sources = sources_of(table.__name__.rsplit(".", 1)[-1], "healthy_rates") + HEALTH
         make: Make
         for name, make in table.programs():
+            make = partial(at_rate, make, BEST[name]) if name in BEST else make
             if part in name:
                 yield Job(name, seed_of(name), partial(watched, make, seed_of(name), STEPS), sources)
 
