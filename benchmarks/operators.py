@@ -34,15 +34,19 @@ CUT = ("no_gradient", "faint_gradient")
 CAUSES = {  # operators, by what their code does → the rules that would name that; of all others health measures nothing
     "MZM MIM MRM MCB VEC": ("future_leak", "no_effect"),
     "QZQ QZK QZV VSH": CUT,
-    "FDN": (*CUT, "equal_units"),
+    "FDN": (*CUT, "alike_units"),
     "QFG": ("frozen_module",),
     "SPD RIN KMD": ("mode_mismatch",),
     "SUC": (*CUT, "nonfinite_gradient", "nonfinite_loss"),
     "POE PSI PTL": (*CUT, "no_effect", "rough_positions"),
     "CST COB CTR CLK": ("future_leak", "mode_mismatch"),
     "NZG RRS": (*CUT, "initial_loss"),
-    "OZR FWI": (*CUT, "initial_loss", "equal_units"),  # equal_units and norm_start since a first run had been looked at
-    "ETZ QTH": ("equal_units",),
+    "OZR FWI": (
+        *CUT,
+        "initial_loss",
+        "alike_units",
+    ),  # alike_units and norm_start: since a first run had been looked at
+    "ETZ QTH": ("alike_units",),
     "NSG NSB": ("initial_loss", "norm_start"),
     "NCE": ("norm_start",),
     "FSW OSL ORI": ("initial_loss",),

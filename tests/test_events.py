@@ -335,6 +335,60 @@ def test_a_task_whose_gradients_another_clears(way: str, told: set[str]) -> None
     assert watched(model, [optimizer], step) & {*EVENTS, "no_gradient"} == told
 
 
+class Rivals(nn.Module):
+    """A maker and a judge of what it makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maker, self.judge = nn.Linear(4, 3), nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+
+
+@pytest.mark.parametrize(
+    ("cleared", "told"),
+    [("before the pass", set()), ("both before each", set()), ("after the step", {"stale_gradients"})],
+)
+def test_gradients_that_a_rival_left(cleared: str, told: set[str]) -> None:
+    """The maker's backward pass goes through the judge."""
+    model = Rivals()
+    optimizers = [torch.optim.Adam(part.parameters(), lr=1e-3) for part in (model.maker, model.judge)]
+
+    def step(i: int) -> None:
+        for optimizer, other in (optimizers, optimizers[::-1]):
+            made = model.maker(torch.randn(16, 4))
+            if cleared != "after the step":
+                optimizer.zero_grad()
+            if cleared == "both before each":
+                other.zero_grad()
+            if optimizer is optimizers[0]:
+                (-model.judge(made).mean()).backward()
+            else:
+                (model.judge(made.detach()).mean() - model.judge(torch.randn(16, 3)).mean()).backward()
+            optimizer.step()
+            if cleared == "after the step":
+                optimizer.zero_grad()
+
+    assert watched(model, optimizers, step) & EVENTS == told
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_an_optimizer_that_steps_less_often_than_another(every: int) -> None:
+    """Its gradients add up over the other one's steps: all of their passes are the same."""
+    model = toy()
+    fast, slow = halves(model)
+
+    def step(i: int) -> torch.Tensor:
+        fast.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        fast.step()
+        if i % every == every - 1:
+            slow.step()
+            slow.zero_grad()
+        return loss.detach()
+
+    assert watched(model, [fast, slow], step) & EVENTS == set()
+
+
 @pytest.mark.parametrize("clears", ["the model", "the optimizer"])
 def test_what_only_the_loss_holds_is_not_cleared_by_the_model(clears: str) -> None:
     model = toy()

@@ -321,3 +321,29 @@ def test_examples_that_hear_of_each_other(kind: str) -> None:
     found = examine(model, (x, torch.randint(3, (6,))), lambda model, b: F.cross_entropy(model(b[0]), b[1])).findings
     assert [f.where for f in found if f.rule == "future_leak"] == ["batch"] * (kind == "beside it")
     assert ("dropout" in [f.where for f in found if f.rule == "mode_mismatch"]) == (kind == "drops")
+
+
+class Spoken(nn.Module):
+    """(B, T, …) in; frames come first in what it gives, as torch's CTC wants them: by a transpose, or by a reshape that mixes them."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.scores, self.way = nn.Linear(6, 5), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.scores(x)
+        by_time = scores.transpose(0, 1) if self.way == "transposed" else scores.reshape(x.shape[1], x.shape[0], -1)
+        return by_time.log_softmax(-1)
+
+
+@pytest.mark.parametrize("way", ["transposed", "reshaped"])
+def test_frames_of_other_examples_when_time_comes_first(way: str) -> None:
+    torch.manual_seed(0)
+
+    def loss(model: nn.Module, batch: tuple) -> Tensor:
+        scores = model(batch[0])
+        n, t = batch[1].shape[0], scores.shape[0]
+        return F.ctc_loss(scores, batch[1], torch.full((n,), t), torch.full((n,), 3))
+
+    found = examine(Spoken(way), (torch.randn(7, 12, 6), torch.randint(1, 5, (7, 3))), loss).findings
+    assert [f.where for f in found if f.rule == "future_leak"] == ["batch"] * (way == "reshaped")

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import AdamW
 from toy import Toy, adamw, finding, loss_of, said, toy, train, watched
 
-from moe_lab.health import Watch
+from moe_lab.health import Watch, examine
 
 
 def test_what_no_optimizer_holds() -> None:
@@ -303,3 +303,29 @@ def test_what_an_optimizer_keeps_and_cannot_use(when: str) -> None:
     if when == "before":
         found = finding(watch, "nonfinite_values")
         assert "exp_avg_sq of up.weight" in found.message and found.value == 16 and found.severity == "error"
+
+
+class Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.score = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.score(torch.tanh(self.body(x)))
+
+
+@pytest.mark.parametrize(
+    ("names", "told"), [(["classifier"], True), (["score"], False), (["classifier", "score"], False), (None, False)]
+)
+def test_what_is_to_be_trained_beside_an_adapter_and_is_not_there(names: list[str] | None, told: bool) -> None:
+    """Of a library's own list one name is enough. By the adapter's own config, and by one that is handed to examine."""
+    import peft
+
+    torch.manual_seed(0)
+    config = peft.LoraConfig(target_modules=["body"], modules_to_save=names)
+    model = peft.get_peft_model(Classifier(), config)
+    optimizer = AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.0)
+    assert ("modules_to_save" in {f.where for f in Watch(model, optimizer, quiet=True).findings}) == told
+    batch, loss = (torch.randn(8, 8), torch.randint(3, (8,))), lambda m, b: F.cross_entropy(m(b[0]), b[1])
+    given = examine(Classifier(), batch, loss, config={"lora": {"modules_to_save": names}} if names else None)
+    assert ("modules_to_save" in {f.where for f in given.findings}) == told

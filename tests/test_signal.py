@@ -116,6 +116,46 @@ def test_torchs_own_average_brings_its_statistics_along() -> None:
     assert said_of(model, 60, lambda: ema.update_parameters(model)) == []
 
 
+def trained_before(n: int) -> tuple[nn.Module, nn.Module]:
+    """A model after some updates, and its average from their beginning on."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
+    average = copy.deepcopy(model).requires_grad_(False)
+    said_of(model, n, lambda: follow(average, model))
+    return model, average
+
+
+def follow(average: nn.Module, model: nn.Module) -> None:
+    for p, q in zip(average.parameters(), model.parameters(), strict=True):
+        p.lerp_(q, 0.005)
+
+
+def anew(average: nn.Module) -> None:
+    for p in average.parameters():
+        p.copy_(torch.randn_like(p) * 0.3)
+
+
+AVERAGES = {  # how an average that was kept so far is when the watch begins, what is done after each update, what is said
+    "begins anew": (anew, follow, ["stuck_copy"]),
+    "goes on": (lambda average: None, follow, []),
+    "another model, which rests": (anew, lambda average, model: None, []),
+    "another model, which wanders": (
+        anew,
+        lambda average, model: [p.add_(0.01 * torch.randn_like(p)) for p in average.parameters()],
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", AVERAGES)
+def test_an_average_that_began_before_a_checkpoint_was_loaded(kind: str) -> None:
+    begins, goes_on, wanted = AVERAGES[kind]
+    model, average = trained_before(200)
+    with torch.no_grad():
+        begins(average)
+    assert said_of(model, 60, lambda: goes_on(average, model)) == wanted
+
+
 @pytest.mark.parametrize(("momentum", "told"), [(0.99, True), (0.1, False), (1.0, False), (None, False)])
 def test_statistics_that_know_the_last_batch_alone(momentum: float | None, told: bool) -> None:
     assert said_of(normed(momentum), 11) == ["mode_mismatch"] * told

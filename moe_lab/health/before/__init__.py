@@ -10,6 +10,7 @@ flow.py        check_train_eval: who computes in which mode, and what comes of i
 listening.py   what one pass shows: scaled copies, memories that end early, positions that are ranks
 structure.py   ties, copies, what nobody holds, stale tensors, 16-bit weights that cannot move, arguments without effect
 trying.py      unread_keys, dry_run: what one's own code does when it is run
+backward.py    backward passes beside the loss's own: of a multiple of it, of the answer alone
 operations.py  what single operations show: terms of the loss without a gradient, rows that others overwrite
 trial.py       the copy that is examined, and the forward passes that may be spent on it
 examine.py     examine(model, batch, …): all of it in one call, and what could not be looked at

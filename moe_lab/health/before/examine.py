@@ -21,6 +21,7 @@ from ..during.watch import Watch
 from ..findings import Finding, grouped, several
 from ..sampling import tensor_kind
 from . import structure
+from .backward import scaled_back, untaught_by_answer
 from .data import check_data
 from .flow import train_eval, unscaled_dropout
 from .operations import overwritten, untaught_terms
@@ -84,6 +85,7 @@ def examine(
     if config is not None:
         ask("config", lambda: preflight(config))
     ask("ties", lambda: structure.broken_tie(model, plan_of(model, config)))
+    ask("names of modules", lambda: structure.named_in_vain(model, plan_of(model, config)))
     if optimizer is not None:
         ask("optimizers", lambda: setup(model, optimizers))
         ask("16-bit tensors that cannot move", lambda: structure.cannot_move(model, optimizers))
@@ -223,4 +225,6 @@ CHECKS: dict[str, Callable[[Trial], Iterable[Finding] | Finding | None]] = {
     "first loss": first_loss,
     "causality": causality,
     "terms without a gradient": untaught_terms,
+    "multiples of the loss": scaled_back,
+    "the answer's own gradient": untaught_by_answer,
 }

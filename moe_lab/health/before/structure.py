@@ -25,6 +25,7 @@ LEFT_OUT = 0.05  # share of the targets, which a class of its own may have
 OWN_NUMBER = "leave ignore_index at -100, and give padding that label, or a class of its own"
 TO_SAVE = "not tried, to save forward passes"
 COPIED = 0.8  # share of what trains that a copy of the model must hold; the rest may be a head
+TO_TRAIN = "modules_to_save"  # as peft calls what is trained whole
 TIE = re.compile(r"(?:^|_)(?:tie|tied|tying)(?:_|$)")
 
 
@@ -47,6 +48,23 @@ def broken_tie(model: nn.Module, plan: Plan | None) -> Finding | None:
     message = f"{table} and {head} {why} and are two tensors: each learns for itself"
     advice = "tie them after the last to(), copy, wrapping or loading, before the optimizer is made"
     return Finding("broken_tie", "warning", head, message, advice)
+
+
+def named_in_vain(model: nn.Module, plan: Plan) -> Finding | None:
+    """Lists of modules to train beside an adapter, of a config or of the adapter's own, of which no module bears any name: one of a library's
+    defaults is enough."""
+    adapters = getattr(model, "peft_config", None)
+    adapters = list(adapters.values()) if isinstance(adapters, Mapping) else []
+    lists = [getattr(adapter, TO_TRAIN, None) for adapter in adapters]
+    lists += [entry.value for entry in [plan.find(TO_TRAIN)] if entry]
+    parts = {part for name, _ in model.named_modules() for part in name.split(".")}
+    for names in lists:
+        wanted = [str(name) for name in names] if isinstance(names, (list, tuple, set)) else []
+        if wanted and not any(name.rpartition(".")[2] in parts for name in wanted):
+            message = f"{TO_TRAIN} names {several(sorted(wanted))}, and no module of the model is called so: nothing is trained for it"
+            advice = "take the name from model.named_modules(): a head is called score, classifier or lm_head, by the model's class"
+            return Finding("frozen_module", "warning", TO_TRAIN, message, advice, 0, len(wanted))
+    return None
 
 
 def stale(model: nn.Module, optimizers: Sequence[Optimizer]) -> Finding | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.optim import Optimizer
 
 from ..during.forward import ForwardProbe, unwrapped
@@ -59,6 +60,7 @@ class Trial:
                 yield Finding("no_gradient", "error", "loss", NO_GRAPH, CUT_OFF, 0, 1)
                 raise ValueError("the loss has no graph")
             self.graph = nodes(self.loss)
+            self.has_own_backward = any(isinstance(node, BackwardCFunction) for node in self.graph)
             # while it holds its numbers
             self.asked, self.left_out = list(asked(self.graph)), list(left_out(self.graph))
             self.loss.backward()

@@ -21,6 +21,7 @@ KEPT = 8  # norms of all gradients
 ROWS, SAME_ROWS = 4, 1e-3  # of a matrix at least; of the largest number: rounding
 MOST_BIASES = 64  # in which dead units are looked for
 DARK_IN = 30  # updates without a gradient that make an element dark
+SOME = 8  # weights of a unit that are looked at beside its bias
 WIDE = (torch.float64, torch.complex128)
 
 
@@ -45,6 +46,9 @@ class Bank:
         # what had a gradient from that update on: of some biases alone
         self.lit, self.lit_from = self.touched.clone(), -1
         self.biases = set([id(t) for t in tensors if t.param.ndim == 1 and t.name.endswith("bias")][:MOST_BIASES])
+        named = {t.name: t for t in tensors}
+        # a bias's gradient may cancel where its unit's weights have one
+        self.weights = {id(t): named.get(f"{t.name[:-4]}weight") for t in tensors if id(t) in self.biases}
         self.watches_intent = any(t.is_narrow for t in tensors)
         if self.watches_intent:
             self.origin = self.start.clone()
@@ -59,6 +63,10 @@ class Bank:
         for t in (t for t in tensors if t.n_touched < t.n_elements or id(t) in self.biases):  # as of the last reading
             has = t.sample(t.param.grad) != 0
             self.touched[self.places[id(t)]] |= has
+            beside = self.weights.get(id(t))
+            rows = None if beside is None or beside.param.grad is None else plain(beside.param.grad)
+            if rows is not None and not rows.is_sparse and rows.ndim > 1 and len(rows) == t.param.numel():
+                has = has | rows.flatten(1)[t.index, :SOME].any(1)
             self.lit[self.places[id(t)]] |= has
 
     def intend(self, t: Tracked, moved: Tensor) -> None:

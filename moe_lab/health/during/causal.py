@@ -75,18 +75,22 @@ def check_causality(
 
 @torch.no_grad()
 def rows_mix(model: nn.Module, args: tuple, kwargs: dict[str, Any], repeats: bool = False) -> Finding | None:
-    """Does one example of a batch change the answers to others, (B,) or (B, C)? In evaluation mode. Not told of numbers with two
-    dimensions, which may be a graph's nodes, nor where another dimension is as long: time may come first. `repeats`: two calls are
-    known to be the same. Raises ValueError where they differ."""
+    """Does one example of a batch change the answers to others, of which one dimension is B? In evaluation mode. Not told of numbers with
+    two dimensions, which may be a graph's nodes, nor where another dimension is as long. `repeats`: two calls are known to be the same.
+    Raises ValueError where they differ."""
     given = [t for t in tensors_of([args, kwargs]) if t.ndim]
     n = len(given[0]) if any(t.ndim > 1 for t in given) else 0
     if n < 3 or any(len(t) != n or n in t.shape[1:] or (t.ndim == 2 and t.is_floating_point()) for t in given):
         return None
 
+    of_numbers = all(
+        t.is_floating_point() for t in given
+    )  # experts of a text may have room for so many tokens of the batch
+
     def answer(first: Callable) -> Tensor:
         answers = tensors_of(model(*map(first, args), **{key: first(value) for key, value in kwargs.items()}))
-        mine = [t for t in answers if t.ndim in (1, 2) and len(t) == n and n not in t.shape[1:]]
-        return mine[0].float() if mine else torch.zeros(n)
+        mine = [t for t in answers if list(t.shape).count(n) == 1 and (t.ndim < 3 or of_numbers)]
+        return mine[0].float().movedim(mine[0].shape.index(n), 0) if mine else torch.zeros(n)
 
     before = answer(lambda v: v)
     if not repeats and not torch.equal(before, answer(lambda v: v)):

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from ..findings import grouped
 from ..measures import ulp
 from ..sampling import plain
+from .forward import unwrapped
 from .reached import alive
 from .tracking import Tracked, storage
 
@@ -24,7 +25,10 @@ ENOUGH = 500  # elements that far away, over all looks, before they are judged
 LOOKS = 10  # looks at copies before one that never moves is judged
 SEARCH = 10  # updates seen before norms beside the trained ones are looked for
 CHANNELS = 8  # of a norm, at least: two vectors of fewer may point one way by accident
-FOLLOWS = 0.7  # cosine between the way that a norm's weights go and that to the trained one's: any other's has about 0
+FOLLOWS = 0.7  # cosine between the way that weights go and that to the trained ones: any other's has about 0
+# cosine between how far a model is behind and the way of the weights since the watch began: of averages it was 0.4 to 1, of what
+# began elsewhere 0.2
+ALONG = 0.3
 
 
 def is_16_bit(tensor: Tensor) -> bool:
@@ -141,6 +145,54 @@ class Statistics:
                 self.left.pop(key, None)
             elif follows > FOLLOWS:
                 self.left[key] = self.left.get(key, 0) + 1
+
+
+class Followers:
+    """Models beside the trained one, of its class and shapes, whose weights go after its own: do they come from somewhere else?
+
+    An average that began as the model's copy is behind along the way that the model goes. One that was made before a checkpoint was
+    loaded into the model comes from another side.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.search_at = model, SEARCH
+        self.beside: list[weakref.ref] = []
+        # by a follower's id, at the last look: which matrices, and their samples beside the model's
+        self.before: dict[int, tuple[list[int], list[tuple[Tensor, Tensor]]]] = {}
+        # by its id, at each look: how far it is, over the weights' size, and which share of the way it made
+        self.far: dict[int, list[tuple[float, float]]] = {}
+
+    def look(self, tracked: Sequence[Tracked], n_seen: int) -> None:
+        inner = unwrapped(self.model)
+        mine = list(inner.parameters())
+        by_id = {id(t.param): t for t in tracked if t.owner and t.bank and t.param.ndim > 1 and not t.constant}
+        places = [n for n, p in enumerate(mine) if id(p) in by_id][:N_COPIES]
+        if places and n_seen >= self.search_at:
+            self.search_at = 10 * n_seen
+            own, shapes = set(map(id, self.model.modules())), [p.shape for p in mine]
+            others = [m for m in alive(type(inner)) if type(m) is type(inner) and id(m) not in own]
+            others = [m for m in others if [p.shape for p in m.parameters()] == shapes]
+            self.beside = [weakref.ref(m) for m in others[:BESIDE]]
+        before, self.before = self.before, {}
+        for other in (other for other in (reference() for reference in self.beside) if other is not None):
+            ours = [by_id[id(mine[n])] for n in places]
+            theirs = list(other.parameters())
+            now = [(sampled(theirs[n], t), sampled(t.param, t)) for n, t in zip(places, ours, strict=True)]
+            self.before[id(other)] = places, now
+            earlier, samples = before.get(id(other), ([], []))
+            if places and earlier == places:
+                was = [torch.cat(side) for side in zip(*samples, strict=True)]
+                here, there = (torch.cat(side) for side in zip(*now, strict=True))
+                begun = torch.cat([t.bank().start[t.bank().places[id(t)]].float().cpu() for t in ours])
+                gone, goal, away, way = here - was[0], was[1] - was[0], there - here, there - begun
+                follows = torch.cosine_similarity(gone, goal, 0) > FOLLOWS
+                if follows and torch.cosine_similarity(away, way, 0) < ALONG:
+                    share = float(gone.norm() / goal.norm())
+                    self.far.setdefault(id(other), []).append((float(away.norm() / there.norm()), share))
+
+
+def sampled(p: Tensor, as_of: Tracked) -> Tensor:
+    return plain(p.detach()).flatten()[as_of.index.to(p.device)].float().cpu()
 
 
 def is_kept(module: nn.Module) -> bool:

@@ -47,6 +47,8 @@ class Ear:
 
     def __init__(self, t: Tracked):
         self.t, self.last, self.n = t, None, 2  # last: the gradient that the last pass left
+        self.n_passes = 0  # backward, in all
+        self.marks: dict[Optimizer, int] = {}  # those of other optimizers, at the last update of its own
         self.begin(is_heard=True)
 
     def begin(self, is_heard: bool) -> None:
@@ -58,6 +60,7 @@ class Ear:
         self.some: Truth = False  # whether the last pass left something
         self.shrunk: Truth = False  # … found what had come before smaller, by one factor
         self.mixed: Truth = False  # a pass added to what one at other weights had left
+        self.foreign: Truth = False  # a pass added to what was there before another optimizer stepped
         self.kept: tuple[Tensor, Tensor] | None = None  # of the weights and the gradient then
         self.is_told = False  # whether the present pass tells
         self.at = 0  # how many steps there had been before the last pass
@@ -160,6 +163,7 @@ class Events(Listener):
         if ear.n and (ear.at != self.n_steps or ear.kept is None):  # a step came between: of another optimizer
             ear.thrown = False
             self.by_turns |= ear.at != self.n_steps
+            ear.foreign = ear.foreign | (nothing ^ True) if ear.at != self.n_steps else ear.foreign
         elif ear.n and ear.thrown is not False:  # where the weights have moved, the gradient had its use, as in SAM
             ear.thrown = ear.thrown & ear.some & nothing & (part(ear.t.param) == ear.kept[0]).all()
         if ear.n and ear.at == self.n_steps and ear.kept and ear.t.param.grad is not None:
@@ -167,6 +171,7 @@ class Events(Listener):
             ear.mixed = ear.mixed | ((nothing ^ True) & (part(ear.t.param) != ear.kept[0]).any())
 
     def accumulated(self, ear: Ear, p: Tensor) -> None:
+        ear.n_passes += 1
         if ear.is_told:
             ear.n, ear.at, ear.last = ear.n + 1, self.n_steps, p.grad
         if ear.is_told and ear.is_heard:
@@ -193,10 +198,20 @@ class Events(Listener):
             self.looks.setdefault(id(optimizer), deque(maxlen=KEPT)).append(told)
             for kind, truth in ((kind, truth) for kind, many in look.items() for truth in many):
                 self.waiting.add(truth, told[kind].append)
+        n_passes = self.n_passes()
         for ear in self.ears:
             ear.n_others += 1
         for ear in (*mine, *missed):
             ear.begin(self.waiting.is_heard)
+            ear.marks = n_passes
+
+    def n_passes(self) -> dict[Optimizer, int]:
+        return {ear.t.optimizer: ear.n_passes for ear in self.ears}
+
+    def has_own_passes(self, ear: Ear) -> bool:
+        """Whether its optimizer had passes since its last update that another one, which had some, did not have."""
+        others = [n - ear.marks.get(o, n) for o, n in self.n_passes().items() if o is not ear.t.optimizer]
+        return any(0 < n < ear.n for n in others)
 
     def look(self, mine: Sequence[Ear], missed: Sequence[Ear], has_gradients: bool) -> dict[str, list[Truth]]:
         """What an update is like, by kind, at each ear that can tell."""
@@ -205,6 +220,7 @@ class Events(Listener):
             "stale": [ear.clean ^ True for ear in heard if ear.t.name != OUTSIDE],
             "stale outside": [ear.clean ^ True for ear in heard if ear.t.name == OUTSIDE],
             "mixed": [ear.mixed for ear in heard],
+            "foreign": [ear.foreign if self.has_own_passes(ear) else False for ear in heard],
         }
         if has_gradients and heard:
             look["gone"] = [ear.nothing & (ear.some if ear.n else True) for ear in mine]

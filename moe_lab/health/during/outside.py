@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..sampling import Waiting, elements, plain, sample_positions
 from ..torch_private import is_in_backward
-from .copies import Copies, Statistics, is_16_bit
+from .clips import Clips
+from .copies import Copies, Followers, Statistics, is_16_bit
 from .heard import tensors_of
 from .listener import Listener
 from .reached import Reached
@@ -31,14 +32,16 @@ class Outside(Listener):
 
     def __init__(self, model: nn.Module, waiting: Waiting):
         super().__init__()
-        self.model, self.copies, self.statistics = model, Copies(), Statistics(model)
-        self.counts, self.averages, self.repeats = (part(model, waiting) for part in (Counts, Averages, Repeats))
+        self.model, self.copies, self.statistics, self.followers = model, Copies(), Statistics(model), Followers(model)
+        self.counts, self.averages, self.repeats, self.clips = (
+            part(model, waiting) for part in (Counts, Averages, Repeats, Clips)
+        )
         self.routing, self.terms, self.reached = (part(model, waiting) for part in (Routing, Terms, Reached))
         self.positions: dict[str, float] | None = None  # by table, how far the last ones are off
         self.rounded: list[str] = []  # buffers
 
     def hooks(self, hook: Callable) -> Iterator[Any]:
-        for part in (self.counts, self.routing, self.terms, self.repeats, self.averages):
+        for part in (self.counts, self.routing, self.terms, self.repeats, self.averages, self.clips):
             yield from part.hooks(hook)
         yield self.model.register_forward_hook(hook(self.reached.answered))
 
@@ -52,6 +55,7 @@ class Outside(Listener):
         self.reached.judge()
         self.copies.look(tracked, step, n_seen)
         self.statistics.look(tracked, n_seen)
+        self.followers.look(tracked, n_seen)
         if self.positions is None:
             self.positions, self.rounded = rough_positions(self.model, longest), rounded_buffers(self.model)
 

@@ -31,6 +31,7 @@ CONSTANT, N_VALUES = 1e-5, 10  # spread over mean up to which float32's rounding
 SLOWED = 0.5  # as of lost updates
 BALANCE = "is a balancing term in the loss with its gradient and weight, does the router learn, is a bias that balances updated?"
 FOLLOWED = 2  # looks between which a norm's weights went after the trained ones'
+FAR_AWAY = 0.5  # of the weights' size: an average that began as a copy of an older model is nearer
 TWICE = 3  # updates in which a count was doubled
 
 
@@ -219,6 +220,12 @@ def left_behind(state: State) -> Ill:
     return {"statistics": {"value": left, "limit": 0}} if left else {}
 
 
+def began_elsewhere(state: State) -> Ill:
+    far = [looks[-1] for looks in state.outside.followers.far.values() if len(looks) >= FOLLOWED]
+    away, pace = max(far, default=(0.0, 0.0))
+    return {"models": {"value": away, "limit": FAR_AWAY, "pace": pace}} if away > FAR_AWAY else {}
+
+
 @rule(
     "{names}: positions in 16 bits run together (late ones are {value:.2g} rad off, or as many are the same as the one before)",
     "keep such buffers in float32 when the model is cast, and compute angles there; cast the cosines and sines",
@@ -236,6 +243,11 @@ HASTY = (
 )
 OTHER_WAY = "torch's momentum is the share of the new batch: 0.01 where TensorFlow says 0.99"
 LEFT = "{value} batch norms beside the model follow its weights, and their running statistics stay what they were"
+ELSEWHERE = (
+    "a model beside this one follows its weights from {value:.0%} of their size away, and makes {pace:.1%} of the way between two checks: it did "
+    "not begin as their copy"
+)
+MADE_BEFORE = "make the average after a checkpoint is loaded into the model, or load the average's own"
 BUFFERS = (
     "copy the buffers along with the weights, as torch's AveragedModel does, or run update_bn() before the copy is used"
 )
@@ -249,6 +261,7 @@ BESIDE = (
     counted_twice,
     stuck_copy,
     Rule("stuck_copy", "warning", left_behind, LEFT, BUFFERS),
+    Rule("stuck_copy", "warning", began_elsewhere, ELSEWHERE, MADE_BEFORE),
     rough_positions,
     Rule(
         "rough_positions",

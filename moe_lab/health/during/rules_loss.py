@@ -22,6 +22,7 @@ MOST_ACCUMULATED = 64  # the largest factor that a first loss is tried with
 
 # findings that ask how far weights move: without one of them, how far they can is noise
 ABOUT_MOVEMENT = {"lost_updates", "bf16_parameters", "frozen_tensor"}
+NEW = "if weights were to be loaded, none arrived: these look as new ones do"
 ABOUT_MOVEMENT |= {"lr_too_low", "muon_convention", "loss_not_falling"}
 
 
@@ -58,7 +59,8 @@ def learning_rates(state: State, name: str) -> Ill:
     for finding in judge(judged.values(), state.n_parameters):
         hot = finding.rule == "lr_too_high" or (finding.rule == "muon_convention" and finding.value > 1)
         if finding.rule == name and (hot or low_too):
-            ill |= dict.fromkeys(finding.where.split(", "), finding.to_dict())
+            facts = finding.to_dict() | ({} if hot else {"advice": f"{finding.advice}; {NEW}"})
+            ill |= dict.fromkeys(finding.where.split(", "), facts)
     return ill
 
 

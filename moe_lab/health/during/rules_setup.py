@@ -84,6 +84,11 @@ def broken_tie(state: State) -> Ill:
     return {found.where: found.to_dict()} if found else {}
 
 
+def named_in_vain(state: State) -> Ill:
+    found = None if state.n_seen else structure.named_in_vain(unwrapped(state.model), plan_of(state.model))
+    return {found.where: found.to_dict()} if found else {}
+
+
 def unusable_state(state: State) -> Ill:
     """At the start, and right after a state was loaded: later on it would only say again what gradients and the loss say."""
     loaded_at = [g.loaded_at for g in state.groups if g.loaded_at >= 0]
@@ -97,6 +102,7 @@ RULES = (
     not_in_optimizer,
     Rule("not_in_optimizer", "error", partial(found_in, name="not_in_optimizer")),
     updated_twice,
+    Rule("frozen_module", "warning", named_in_vain),
     frozen_module,
     Rule("broken_tie", "warning", broken_tie),
     Rule("nonfinite_values", "error", unusable_state),

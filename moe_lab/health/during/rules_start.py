@@ -88,11 +88,12 @@ def epsilon(norm: nn.Module) -> float | None:
 
 
 @rule(
-    "{names}: {value:.0%} of the units begin as copies of others{zeros}: together they say what one could say alone",
-    "draw each unit by itself: look for an init by a constant, rows that were zeroed, or heads and weights that were repeated",
+    "{names}: {value:.0%} of the units begin as copies of others{zeros}",
+    "draw each unit by itself: look for an init by a constant, for heads that were repeated, for rows that were zeroed",
 )
-def equal_units(state: State) -> Ill:
-    """Rows or columns of fresh matrices. All zeros are chosen, as at a branch's end, and convolutions by group see a channel each."""
+def alike_units(state: State) -> Ill:
+    """Rows or columns of fresh matrices; an info of zeros, as a fused projection's queries. All zeros are chosen, as at a branch's end,
+    and convolutions by group see a channel each. Whether gradients tell them apart is another rule's."""
     found: dict[str, dict] = {}
     norms = norms_of(state).values()
     is_trained = state.start_step or (norms and all(constant("weight", -1.0, norm) is None for norm in norms))
@@ -105,7 +106,8 @@ def equal_units(state: State) -> Ill:
             ways = [values] if isinstance(module, nn.Embedding) or weight.ndim > 2 else [values, values.T]
             share, zeros = max(map(copies, ways))
             if share >= ALIKE:
-                found[name] = {"value": share, "limit": ALIKE, "zeros": f" ({zeros:.0%} are zeros)" * (zeros > 0)}
+                facts = {"zeros": f" ({zeros:.0%} are zeros)", "severity": "info"} if zeros else {"zeros": ""}
+                found[name] = {"value": share, "limit": ALIKE} | facts
     return found
 
 
@@ -133,5 +135,5 @@ RULES = (
     Rule("norm_start", "warning", partial(norms_with, partial(constant, "bias", SHIFTED), 2), MOVED, OVERWROTE),
     Rule("norm_start", "warning", partial(norms_with, epsilon, 2), DAMPED, "give norms an epsilon of 1e-5 or 1e-6"),
     heavy_dropout,
-    equal_units,
+    alike_units,
 )

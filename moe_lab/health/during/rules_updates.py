@@ -178,6 +178,9 @@ def stale_gradients(state: State) -> Ill:
         return {"outside": {"value": outside, "limit": OFTEN, "told": LEFT_OUTSIDE, "cure": CLEAR_ALL}}
     if mixed > OFTEN:
         return {"weights": {"value": mixed, "limit": OFTEN, "told": MIXED, "cure": CLEAR_WITHIN}}
+    if (foreign := max(state.events.share("foreign", LOOKS), default=0.0)) > OFTEN:
+        facts = {"told": FOREIGN, "cure": CLEAR_BEFORE, "severity": "warning"}
+        return {"another's": {"value": foreign, "limit": OFTEN} | facts}
     return {"twice": {"value": twice, "limit": OFTEN, "told": TWICE, "cure": STEP_ONCE}} if twice > OFTEN else {}
 
 
@@ -195,12 +198,23 @@ def cleared_gradients(state: State) -> Ill:
     return {}
 
 
+@rule(
+    "clipping was called {value} times, and found no gradient each time: nothing is clipped",
+    "call it after backward() and unscale_(), before step(), and hand it a list or parameters(): a generator can be gone through once",
+)
+def empty_clip(state: State) -> Ill:
+    clips = state.outside.clips
+    return {"clipping": {"value": clips.n, "limit": LOOKS}} if clips.n == clips.n_empty >= LOOKS else {}
+
+
 LEFT = "the gradients of earlier ones were still there when the backward pass began"
 LEFT_OUTSIDE = "those of what the optimizer holds and the model does not were still there when the backward pass began"
 CLEAR_ALL = (
     "call zero_grad() on the optimizer: the model's own leaves out what is not the model's, such as a loss's weights"
 )
 MIXED = "a backward pass added to the gradients of one at other weights"
+FOREIGN = "a backward pass added to gradients that another optimizer's had left there"
+CLEAR_BEFORE = "clear the gradients of each optimizer right before its own backward pass: the generator's also reaches the discriminator"
 CLEAR_WITHIN = (
     "clear them in the closure, which is called again after each move (LBFGS), or before the second pass (SAM)"
 )
@@ -227,6 +241,7 @@ RULES = (
     no_updates,
     stale_gradients,
     cleared_gradients,
+    empty_clip,
     nonfinite_gradient,
     Rule("lost_updates", "error", never_moves, NEVER, ASK_FOR_FLOAT32),
     Rule("lost_updates", "error", badly_lost, LOST, KEEP_BITS),
