@@ -121,6 +121,18 @@ def test_other_heads_are_none_of_the_answers(x: Tensor) -> None:
     assert of(Keys(), x) == []
 
 
+def test_a_loss_of_the_answer_alone_costs_no_second_pass_back(x: Tensor) -> None:
+    model, calls = nn.Linear(D, D), []
+    model.register_forward_hook(lambda m, a, y: y.requires_grad and y.register_hook(lambda _: calls.append(1)) and None)
+    for loss, n in (
+        (lambda model, x: F.mse_loss(model(x), x), 1),
+        (lambda model, x: F.mse_loss(model(x), x) + model.weight.square().sum(), 2),
+    ):
+        calls.clear()
+        examine(model, x, loss)
+        assert len(calls) == n
+
+
 class Given(torch.autograd.Function):
     """A loss whose gradient comes from elsewhere, times what comes in, or without."""
 

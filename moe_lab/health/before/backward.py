@@ -10,6 +10,7 @@ from torch import Tensor
 from ..during.forward import disturbed
 from ..during.heard import tensors_of
 from ..findings import Finding, several
+from .trial import first_numbers
 
 MULTIPLE, APART = 1024.0, 0.05  # a power of two, which rounds nothing; of the gradient's norm
 LEAVES_OUT = (
@@ -44,8 +45,10 @@ def scaled_back(trial: Any) -> Finding | None:
 
 
 def untaught_by_answer(trial: Any) -> Iterator[Finding]:
-    """Matrices that the loss teaches, and whose gradient of the model's answer is nothing although it is in the answer's graph; and inputs that the
+    """Where the loss has terms beside the answer's: matrices that the loss teaches, and whose gradient of the model's answer is nothing although it is in the answer's graph; and inputs that the
     answer follows, and that no gradient of it comes back to. Raises ValueError where there is no such pass."""
+    if not trial.has_other_terms:
+        return
     if trial.probe.inputs is None:
         raise ValueError("the model was not called with a batch")
     args, kwargs = (
@@ -89,11 +92,7 @@ def answer_of(trial: Any, args: list, kwargs: dict) -> Tensor:
     """In training, without dropout. Raises ValueError where there is none."""
     trial.spend()
     trial.state.put_back()
-    output = trial.training()(*args, **kwargs)
-    found = [t for t in tensors_of(getattr(output, "logits", output)) if t.is_floating_point()]
-    if not found:
-        raise ValueError(f"the forward pass gives {type(output).__name__}, which holds no numbers")
-    return found[0]
+    return first_numbers(trial.training()(*args, **kwargs))
 
 
 def asking(value: Any) -> Any:

@@ -74,7 +74,8 @@ def examine(
 
     `batch` is what the model is trained on: ids (B, T), (ids, labels), or keyword arguments of its forward pass;
     `loss_fn(model, batch)` the scalar that is minimised, by default what the forward pass returns as `loss`. Returns the
-    findings, and which checks did not run and why. Works on a copy of the model; costs one backward pass and at most ten forward
+    findings, and which checks did not run and why. Works on a copy of the model; costs one backward pass (two more where the loss has
+    terms beside the answer's, or a backward of one's own) and at most ten forward
     passes of the batch, and says what it did not try for that. The random state is put back. Raises what copying the model raises.
     """
     examination = Examination()

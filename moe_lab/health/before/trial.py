@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from ..during.forward import ForwardProbe, unwrapped
 from ..during.heard import tensors_of
-from ..during.reached import asked, left_out, nodes
+from ..during.reached import asked, leaves, left_out, nodes
 from ..findings import Finding
 from ..random_state import RandomState
 from .listening import Listening
@@ -54,12 +54,18 @@ class Trial:
             for ear in (self.probe, self.listening):
                 stack.callback(ear.detach)
                 ear.listen(fail)
+            shown: list[Any] = []  # where the model's answers stand in the graph
+            note = self.model.register_forward_hook(
+                lambda *call: shown.extend(t.grad_fn for t in numbers_of(call[-1])[:1])
+            )
+            stack.callback(note.remove)
             with self.listening.ranks, self.operations:
                 self.loss = self.loss_of(self.batch)  # of which there is a graph
             if getattr(self.loss, "grad_fn", None) is None and any(p.requires_grad for p in self.model.parameters()):
                 yield Finding("no_gradient", "error", "loss", NO_GRAPH, CUT_OFF, 0, 1)
                 raise ValueError("the loss has no graph")
             self.graph = nodes(self.loss)
+            self.has_other_terms = bool(shown) and any(True for _ in leaves(nodes(self.loss, without=shown)))
             self.has_own_backward = any(isinstance(node, BackwardCFunction) for node in self.graph)
             # while it holds its numbers
             self.asked, self.left_out = list(asked(self.graph)), list(left_out(self.graph))
@@ -84,11 +90,8 @@ class Trial:
         model = self.training() if in_training else self.model.eval()
         args, kwargs = self.probe.inputs or (None, {})
         output = forward(model, batch) if args is None else model(*args, **kwargs)
-        found = [t for t in tensors_of(getattr(output, "logits", output)) if t.is_floating_point()]
-        if not found:
-            raise ValueError(f"the forward pass gives {type(output).__name__}, which holds no numbers")
-        self.answers[in_training].append(found[0])
-        return found[0]
+        self.answers[in_training].append(first_numbers(output))
+        return self.answers[in_training][-1]
 
     def repeats(self, in_training: bool) -> bool:
         """Whether the last two answers are known to be the same."""
@@ -137,6 +140,18 @@ def rebound(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
         else:  # what is no holder of modules or tensors may be anything, a lock or a file too
             cell.cell_contents = copy.deepcopy(value, memo) if isinstance(value, HOLDERS) else value
     return twin
+
+
+def numbers_of(output: Any) -> list[Tensor]:
+    """Of several tensors the logits, or all."""
+    return [t for t in tensors_of(getattr(output, "logits", output)) if t.is_floating_point()]
+
+
+def first_numbers(output: Any) -> Tensor:
+    """A model's answer. Raises ValueError where there is none."""
+    if not (found := numbers_of(output)):
+        raise ValueError(f"the forward pass gives {type(output).__name__}, which holds no numbers")
+    return found[0]
 
 
 def forward(model: nn.Module, batch: Any) -> Any:

@@ -54,14 +54,15 @@ LOGITS = "give cross-entropy and BCE-with-logits the logits themselves; keep sof
 SHAPES = "compare the shapes in the loss: (B,) beside (B, 1) makes (B, B), each output beside every target"
 
 
-def nodes(root: Tensor) -> list[Any]:
-    """Of a number's graph, the nearest first."""
-    waiting, seen = [root.grad_fn], {None: None}
+def nodes(root: Tensor, without: Sequence[Any] = ()) -> list[Any]:
+    """Of a number's graph, the nearest first; `without` some, and what is reached through them alone."""
+    apart = {None: None, **dict.fromkeys(without)}
+    waiting, seen = [root.grad_fn], dict(apart)
     while waiting and len(seen) < MOST:
         if (node := waiting.pop()) not in seen:
             seen[node] = None
             waiting += (inner for inner, _ in node.next_functions)
-    return list(seen)[1:]
+    return list(seen)[len(apart) :]
 
 
 def leaves(graph: Sequence[Any]) -> Iterator[Tensor]:
