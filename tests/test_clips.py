@@ -11,7 +11,14 @@ from toy import said
 from moe_lab.health import Watch
 from moe_lab.health.during import clips
 
-OWN = nn.utils.clip_grad_norm_
+OWN = torch.nn.utils.clip_grad.clip_grad_norm_  # which nobody replaces there
+
+
+@pytest.fixture(autouse=True)
+def nobody_listens() -> None:
+    """No watch that another test has left open."""
+    clips.LISTENING.clear()
+    clips.attend()
 
 
 def net() -> nn.Sequential:

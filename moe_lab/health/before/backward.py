@@ -45,8 +45,8 @@ def scaled_back(trial: Any) -> Finding | None:
 
 
 def untaught_by_answer(trial: Any) -> Iterator[Finding]:
-    """Where the loss has terms beside the answer's: matrices that the loss teaches, and whose gradient of the model's answer is nothing although it is in the answer's graph; and inputs that the
-    answer follows, and that no gradient of it comes back to. Raises ValueError where there is no such pass."""
+    """Where the loss has terms beside the answer's: matrices that it teaches, and whose gradient of the answer is nothing although they are in
+    its graph; and inputs that the answer follows, and that no gradient of it comes back to. Raises ValueError where there is no such pass."""
     if not trial.has_other_terms:
         return
     if trial.probe.inputs is None:
@@ -71,7 +71,7 @@ def untaught_by_answer(trial: Any) -> Iterator[Finding]:
     # what a branch that ends in zeros holds is taught by it from the second update on
     if all(p.any() for p in matrices.values()):
         by_loss, by_answer = (shares(matrices, g) for g in ({n: p.grad for n, p in matrices.items()}, mine))
-        if names := [n for n in by_answer if by_loss[n] > TAUGHT and by_answer[n] < UNTAUGHT]:
+        if names := [n for n in by_answer if by_loss.get(n, 0.0) > TAUGHT and by_answer[n] < UNTAUGHT]:
             message = f"{len(names)} matrices are taught by other terms of the loss alone: of the answer itself their gradient is nothing: {several(names)}"
             yield Finding("no_gradient", "warning", names[0], message, CANCELS, round(by_answer[names[0]], 9), UNTAUGHT)
 

@@ -29,6 +29,7 @@ class Clips:
         yield self
 
     def remove(self) -> None:
+        self.note = ignore
         LISTENING.discard(self)
         attend()
 
