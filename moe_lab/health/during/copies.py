@@ -2,9 +2,8 @@
 
 # Shapes: S sampled elements of a tensor, M tensors of one shape, C channels.
 
-import gc
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,6 @@ from ..findings import grouped
 from ..measures import ulp
 from ..sampling import plain
 from .forward import unwrapped
-from .reached import alive
 from .tracking import Tracked, storage
 
 N_COPIES = 16  # weights whose copies are followed; whoever keeps some in 16 bits keeps all
@@ -50,12 +48,12 @@ class Copies:
         self.pairs: list[Tensor] = []  # (n, 2): ULPs away, and the share of the way made until the next look
         self.n_still = 0  # looks at copies that stood still altogether, though they were written to in each update
 
-    def look(self, tracked: Sequence[Tracked], step: int, n_seen: int) -> None:
+    def look(self, tracked: Sequence[Tracked], step: int, n_seen: int, living: Callable[[], list]) -> None:
         # or others are put in their place
         if n_seen >= self.search_at or any(copy() is None for copy, _ in self.followed):
             self.search_at = max(self.search_at, 10 * n_seen)
             # of subclasses nothing is known: they may have no memory
-            near = [t for t in gc.get_objects() if type(t) in (Tensor, nn.Parameter) and is_16_bit(t)]
+            near = [t for t in living() if type(t) in (Tensor, nn.Parameter) and is_16_bit(t)]
             self.followed = [(weakref.ref(copy), t) for copy, t in copies_of(tracked, near)]
         before, self.before = self.before, {}
         for reference, t in self.followed:
@@ -124,12 +122,12 @@ class Statistics:
         # by a norm's id: looks before which its weights had followed, and its mean had not
         self.left: dict[int, int] = {}
 
-    def look(self, tracked: Sequence[Tracked], n_seen: int) -> None:
+    def look(self, tracked: Sequence[Tracked], n_seen: int, living: Callable[[], list]) -> None:
         held = {id(t.param) for t in tracked if t.owner}
         trained = [m for m in self.norms if id(m.weight) in held]
         if trained and n_seen >= self.search_at:
             self.search_at = 10 * n_seen
-            found = [m for m in alive(_NormBase) if is_kept(m) and id(m.weight) not in held]
+            found = [m for m in living() if is_kept(m) and id(m.weight) not in held]
             self.beside = [weakref.ref(m) for m in found[:N_COPIES]]
         beside = [norm for norm in (reference() for reference in self.beside) if norm is not None]
         before = self.before
@@ -162,7 +160,7 @@ class Followers:
         # by its id, at each look: how far it is, over the weights' size, and which share of the way it made
         self.far: dict[int, list[tuple[float, float]]] = {}
 
-    def look(self, tracked: Sequence[Tracked], n_seen: int) -> None:
+    def look(self, tracked: Sequence[Tracked], n_seen: int, living: Callable[[], list]) -> None:
         inner = unwrapped(self.model)
         mine = list(inner.parameters())
         by_id = {id(t.param): t for t in tracked if t.owner and t.bank and t.param.ndim > 1 and not t.constant}
@@ -170,7 +168,7 @@ class Followers:
         if places and n_seen >= self.search_at:
             self.search_at = 10 * n_seen
             own, shapes = set(map(id, self.model.modules())), [p.shape for p in mine]
-            others = [m for m in alive(type(inner)) if type(m) is type(inner) and id(m) not in own]
+            others = [m for m in living() if type(m) is type(inner) and id(m) not in own]
             others = [m for m in others if [p.shape for p in m.parameters()] == shapes]
             self.beside = [weakref.ref(m) for m in others[:BESIDE]]
         before, self.before = self.before, {}
@@ -195,7 +193,7 @@ def sampled(p: Tensor, as_of: Tracked) -> Tensor:
     return plain(p.detach()).flatten()[as_of.index.to(p.device)].float().cpu()
 
 
-def is_kept(module: nn.Module) -> bool:
+def is_kept(module: object) -> bool:
     """Whether it keeps statistics, and has weights."""
     is_norm = isinstance(module, _NormBase) and module.running_mean is not None and module.weight is not None
     return is_norm and module.num_features >= CHANNELS and not module.weight.is_meta

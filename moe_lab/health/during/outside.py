@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from .clips import Clips
 from .copies import Copies, Followers, Statistics, is_16_bit
 from .heard import tensors_of
 from .listener import Listener
-from .reached import Reached
+from .reached import Reached, alive
 from .routing import Routing, Terms
 from .tracking import Tracked
 
@@ -53,9 +53,10 @@ class Outside(Listener):
     def look(self, tracked: Sequence[Tracked], step: int, n_seen: int, longest: int) -> None:
         """At what no pass shows."""
         self.reached.judge()
-        self.copies.look(tracked, step, n_seen)
-        self.statistics.look(tracked, n_seen)
-        self.followers.look(tracked, n_seen)
+        living = cache(partial(alive, (Tensor, nn.Module)))  # what the process holds is gone through once, if at all
+        self.copies.look(tracked, step, n_seen, living)
+        self.statistics.look(tracked, n_seen, living)
+        self.followers.look(tracked, n_seen, living)
         if self.positions is None:
             self.positions, self.rounded = rough_positions(self.model, longest), rounded_buffers(self.model)
 

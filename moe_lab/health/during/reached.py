@@ -184,8 +184,8 @@ def n_crossed(node: Any) -> int:
     return n if n >= FEWEST and math.prod(made_shape(inner, place)) == n and not is_meant else 0
 
 
-def alive(kind: type) -> list:
-    """All objects of a class. An object that a proxy stands for is asked for its own class alone."""
+def alive(kind: type | tuple[type, ...]) -> list:
+    """All objects of a class, or of several. An object that a proxy stands for is asked for its own class alone."""
     return [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
 
 
