@@ -165,6 +165,58 @@ def test_a_residual_that_is_added_twice(twice: bool | str) -> None:
     )
 
 
+class AdaptedNorm(nn.Module):
+    """Brings small tokens to one size, times what two small matrices make of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(D, 2, bias=False), nn.Linear(2, D, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (D,)) * (1 + 0.01 * self.up(self.down(x)))
+
+
+class SmallTokens(nn.Module):
+    """A table of small numbers, and two such norms behind each other's residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(V, D), nn.Linear(D, V)
+        self.norms = nn.ModuleList([AdaptedNorm(), AdaptedNorm()])
+        nn.init.normal_(self.embedding.weight, std=0.02)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        for norm in self.norms:
+            x = x + 0.02 * norm(x)
+        return self.head(x)
+
+
+class Weighed(nn.Module):
+    """Each token times a number of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(D, 4), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (20 * self.up(self.down(x))).exp().clamp(max=20)
+
+
+def test_tokens_that_are_weighed_one_by_one_are_no_stream_that_grows() -> None:
+    torch.manual_seed(0)
+    model = SmallTokens()
+    nn.init.normal_(model.embedding.weight)
+    model.norms = nn.ModuleList([Weighed(), Weighed()])
+    found = examine(model, batch(), loss_of).findings
+    assert [f for f in found if f.rule == "scaled_copies"] == []
+
+
+def test_a_norm_that_holds_matrices_is_no_block() -> None:
+    torch.manual_seed(0)
+    assert [f for f in examine(SmallTokens(), batch(), loss_of).findings if f.rule == "scaled_copies"] == []
+
+
 @pytest.mark.parametrize("family", ["GPT2", "Llama", "OPT", "GPTNeoX"])
 def test_blocks_that_add_their_input_once(family: str) -> None:
     sizes = {

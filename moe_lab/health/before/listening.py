@@ -26,6 +26,7 @@ FAR, NEAR = 32, 8
 # share of the input in the output, in each block of a kind, from which on it is there twice or larger; of 20 families' fresh blocks
 # it is 0.78 to 1.13
 GROWN = 1.6
+UNEVEN = 0.3  # deviation of that between tokens, over it
 UNHEARD = 0.2  # share of tokens that nothing depends on although they are there: one that is read out may be all
 TURNED_ROUND = "a mask is the wrong way round: torch's key_padding_mask is True where a token is padding, transformers' attention_mask is 1 where it is none"
 ASKED_FOR = 0.01  # share of the ids that are a row without a gradient
@@ -44,6 +45,8 @@ class Listening(Listener):
         self.factors: dict[str, float] = {}  # module → by how much the tokens are multiplied that it leaves alone
         # module of several matrices → how often its output holds its input, over all tokens
         self.shares: dict[str, float] = {}
+        # … and whether it is there in each token about as often: else it is an answer that happens to have its shape
+        self.even: set[str] = set()
         self.doubled: list[str] = []  # those that return nothing but their input, twice
         # of each call of a recurrent cell: whether its state has a graph, where that lies if there is one, and where the new one
         self.cells: dict[str, list[tuple]] = {}
@@ -134,8 +137,10 @@ class Listening(Listener):
         is_some = 0.02 <= len(copies) / len(c) <= 0.98 and len(x[alone].norm(dim=1).unique()) >= FEWEST
         if is_some and float(copies.std(correction=0)) < 1e-3 and abs(float(copies.mean()) - 1) > 1e-2:
             self.factors[name] = float(copies.mean())
-        if n_matrices > 1:
-            self.shares.setdefault(name, float((x * y).sum() / x.square().sum().clamp(min=1e-12)))
+        if n_matrices > 1 and "norm" not in type(module).__name__.lower():  # one that scales by matrices of its own
+            share = float((x * y).sum() / x.square().sum().clamp(min=1e-12))
+            self.even |= {name} if float(c.std(correction=0)) < UNEVEN * abs(share) else set()
+            self.shares.setdefault(name, share)
         if alone.all() and not torch.equal(x, y) and torch.equal(2 * x, y):
             self.doubled.append(name)
 
@@ -145,7 +150,9 @@ class Listening(Listener):
             advice = "add the residual once: where a token is skipped, put its input back, not the input and its copy"
             yield Finding("scaled_copies", "error", name, message, advice, round(factor, 4), 1)
         siblings = [names for names in grouped(self.shares, tensor_kind).values() if len(names) > 1]
-        grown = [names for names in siblings if all(self.shares[name] > GROWN for name in names)]
+        grown = [
+            names for names in siblings if all(self.shares[name] > GROWN for name in names) and self.even & {*names}
+        ]
         if ill := self.doubled or next(iter(grown), []):
             factor = 2 if self.doubled else round(min(self.shares[name] for name in ill), 2)
             message = (
