@@ -62,6 +62,20 @@ def test_clipping_what_there_is(order: str) -> None:
     assert "empty_clip" not in told(order)
 
 
+def test_gradients_that_are_zero_throughout_are_another_matter() -> None:
+    model = net()
+    optimizer = SGD(model.parameters(), lr=0.01)
+    with Watch(model, optimizer, quiet=True) as watch:
+        for _ in range(25):
+            optimizer.zero_grad()
+            loss = 0.0 * model(torch.randn(8, 6)).square().mean()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            watch.observe(loss=loss)
+    assert "empty_clip" not in said(watch) and "no_gradient" in said(watch)
+
+
 @pytest.mark.filterwarnings("ignore:.*empty generator")  # torch says it, too, once
 def test_a_generator_that_is_used_up_holds_nothing() -> None:
     model = net()

@@ -203,8 +203,11 @@ def cleared_gradients(state: State) -> Ill:
     "call it after backward() and unscale_(), before step(), and hand it a list or parameters(): a generator can be gone through once",
 )
 def empty_clip(state: State) -> Ill:
-    clips = state.outside.clips
-    return {"clipping": {"value": clips.n, "limit": LOOKS}} if clips.n == clips.n_empty >= LOOKS else {}
+    """Where there are gradients at the step: that there never are any is another rule's."""
+    clips, has_gradients = state.outside.clips, any(state.gradients.squares.values())
+    return (
+        {"clipping": {"value": clips.n, "limit": LOOKS}} if has_gradients and clips.n == clips.n_empty >= LOOKS else {}
+    )
 
 
 LEFT = "the gradients of earlier ones were still there when the backward pass began"
