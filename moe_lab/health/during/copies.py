@@ -58,7 +58,7 @@ class Copies:
         before, self.before = self.before, {}
         for reference, t in self.followed:
             copy = reference()
-            here = plain(copy).flatten()[t.index.to(copy.device)].float().cpu()
+            here = sampled(copy, t)
             self.before.setdefault(id(t), []).append((reference, here, copy._version, step))
             earlier = before.get(id(t), [])
             # its own look, or that of one that is no more: it was put in its place
@@ -100,7 +100,7 @@ def copies_of(tracked: Sequence[Tracked], tensors: Sequence[Tensor]) -> list[tup
 
 def nearest_of(copy: Tensor, candidates: Sequence[Tracked]) -> tuple[float, Tracked]:
     """How far it is from the way that a weight has gone, over its size, and which weight."""
-    here = plain(copy).flatten()[candidates[0].index.to(copy.device)].float().cpu()  # (S,)
+    here = sampled(copy, candidates[0])  # (S,)
     places = [(t.bank(), t.bank().places[id(t)]) for t in candidates]
     start = torch.stack([bank.start[place] for bank, place in places]).float().cpu()  # (M, S)
     way = torch.stack([bank.last[place] for bank, place in places]).float().cpu() - start
@@ -161,6 +161,8 @@ class Followers:
         self.far: dict[int, list[tuple[float, float]]] = {}
 
     def look(self, tracked: Sequence[Tracked], n_seen: int, living: Callable[[], list]) -> None:
+        if n_seen < self.search_at and not self.beside:
+            return
         inner = unwrapped(self.model)
         mine = list(inner.parameters())
         by_id = {id(t.param): t for t in tracked if t.owner and t.bank and t.param.ndim > 1 and not t.constant}

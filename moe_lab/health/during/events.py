@@ -220,7 +220,7 @@ class Events(Listener):
             "stale": [ear.clean ^ True for ear in heard if ear.t.name != OUTSIDE],
             "stale outside": [ear.clean ^ True for ear in heard if ear.t.name == OUTSIDE],
             "mixed": [ear.mixed for ear in heard],
-            "foreign": [ear.foreign if self.has_own_passes(ear) else False for ear in heard],
+            "foreign": [ear.foreign is not False and self.has_own_passes(ear) and ear.foreign for ear in heard],
         }
         if has_gradients and heard:
             look["gone"] = [ear.nothing & (ear.some if ear.n else True) for ear in mine]
