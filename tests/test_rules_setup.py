@@ -327,5 +327,7 @@ def test_what_is_to_be_trained_beside_an_adapter_and_is_not_there(names: list[st
     optimizer = AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.0)
     assert ("modules_to_save" in {f.where for f in Watch(model, optimizer, quiet=True).findings}) == told
     batch, loss = (torch.randn(8, 8), torch.randint(3, (8,))), lambda m, b: F.cross_entropy(m(b[0]), b[1])
+    both = examine(model, batch, loss, optimizer)  # its own look, and that of a watch's start
+    assert [f.where for f in both.findings].count("modules_to_save") == told
     given = examine(Classifier(), batch, loss, config={"lora": {"modules_to_save": names}} if names else None)
     assert ("modules_to_save" in {f.where for f in given.findings}) == told

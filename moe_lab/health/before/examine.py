@@ -54,7 +54,8 @@ class Examination:
         try:
             answer = check()
             for finding in [answer] if isinstance(answer, Finding) else answer or ():
-                self.findings += [finding] if finding not in self.findings else []
+                is_known = any((f.rule, f.message) == (finding.rule, finding.message) for f in self.findings)
+                self.findings += [] if is_known else [finding]
         except Exception as error:
             self.fail(error, what)
 
@@ -132,8 +133,8 @@ def silent_parts(trial: Trial) -> Iterator[Finding]:
             silent[name].copy_(kept[name])
         return changed
 
-    if silent and matters(()):
-        raise ValueError("two passes with torch's random numbers held give two losses")
+    if silent:
+        trial.again()
     kinds = list(grouped(silent, tensor_kind).values())
     some = len(kinds) <= trial.spare or matters(silent)
     answers = [some and matters(names) for names in kinds[: trial.spare if some else None]]

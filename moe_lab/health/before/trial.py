@@ -111,6 +111,12 @@ class Trial:
         self.state.put_back()
         return self.loss_fn(self.training(), batch)
 
+    def again(self) -> Tensor:
+        """The loss of the batch once more. Raises ValueError where it is another, and so shows nothing beside the first."""
+        if not torch.equal(loss := self.loss_of(self.batch), self.loss):
+            raise ValueError("two passes with torch's random numbers held give two losses")
+        return loss
+
 
 def twin_of(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A deep copy, in which functions that were set on a module, such as the `forward` of a wrapper, hold the copy's modules:

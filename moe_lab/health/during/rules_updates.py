@@ -170,18 +170,12 @@ def no_updates(state: State) -> Ill:
 def stale_gradients(state: State) -> Ill:
     """Left over from earlier updates, in all or in every other one, or from other weights within one, or used for one and then
     for another. Where no pass is heard any more, as under a captured graph, nothing is known of the last."""
-    left, outside, mixed = (max(state.events.share(k, LOOKS), default=0.0) for k in ("stale", "stale outside", "mixed"))
-    twice = max((share for share in state.events.share("twice") if share <= MOST), default=0.0)
-    if left > OFTEN:
-        return {"order": {"value": left, "limit": OFTEN, "told": LEFT, "cure": CLEAR_ONCE}}
-    if outside > OFTEN:
-        return {"outside": {"value": outside, "limit": OFTEN, "told": LEFT_OUTSIDE, "cure": CLEAR_ALL}}
-    if mixed > OFTEN:
-        return {"weights": {"value": mixed, "limit": OFTEN, "told": MIXED, "cure": CLEAR_WITHIN}}
-    if (foreign := max(state.events.share("foreign", LOOKS), default=0.0)) > OFTEN:
-        facts = {"told": FOREIGN, "cure": CLEAR_BEFORE, "severity": "warning"}
-        return {"another's": {"value": foreign, "limit": OFTEN} | facts}
-    return {"twice": {"value": twice, "limit": OFTEN, "told": TWICE, "cure": STEP_ONCE}} if twice > OFTEN else {}
+    often = {kind: max(state.events.share(kind, LOOKS), default=0.0) for kind in STALE}
+    often["twice"] = max((share for share in state.events.share("twice") if share <= MOST), default=0.0)
+    for kind, (told, cure, severity) in STALE.items():
+        if often[kind] > OFTEN:
+            return {kind: {"value": often[kind], "limit": OFTEN, "told": told, "cure": cure, "severity": severity}}
+    return {}
 
 
 @rule("in {value:.0%} of the updates {told}", "{cure}")
@@ -224,6 +218,13 @@ CLEAR_WITHIN = (
 CLEAR_ONCE = "call zero_grad() once an update, before its first backward pass, on the optimizer that steps"
 TWICE = "the optimizer steps on gradients that it has used already, with no backward pass in between"
 STEP_ONCE = "something else calls step(), too: a trainer, a wrapper or a callback; let one of them do it"
+STALE = {  # the worst first
+    "stale": (LEFT, CLEAR_ONCE, "error"),
+    "stale outside": (LEFT_OUTSIDE, CLEAR_ALL, "error"),
+    "mixed": (MIXED, CLEAR_WITHIN, "error"),
+    "foreign": (FOREIGN, CLEAR_BEFORE, "warning"),
+    "twice": (TWICE, STEP_ONCE, "error"),
+}
 GONE = "a gradient arrives and is gone when the optimizer steps"
 MOVE_IT = "zero_grad() stands between backward pass and step(), or a validation there calls it: move it before both"
 THROWN = "several backward passes come, and each finds the one before cleared: the step has the last one alone"
