@@ -161,6 +161,25 @@ def test_a_backward_that_leaves_out_what_comes_in(x: Tensor, is_scaled: bool) ->
     assert [(f.rule, f.where) for f in found] == [("starved_steps", "weight")] * (not is_scaled)
 
 
+def test_a_reentrant_checkpoint_leaves_nothing_out(x: Tensor) -> None:
+    """It gives no gradient to torch.autograd.grad, and in backward() all of it. Of the answer alone, too."""
+    from torch.utils.checkpoint import checkpoint
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(D, D), nn.Linear(D, D))
+
+    def answer(given: Tensor) -> Tensor:
+        return checkpoint(nn.Sequential.forward, model, given, use_reentrant=True)
+
+    def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+        return F.mse_loss(model(x), x) + 0.01 * sum(p.square().sum() for p in model.parameters())
+
+    model.forward = lambda given: answer(given if given.requires_grad else given.clone().requires_grad_())
+    examination = examine(model, x, loss_of)
+    assert [f for f in examination.findings if f.rule in ("starved_steps", "no_gradient")] == []
+    assert not {"multiples of the loss", "the answer's own gradient"} & examination.not_checked.keys()
+
+
 def test_noise_of_ones_own_is_left_unsaid(x: Tensor) -> None:
     """Two passes that differ by themselves tell nothing."""
     import random

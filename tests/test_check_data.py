@@ -47,6 +47,19 @@ def test_uniform_tokens_look_random_and_so_does_text_in_another_order(vocab_size
     assert said(by_row, vocab_size=256) == ["random_tokens"]  # the frequencies are those of text, row by row
 
 
+def test_text_whose_time_comes_first_is_text() -> None:
+    assert said([x.T for x in batches()]) == []
+
+
+@pytest.mark.parametrize("classes", [True, False])
+def test_rows_that_are_asked_for_a_class_need_no_order(classes: bool) -> None:
+    """Things that were bought, say. With targets that are tokens it is a fault."""
+    uniform = [torch.randint(64, (16, 64)) for _ in range(8)]
+    given = [(x, torch.randint(3, (16,)) if classes else x) for x in uniform]
+    found = [(f.rule, f.severity) for f in check_data(given)]
+    assert found == [("random_tokens", "info" if classes else "warning")]
+
+
 def test_one_token_alone() -> None:
     assert said([torch.full((2, 64), 7)]) == ["constant_tokens"]
 

@@ -114,6 +114,32 @@ def test_layers_that_training_leaves_out_at_random(share: float) -> None:
     assert alarm == (None if share < 1 else "Linear(4, 4)")
 
 
+class NoisyExperts(nn.Module):
+    """Each token goes to one of four experts, by noise in training; in evaluation all go to the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.experts = nn.Linear(8, 4), nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        nn.init.zeros_(self.gate.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.gate(x) + (torch.randn(len(x), 4) if self.training else 0)
+        chosen, out = logits.argmax(1), torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            if (mine := (chosen == i).nonzero().flatten()).numel():
+                out = out.index_add(0, mine, expert(x[mine]) * logits.softmax(1)[mine, i, None])
+        return out
+
+
+def test_experts_that_only_noise_chooses_are_no_modules_of_one_mode() -> None:
+    """They are given different numbers of tokens; a block of a stack is given as many as the others."""
+    model, x = NoisyExperts(), torch.randn(32, 8)
+    modes = (lambda x: model.train()(x)), (lambda x: model.eval()(x))
+    found = check_train_eval(*modes, x)
+    assert found is None or "training only" not in found.message
+
+
 def test_torchs_own_layers_that_take_another_way_in_evaluation() -> None:
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)

@@ -159,6 +159,18 @@ def test_an_average_that_began_before_a_checkpoint_was_loaded(kind: str, monkeyp
     assert said_of(model, 60, lambda: goes_on(average, model)) == wanted
 
 
+@pytest.mark.parametrize("kind", ["begins anew", "goes on"])
+def test_a_target_network_within_the_model(kind: str) -> None:
+    """It is a part of the model, as large as the one that trains: frozen on purpose, and asked where it began."""
+    begins, goes_on, wanted = AVERAGES[kind]
+    model, target = trained_before(200)
+    both = nn.ModuleDict({"online": model, "target": target})
+    both.forward = lambda x: both["online"](x)
+    with torch.no_grad():
+        begins(target)
+    assert said_of(both, 60, lambda: goes_on(target, model)) == wanted
+
+
 @pytest.mark.parametrize(("momentum", "told"), [(0.99, True), (0.1, False), (1.0, False), (None, False)])
 def test_statistics_that_know_the_last_batch_alone(momentum: float | None, told: bool) -> None:
     assert said_of(normed(momentum), 11) == ["mode_mismatch"] * told

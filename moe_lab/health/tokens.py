@@ -42,6 +42,7 @@ class Tokens(NamedTuple):
     ids: Tensor  # (B, T) int64
     labels: Tensor | None  # (B, T) int64, IGNORED where there is no target; None: not given
     beside: Tensor | None = None  # (B,) float32, a number for each row of all else that the model was given
+    of_rows: bool = False  # whether targets came that are no tokens: a class for each row, say
 
     @property
     def rows(self) -> Tensor:
@@ -73,25 +74,33 @@ def within(places: Tensor) -> Tensor:
 
 
 def looks_random(rows: Sequence[Tensor], vocab_size: int) -> Finding | None:
-    """`rows`: ids (B, T) of batches. Each row is compressed beside itself in another order."""
+    """`rows`: ids (B, T) of batches, or (T, B). Each row is compressed beside itself in another order."""
     ids = torch.cat([some.flatten() for some in rows])
     counts, n = torch.bincount(ids, minlength=vocab_size), len(ids)
     if counts.max() > CONSTANT * n:
         message = f"token {int(counts.argmax())} is {counts.max() / n:.0%} of the text: nothing to learn"
         advice = "look at one batch, decoded; an index that never advances, or padding alone, does this"
         return Finding("constant_tokens", "error", "data", message, advice, float(counts.max() / n), CONSTANT)
-    generator = torch.Generator().manual_seed(0)
-    shuffled = torch.cat([row[torch.randperm(len(row), generator=generator)] for some in rows for row in some])
-    compressed, of_shuffled = (len(zlib.compress(raw(x.to(torch.int32)))) for x in (ids, shuffled))
-    if n < 1000 or compressed < INCOMPRESSIBLE * of_shuffled:
+    order = min(compressed(rows), compressed([some.T for some in rows]))
+    if n < 1000 or order < INCOMPRESSIBLE:
         return None
     equal = collisions(ids, vocab_size)
     what = f"two are equal {equal:.2f} times as often as uniform ones (text: 5 and more)"
     if equal >= COLLISIONS:
-        what = f"in another order a row compresses as well ({compressed / of_shuffled:.3f}; text: 0.93 and less)"
+        what = f"in another order a row compresses as well ({order:.3f}; text: 0.93 and less)"
     message = f"the tokens look random: {what}"
     advice = "a loader that shuffles tokens, falls back to random ids, or reads the file as a wrong dtype does this"
     return Finding("random_tokens", "warning", "data", message, advice, round(equal, 3), COLLISIONS)
+
+
+def compressed(rows: Sequence[Tensor]) -> float:
+    """The size of all rows over that of the same rows, each in another order."""
+    generator = torch.Generator().manual_seed(0)
+    ids, shuffled = [row for some in rows for row in some], []
+    for row in ids:
+        shuffled.append(row[torch.randperm(len(row), generator=generator)])
+    size, of_shuffled = (len(zlib.compress(raw(torch.cat(x).to(torch.int32)))) for x in (ids, shuffled))
+    return size / of_shuffled
 
 
 def rows_repeat(seen: Sequence[Tokens]) -> Finding | None:
@@ -128,7 +137,7 @@ def copies_inputs(labelled: Sequence[Tokens]) -> Finding | None:
 def agreement(labelled: Sequence[Tokens], shift: int) -> float:
     """Share of the targets that are the token `shift` places on."""
     equal = targets = 0
-    for ids, labels, _ in labelled:
+    for ids, labels, *_ in labelled:
         length = ids.shape[1] - abs(shift)
         there, here = ids[:, max(shift, 0) :][:, :length], labels[:, max(-shift, 0) :][:, :length]
         equal += int(((here != IGNORED) & (here == there)).sum())
@@ -147,7 +156,7 @@ def never_a_target(labelled: Sequence[Tokens]) -> Finding | None:
     before: dict[int, Counter] = {}  # token → those right before it that are asked for
     inner: Counter = Counter()  # … → how often it stands before a row's last run
     asked, n_asked, n_places = set(), 0, 0
-    for ids, labels, _ in labelled:
+    for ids, labels, *_ in labelled:
         is_asked = torch.zeros_like(ids, dtype=torch.bool)
         is_asked[:, shift:] = (labels != IGNORED)[:, : ids.shape[1] - shift]
         asked.update(ids[is_asked].tolist())
@@ -181,13 +190,13 @@ def padding_is_target(labelled: Sequence[Tokens]) -> Finding | None:
             inner = length[(ids == token) & ~at_end]
             longest[token] = max(longest[token], int(inner.max()) if len(inner) else 0)
     padded = asked = rows = 0
-    for (ids, labels, _), (length, at_end) in zip(labelled, runs, strict=True):
+    for (ids, labels, *_), (length, at_end) in zip(labelled, runs, strict=True):
         least = torch.tensor([max(PADDED, 2 * longest[token] + 1) for token in ids[:, -1].tolist()])
         at_end = at_end & ((length[:, -1] >= least) & ~at_end.all(1)).unsqueeze(1)
         rows += len(ids)
         padded += int(at_end.any(1).sum())
         asked += int((at_end[:, :-1] & (labels == ids)[:, 1:]).sum())  # but for the first, which may be the text's end
-    targets = sum(int((labels != IGNORED).sum()) for _, labels, _ in labelled)
+    targets = sum(int((labels != IGNORED).sum()) for _, labels, *_ in labelled)
     if padded < max(2, ROWS_PADDED * rows) or asked <= 0.02 * targets:
         return None
     message = f"{padded} of {rows} rows end in a run of one token, which is {asked / targets:.0%} of all targets"
@@ -200,7 +209,7 @@ def prompt_is_target(labelled: Sequence[Tokens]) -> Finding | None:
     if max(agreement(labelled, shift) for shift in (0, 1)) < SHIFTED:
         return None
     n_turned = n_rows = n_targets = 0
-    for ids, labels, _ in labelled:
+    for ids, labels, *_ in labelled:
         is_target, at_end = labels != IGNORED, runs_of(ids)[1]
         after = (is_target.flip(1).cummax(1).values.flip(1) | at_end).logical_not().sum(1)  # a last run may be padding
         is_cut = len(after) > 1 and (after == after[0]).all()  # all at one place, as no prompts end
@@ -214,7 +223,7 @@ def prompt_is_target(labelled: Sequence[Tokens]) -> Finding | None:
     begins = torch.cat([ids[:, : min(ids.shape[1] for ids, *_ in labelled)] for ids, *_ in labelled])
     differ = (begins != begins.median(0).values).float().mean(0) > 1 - SHIFTED
     n_shared = int(differ.int().argmax())  # 0 where all differ at once, or none ever does
-    share = sum(int((labels[:, :n_shared] != IGNORED).sum()) for _, labels, _ in labelled) / max(n_targets, 1)
+    share = sum(int((labels[:, :n_shared] != IGNORED).sum()) for _, labels, *_ in labelled) / max(n_targets, 1)
     if n_shared < PADDED or len(begins.unique(dim=0)) < FEWEST_ROWS or share <= ROWS_PADDED:
         return None
     message = f"rows share their first {n_shared} tokens, which are {share:.0%} of all targets and soon known"
@@ -281,7 +290,7 @@ def neighbours_alike(seen: Sequence[Tokens]) -> Finding | None:
 
 
 def uneven(labelled: Sequence[Tokens]) -> Finding | None:
-    counts = [int((labels != IGNORED).sum()) for _, labels, _ in labelled]
+    counts = [int((labels != IGNORED).sum()) for _, labels, *_ in labelled]
     low, high = min(counts), max(counts)
     if len(counts) < 2 or high <= 2 * max(low, 1):
         return None

@@ -1,6 +1,6 @@
 """What backward passes beside the loss's own show: that of a multiple of it, and that of the model's answer alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import Any
 
@@ -32,7 +32,7 @@ def scaled_back(trial: Any) -> Finding | None:
     if not trial.has_own_backward:
         return None
     trained = {name: p for name, p in trial.model.named_parameters() if p.grad is not None and not p.grad.is_sparse}
-    multiples = torch.autograd.grad(trial.again() * MULTIPLE, list(trained.values()), allow_unused=True)
+    multiples = taught(trial, trial.again() * MULTIPLE, list(trained.values()))
     for (name, p), multiple in zip(trained.items(), multiples, strict=True):
         off = p.grad.float() - (0.0 if multiple is None else multiple.float() / MULTIPLE)
         if off.norm() > APART * p.grad.float().norm():
@@ -61,7 +61,7 @@ def untaught_by_answer(trial: Any) -> Iterator[Finding]:
         raise ValueError("it has no gradient")
     wave = torch.arange(answer.numel(), device=answer.device).float().cos().view(answer.shape)
     wanted = [*matrices.values(), *given]
-    gradients = torch.autograd.grad((answer.float() * wave).sum(), wanted, allow_unused=True)
+    gradients = taught(trial, (answer.float() * wave).sum(), wanted)
     mine = dict(zip(matrices, gradients, strict=False))
     if given and all(g is None or not g.any() for g in gradients[len(matrices) :]):
         yield from cut_off(trial, args, kwargs, answer, [name for name, g in mine.items() if g is None])
@@ -82,6 +82,18 @@ def cut_off(trial: Any, args: list, kwargs: dict, before: Tensor, names: list[st
     if names and not torch.equal(answer_of(trial, *others), before):
         message = f"the answer follows what comes in, and no gradient of it comes back there: {several(names)} learn by other terms alone"
         yield Finding("no_gradient", "warning", names[0], message, CUT, len(names), 0)
+
+
+def taught(trial: Any, root: Tensor, wanted: Sequence[Tensor]) -> list[Tensor | None]:
+    """Their gradients by backward(), since a reentrant checkpoint gives none to torch.autograd.grad. The parameters keep what they had."""
+    kept = [(p, p.grad) for p in trial.model.parameters()]
+    trial.model.zero_grad(set_to_none=True)
+    try:
+        root.backward()
+        return [t.grad for t in wanted]
+    finally:
+        for p, gradient in kept:
+            p.grad = gradient
 
 
 @torch.enable_grad()

@@ -46,12 +46,13 @@ def tokens_of(batch: Any) -> Tokens:
     if not are_ids(ids):
         raise ValueError("batches must all be ids (B, T), pairs (ids, labels), or mappings with input_ids")
     labels = next((t for t in rest if isinstance(batch, Mapping) or not is_mask(t)), None)
-    if not isinstance(labels, Tensor) or labels.shape != ids.shape:
+    of_rows = isinstance(labels, Tensor) and labels.shape != ids.shape
+    if not isinstance(labels, Tensor) or of_rows:
         labels = None
     others = [t.detach() for t in (batch.values() if isinstance(batch, Mapping) else ()) if isinstance(t, Tensor)]
     others = [t for t in others if is_plain(t) and t is not ids and t is not labels]
     labels = None if labels is None else labels.detach().cpu().long()
-    return Tokens(ids.detach().cpu().long(), labels, about.beside(ids, others))
+    return Tokens(ids.detach().cpu().long(), labels, about.beside(ids, others), of_rows)
 
 
 def check_data(
@@ -74,13 +75,20 @@ def check_data(
     ids = torch.cat([tokens.ids.flatten() for tokens in seen])
     vocab_size = vocab_size or int(ids.max()) + 1
     labelled = [tokens for tokens in seen if tokens.labels is not None]
-    found = [about.looks_random([tokens.ids for tokens in seen], vocab_size)]
+    found = [looks_random(seen, vocab_size)]
     found += [about.rows_repeat(seen) or about.windows_slide(seen) or about.neighbours_alike(seen)]
     found += [check(labelled) for check in (*about.TARGETS, about.uneven) if labelled]
     if validation is not None:
-        random = about.looks_random([tokens.ids for tokens in others], vocab_size) if others else None
+        random = looks_random(others, vocab_size) if others else None
         found += [random and replace(random, where="validation"), stands_in_both(seen, others)]
     return [finding for finding in found if finding is not None]
+
+
+def looks_random(seen: list[Tokens], vocab_size: int) -> Finding | None:
+    """An info where nobody is asked for tokens: what a row is of need not have an order, as things that were bought."""
+    found = about.looks_random([tokens.ids for tokens in seen], vocab_size)
+    of_rows = found is not None and found.rule == "random_tokens" and all(tokens.of_rows for tokens in seen)
+    return replace(found, severity="info") if found and of_rows else found
 
 
 def read(batches: Iterable[Any], kind: Callable | None = None) -> tuple[Callable, list]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from ..findings import Finding, several
+from ..findings import Finding, grouped, several
 from ..random_state import RandomState
 
 SIGMAS = 5.0  # distances between two trainings' outputs that training and evaluation may be apart
@@ -51,9 +51,10 @@ def train_eval(
                 break
             _, ran = heard(fn_train, batch)
             in_training |= {key: ran[key] for key in ran.keys() & in_evaluation.keys()}
+        experts = experts_of(in_training, in_evaluation)
         both = {"training": (in_training, in_evaluation), "evaluation": (in_evaluation, in_training)}
         for word, (ran, missing) in both.items():
-            if only := [name for key, name in ran.items() if key not in missing]:
+            if only := [name for key, (name, _) in ran.items() if key not in missing and name not in experts]:
                 message = f"{len(only)} modules with parameters compute in {word} only: {several(only)}"
                 advice = "let both modes take the same way; a head that is meant for training alone may be ignored here"
                 return Finding("mode_mismatch", "warning", only[0], message, advice, len(only), 0)
@@ -63,7 +64,7 @@ def train_eval(
         noise, _ = distance(trained, heard(fn_train, batch)[0])
         if (noise > least or dropping.heard) and (finding := noise_in_evaluation(fn_eval, batch)):
             return finding
-        if any("BatchNorm" in name for name in in_training.values()):  # the modes are apart by design
+        if any("BatchNorm" in name for name, _ in in_training.values()):  # the modes are apart by design
             return None
     limit = max(SIGMAS * noise, least)
     if apart <= limit:
@@ -130,17 +131,26 @@ def noise_in_evaluation(fn: Callable, batch: Any) -> Finding | None:
     return Finding("mode_mismatch", "warning", names[0], f"{message}: {several(names)} still drops", advice, *told)
 
 
-def heard(fn: Callable, batch: Any) -> tuple[Any, dict[int, str]]:
-    """The output, and the modules with parameters whose forward pass ran, id → class and shape, but for those that it made itself."""
-    called: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+def experts_of(trained: dict[int, tuple[str, int]], evaluated: dict[int, tuple[str, int]]) -> set[str]:
+    """Kinds of modules that share as many rows in both modes, in training not evenly: which of them are given any is a choice."""
+    first, second = (grouped(ran.values(), lambda pair: pair[0]) for ran in (trained, evaluated))
+    n_rows = {name: [sum(n for _, n in of.get(name, ())) for of in (first, second)] for name in first}
+    return {name for name, pairs in first.items() if len(set(pairs)) > 1 and len(set(n_rows[name])) == 1}
+
+
+def heard(fn: Callable, batch: Any) -> tuple[Any, dict[int, tuple[str, int]]]:
+    """The output, and the modules with parameters whose forward pass ran, id → class and shape, and the number of rows given, but for
+    those that it made itself."""
+    called: WeakKeyDictionary[nn.Module, tuple[str, int]] = WeakKeyDictionary()
 
     def note(module: nn.Module, args: tuple) -> None:
         if (first := next(module.parameters(), None)) is not None:
-            called.setdefault(module, f"{type(module).__name__}{tuple(first.shape)}")
+            n_rows = len(args[0]) if args and isinstance(args[0], Tensor) and args[0].ndim else 0
+            called.setdefault(module, (f"{type(module).__name__}{tuple(first.shape)}", n_rows))
 
     handle = register_module_forward_pre_hook(note)
     try:
         output = fn(batch)
     finally:
         handle.remove()
-    return getattr(output, "logits", output), {id(module): name for module, name in called.items()}
+    return getattr(output, "logits", output), {id(module): ran for module, ran in called.items()}

@@ -2,7 +2,7 @@
 arguments without effect."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -151,6 +151,23 @@ def copied(model: nn.Module, optimizers: Sequence[Optimizer]) -> set[str]:
             matrices = [p for p in own.values() if p.ndim > 1]  # fresh norms are all alike
             found |= own.keys() if matrices and all(values(p, p.dtype) in known for p in matrices) else set()
     return found
+
+
+def kind_of(module: nn.Module) -> tuple:
+    return type(module), *(tuple(p.shape) for p in module.parameters())
+
+
+def trained_parts(model: nn.Module, trained: set[int]) -> dict[tuple, nn.Module]:
+    """By class and shapes, the modules that hold nearly all of what trains (ids), such as the model itself."""
+    least = max(1, COPIED * len(trained))
+    return {kind_of(m): m for m in model.modules() if sum(id(p) in trained for p in m.parameters()) >= least}
+
+
+def lookalikes(parts: Mapping[tuple, nn.Module], things: Iterable[Any], trained: set[int]) -> list[nn.Module]:
+    """Modules that look like one of these parts, and of which nothing trains: an average, or a target network."""
+    classes = {kind for kind, *_ in parts}
+    mine = (m for m in things if type(m) in classes and kind_of(m) in parts)
+    return [m for m in mine if trained.isdisjoint(map(id, m.parameters()))]
 
 
 def values(p: Tensor, dtype: torch.dtype) -> tuple:

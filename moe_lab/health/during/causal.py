@@ -122,7 +122,7 @@ def future_leak(forward: ForwardProbe, repeats: bool = False) -> Finding | None:
     heard = forward.heard
     if forward.inputs is None or is_sharded(forward.model):
         raise Unrepeatable("no input was kept" if forward.inputs is None else "the weights are spread over processes")
-    ids, labels, _ = heard.passes[-1].tokens
+    ids, labels, *_ = heard.passes[-1].tokens
     cut = ids.shape[1] // 2 | 1  # odd: blocks have even sizes
     row = int((labels[:, :cut] != IGNORED).sum(1).argmax())
     asked = (labels[row, :cut] != IGNORED).nonzero().flatten()

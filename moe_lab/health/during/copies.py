@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from ..before.structure import kind_of, lookalikes, trained_parts
 from ..findings import grouped
 from ..measures import ulp
 from ..sampling import plain
@@ -146,7 +147,8 @@ class Statistics:
 
 
 class Followers:
-    """Models beside the trained one, of its class and shapes, whose weights go after its own: do they come from somewhere else?
+    """Models beside the trained one, or beside the part of it that trains, of its class and shapes, whose weights go after its own: do they
+    come from somewhere else?
 
     An average that began as the model's copy is behind along the way that the model goes. One that was made before a checkpoint was
     loaded into the model comes from another side.
@@ -154,7 +156,7 @@ class Followers:
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.search_at = model, SEARCH
-        self.beside: list[weakref.ref] = []
+        self.beside: list[tuple[weakref.ref, nn.Module]] = []  # with what they look like
         # by a follower's id, at the last look: which matrices, and their samples beside the model's
         self.before: dict[int, tuple[list[int], list[tuple[Tensor, Tensor]]]] = {}
         # by its id, at each look: how far it is, over the weights' size, and which share of the way it made
@@ -163,18 +165,17 @@ class Followers:
     def look(self, tracked: Sequence[Tracked], n_seen: int, living: Callable[[], list]) -> None:
         if n_seen < self.search_at and not self.beside:
             return
-        inner = unwrapped(self.model)
-        mine = list(inner.parameters())
         by_id = {id(t.param): t for t in tracked if t.owner and t.bank and t.param.ndim > 1 and not t.constant}
-        places = [n for n, p in enumerate(mine) if id(p) in by_id][:N_COPIES]
-        if places and n_seen >= self.search_at:
+        if by_id and n_seen >= self.search_at:
             self.search_at = 10 * n_seen
-            own, shapes = set(map(id, self.model.modules())), [p.shape for p in mine]
-            others = [m for m in living() if type(m) is type(inner) and id(m) not in own]
-            others = [m for m in others if [p.shape for p in m.parameters()] == shapes]
-            self.beside = [weakref.ref(m) for m in others[:BESIDE]]
+            trained = {id(t.param) for t in tracked if t.owner and t.param.requires_grad}
+            parts = trained_parts(unwrapped(self.model), trained)
+            others = lookalikes(parts, living(), trained)
+            self.beside = [(weakref.ref(m), parts[kind_of(m)]) for m in others[:BESIDE]]
         before, self.before = self.before, {}
-        for other in (other for other in (reference() for reference in self.beside) if other is not None):
+        for other, part in ((other, part) for reference, part in self.beside if (other := reference()) is not None):
+            mine = list(part.parameters())
+            places = [n for n, p in enumerate(mine) if id(p) in by_id][:N_COPIES]
             ours = [by_id[id(mine[n])] for n in places]
             theirs = list(other.parameters())
             now = [(sampled(theirs[n], t), sampled(t.param, t)) for n, t in zip(places, ours, strict=True)]

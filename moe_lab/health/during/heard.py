@@ -136,7 +136,7 @@ class Heard:
             self.passes.append(Pass(update, tokens, *numbers.tolist()))
         self.waiting = []
         labelled = [p.tokens for p in self.passes]
-        turned = [Tokens(ids.T, labels.T, beside) for ids, labels, beside in labelled]
+        turned = [tokens._replace(ids=tokens.ids.T, labels=tokens.labels.T) for tokens in labelled]
         if agreement(labelled, 1) < SHIFTED < agreement(turned, 1):  # (T, B), as in torch's own recurrent layers
             self.is_time_first = True
             self.passes = [p._replace(tokens=tokens) for p, tokens in zip(self.passes, turned, strict=True)]

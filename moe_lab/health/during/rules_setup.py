@@ -48,8 +48,8 @@ def updated_twice(state: State) -> Ill:
     "name them in expect_frozen if that is meant; else set requires_grad=True before the optimizer is built",
 )
 def frozen_module(state: State) -> Ill:
-    """Frozen tensors by name: an info where their share of the parameters, or what they are, looks meant; and while what an optimizer
-    holds may yet be thawed. Gradients may be made by hand."""
+    """Frozen tensors by name: an info where their share of the parameters, or what they are, looks meant, as tables and a target network
+    do; and while what an optimizer holds may yet be thawed. Gradients may be made by hand."""
     held = {t.name for t in state.tracked if t.owner and not t.param.requires_grad and not t.with_gradient}
     if not state.is_changed and not held:
         return {}
@@ -58,6 +58,9 @@ def frozen_module(state: State) -> Ill:
     tables = {id(m.weight) for m in state.modules.values() if isinstance(m, nn.Embedding)}
     tables |= {id(p) for p in found.values() if p.ndim > 2 and len(p) == 1}  # added to every row of a batch
     tables |= {id(p) for p in (state.forward.heard.head or nn.Identity()).parameters()}
+    trained = {id(t.param) for t in state.tracked if t.owner and t.param.requires_grad}
+    parts = structure.trained_parts(state.model, trained)
+    tables |= {id(p) for m in structure.lookalikes(parts, state.modules.values(), trained) for p in m.parameters()}
     is_meant = share > ON_PURPOSE or all(id(p) in tables for p in found.values())
     # a vector by itself is what a module keeps for itself, as experts' biases; whoever freezes by accident freezes matrices, too
     is_module = any(p.numel() > max(p.shape, default=1) for name, p in found.items() if name in held)
