@@ -154,7 +154,18 @@ def test_one_output_that_is_true_or_false() -> None:
     assert said(trained(net(nn.Sigmoid()), lambda out, told: F.binary_cross_entropy(out, true(told)))) == []
 
 
+def aligned(letters: int) -> Callable:
+    """CTC of 32 texts of so many letters each, in 16 steps."""
+
+    def loss(out: Tensor, told: Tensor) -> Tensor:
+        scores, targets = out.view(16, 32, 6).log_softmax(-1), 1 + classes(told).view(32, 16)[:, :letters] % 5
+        return F.ctc_loss(scores, targets, [16] * 32, [letters] * 32, zero_infinity=True)
+
+    return loss
+
+
 OUT_OF_RANGE = {
+    "more letters than steps": (None, aligned(16), "infinite CTC loss"),
     "shares for their logarithms": (nn.Softmax(-1), lambda out, told: F.nll_loss(out, classes(told)), "sum to"),
     "logits for log-probabilities": (
         None,
@@ -174,6 +185,7 @@ OUT_OF_RANGE = {
     "labels of -1 and 1": (None, lambda out, told: BCE(out, told.sign()), "0 to 1, which is all that binary"),
 }
 IN_RANGE = PLAIN | {
+    "fewer letters than steps": (None, aligned(5)),
     "a ReLU and targets above 0": (nn.ReLU(), lambda out, told: F.mse_loss(out, told.abs())),
     "a ReLU, squared by hand": (nn.ReLU(), lambda out, told: by_hand(out, told.abs())),
     "a sigmoid, the other way round": (nn.Sigmoid(), lambda out, told: by_hand(hot(told), out)),

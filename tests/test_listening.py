@@ -572,3 +572,32 @@ def test_a_parameter_that_was_moved_is_told_and_stops_nothing() -> None:
     told = examine(model, batch, loss_fn, torch.optim.Adam(model.parameters()))
     (found,) = [f for f in told.findings if f.rule == "not_in_optimizer"]
     assert "Moved.factors (8,)" in found.message and model.factors.grad_fn is not None
+
+
+class Recurrent(nn.Module):
+    """A sentence's class, from what a GRU says at each token."""
+
+    def __init__(self, reads: str, batch_first: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.reads, self.tokens, self.head = reads, nn.Embedding(V, D, padding_idx=0), nn.Linear(D, 4)
+        self.cell = nn.GRU(D, D, batch_first=batch_first)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y, x = self.cell(self.tokens(ids))[0], ids
+        if not self.cell.batch_first:
+            y, x = y.transpose(0, 1), ids.T
+        ends = {"behind": -1, "at the end": (x > 0).sum(1) - 1}
+        return self.head(y.mean(1) if self.reads == "of all" else y[torch.arange(len(x)), ends[self.reads]])
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize(("reads", "told"), [("behind", True), ("at the end", False), ("of all", False)])
+def test_an_answer_that_is_read_behind_the_padding(reads: str, told: bool, batch_first: bool) -> None:
+    """A mean over all places weighs padding as much as text; the last of all places has forgotten the text."""
+    torch.manual_seed(0)
+    ids = torch.randint(1, V, (16, 32))
+    ids[torch.arange(32) >= torch.randint(4, 24, (16, 1))] = 0
+    loss, classes = lambda model, x: F.cross_entropy(model(x), classes), torch.randint(4, (16,))
+    found = examine(Recurrent(reads, batch_first), ids if batch_first else ids.T, loss).findings
+    assert [f.rule for f in found if "padding" in f.where] == ["no_effect"] * told

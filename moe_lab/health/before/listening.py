@@ -15,7 +15,7 @@ from ..during.heard import tensors_of
 from ..during.listener import Listener
 from ..findings import Finding, grouped, several
 from ..sampling import tensor_kind
-from ..tokens import ROWS_PADDED, runs_of, within
+from ..tokens import PADDED, ROWS_PADDED, runs_of, within
 
 WORDS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")  # MambaMixer, GRUBlock
 PROMISES = re.compile(
@@ -27,6 +27,11 @@ FAR, NEAR = 32, 8
 # it is 0.78 to 1.13
 GROWN = 1.6
 UNEVEN = 0.3  # deviation of that between tokens, over it
+BEHIND = 10.0  # times that a padding may weigh more than a text's token: a mean over all places weighs them alike
+READ_AT_END = (
+    "the answer is read behind the padding: take a recurrent network's output at each text's last token (or pack_padded_sequence), a "
+    "causal one's at the last token that is real"
+)
 UNHEARD = 0.2  # share of tokens that nothing depends on although they are there: one that is read out may be all
 TURNED_ROUND = "a mask is the wrong way round: torch's key_padding_mask is True where a token is padding, transformers' attention_mask is 1 where it is none"
 ASKED_FOR = 0.01  # share of the ids that are a row without a gradient
@@ -50,7 +55,7 @@ class Listening(Listener):
         self.doubled: list[str] = []  # those that return nothing but their input, twice
         # of each call of a recurrent cell: whether its state has a graph, where that lies if there is one, and where the new one
         self.cells: dict[str, list[tuple]] = {}
-        # ids (B, T) that tables were given, and of which of them the loss depends
+        # ids (B, T) that tables were given, and the size of the loss's gradient at each
         self.looked_up: list[tuple[Tensor, list[Tensor]]] = []
         # table → its row without a gradient, the share of the ids that ask for it, padding not counted, and is it no zeros
         self.stuck_rows: dict[str, tuple[int, float, bool]] = {}
@@ -74,7 +79,7 @@ class Listening(Listener):
     def keep_ids(self, module: nn.Module, args: tuple, output: Any) -> None:
         if args and args[0].ndim == 2 and output.requires_grad:
             taught: list[Tensor] = []
-            output.register_hook(lambda gradient: taught.append((gradient != 0).any(-1)))
+            output.register_hook(lambda gradient: taught.append(gradient.float().norm(dim=-1)))
             self.looked_up.append((args[0].detach(), taught))
 
     def count_padding(self, name: str, module: nn.Embedding, args: tuple, output: Any) -> None:
@@ -100,16 +105,29 @@ class Listening(Listener):
                 )
 
     def padding_alone(self) -> Iterator[Finding]:
-        """Tokens before the padding at their rows' ends that no gradient reaches, where it reaches the padding."""
-        for ids, taught in ((ids.cpu(), taught) for ids, taught in self.looked_up):
-            last = ids[:, -1].mode().values
-            is_padding = runs_of(ids)[1] & (ids == last)
-            is_told = sum((t.cpu() for t in taught), torch.zeros_like(is_padding)) > 0
+        """Tokens before the padding at their rows' ends, either way round, that no gradient reaches where it reaches the padding; or next to
+        none, where an answer is read behind it."""
+        for ids, taught in self.looked_up:
+            told = sum((t.cpu() for t in taught), torch.zeros(ids.shape))
+            ways = [(x[:, -1].mode().values, padding_of(x), t) for x, t in ((ids.cpu(), told), (ids.cpu().T, told.T))]
+            pad, is_padding, told = max(ways, key=lambda way: way[1].sum())
             if is_padding[:, -2:-1].float().mean() > ROWS_PADDED and (~is_padding).any():
-                text, pad = (float(is_told[which].float().mean()) for which in (~is_padding, is_padding))
-                if text < UNHEARD < 1 - UNHEARD < pad:
-                    message = f"the loss depends on {pad:.0%} of the padding (token {int(last)}) and on {text:.0%} of the tokens before it"
-                    yield Finding("no_effect", "warning", "mask", message, TURNED_ROUND, round(text, 3), UNHEARD)
+                yield from self.heard_of(int(pad), told, is_padding)
+
+    def heard_of(self, pad: int, told: Tensor, is_padding: Tensor) -> Iterator[Finding]:
+        """`told`: (B, T), the size of the gradient at each token."""
+        of_text, of_padding = (float((told[which] > 0).float().mean()) for which in (~is_padding, is_padding))
+        long = told[rows := (is_padding.sum(1) >= PADDED) & ~is_padding.all(1)]
+        means = [(long * which[rows]).sum(1) / which[rows].sum(1) for which in (is_padding, ~is_padding)]
+        times = float((means[0] / means[1].clamp(min=1e-30)).median()) if len(long) else 0.0
+        if of_text < UNHEARD < 1 - UNHEARD < of_padding:
+            message = f"the loss depends on {of_padding:.0%} of the padding (token {pad}) and on {of_text:.0%} of the tokens before it"
+            yield Finding("no_effect", "warning", "mask", message, TURNED_ROUND, round(of_text, 3), UNHEARD)
+        elif times > BEHIND:
+            message = (
+                f"a padding (token {pad}) moves the loss {times:.2g} times as much as a token of the text before it"
+            )
+            yield Finding("no_effect", "warning", "padding", message, READ_AT_END, round(times, 1), BEHIND)
 
     def count_call(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """Of a cell that learns: the state that it was given, and that it gave the last time."""
@@ -185,6 +203,11 @@ class Listening(Listener):
                 message = f"{name} ({type(module).__name__}) {hears}"
                 advice = "a stand-in may have taken the place of a kernel package that is missing: install it, or use a plain scan"
                 yield Finding("short_memory", "warning", name, message, advice, reach, asked)
+
+
+def padding_of(ids: Tensor) -> Tensor:
+    """(B, T): where rows end in runs of the token that most of them end in."""
+    return runs_of(ids)[1] & (ids == ids[:, -1].mode().values)
 
 
 def promising(named: Sequence[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]:

@@ -41,6 +41,11 @@ APART, SHARE = 0.1, 0.05  # |log| of a sum that ought to be 1; of the targets, t
 OF_DIFFERENCES, KEEPS_NO_RESULT = {f"{name}Backward0" for name in ("Pow", "Abs", "Mul")}, {"Softplus"}
 ELEMENTWISE = {f"{name}Backward0" for name in ("Add", "Sub", "Mul", "Neg")}
 SLACK = 1e-3  # by which a target may lie outside
+ALIGNED = "CtcLossBackward0"
+STEPS_OUT = (
+    "input_lengths count the steps that come out of the model, strides and all; a target needs one for each letter, and one more "
+    "between equal ones"
+)
 NORMALISED = "give nll_loss the output of log_softmax, or the logits to cross_entropy"
 IN_RANGE = (
     "scale the targets (labels to 0 and 1, pictures to what the last layer gives), or leave that last function out"
@@ -141,6 +146,10 @@ def out_of_range(node: Any) -> Finding | None:
             apart = float(node._saved_self.detach().float().logsumexp(1).abs().median())
             message = f"nll_loss is given scores whose exponentials sum to {math.exp(min(apart, 99)):.3g} (or 1 over it): no log-probabilities"
             told = ("scores", message, NORMALISED, apart, APART)
+        elif name.endswith(ALIGNED):  # torch's own, or cuDNN's
+            share = float(node._saved_result0.detach().isinf().float().mean())
+            message = f"{share:.0%} of the examples have an infinite CTC loss, which zero_infinity hides: more letters than steps"
+            told = ("lengths", message, STEPS_OUT, share, SHARE)
         elif by_logits or (known := subtracted(node)):
             made_by, target = ("", node._saved_target) if by_logits else known
             low, high = GIVES[made_by] if made_by else (0.0, 1.0)
