@@ -24,6 +24,7 @@ doctor.py        doctor train.py: a script is watched without an edit
 listener.py      hooks that no error gets past, and parts that listen through them
 forward.py       what forward passes tell: vocabulary, the logits' variance, which tensors matter
 clips.py         whether clipping finds any gradient
+casts.py         casts of weights that autocast keeps beyond an update
 copies.py        copies that follow the weights, and the statistics of those that do
 outside.py       what else lies outside of the optimizer: tables of positions, buffers that count, batches that come back
 routing.py       choices among experts, and scalars that may be terms of the loss

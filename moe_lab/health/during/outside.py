@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..sampling import Waiting, elements, plain, sample_positions
 from ..torch_private import is_in_backward
+from .casts import Casts
 from .clips import Clips
 from .copies import Copies, Followers, Statistics, is_16_bit
 from .heard import tensors_of
@@ -33,15 +34,15 @@ class Outside(Listener):
     def __init__(self, model: nn.Module, waiting: Waiting):
         super().__init__()
         self.model, self.copies, self.statistics, self.followers = model, Copies(), Statistics(model), Followers(model)
-        self.counts, self.averages, self.repeats, self.clips = (
-            part(model, waiting) for part in (Counts, Averages, Repeats, Clips)
+        self.counts, self.averages, self.repeats, self.clips, self.casts = (
+            part(model, waiting) for part in (Counts, Averages, Repeats, Clips, Casts)
         )
         self.routing, self.terms, self.reached = (part(model, waiting) for part in (Routing, Terms, Reached))
         self.positions: dict[str, float] | None = None  # by table, how far the last ones are off
         self.rounded: list[str] = []  # buffers
 
     def hooks(self, hook: Callable) -> Iterator[Any]:
-        for part in (self.counts, self.routing, self.terms, self.repeats, self.averages, self.clips):
+        for part in (self.counts, self.routing, self.terms, self.repeats, self.averages, self.clips, self.casts):
             yield from part.hooks(hook)
         yield self.model.register_forward_hook(hook(self.reached.answered))
 
@@ -49,6 +50,7 @@ class Outside(Listener):
         """Before update n of those seen, from 1."""
         self.counts.added = {}
         self.terms.before_update(n)
+        self.casts.before_update()
 
     def look(self, tracked: Sequence[Tracked], step: int, n_seen: int, longest: int) -> None:
         """At what no pass shows."""

@@ -226,6 +226,11 @@ def began_elsewhere(state: State) -> Ill:
     return {"models": {"value": away, "limit": FAR_AWAY, "pace": pace}} if away > FAR_AWAY else {}
 
 
+def kept_casts(state: State) -> Ill:
+    stale = sum(state.outside.casts.stale)
+    return {"casts": {"value": stale, "limit": 0}} if stale > 1 else {}
+
+
 @rule(
     "{names}: positions in 16 bits run together (late ones are {value:.2g} rad off, or as many are the same as the one before)",
     "keep such buffers in float32 when the model is cast, and compute angles there; cast the cosines and sines",
@@ -247,6 +252,8 @@ ELSEWHERE = (
     "a model beside this one follows its weights from {value:.0%} of their size away, and makes {pace:.1%} of the way between two checks: it did "
     "not begin as their copy"
 )
+KEPT = "{value} passes computed with 16-bit casts of weights as they were before the last update"
+WRAP = "autocast keeps its casts until its outermost context ends: let it wrap each forward pass and its loss, and not the loop"
 MADE_BEFORE = "make the average after a checkpoint is loaded into the model, or load the average's own"
 BUFFERS = (
     "copy the buffers along with the weights, as torch's AveragedModel does, or run update_bn() before the copy is used"
@@ -262,6 +269,7 @@ BESIDE = (
     stuck_copy,
     Rule("stuck_copy", "warning", left_behind, LEFT, BUFFERS),
     Rule("stuck_copy", "warning", began_elsewhere, ELSEWHERE, MADE_BEFORE),
+    Rule("stuck_copy", "warning", kept_casts, KEPT, WRAP),
     rough_positions,
     Rule(
         "rough_positions",
