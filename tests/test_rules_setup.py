@@ -331,3 +331,12 @@ def test_what_is_to_be_trained_beside_an_adapter_and_is_not_there(names: list[st
     assert [f.where for f in both.findings].count("modules_to_save") == told
     given = examine(Classifier(), batch, loss, config={"lora": {"modules_to_save": names}} if names else None)
     assert ("modules_to_save" in {f.where for f in given.findings}) == told
+
+
+@pytest.mark.parametrize(("width", "severity"), [(8, "info"), (4, "warning")])
+def test_a_target_network_is_frozen_on_purpose(width: int, severity: str) -> None:
+    """It looks like the network that trains, and need not hold its numbers: it lags. One of other shapes is another matter."""
+    online, target = (nn.Sequential(nn.Linear(4, n), nn.Tanh(), nn.Linear(n, 2)) for n in (8, width))
+    model = nn.ModuleDict({"online": online, "target": target.requires_grad_(False)})
+    watch = Watch(model, AdamW(online.parameters(), weight_decay=0.0), quiet=True)
+    assert [(f.rule, f.severity) for f in watch.findings] == [("frozen_module", severity)]

@@ -3,7 +3,7 @@
 from collections import Counter
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..before import structure
 from ..before.preflight import plan_of
@@ -48,27 +48,37 @@ def updated_twice(state: State) -> Ill:
     "name them in expect_frozen if that is meant; else set requires_grad=True before the optimizer is built",
 )
 def frozen_module(state: State) -> Ill:
-    """Frozen tensors by name: an info where their share of the parameters, or what they are, looks meant, as tables and a target network
-    do; and while what an optimizer holds may yet be thawed. Gradients may be made by hand."""
+    """Frozen tensors by name: an info where their share of the parameters, or what they are, looks meant; and while what an optimizer
+    holds may yet be thawed. Gradients may be made by hand."""
     held = {t.name for t in state.tracked if t.owner and not t.param.requires_grad and not t.with_gradient}
     if not state.is_changed and not held:
         return {}
     found = {name: p for name, p in state.named.items() if not p.requires_grad and name not in state.copied}
     share = sum(p.numel() for p in found.values()) / state.n_parameters
-    tables = {id(m.weight) for m in state.modules.values() if isinstance(m, nn.Embedding)}
-    tables |= {id(p) for p in found.values() if p.ndim > 2 and len(p) == 1}  # added to every row of a batch
-    tables |= {id(p) for p in (state.forward.heard.head or nn.Identity()).parameters()}
-    trained = {id(t.param) for t in state.tracked if t.owner and t.param.requires_grad}
-    parts = structure.trained_parts(state.model, trained)
-    tables |= {id(p) for m in structure.lookalikes(parts, state.modules.values(), trained) for p in m.parameters()}
-    is_meant = share > ON_PURPOSE or all(id(p) in tables for p in found.values())
+    is_meant = share > ON_PURPOSE or usually_frozen(state, found).issuperset(map(id, found.values()))
     # a vector by itself is what a module keeps for itself, as experts' biases; whoever freezes by accident freezes matrices, too
     is_module = any(p.numel() > max(p.shape, default=1) for name, p in found.items() if name in held)
     may_thaw = set() if is_module and state.n_seen >= THAWED_BY else held
-    told = {"value": share, "limit": ON_PURPOSE, "meant": ", as under adapters or of fixed tables" if is_meant else ""}
+    told = {
+        "value": share,
+        "limit": ON_PURPOSE,
+        "meant": ", as under adapters, of fixed tables or a target network" if is_meant else "",
+    }
     known = state.frozen_on_purpose | ({t.name for t in state.tracked} - held)  # an optimizer may train copies
     unknown = [name for name in found if name not in known]
     return {name: told | ({"severity": "info"} if is_meant or name in may_thaw else {}) for name in unknown}
+
+
+def usually_frozen(state: State, found: dict[str, Tensor]) -> set[int]:
+    """Of all, by id: tables, what is added to every row of a batch, the head, and a module that looks like the one that trains, as a
+    target network does."""
+    usual = [m.weight for m in state.modules.values() if isinstance(m, nn.Embedding)]
+    usual += [p for p in found.values() if p.ndim > 2 and len(p) == 1]
+    usual += (state.forward.heard.head or nn.Identity()).parameters()
+    trained = {id(t.param) for t in state.tracked if t.owner and t.param.requires_grad}
+    parts = structure.trained_parts(state.model, trained)
+    usual += [p for m in structure.lookalikes(parts, state.modules.values(), trained) for p in m.parameters()]
+    return set(map(id, usual))
 
 
 @rule(
