@@ -71,7 +71,7 @@ RULES: dict[str, tuple[str, str]] = {
     "delta_start": ("warning", "a state space model's fresh time steps are far from 0.001 to 0.1"),
     "stuck_copy": (
         "warning",
-        "a copy that follows the weights, such as an average: 16 bits stop it, its statistics stay behind, or it began elsewhere",
+        "a copy that follows the weights, such as an average: 16 bits stop it, its statistics stay behind, or it began elsewhere; casts that autocast keeps",
     ),
     "rough_positions": ("warning", "a table of positions or frequencies in 16 bits: late positions run together"),
     "counted_twice": ("warning", "a buffer that a forward pass adds to is added to again when the pass is recomputed"),
