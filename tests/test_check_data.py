@@ -130,13 +130,14 @@ def test_padding_that_is_a_target() -> None:
 
 
 def test_a_mask_beside_the_tokens_is_no_label() -> None:
-    """Of a classifier's three tensors; of a language model's the third are the labels."""
+    """Of a classifier's three tensors; of a language model's the labels are the third, or come before it."""
     whole = padded(mask_end=False, mask_padding=False)
     classes = torch.arange(len(whole[0]["input_ids"])) % 3
     for mask in (lambda ids: ids != PAD, lambda ids: (ids != PAD).long(), lambda ids: (ids != PAD).float()):
         assert said([(b["input_ids"], mask(b["input_ids"]), classes) for b in whole]) == []
-        given = [(b["input_ids"], mask(b["input_ids"]), b["labels"]) for b in whole]
-        assert said(given) == ["padding_in_loss"]
+        for order in ((0, 1, 2), (0, 2, 1)):
+            given = [(b["input_ids"], mask(b["input_ids"]), b["labels"]) for b in whole]
+            assert said([tuple(batch[i] for i in order) for batch in given]) == ["padding_in_loss"]
 
 
 def test_batches_with_very_different_numbers_of_targets() -> None:
@@ -265,3 +266,29 @@ def test_neighbours_that_are_of_one_text() -> None:
 def test_validation_of_random_tokens() -> None:
     (finding,) = check_data(batches(), 1024, validation=[torch.randint(1024, (16, 64)) for _ in range(4)])
     assert (finding.rule, finding.where) == ("random_tokens", "validation")
+
+
+def padded_labels() -> tuple[Tensor, Tensor, Tensor]:
+    """Texts that end in padding, which is a target, how long they are, and the targets."""
+    ids, lengths = text(), torch.arange(16) + 8
+    ids[torch.arange(64) >= lengths[:, None]] = 0
+    return ids, lengths, ids.clone()
+
+
+def test_labels_are_found_in_every_form() -> None:
+    """Beside lengths, in tuples within tuples, and under whatever names."""
+    ids, lengths, labels = padded_labels()
+    forms = [(ids, labels), (ids, lengths, labels), ((ids, lengths), labels), [[ids], labels]]
+    forms += [{"input_ids": ids, "labels": labels}, {"x": ids, "lengths": lengths, "y": labels}]
+    for form in forms:
+        assert said([form]) == ["padding_in_loss"], type(form)
+    assert said([{"x": ids, "lengths": lengths}]) == []
+
+
+def test_short_texts_that_stand_in_both() -> None:
+    """A row that is shorter than a window is one; what is padding but for a few tokens is none."""
+    short = [x[:, :12] for x in batches(4)]
+    assert said(short, validation=short) == ["split_overlap"]
+    assert said(short[:2], validation=short[2:]) == []
+    few = [torch.where(torch.arange(64) < 4, x, 0) for x in batches(4)]
+    assert "split_overlap" not in said(few[:2], validation=few[:2])

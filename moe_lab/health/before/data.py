@@ -14,21 +14,28 @@ from .. import tokens as about
 from ..findings import Finding
 from ..random_state import RandomState
 from ..tokens import Tokens, raw
-from .examples import check_examples, examples_of, is_plain
+from .examples import TARGET, check_examples, examples_of, is_plain, leaves
 
 LOOKED_AT = 64  # batches at most
 OVERLAP = 0.05  # share of the validation windows that also stand in training
 # of few batches even a split that is part of the training shows little: less is enough where training text says itself this much
 # more seldom (licences, headings and other lines that many texts share do so as often)
 LEAST, RARER = 0.01, 4
-WINDOW = 32  # tokens of such a window
+WINDOW, TOLD = 32, 8  # tokens of such a window, or of the longest row; those of it that are no padding, at least
 
 
 def parts_of(batch: Any) -> Sequence[Any]:
-    """What may be ids, and what follows them."""
-    if isinstance(batch, Mapping):
-        return batch.get("input_ids"), batch.get("labels")
-    return batch if isinstance(batch, (tuple, list)) and batch else (batch,)
+    """What may be ids, and what follows them; of a mapping what is named so, or the first ids where no numbers are, and a target."""
+    if not isinstance(batch, Mapping):
+        return leaves(batch) or [batch]
+    has_numbers = any(isinstance(t, Tensor) and t.is_floating_point() and t.ndim > 1 for t in batch.values())
+    ids = [
+        t
+        for key, t in batch.items()
+        if are_ids(t) and not TARGET.search(str(key)) and not is_mask(t) and not has_numbers
+    ]
+    labels = [t for key, t in batch.items() if TARGET.search(str(key))]
+    return batch.get("input_ids", next(iter(ids), None)), batch.get("labels", next(iter(labels), None))
 
 
 def is_mask(t: Any) -> bool:
@@ -40,15 +47,14 @@ def are_ids(ids: Any) -> bool:
 
 
 def tokens_of(batch: Any) -> Tokens:
-    """Of ids (B, T), of a tuple of ids and, perhaps behind a mask, labels, or of a mapping with `input_ids` and perhaps `labels`.
-    Raises ValueError."""
+    """Of ids (B, T), of a tuple of ids and, perhaps behind a mask or lengths, labels, or of a mapping with `input_ids` and perhaps
+    `labels`. Raises ValueError."""
     ids, *rest = parts_of(batch)
     if not are_ids(ids):
         raise ValueError("batches must all be ids (B, T), pairs (ids, labels), or mappings with input_ids")
-    labels = next((t for t in rest if isinstance(batch, Mapping) or not is_mask(t)), None)
-    of_rows = isinstance(labels, Tensor) and labels.shape != ids.shape
-    if not isinstance(labels, Tensor) or of_rows:
-        labels = None
+    others = [t for t in rest if isinstance(t, Tensor) and (isinstance(batch, Mapping) or not is_mask(t))]
+    labels = next((t for t in reversed(others) if t.shape == ids.shape and not t.is_floating_point()), None)
+    of_rows = labels is None and bool(others)
     others = [t.detach() for t in (batch.values() if isinstance(batch, Mapping) else ()) if isinstance(t, Tensor)]
     others = [t for t in others if is_plain(t) and t is not ids and t is not labels]
     labels = None if labels is None else labels.detach().cpu().long()
@@ -101,19 +107,21 @@ def read(batches: Iterable[Any], kind: Callable | None = None) -> tuple[Callable
 
 
 def stands_in_both(seen: list[Tokens], validation: list[Tokens]) -> Finding | None:
+    length = min(WINDOW, max(tokens.ids.shape[1] for tokens in (*seen, *validation)))
+
     def rows(batches: list[Tokens]) -> list[Tensor]:
-        return [row for tokens in batches for row in tokens.ids if len(row) >= WINDOW]
+        return [row for tokens in batches for row in tokens.ids if len(row) >= length]
 
     def windows(row: Tensor, stride: int) -> list[bytes]:
-        return [raw(span) for span in row.unfold(0, WINDOW, stride)]
+        return [raw(span) for span in row.unfold(0, length, stride) if (span != span[-1]).sum() >= TOLD]
 
     in_rows = Counter(window for row in rows(seen) for window in set(windows(row, 1)))
-    own = [in_rows[window] > 1 for row in rows(seen) for window in windows(row, WINDOW)]
-    asked = [in_rows[window] > 0 for row in rows(validation) for window in windows(row, WINDOW)]
+    own = [in_rows[window] > 1 for row in rows(seen) for window in windows(row, length)]
+    asked = [in_rows[window] > 0 for row in rows(validation) for window in windows(row, length)]
     share = sum(asked) / max(len(asked), 1)
     limit = min(OVERLAP, max(LEAST, RARER * sum(own) / max(len(own), 1)))
     if share <= limit:
         return None
-    message = f"{share:.0%} of the validation windows of {WINDOW} tokens also stand in the training batches"
+    message = f"{share:.0%} of the validation windows of {length} tokens also stand in the training batches"
     advice = "split by document, drop near-copies, and split before windows are cut"
     return Finding("split_overlap", "warning", "data", message, advice, round(share, 3), round(limit, 3))

@@ -32,16 +32,31 @@ def examples_of(batch: Any) -> Examples:
     targets, by their name, or as the other of two. Raises ValueError."""
     given = {"x": batch} if isinstance(batch, Tensor) else batch if isinstance(batch, Mapping) else {}
     if isinstance(batch, (tuple, list)):
-        given = {("target" if len(batch) == 2 and n else n): part for n, part in enumerate(batch)}
+        names = ["target" if len(batch) == 2 and n else "input" for n in range(len(batch))]
+        parts = [(name, leaf) for name, part in zip(names, batch, strict=True) for leaf in leaves(part)]
+        given = {f"{name} {n}": leaf for n, (name, leaf) in enumerate(parts)}
     tensors = {str(key): t.detach() for key, t in given.items() if isinstance(t, Tensor) and is_plain(t)}
     inputs = [t for key, t in tensors.items() if t.ndim > 1 + (not t.is_floating_point()) and not TARGET.search(key)]
     if not inputs:
-        raise ValueError("a batch must be ids (B, T), numbers (B, …), a pair of one of them and targets, or a mapping")
+        form = "ids (B, T), numbers (B, …), a pair of one of them and targets, or a mapping"
+        raise ValueError(
+            f"a batch must be {form}; this one holds {several(list(map(described, leaves(batch) or [batch])))}"
+        )
     x = max(inputs, key=lambda t: t.numel()).flatten(1)
     named = (t for key, t in tensors.items() if TARGET.search(key) and len(t) == len(x))
     x = x[:, :: -(-x.shape[1] // MOST)].cpu()
     y = next(named, None)
     return Examples(x if x.dtype == torch.float64 else x.float(), None if y is None else y.cpu())
+
+
+def leaves(batch: Any) -> list[Any]:
+    """What stands in tuples and lists, in those within them, and in mappings."""
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else None
+    return [batch] if parts is None else [leaf for part in parts for leaf in leaves(part)]
+
+
+def described(thing: Any) -> str:
+    return f"{thing.dtype} {tuple(thing.shape)}" if isinstance(thing, Tensor) else type(thing).__name__
 
 
 def is_plain(t: Tensor) -> bool:

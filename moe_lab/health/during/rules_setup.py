@@ -20,7 +20,7 @@ ON_PURPOSE = 0.5  # share of the parameters from which on frozen ones look like 
 
 
 @rule(
-    "{n} trainable tensors ({share:.0%} of the parameters) are in no optimizer: {names}",
+    "{n} trainable tensors ({share:.2%} of the parameters) are in no optimizer: {names}",
     "add them to a parameter group, or set requires_grad=False and name them in expect_frozen",
 )
 def not_in_optimizer(state: State) -> Ill:
