@@ -292,3 +292,15 @@ def test_short_texts_that_stand_in_both() -> None:
     assert said(short[:2], validation=short[2:]) == []
     few = [torch.where(torch.arange(64) < 4, x, 0) for x in batches(4)]
     assert "split_overlap" not in said(few[:2], validation=few[:2])
+
+
+def test_labels_of_other_rows() -> None:
+    """Sorted by length, and the labels not: the rows' lengths tell. That padding is asked for says nothing more."""
+    ids, lengths, labels = padded_labels()
+    labels[torch.arange(64) >= lengths[:, None]] = -100
+    tags = torch.where(labels == -100, labels, labels % 5)
+    assert said([(ids, tags)]) == said([(ids.flip(0), tags.flip(0))]) == []
+    (finding,) = check_data([(ids, tags.flip(0))])
+    assert (finding.rule, finding.severity, finding.value) == ("label_shift", "error", 16)
+    same = torch.where(torch.arange(64) < 8, tags, -100)  # a task that asks for as many of each
+    assert said([(ids, same.flip(0))]) == []

@@ -31,6 +31,7 @@ MOST_ROWS, FEWEST_ROWS = 512, 32  # that are compared with their neighbours
 ALIKE = 6.0, 1.2  # standard deviations and times that neighbours are more alike than in 200 other orders
 # share of rows that are a neighbour moved by a few places; tokens that show it, pairs at least
 SLID, HEAD, PAIRS = 0.5, 8, 16
+LENGTHS = 4  # different lengths of a batch's rows, which do not agree by accident
 SELDOM = 8  # times that a token must follow targets before its absence says anything
 END = "padding with the end token's id masks the end as well: give it its own, or keep each row's first end token"
 COME_AGAIN = "workers that share one random generator, a loader made anew each step, or a few samples alone do this"
@@ -182,8 +183,24 @@ def never_a_target(labelled: Sequence[Tokens]) -> Finding | None:
     return Finding("never_a_target", "warning", "labels", message, END, sum(never.values()), 0)
 
 
+def of_other_rows(labelled: Sequence[Tokens]) -> Finding | None:
+    """Rows that have as many targets as others have tokens before their padding, and not as many as their own."""
+    n_rows = n_off = 0
+    for ids, labels, *_ in labelled:
+        n_tokens, n_targets = (~padding_of(ids)).sum(1), (labels != IGNORED).sum(1)
+        if len(n_tokens.unique()) >= LENGTHS and torch.equal(n_tokens.sort().values, n_targets.sort().values):
+            n_rows, n_off = n_rows + len(ids), n_off + int((n_tokens != n_targets).sum())
+    if n_off <= n_rows / 2:
+        return None
+    message = f"{n_off} of {n_rows} rows have as many targets as another row has tokens: the labels belong to others"
+    advice = "sort, shuffle and pad inputs and labels together: one of the two is in another order"
+    return Finding("label_shift", "error", "labels", message, advice, n_off, round(n_rows / 2))
+
+
 def padding_is_target(labelled: Sequence[Tokens]) -> Finding | None:
-    """Rows that end in a run of one token, far longer than its runs elsewhere, and ask for it."""
+    """Rows that end in a run of one token, far longer than its runs elsewhere, and ask for it; not where it is asked for others' tokens."""
+    if of_other_rows(labelled):
+        return None
     runs, longest = [runs_of(ids) for ids, *_ in labelled], Counter()  # of each token but at the ends
     for (ids, *_), (length, at_end) in zip(labelled, runs, strict=True):
         for token in ids[:, -1].unique().tolist():
@@ -237,6 +254,11 @@ def runs_of(ids: Tensor) -> tuple[Tensor, Tensor]:
     is_new = torch.cat([torch.ones_like(ids[:, :1]), (ids[:, 1:] != ids[:, :-1]).long()], 1)
     starts = (places * is_new).cummax(1).values
     return places - starts + 1, starts == starts[:, -1:]
+
+
+def padding_of(ids: Tensor) -> Tensor:
+    """(B, T): where rows end in runs of the token that most of them end in."""
+    return runs_of(ids)[1] & (ids == ids[:, -1].mode().values)
 
 
 def windows_slide(seen: Sequence[Tokens]) -> Finding | None:
@@ -300,4 +322,4 @@ def uneven(labelled: Sequence[Tokens]) -> Finding | None:
 
 
 # what is asked of labels, given or heard
-TARGETS = (labels_elsewhere, never_a_target, padding_is_target, prompt_is_target)
+TARGETS = (labels_elsewhere, of_other_rows, never_a_target, padding_is_target, prompt_is_target)

@@ -15,7 +15,7 @@ from ..during.heard import tensors_of
 from ..during.listener import Listener
 from ..findings import Finding, grouped, several
 from ..sampling import tensor_kind
-from ..tokens import PADDED, ROWS_PADDED, runs_of, within
+from ..tokens import PADDED, ROWS_PADDED, padding_of, within
 
 WORDS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")  # MambaMixer, GRUBlock
 PROMISES = re.compile(
@@ -203,11 +203,6 @@ class Listening(Listener):
                 message = f"{name} ({type(module).__name__}) {hears}"
                 advice = "a stand-in may have taken the place of a kernel package that is missing: install it, or use a plain scan"
                 yield Finding("short_memory", "warning", name, message, advice, reach, asked)
-
-
-def padding_of(ids: Tensor) -> Tensor:
-    """(B, T): where rows end in runs of the token that most of them end in."""
-    return runs_of(ids)[1] & (ids == ids[:, -1].mode().values)
 
 
 def promising(named: Sequence[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]:
