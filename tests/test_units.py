@@ -267,11 +267,11 @@ def test_sparse_inputs_and_answers_disturb_nothing() -> None:
 
 
 class Towers(nn.Module):
-    """A sum of two networks."""
+    """A sum of two networks, of which one is wider: it is no copy of the other."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.left, self.right, self.is_cut = net(), net(), False
+        self.left, self.right, self.is_cut = net(), net(width=48), False
 
     def forward(self, x: Tensor) -> Tensor:
         left = self.left(x)
