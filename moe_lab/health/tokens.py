@@ -97,9 +97,8 @@ def looks_random(rows: Sequence[Tensor], vocab_size: int) -> Finding | None:
 def compressed(rows: Sequence[Tensor]) -> float:
     """The size of all rows over that of the same rows, each in another order."""
     generator = torch.Generator().manual_seed(0)
-    ids, shuffled = [row for some in rows for row in some], []
-    for row in ids:
-        shuffled.append(row[torch.randperm(len(row), generator=generator)])
+    ids = [row for some in rows for row in some]
+    shuffled = [row[torch.randperm(len(row), generator=generator)] for row in ids]
     size, of_shuffled = (len(zlib.compress(raw(torch.cat(x).to(torch.int32)))) for x in (ids, shuffled))
     return size / of_shuffled
 
@@ -185,11 +184,9 @@ def never_a_target(labelled: Sequence[Tokens]) -> Finding | None:
 
 def of_other_rows(labelled: Sequence[Tokens]) -> Finding | None:
     """Rows that have as many targets as others have tokens before their padding, and not as many as their own."""
-    n_rows = n_off = 0
-    for ids, labels, *_ in labelled:
-        n_tokens, n_targets = (~padding_of(ids)).sum(1), (labels != IGNORED).sum(1)
-        if len(n_tokens.unique()) >= LENGTHS and torch.equal(n_tokens.sort().values, n_targets.sort().values):
-            n_rows, n_off = n_rows + len(ids), n_off + int((n_tokens != n_targets).sum())
+    counts = [((~padding_of(ids)).sum(1), (labels != IGNORED).sum(1)) for ids, labels, *_ in labelled]
+    alike = [(a, b) for a, b in counts if len(a.unique()) >= LENGTHS and torch.equal(a.sort().values, b.sort().values)]
+    n_rows, n_off = sum(len(a) for a, _ in alike), sum(int((a != b).sum()) for a, b in alike)
     if n_off <= n_rows / 2:
         return None
     message = f"{n_off} of {n_rows} rows have as many targets as another row has tokens: the labels belong to others"
@@ -199,8 +196,6 @@ def of_other_rows(labelled: Sequence[Tokens]) -> Finding | None:
 
 def padding_is_target(labelled: Sequence[Tokens]) -> Finding | None:
     """Rows that end in a run of one token, far longer than its runs elsewhere, and ask for it; not where it is asked for others' tokens."""
-    if of_other_rows(labelled):
-        return None
     runs, longest = [runs_of(ids) for ids, *_ in labelled], Counter()  # of each token but at the ends
     for (ids, *_), (length, at_end) in zip(labelled, runs, strict=True):
         for token in ids[:, -1].unique().tolist():
@@ -214,7 +209,7 @@ def padding_is_target(labelled: Sequence[Tokens]) -> Finding | None:
         padded += int(at_end.any(1).sum())
         asked += int((at_end[:, :-1] & (labels == ids)[:, 1:]).sum())  # but for the first, which may be the text's end
     targets = sum(int((labels != IGNORED).sum()) for _, labels, *_ in labelled)
-    if padded < max(2, ROWS_PADDED * rows) or asked <= 0.02 * targets:
+    if padded < max(2, ROWS_PADDED * rows) or asked <= 0.02 * targets or of_other_rows(labelled):
         return None
     message = f"{padded} of {rows} rows end in a run of one token, which is {asked / targets:.0%} of all targets"
     advice = "set the labels of padding to -100, but for the first end token"
@@ -258,7 +253,7 @@ def runs_of(ids: Tensor) -> tuple[Tensor, Tensor]:
 
 def padding_of(ids: Tensor) -> Tensor:
     """(B, T): where rows end in runs of the token that most of them end in."""
-    return runs_of(ids)[1] & (ids == ids[:, -1].mode().values)
+    return runs_of(ids)[1] & (ids == torch.bincount(ids[:, -1]).argmax())
 
 
 def windows_slide(seen: Sequence[Tokens]) -> Finding | None:

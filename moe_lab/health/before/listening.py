@@ -109,10 +109,10 @@ class Listening(Listener):
         none, where an answer is read behind it."""
         for ids, taught in self.looked_up:
             told = sum((t.cpu() for t in taught), torch.zeros(ids.shape))
-            ways = [(x[:, -1].mode().values, padding_of(x), t) for x, t in ((ids.cpu(), told), (ids.cpu().T, told.T))]
-            pad, is_padding, told = max(ways, key=lambda way: way[1].sum())
+            ways = [(x, padding_of(x), t) for x, t in ((ids.cpu(), told), (ids.cpu().T, told.T))]
+            x, is_padding, told = max(ways, key=lambda way: way[1].sum())
             if is_padding[:, -2:-1].float().mean() > ROWS_PADDED and (~is_padding).any():
-                yield from self.heard_of(int(pad), told, is_padding)
+                yield from self.heard_of(int(x[is_padding][0]), told, is_padding)
 
     def heard_of(self, pad: int, told: Tensor, is_padding: Tensor) -> Iterator[Finding]:
         """`told`: (B, T), the size of the gradient at each token."""
