@@ -31,8 +31,7 @@ MOST_ROWS, FEWEST_ROWS = 512, 32  # that are compared with their neighbours
 ALIKE = 6.0, 1.2  # standard deviations and times that neighbours are more alike than in 200 other orders
 # share of rows that are a neighbour moved by a few places; tokens that show it, pairs at least
 SLID, HEAD, PAIRS = 0.5, 8, 16
-LENGTHS = 4  # different lengths of a batch's rows, which do not agree by accident
-SELDOM = 8  # times that a token must follow targets before its absence says anything
+SELDOM, LENGTHS = 8, 4  # times that a token follows targets, and lengths of rows, that are no accident
 END = "padding with the end token's id masks the end as well: give it its own, or keep each row's first end token"
 COME_AGAIN = "workers that share one random generator, a loader made anew each step, or a few samples alone do this"
 SHUFFLE = "shuffle the windows, or begin each where the last one ends: an update sees one text as often as it has rows"
@@ -82,15 +81,17 @@ def looks_random(rows: Sequence[Tensor], vocab_size: int) -> Finding | None:
         message = f"token {int(counts.argmax())} is {counts.max() / n:.0%} of the text: nothing to learn"
         advice = "look at one batch, decoded; an index that never advances, or padding alone, does this"
         return Finding("constant_tokens", "error", "data", message, advice, float(counts.max() / n), CONSTANT)
-    order = min(compressed(rows), compressed([some.T for some in rows]))
-    if n < 1000 or order < INCOMPRESSIBLE:
+    order = 0.0 if n < 1000 else compressed(rows)
+    if order >= INCOMPRESSIBLE:
+        order = min(order, compressed([some.T for some in rows]))
+    if order < INCOMPRESSIBLE:
         return None
     equal = collisions(ids, vocab_size)
     what = f"two are equal {equal:.2f} times as often as uniform ones (text: 5 and more)"
     if equal >= COLLISIONS:
         what = f"in another order a row compresses as well ({order:.3f}; text: 0.93 and less)"
-    message = f"the tokens look random: {what}"
     advice = "a loader that shuffles tokens, falls back to random ids, or reads the file as a wrong dtype does this"
+    message = f"the tokens look random: {what}"
     return Finding("random_tokens", "warning", "data", message, advice, round(equal, 3), COLLISIONS)
 
 
@@ -316,5 +317,4 @@ def uneven(labelled: Sequence[Tokens]) -> Finding | None:
     return Finding("uneven_targets", "info", "labels", message, advice, round(high / low, 2) if low else math.inf, 2)
 
 
-# what is asked of labels, given or heard
-TARGETS = (labels_elsewhere, of_other_rows, never_a_target, padding_is_target, prompt_is_target)
+TARGETS = (labels_elsewhere, of_other_rows, never_a_target, padding_is_target, prompt_is_target)  # asked of labels

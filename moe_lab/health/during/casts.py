@@ -31,7 +31,7 @@ class Casts:
         is_apart = torch.is_inference_mode_enabled() or torch.compiler.is_compiling()
         if not self.is_open or not module.training or is_apart:
             return
-        self.is_open = False
+        self.is_open, self.n_looks = False, self.n_looks + 1
         layers = (m for m in self.model.modules() if type(m) is nn.Linear and type(m.weight) is nn.Parameter)
         weight = next((m.weight for m in layers if m.weight.requires_grad and m.weight.dtype == torch.float32), None)
         if weight is not None and torch.is_autocast_enabled(weight.device.type):
@@ -39,5 +39,4 @@ class Casts:
             # older versions of torch keep the cast that is made here, and the pass needs its graph
             with torch.enable_grad():
                 used = F.linear(columns, weight).detach()
-            self.n_looks += 1
             self.waiting.add((used != weight[:, :PICKED].T.to(used.dtype)).any(), self.stale.append)

@@ -54,6 +54,8 @@ def frozen_module(state: State) -> Ill:
     if not state.is_changed and not held:
         return {}
     found = {name: p for name, p in state.named.items() if not p.requires_grad and name not in state.copied}
+    if not found:
+        return {}
     share = sum(p.numel() for p in found.values()) / state.n_parameters
     is_meant = share > ON_PURPOSE or usually_frozen(state, found).issuperset(map(id, found.values()))
     # a vector by itself is what a module keeps for itself, as experts' biases; whoever freezes by accident freezes matrices, too
